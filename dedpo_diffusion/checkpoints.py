@@ -1,0 +1,71 @@
+"""Training state as safetensors and JSON: what a stopped run needs to go on as if it had not stopped.
+
+Randomness needs no state here: every draw of a run is a function of (seed, step), see `noising.step_generator`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .files import atomic_folder, write_json
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Flatten an optimizer's state to tensors named "<parameter index>.<state name>".
+
+    Raises:
+        TypeError: the optimizer keeps something that is not a tensor.
+    """
+    flat: dict[str, torch.Tensor] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"optimizer state {name!r} is a {type(value).__name__}; only tensors can be checkpointed")
+            flat[f"{index}.{name}"] = value.detach().cpu().contiguous()
+    return flat
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_tensors` took; the parameter groups (learning rates and the like) stay the optimizer's own."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in flat.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_checkpoint(
+    folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, meta: Mapping[str, Any]
+) -> None:
+    """Write `parameters.safetensors`, `optimizer.safetensors` and `state.json` into `folder`, atomically."""
+    with atomic_folder(folder) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in parameters.items()}, temporary / "parameters.safetensors")
+        save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", dict(meta))
+
+
+def load_checkpoint(
+    folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Copy a checkpoint into live parameters and optimizer, in place, and return its `state.json`.
+
+    Raises:
+        ValueError: names or shapes differ from the live parameters.
+    """
+    stored = load_file(folder / "parameters.safetensors")
+    if set(stored) != set(parameters):
+        odd = sorted(set(stored) ^ set(parameters))[0]
+        raise ValueError(f"{folder}: its parameters are not this model's (first difference: {odd!r})")
+    with torch.no_grad():
+        for name, value in parameters.items():
+            if value.shape != stored[name].shape:
+                raise ValueError(f"{folder}: {name} has shape {tuple(stored[name].shape)}, the model {tuple(value.shape)}")
+            value.copy_(stored[name])
+    restore_optimizer(optimizer, load_file(folder / "optimizer.safetensors"))
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))

@@ -1,0 +1,144 @@
+"""What every stage shows a person: settings from the command line, progress, errors in the user's words."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its text names the file, the row where there is one, and the remedy."""
+
+
+def say(text: str) -> None:
+    """Print one line at once, for people and for logs."""
+    print(text, flush=True)
+
+
+def stage(
+    settings: type[S],
+    body: Callable[[S], Any],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    positional: Sequence[str] = (),
+    flags: Mapping[str, str] | None = None,
+) -> int:
+    """Parse a stage's settings, run it, and turn a user's mistake into one clear message.
+
+    Args:
+        settings: the stage's dataclass (`settings.py`).
+        body: the stage itself.
+        argv: the arguments; None takes the command line's.
+        prog: how the stage is called, for the help text.
+        positional: fields given without a name, in this order.
+        flags: option names that differ from their field's, {"with": "scorers"}.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake in the arguments or the input, 130 interrupted.
+    """
+    from jsonargparse import ArgumentParser
+
+    flags = dict(flags or {})
+    parser = ArgumentParser(prog=prog, description=(body.__doc__ or "").strip().split("\n\n")[0])
+    fields = {field.name: field for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(settings)
+    documented = _field_docs(settings)
+    parser.add_argument("--config", action="config", help="a YAML file with these settings; later options override it")
+    for name in (*positional, *flags):
+        field = fields[flags.get(name, name)]
+        hint, extra = hints[field.name], {}
+        if typing.get_origin(hint) is list:  # several values, separated by blanks
+            hint, extra["nargs"] = typing.get_args(hint)[0], "+"
+        if name in flags:
+            extra |= {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
+        parser.add_argument(f"--{name}" if name in flags else name, type=hint, help=documented.get(field.name, ""), **extra)
+    parser.add_class_arguments(settings, skip={*positional, *flags.values()}, fail_untyped=True)
+    parsed = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
+    values = {flags.get(name, name): value for name, value in vars(parsed).items() if name not in ("config", "__default_config__")}
+    try:
+        body(settings(**values))
+    except UserError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def _field_docs(settings: type) -> dict[str, str]:
+    from docstring_parser import parse
+
+    return {item.arg_name: item.description or "" for item in parse(settings.__doc__ or "").params}
+
+
+class Progress:
+    """One line of progress: a live bar on a terminal, a plain line every few seconds in a log.
+
+    Args:
+        what: the name of the work.
+        total: how many units it has.
+        start: units already done, when work is resumed.
+    """
+
+    def __init__(self, what: str, total: int, *, start: int = 0, every: float = 10.0) -> None:
+        self.what, self.total, self.done, self.start = what, total, start, start
+        self.began = self.shown = time.monotonic()
+        self.every = every if not sys.stdout.isatty() else 0.2
+        self.note = ""
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Count `units` as done; `note` is shown behind the bar."""
+        self.done += units
+        self.note = note or self.note
+        now = time.monotonic()
+        if now - self.shown >= self.every:
+            self.shown = now
+            self._show(now)
+
+    def close(self) -> None:
+        """Print the last state, if the work took long enough for anyone to have waited."""
+        now = time.monotonic()
+        if now - self.began > 2:
+            self._show(now, end=True)
+
+    def _show(self, now: float, end: bool = False) -> None:
+        spent = now - self.began
+        rate = (self.done - self.start) / spent if spent > 0 else 0.0
+        left = (self.total - self.done) / rate if rate > 0 else 0.0
+        tail = f"took {_clock(spent)}" if end else f"{_clock(left)} left"
+        text = f"{self.what}: {self.done}/{self.total}, {tail}" + (f", {self.note}" if self.note else "")
+        if sys.stdout.isatty():
+            filled = int(24 * self.done / max(self.total, 1))
+            bar = "[" + "#" * filled + "." * (24 - filled) + "]"
+            print(f"\r\x1b[K{bar} {text}", end="\n" if end else "", flush=True)
+        else:
+            print(text, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """Iterate with progress."""
+    with Progress(what, total) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,80 @@
+"""The small frozen records that travel between rooms, every field with its shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row of a pair dataset. Images are encoded files (PNG, JPEG, WebP) as bytes."""
+
+    pair_id: str
+    prompt: str
+    image_0: bytes
+    image_1: bytes
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One label file: P(image 0 is preferred) per pair, in the order of the file.
+
+    `label_0` is (N,) float64 in [0, 1]; `extra` holds the file's other columns, each of length N.
+    """
+
+    pair_id: list[str]
+    label_0: np.ndarray
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Merged labels in the order of the file: `target` (N,) and `weight` (N,), float64."""
+
+    pair_id: list[str]
+    target: np.ndarray
+    weight: np.ndarray
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is conditioned on.
+
+    `text` is (B, L, D), one entry a pair: both images of a pair share their prompt.
+    """
+
+    text: Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs, ready for the step.
+
+    `latents` (B, 2, C, h, w) scaled VAE latents; `target` and `weight` (B,) float32.
+    """
+
+    latents: Tensor
+    conditioning: Conditioning
+    target: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one preference step leaves behind; only `loss` carries a graph.
+
+    `loss`, `margin` (B,); `policy_errors`, `reference_errors`, `coefficients` (B, 2), float32.
+    `coefficients` are the balance's gradient factors a_0 and a_1.
+    """
+
+    loss: Tensor
+    margin: Tensor
+    policy_errors: Tensor
+    reference_errors: Tensor
+    coefficients: Tensor

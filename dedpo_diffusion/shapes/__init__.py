@@ -1,0 +1,1 @@
+"""The embedded world: prompts, renderer, true preference and simulated human of "Shapes"."""
