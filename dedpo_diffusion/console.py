@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 import typing
@@ -46,6 +47,8 @@ def stage(
     """
     from jsonargparse import ArgumentParser
 
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # their notices are for programmers; their errors still show
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     flags = dict(flags or {})
     parser = ArgumentParser(prog=prog, description=(body.__doc__ or "").strip().split("\n\n")[0])
     fields = {field.name: field for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
@@ -54,7 +57,8 @@ def stage(
     parser.add_argument("--config", action="config", help="a YAML file with these settings; later options override it")
     for name in (*positional, *flags):
         field = fields[flags.get(name, name)]
-        hint, extra = hints[field.name], {}
+        hint: Any = hints[field.name]
+        extra: dict[str, Any] = {}
         if typing.get_origin(hint) is list:  # several values, separated by blanks
             hint, extra["nargs"] = typing.get_args(hint)[0], "+"
         if name in flags:

@@ -102,7 +102,7 @@ class MergeSettings:
         human: name of the human label file.
         name: name of the targets; None takes the method's.
         power: a power to use in place of the tuned one.
-        max_overshoot: bound A of how far a labelled target is stretched by the tuned power (MATH 3.4).
+        max_overshoot: bound A of how far a labelled target is stretched by the tuned power.
     """
 
     pairs: Path
@@ -163,7 +163,7 @@ class ObjectiveSettings:
         kind: the pair loss.
         balance: Balanced-DPO's gradient reweighting, per pair at its own timestep.
         balance_clip: bound of the balance's log-ratio u.
-        margin_cap: M of MATH 3.4: caps only what a target outside [0, 1] adds; None leaves it unbounded.
+        margin_cap: bound on what the part of a target outside [0, 1] can add to the margin; None leaves it unbounded.
         timesteps: the range [first, last) that timesteps are drawn from, in steps of the training schedule.
     """
 

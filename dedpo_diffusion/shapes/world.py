@@ -100,6 +100,11 @@ def outline(shape: str, centre: tuple[float, float], radius: float) -> list[tupl
     return [(x + radius * u, y + radius * v) for u, v in unit]
 
 
+def _shifted(rgb: tuple[int, int, int], by: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = np.clip(np.array(rgb) + by, 0, 255).astype(int).tolist()
+    return red, green, blue
+
+
 def sample_scene(rng: np.random.Generator, attributes: Attributes | None = None, *, clutter: float = 0.5) -> Scene:
     """Draw a random scene; `clutter` is the probability that it carries dots."""
     if attributes is None:
@@ -109,8 +114,8 @@ def sample_scene(rng: np.random.Generator, attributes: Attributes | None = None,
     low, high = 1 - corners.min(axis=0), PIXELS - 1 - corners.max(axis=0)  # keeps every corner inside the frame
     centre = rng.uniform(low, high)
     reach = float(np.linalg.norm(corners, axis=1).max())
-    colour = tuple(int(v) for v in np.clip(np.array(COLOURS[attributes.colour]) + rng.normal(0, 6, 3), 0, 255))
-    background = tuple(int(v) for v in np.clip(np.array(BACKGROUNDS[attributes.background]) + rng.normal(0, 3), 0, 255))
+    colour = _shifted(COLOURS[attributes.colour], rng.normal(0, 6, 3))
+    background = _shifted(BACKGROUNDS[attributes.background], rng.normal(0, 3, 1))
     dots: list[tuple[float, float, float, int]] = []
     if rng.random() < clutter:
         level = {"white": 90, "gray": 230, "black": 190}[attributes.background]

@@ -1,0 +1,168 @@
+"""From a pair dataset and its targets to the batches of a step.
+
+Which pair is visited when is a function of (seed, visit number) alone; nothing has to be stored to resume.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cache import PairCache, cache_folder, fill
+from .console import Progress, UserError, say
+from .images import pair_pixels
+from .models import Backbone
+from .noising import Draws, step_generator
+from .pairs import PairReader, decode_image, read_targets
+from .records import Conditioning, PairBatch
+from .settings import DataSettings
+
+VIEWS = 1  # stream of `step_generator` for flips and crops
+
+
+@dataclass(frozen=True)
+class Visits:
+    """The order in which pairs are visited: one permutation an epoch, epochs one after the other.
+
+    Args:
+        seed: the run's seed.
+        count: how many pairs there are to visit.
+    """
+
+    seed: int
+    count: int
+
+    def rows(self, start: int, stop: int) -> list[int]:
+        """The places, 0 to count - 1, of visits start to stop - 1."""
+        return [int(_permutation(self.seed, visit // self.count, self.count)[visit % self.count]) for visit in range(start, stop)]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded pairs: posterior `mean` and `std` (B, 2, C, h, w), `text` (B, L, D)."""
+
+    mean: Tensor
+    std: Tensor
+    text: Tensor
+
+
+class Source(Protocol):
+    """Where encoded pairs come from."""
+
+    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
+        """Encode the pairs at these dataset rows; `drop_caption` (B,) bool replaces prompts by the empty one."""
+        ...
+
+
+class CachedSource:
+    """Encoded pairs from a filled cache."""
+
+    def __init__(self, cache: PairCache) -> None:
+        self.cache = cache
+
+    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
+        """See `Source`."""
+        mean, std = zip(*(self.cache.posterior(row) for row in rows), strict=True)
+        text = [self.cache.embedding(row, empty=bool(drop)) for row, drop in zip(rows, drop_caption, strict=True)]
+        return Encoded(torch.stack(mean), torch.stack(std), torch.stack(text))
+
+
+class LiveSource:
+    """Pairs decoded and encoded in every step, mirrored and cropped anew at every visit."""
+
+    def __init__(self, reader: PairReader, model: Backbone, data: DataSettings, *, size: int, seed: int) -> None:
+        self.reader, self.model, self.data, self.size, self.seed = reader, model, data, size, seed
+
+    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
+        """See `Source`."""
+        pairs = [self.reader.pair(row) for row in rows]
+        pixels = torch.stack([self._view(row, visit) for row, visit in zip(rows, visits, strict=True)])
+        mean, std = self.model.encode_images(pixels.flatten(0, 1))
+        prompts = ["" if drop else pair.prompt for pair, drop in zip(pairs, drop_caption, strict=True)]
+        return Encoded(mean.unflatten(0, (-1, 2)), std.unflatten(0, (-1, 2)), self.model.encode_prompts(prompts))
+
+    def _view(self, row: int, visit: int) -> Tensor:
+        across, down, mirror = torch.rand(3, generator=step_generator(self.seed, visit, VIEWS)).tolist()
+        place = (across, down) if self.data.crop == "random" else (0.5, 0.5)
+        return read_pixels(self.reader, row, self.size, place=place, flip=self.data.flip and mirror < 0.5)
+
+
+def read_pixels(
+    reader: PairReader, row: int, size: int, *, place: tuple[float, float] = (0.5, 0.5), flip: bool = False
+) -> Tensor:
+    """Decode one pair to (2, 3, size, size). Raises UserError for an image that cannot be decoded."""
+    pair, where = reader.pair(row), reader.location(row)
+    images = decode_image(pair.image_0, f"{where}, image_0"), decode_image(pair.image_1, f"{where}, image_1")
+    return pair_pixels(images, size, place=place, flip=flip)
+
+
+def open_cache(reader: PairReader, model: Backbone, *, root: Path, fingerprint: str, size: int) -> PairCache:
+    """The filled cache of this dataset under this model, filled now if need be, with progress."""
+    folder = cache_folder(root, model=model.fingerprint, pairs=fingerprint, size=size)
+    if not (folder / "index.json").is_file():
+        counts = reader.counts
+        starts = [sum(counts[:k]) for k in range(len(counts))]
+        with Progress("encoding pairs", len(reader)) as progress:
+            fill(
+                folder,
+                prompts=reader.prompts(),
+                shards=counts,
+                read_shard=lambda k: (read_pixels(reader, row, size) for row in range(starts[k], starts[k] + counts[k])),
+                encode_images=model.encode_images,
+                encode_prompts=model.encode_prompts,
+                advance=progress.advance,
+            )
+    return PairCache(folder)
+
+
+class Feed:
+    """Batches of weighted pairs.
+
+    Pairs of weight 0 are never visited; the weights of the others are multiplied by their share of the pool, so that
+    the mean over visits still estimates the mean over the pool.
+
+    Args:
+        reader: the pair dataset.
+        source: where encoded pairs come from.
+        targets: name of the targets in the dataset's folder.
+        seed: the run's seed.
+
+    Raises:
+        UserError: targets that are not this dataset's, or no pair that carries weight.
+    """
+
+    def __init__(self, reader: PairReader, source: Source, *, targets: str, seed: int) -> None:
+        merged = read_targets(reader.folder, targets)
+        if merged.pair_id != reader.ids():
+            raise UserError(f"{reader.folder}/targets/{targets}.parquet: its pairs are not the dataset's; run `dedpo merge` again")
+        self.rows = np.flatnonzero(merged.weight)
+        if not len(self.rows):
+            raise UserError(f"{reader.folder}/targets/{targets}.parquet: no pair carries any weight, so there is nothing to learn")
+        share = len(self.rows) / len(merged.weight)
+        self.target = torch.tensor(merged.target[self.rows], dtype=torch.float32)
+        self.weight = torch.tensor(merged.weight[self.rows] * share, dtype=torch.float32)
+        self.source, self.visits = source, Visits(seed, len(self.rows))
+        if share < 1:
+            say(f"{len(merged.weight) - len(self.rows)} of {len(merged.weight)} pairs carry no weight in {targets!r} and are not visited")
+
+    def batch(self, first_visit: int, draws: Draws, model: Backbone) -> PairBatch:
+        """The batch of consecutive visits that begins at `first_visit`, as many as `draws` holds, on the model's device."""
+        visits = range(first_visit, first_visit + len(draws.timesteps))
+        places = self.visits.rows(visits.start, visits.stop)
+        encoded = self.source.fetch([int(self.rows[place]) for place in places], visits, draws.drop_caption)
+        device = model.device
+        latents = model.latents(encoded.mean.to(device), encoded.std.to(device), draws.posterior.to(device))
+        target, weight = self.target[places].to(device), self.weight[places].to(device)
+        return PairBatch(latents, Conditioning(encoded.text.to(device)), target, weight)

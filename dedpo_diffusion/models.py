@@ -1,0 +1,191 @@
+"""The Stable Diffusion backbone: encoders, UNet with a LoRA, and the reference (the adapter switched off)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .console import UserError
+from .noising import ForwardProcess
+from .records import Conditioning
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the UNet's attention projections, the customary LoRA targets
+
+
+def resolve_model(name: str) -> str:
+    """The folder of "shapes", the embedded model; any other name is returned as it is.
+
+    Raises:
+        UserError: a name that looks like a path and is no diffusers folder.
+    """
+    if name == "shapes":
+        return str(files("dedpo_diffusion.shapes") / "model")
+    path = Path(name)
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise UserError(f"{name}: no model_index.json there; give a diffusers folder, a hub id, or 'shapes'")
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") != 1):
+        raise UserError(f"{name}: no such folder; give a diffusers folder, a hub id, or 'shapes'")
+    return name
+
+
+def load_pipeline(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a StableDiffusionPipeline (SD1.x, SD2.x) without safety checker.
+
+    Raises:
+        UserError: the model cannot be found, or is not a Stable Diffusion 1.x or 2.x.
+    """
+    import diffusers
+    import transformers
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    location = resolve_model(name)
+    try:
+        index = DiffusionPipeline.load_config(location)
+        if index["_class_name"] != "StableDiffusionPipeline":
+            raise UserError(f"{name}: it is a {index['_class_name']}; only Stable Diffusion 1.x and 2.x are supported so far")
+        return StableDiffusionPipeline.from_pretrained(
+            location, dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: cannot be loaded as a diffusers model ({str(error).splitlines()[0]})") from error
+
+
+class Backbone:
+    """A Stable Diffusion model as the preference step sees it.
+
+    Attributes:
+        unet: the UNet, with its adapter once `add_lora` was called.
+        policy: what `predict` calls: `unet`, or what accelerate made of it.
+        process: the forward process of its noise schedule.
+        size: pixels of the side it was made for.
+    """
+
+    def __init__(self, name: str, *, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Load and freeze; `dtype` is the compute precision of the frozen weights. Raises as `load_pipeline`."""
+        pipe = load_pipeline(name)
+        self.device, self.dtype = device, dtype
+        self.tokenizer = pipe.tokenizer
+        self.scale = float(pipe.vae.config.scaling_factor)
+        self.size = int(pipe.unet.config.sample_size) * pipe.vae_scale_factor
+        self.process = ForwardProcess(_alphas_cumprod(pipe.scheduler), pipe.scheduler.config.prediction_type)
+        self.fingerprint = _fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
+        self.vae = pipe.vae.requires_grad_(False).eval().to(device)  # float32: half precision overflows in some VAEs
+        self.text_encoder = pipe.text_encoder.requires_grad_(False).eval().to(device)
+        self.unet = pipe.unet.requires_grad_(False).eval().to(device)
+        if dtype != torch.float32:
+            self.unet.to(dtype)
+        self.policy: nn.Module = self.unet
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """(C, h, w) of an image of `size` pixels.
+
+        Raises:
+            UserError: the size is no multiple of what the VAE and UNet shrink it by.
+        """
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        whole = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if size % whole:
+            raise UserError(f"size {size} is no multiple of {whole} pixels, which this model needs")
+        return int(self.vae.config.latent_channels), size // factor, size // factor
+
+    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str] | None = None, dropout: float = 0.0) -> None:
+        """Give the UNet a fresh adapter in float32; its output is exactly 0 until it is trained.
+
+        Raises:
+            UserError: none of the target names is a layer of the UNet.
+        """
+        from peft import LoraConfig
+
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=list(targets or ATTENTION), lora_dropout=dropout, init_lora_weights="gaussian"  # type: ignore[arg-type]
+        )  # peft computes alpha / r, so alpha may be any number
+        try:
+            self.unet.add_adapter(config)
+        except ValueError as error:
+            raise UserError(f"lora.targets {list(targets or ATTENTION)}: {error}") from error
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.float()
+        self.unet.train(dropout > 0)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters of the adapter, by their name in the UNet."""
+        return {name: p for name, p in self.unet.named_parameters() if "lora_" in name}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it, the UNet is the frozen base model, bit for bit."""
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, *, reference: bool = False) -> Tensor:
+        """The UNet's prediction for both images of each pair, in one batch of 2 B.
+
+        Args:
+            noisy: x_t (B, 2, C, h, w).
+            timesteps: (B,).
+            conditioning: of the B pairs.
+            reference: predict with the base model, without a graph.
+
+        Returns:
+            (B, 2, C, h, w).
+        """
+        pairs = noisy.shape[0]
+        flat = noisy.flatten(0, 1).to(self.dtype)
+        t = timesteps[:, None].expand(pairs, 2).reshape(-1)
+        text = conditioning.text[:, None].expand(pairs, 2, *conditioning.text.shape[1:]).flatten(0, 1).to(self.dtype)
+        if reference:
+            with torch.no_grad(), self.reference():
+                return self.unet(flat, t, text).sample.view(noisy.shape)
+        return self.policy(flat, t, text).sample.view(noisy.shape)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings (N, L, D) float32."""
+        ids = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt"
+        ).input_ids
+        return self.text_encoder(ids.to(self.device))[0].float()
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's posterior, (N, 3, H, W) in [-1, 1] -> (N, C, h, w) twice, unscaled."""
+        posterior = self.vae.encode(pixels.to(self.device)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents, a draw of the posterior; all of one shape."""
+        return (mean + std * noise) * self.scale
+
+    def drop_encoders(self) -> None:
+        """Free VAE and text encoder, once everything they are for is cached."""
+        del self.vae, self.text_encoder
+
+
+def _alphas_cumprod(scheduler: Any) -> Tensor:
+    """The training schedule's cumulated alphas, whatever sampler the folder names."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+
+
+def _fingerprint(*modules: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of the weights: which base model this is."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in module.state_dict().items():
+            digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,129 @@
+"""A run folder: resolved settings, identity of what it was trained on, checkpoints, metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .console import UserError
+from .files import write_text
+
+
+def plain(value: Any) -> Any:
+    """Settings as the plain dicts, lists, numbers and strings that YAML and JSON know."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def open_run(folder: Path, settings: Any, identity: Mapping[str, str]) -> None:
+    """Claim a run folder, or recognise it as this very run's, to be resumed.
+
+    Writes `settings.yaml` and `identity.json` before anything else is written there.
+
+    Args:
+        folder: the run folder.
+        settings: the stage's dataclass.
+        identity: fingerprints of the inputs (base model, targets, ...), by name.
+
+    Raises:
+        UserError: the folder holds another run, other things, or this run on inputs that have changed since.
+    """
+    wanted = {"settings": plain(settings), "identity": dict(identity)}
+    settings_file, identity_file = folder / "settings.yaml", folder / "identity.json"
+    if not settings_file.is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}: not empty and not a run folder; choose another --out")
+        write_text(identity_file, json.dumps(wanted["identity"], indent=2) + "\n")
+        write_text(settings_file, yaml.safe_dump(wanted["settings"], sort_keys=False))
+        return
+    held = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
+    difference = first_difference(held, wanted["settings"])
+    if difference:
+        raise UserError(f"{folder}: holds another run ({difference}); choose another --out, or remove the folder")
+    changed = first_difference(json.loads(identity_file.read_text(encoding="utf-8")), wanted["identity"])
+    if changed:
+        raise UserError(f"{folder}: cannot go on, its inputs have changed since it began ({changed}); choose another --out")
+
+
+def first_difference(held: Any, wanted: Any, name: str = "") -> str:
+    """The first setting that differs, as "optim.steps is 100 there, 200 now"; "" if none does."""
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        for key in [*held, *(key for key in wanted if key not in held)]:
+            found = first_difference(held.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+            if found:
+                return found
+        return ""
+    return "" if held == wanted else f"{name} is {held!r} there, {wanted!r} now"
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every whole checkpoint, oldest first."""
+    found = (run / "checkpoints").glob("step-*/state.json")
+    return sorted((int(file.parent.name.removeprefix("step-")), file.parent) for file in found)
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for _, folder in checkpoints(run)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """The resolved settings of a run folder.
+
+    Raises:
+        UserError: it is no run folder.
+    """
+    file = run / "settings.yaml"
+    if not file.is_file():
+        raise UserError(f"{run}: no run folder (it has no settings.yaml)")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one JSON object a line, and the same numbers for TensorBoard.
+
+    Args:
+        run: the run folder.
+        done: steps that the resumed run has behind it; later lines are removed, they will be written again.
+    """
+
+    def __init__(self, run: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run / "metrics.jsonl"
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+            write_text(self.path, "".join(kept))
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line; nested values go to the file alone."""
+        self.file.write(json.dumps(dict(record), allow_nan=False) + "\n")
+        self.file.flush()
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self.board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self.file.close()
+        self.board.close()

@@ -1,0 +1,140 @@
+"""Images from a model, each with a seed of its own, so that two models can share prompt, seed and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .console import Progress, UserError, say
+from .files import atomic_file
+from .models import load_pipeline
+from .runs import open_run
+
+
+def load_sampler(model: str, *, lora: Path | None = None, device: str | None = None, dtype: str = "float32") -> Any:
+    """A StableDiffusionPipeline ready to sample, with an adapter file loaded if one is given.
+
+    Raises:
+        UserError: model or adapter cannot be loaded.
+    """
+    pipe = load_pipeline(model, dtype=getattr(torch, dtype))
+    if lora is not None:
+        if not lora.is_file():
+            raise UserError(f"{lora}: no such adapter file; `dedpo export RUN --out {lora}` writes one")
+        try:
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{lora}: this adapter does not fit {model} ({str(error).splitlines()[0]})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, size: int | None = None
+) -> list[Image.Image]:
+    """One image per (prompt, seed), sampled as one batch; the initial noise depends on the seed alone.
+
+    Args:
+        prompts: N prompts.
+        seeds: N seeds, of CPU generators, so a GPU starts from the same noise.
+        steps: sampler steps of the pipeline's own scheduler.
+        guidance: classifier-free guidance scale.
+        size: pixels of a side; None takes the model's own.
+
+    Returns:
+        N RGB images.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    result = pipe(list(prompts), generator=generators, num_inference_steps=steps, guidance_scale=guidance, height=size, width=size)
+    return result.images
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to sample; `file` is its name in the sample folder."""
+
+    file: str
+    prompt: str
+    prompt_index: int
+    seed: int
+
+
+def jobs(prompts: Sequence[str], per_prompt: int, first_seed: int) -> list[Job]:
+    """`per_prompt` images for each prompt, every image with a seed of its own, counted up from `first_seed`."""
+    return [
+        Job(f"{index:05d}-{first_seed + index * per_prompt + k}.png", prompt, index, first_seed + index * per_prompt + k)
+        for index, prompt in enumerate(prompts)
+        for k in range(per_prompt)
+    ]
+
+
+def sample_folder(
+    folder: Path, work: Sequence[Job], settings: Any, *, model: str, lora: Path | None = None, device: str | None, dtype: str,
+    steps: int, guidance: float, size: int | None, batch: int,
+) -> None:  # fmt: skip
+    """Sample every job into `folder` as PNG, then write `index.parquet`; a killed run goes on at its last batch.
+
+    Raises:
+        UserError: the folder holds samples of other settings, or the model cannot be loaded.
+    """
+    open_run(folder, settings, {"lora": _digest(lora)})
+    if (folder / "index.parquet").is_file():
+        say(f"{folder}: all {len(work)} images are there already")
+        return
+    pipe = load_sampler(model, lora=lora, device=device, dtype=dtype)
+    with Progress("sampling", len(work)) as progress:
+        for part in _batches(work, batch):
+            # a batch is sampled as a whole or not at all: a different batch could round differently
+            if not all((folder / job.file).is_file() for job in part):
+                images = sample(pipe, [j.prompt for j in part], [j.seed for j in part], steps=steps, guidance=guidance, size=size)
+                for job, image in zip(part, images, strict=True):
+                    _save_png(folder / job.file, image, job, model)
+            progress.advance(len(part))
+    columns = {name: [getattr(job, name) for job in work] for name in ("file", "prompt", "prompt_index", "seed")}
+    with atomic_file(folder / "index.parquet") as temporary:
+        pq.write_table(pa.table(columns), temporary)
+
+
+def _batches(work: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
+    for start in range(0, len(work), size):
+        yield work[start : start + size]
+
+
+def _save_png(path: Path, image: Image.Image, job: Job, model: str) -> None:
+    text = PngInfo()
+    for key, value in (("prompt", job.prompt), ("seed", str(job.seed)), ("model", model)):
+        text.add_itxt(key, value)
+    with atomic_file(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)
+
+
+def _digest(path: Path | None) -> str:
+    from .files import file_digest
+
+    return file_digest(path) if path is not None and path.is_file() else ""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines are left out.
+
+    Raises:
+        UserError: there is no such file, it is not UTF-8 text, or it holds no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a text file with one prompt a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path}: no prompt in it; write one prompt a line")
+    return prompts

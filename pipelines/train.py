@@ -1,0 +1,204 @@
+"""Train a LoRA on merged preference targets.
+
+    dedpo train --config configs/shapes_lora.yaml
+    accelerate launch pipelines/train.py --config configs/shapes_lora.yaml
+
+The same command resumes a run that was stopped. One step: draw noise and timesteps for the step's pairs, predict with
+policy and reference, form the margin, average the weighted pair loss, update the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dedpo_diffusion.console import Progress, UserError, say, stage
+from dedpo_diffusion.settings import OptimSettings, TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from dedpo_diffusion.feed import Feed
+    from dedpo_diffusion.models import Backbone
+
+
+def learning_rate(optim: OptimSettings, step: int) -> float:
+    """Learning rate of optimizer step `step`, counted from 0."""
+    factor = min(1.0, (step + 1) / max(optim.warmup, 1))
+    if optim.schedule == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * step / optim.steps))
+    return optim.learning_rate * factor
+
+
+def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, Feed, tuple[int, int, int], dict[str, str]]:
+    """Load the model, encode the pairs or get ready to, and read the targets; also: latent shape, identity of the inputs."""
+    import torch
+
+    from dedpo_diffusion.feed import CachedSource, Feed, LiveSource, open_cache
+    from dedpo_diffusion.files import file_digest
+    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.pairs import PairReader
+
+    data, lora = settings.data, settings.lora
+    reader = PairReader(data.pairs)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
+    model = Backbone(settings.model, device=accelerator.device, dtype=dtype)
+    size = data.size or model.size
+    shape = model.latent_shape(size)
+    pairs_fingerprint = reader.fingerprint()
+    if data.cache is not None:
+        if data.flip or data.crop != "centre":
+            raise UserError("data.flip and data.crop=random draw new views at every visit; leave them off, or leave data.cache out")
+        with accelerator.main_process_first():
+            source = CachedSource(open_cache(reader, model, root=data.cache, fingerprint=pairs_fingerprint, size=size))
+        model.drop_encoders()
+    else:
+        source = LiveSource(reader, model, data, size=size, seed=settings.seed)
+    feed = Feed(reader, source, targets=data.targets, seed=settings.seed)
+    torch.manual_seed(settings.seed)  # of the adapter's first weights
+    model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout)
+    if settings.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
+    identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
+    return model, feed, shape, identity
+
+
+def describe(settings: TrainSettings, model: Backbone, feed: Feed, shape: tuple[int, int, int], processes: int) -> None:
+    """Say what is about to be trained, in the units of other scripts too."""
+    optim, objective = settings.optim, settings.objective
+    together = optim.batch * optim.accumulation * processes
+    say(
+        f"{len(feed.rows)} pairs, {together} a step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
+        f"{optim.steps * together / len(feed.rows):.1f} epochs; "
+        f"{sum(p.numel() for p in model.trainable().values()):,} trainable parameters"
+    )
+    equal = 0.5 * objective.beta / math.prod(shape)
+    say(f"beta {objective.beta:g} with factor 0.5 on mean errors = {0.5 * objective.beta:g} without the factor = {equal:.3g} on summed errors")
+
+
+def resume(settings: TrainSettings, model: Backbone, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int:
+    """Load the newest checkpoint, if there is one; returns the steps done."""
+    from dedpo_diffusion.checkpoints import load_checkpoint
+    from dedpo_diffusion.runs import checkpoints
+
+    found = checkpoints(settings.out)
+    if not found:
+        return 0
+    step, folder = found[-1]
+    state = load_checkpoint(folder, model.trainable(), optimizer)
+    if accelerator.scaler is not None and state.get("scaler"):
+        accelerator.scaler.load_state_dict(state["scaler"])
+    say(f"resuming {settings.out} after step {step}")
+    return step
+
+
+def save(settings: TrainSettings, model: Backbone, optimizer: torch.optim.Optimizer, accelerator: Accelerator, step: int) -> None:
+    """Write a checkpoint on the main process, while the others wait."""
+    from dedpo_diffusion.checkpoints import save_checkpoint
+    from dedpo_diffusion.runs import checkpoint_folder, prune_checkpoints
+
+    if accelerator.is_main_process:
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        save_checkpoint(checkpoint_folder(settings.out, step), model.trainable(), optimizer, {"step": step, "scaler": scaler})
+        prune_checkpoints(settings.out, settings.keep_checkpoints)
+    accelerator.wait_for_everyone()
+
+
+def record(pairs: dict[str, Any], accelerator: Accelerator, *, step: int, schedule: int, **numbers: float) -> dict[str, Any]:
+    """One line of metrics over all processes' pairs.
+
+    Raises:
+        UserError: the loss or the gradient is no longer finite.
+    """
+    from dedpo_diffusion.metrics import summarise
+
+    line = {"step": step, **summarise({k: accelerator.gather(v) for k, v in pairs.items()}, schedule=schedule), **numbers}
+    if not math.isfinite(line["loss"]) or not math.isfinite(line["gradient_norm"]):
+        raise UserError(
+            f"step {step}: the loss is {line['loss']}, the gradient's norm {line['gradient_norm']}; the last checkpoint is kept. "
+            "Lower optim.learning_rate, or train with mixed_precision bf16 in place of fp16"
+        )
+    return line
+
+
+def run(settings: TrainSettings) -> Path:
+    """Train a LoRA on merged preference targets."""
+    import torch
+    from accelerate import Accelerator
+
+    from dedpo_diffusion.metrics import step_metrics
+    from dedpo_diffusion.noising import draw, step_generator
+    from dedpo_diffusion.runs import MetricsLog, open_run
+    from dedpo_diffusion.step import preference_step
+
+    optim, objective = settings.optim, settings.objective
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=optim.accumulation, cpu=settings.device == "cpu"
+    )
+    model, feed, shape, identity = prepare(settings, accelerator)
+    if accelerator.is_main_process:
+        open_run(settings.out, settings, identity)
+    accelerator.wait_for_everyone()
+    optimizer = torch.optim.AdamW(
+        model.trainable().values(), lr=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
+    )
+    model.policy, optimizer = accelerator.prepare(model.unet, optimizer)
+    done = resume(settings, model, optimizer.optimizer, accelerator)
+    describe(settings, model, feed, shape, accelerator.num_processes)
+    log = MetricsLog(settings.out, done) if accelerator.is_main_process else None
+    schedule, processes, rank = len(model.process), accelerator.num_processes, accelerator.process_index
+    together = optim.batch * optim.accumulation * processes  # pairs of one step
+
+    with Progress("training", optim.steps, start=done) as progress:
+        for step in range(done, optim.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(optim, step)
+            draws = draw(
+                settings.seed, step, together, shape,
+                timesteps=objective.timesteps or (0, schedule), caption_dropout=settings.data.caption_dropout,
+            )  # fmt: skip
+            torch.manual_seed(step_generator(settings.seed, step, 2 + rank).initial_seed())  # of the adapter's dropout
+            results, batches, seen = [], [], []
+            for micro in range(optim.accumulation):
+                first = (micro * processes + rank) * optim.batch
+                part = draws.part(first, first + optim.batch)
+                batch = feed.batch(step * together + first, part, model)
+                part = part.to(accelerator.device)
+                with accelerator.accumulate(model.policy):
+                    with accelerator.autocast():
+                        result = preference_step(
+                            model, batch, timesteps=part.timesteps, noise=part.noise, beta=objective.beta, kind=objective.kind,
+                            balance=objective.balance, balance_clip=objective.balance_clip, margin_cap=objective.margin_cap,
+                        )  # fmt: skip
+                    accelerator.backward(result.loss.mean())
+                results.append(result), batches.append(batch), seen.append(part.timesteps)
+            norm = accelerator.clip_grad_norm_(model.trainable().values(), optim.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            now = step + 1
+            last = now == optim.steps
+            if now % settings.log_every == 0 or now % settings.checkpoint_every == 0 or now == 1 or last:
+                pairs = step_metrics(results, batches, torch.cat(seen), schedule=schedule)
+                line = record(pairs, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), learning_rate=learning_rate(optim, step))
+                if log is not None:
+                    log.write(line)
+            if now % settings.checkpoint_every == 0 or last:
+                save(settings, model, optimizer.optimizer, accelerator, now)
+            progress.advance(note=f"loss {line['loss']:.3f}, implicit accuracy {line['implicit_accuracy'] or 0:.2f}")
+    if log is not None:
+        log.close()
+    accelerator.end_training()
+    return settings.out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return stage(TrainSettings, run, argv, prog="dedpo train")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""The step on a real (tiny, random) Stable Diffusion with a LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from conftest import build_tiny_model
+from dedpo_diffusion import preference_step
+from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.records import Conditioning, PairBatch
+
+TARGETS = torch.tensor([-3.0, 0.0, 0.3, 1.0, 4.0])
+
+
+def backbone(folder, *, trained: bool = False) -> Backbone:
+    model = Backbone(str(folder), device=torch.device("cpu"))
+    torch.manual_seed(1)
+    model.add_lora(rank=4, alpha=4)
+    if trained:
+        for parameter in model.trainable().values():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def batch(pairs: int = 5) -> tuple[PairBatch, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randn(pairs, 16, 16, generator=generator)
+    latents = torch.randn(pairs, 2, 4, 8, 8, generator=generator)
+    noise = torch.randn(pairs, 4, 8, 8, generator=generator)
+    t = torch.randint(1000, (pairs,), generator=generator)
+    return PairBatch(latents, Conditioning(text), TARGETS[:pairs], torch.ones(pairs)), t, noise
+
+
+@pytest.mark.parametrize("balance", ["none", "output", "relative"])
+def test_a_fresh_lora_gives_margin_zero_and_loss_log_two(tiny_model, balance):
+    pairs, t, noise = batch()
+    result = preference_step(backbone(tiny_model), pairs, timesteps=t, noise=noise, beta=2000.0, balance=balance)
+    assert torch.equal(result.margin, torch.zeros(5))
+    assert torch.equal(result.policy_errors, result.reference_errors)
+    torch.testing.assert_close(result.loss, torch.full((5,), math.log(2)))
+
+
+def test_a_fresh_lora_still_gets_a_gradient(tiny_model):
+    model = backbone(tiny_model)
+    pairs, t, noise = batch()
+    preference_step(model, pairs, timesteps=t, noise=noise, beta=2000.0).loss.mean().backward()
+    norms = {name: p.grad.norm().item() for name, p in model.trainable().items()}
+    assert max(value for name, value in norms.items() if "lora_B" in name) > 0
+    assert all(p.grad is None for name, p in model.unet.named_parameters() if "lora_" not in name)
+
+
+def test_the_reference_is_the_base_model_bit_for_bit(tiny_model):
+    plain = Backbone(str(tiny_model), device=torch.device("cpu"))
+    adapted = backbone(tiny_model, trained=True)
+    pairs, t, _ = batch()
+    with torch.no_grad():
+        base = plain.predict(pairs.latents, t, pairs.conditioning)
+        policy = adapted.predict(pairs.latents, t, pairs.conditioning)
+    assert torch.equal(adapted.predict(pairs.latents, t, pairs.conditioning, reference=True), base)
+    assert (policy - base).abs().max() > 1e-3
+    assert all(p.requires_grad for p in adapted.trainable().values())
+
+
+def test_swapping_the_images_and_the_target_leaves_the_loss_unchanged(tiny_model):
+    model = backbone(tiny_model, trained=True)
+    pairs, t, noise = batch()
+    swapped = dataclasses.replace(pairs, latents=pairs.latents.flip(1), target=1 - pairs.target)
+    one, other = (preference_step(model, b, timesteps=t, noise=noise, beta=20.0) for b in (pairs, swapped))
+    assert one.margin.abs().min() > 1e-3
+    # the two orders go through the same kernels at other places of the batch: float32 rounding of e times beta
+    torch.testing.assert_close(one.loss, other.loss, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one.margin, -other.margin, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_equals_diffusion_dpo_written_out(tmp_path, prediction):
+    """The published arithmetic on the same tensors: four separate passes, one image each, hard labels."""
+    model = backbone(build_tiny_model(tmp_path, prediction_type=prediction), trained=True)
+    pairs, t, noise = batch()
+    winner_first = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
+    pairs = dataclasses.replace(pairs, target=winner_first)
+    ours = preference_step(model, pairs, timesteps=t, noise=noise, beta=30.0, balance="none").loss
+    gradient = torch.autograd.grad(ours.mean(), list(model.trainable().values()))
+
+    cumulated = model.process.alphas_cumprod[t].view(-1, 1, 1, 1)
+    alpha, sigma = cumulated.sqrt(), (1 - cumulated).sqrt()
+
+    def error(latents: torch.Tensor) -> torch.Tensor:
+        wanted = noise if prediction == "epsilon" else alpha * noise - sigma * latents
+        predicted = model.unet(alpha * latents + sigma * noise, t, pairs.conditioning.text).sample
+        return (predicted - wanted).pow(2).mean(dim=[1, 2, 3])
+
+    index = (1 - winner_first).long()
+    winner, loser = (pairs.latents[torch.arange(5), i] for i in (index, 1 - index))
+    with torch.no_grad(), model.reference():
+        reference = error(winner) - error(loser)
+    inside = -0.5 * 30.0 * (error(winner) - error(loser) - reference)
+    theirs = -torch.nn.functional.logsigmoid(inside)
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-6)
+    assert (ours - math.log(2)).abs().max() > 0.01
+    for a, b in zip(gradient, torch.autograd.grad(theirs.mean(), list(model.trainable().values())), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_weights_multiply_the_loss(tiny_model):
+    model = backbone(tiny_model, trained=True)
+    pairs, t, noise = batch()
+    weight = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0])
+    one = preference_step(model, pairs, timesteps=t, noise=noise, beta=20.0).loss
+    other = preference_step(model, dataclasses.replace(pairs, weight=weight), timesteps=t, noise=noise, beta=20.0).loss
+    assert torch.equal(other, one * weight)
