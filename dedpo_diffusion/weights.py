@@ -37,7 +37,7 @@ def diffusers_lora(
         if ".default." not in name:
             raise ValueError(f"{name} is not a parameter of the default adapter")
         renamed["unet." + name.replace(".default.", ".")] = value.detach().float().cpu().contiguous()
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(targets), "lora_dropout": 0.0, "use_dora": False, "use_rslora": False}
+    config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(targets), "use_dora": False, "use_rslora": False}
     return renamed, {f"unet.{key}": value for key, value in config.items()}
 
 

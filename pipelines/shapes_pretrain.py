@@ -46,7 +46,7 @@ class PretrainSettings:
     seed: int = 0
     vae_steps: int = 8000
     judge_steps: int = 1200
-    unet_steps: int = 7000
+    unet_steps: int = 4500
     images: int = 24000
     caption_noise: float = 0.12
     compile: bool = False

@@ -56,8 +56,8 @@ def read(image: Image.Image) -> Reading:
     if image.size != (PIXELS, PIXELS):
         image = image.resize((PIXELS, PIXELS), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
-    border = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[3:-3, :3].reshape(-1, 3), pixels[3:-3, -3:].reshape(-1, 3)])
-    background_rgb = np.median(border, axis=0)
+    edges = (pixels[:3], pixels[-3:], pixels[3:-3, :3], pixels[3:-3, -3:])
+    background_rgb = np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
     foreground = np.linalg.norm(pixels - background_rgb, axis=-1) > CONTRAST
     blobs, _ = ndimage.label(foreground)
     areas = np.bincount(blobs.ravel())
