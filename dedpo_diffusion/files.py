@@ -64,6 +64,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary file or folder that a killed process left behind."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_file(path) as temporary:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from .console import UserError
-from .files import write_text
+from .files import is_leftover, write_text
 
 
 def plain(value: Any) -> Any:
@@ -42,15 +42,15 @@ def open_run(folder: Path, settings: Any, identity: Mapping[str, str]) -> None:
     wanted = {"settings": plain(settings), "identity": dict(identity)}
     settings_file, identity_file = folder / "settings.yaml", folder / "identity.json"
     if not settings_file.is_file():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not is_leftover(file) for file in folder.iterdir()):
             raise UserError(f"{folder}: not empty and not a run folder; choose another --out")
-        write_text(identity_file, json.dumps(wanted["identity"], indent=2) + "\n")
         write_text(settings_file, yaml.safe_dump(wanted["settings"], sort_keys=False))
-        return
     held = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
     difference = first_difference(held, wanted["settings"])
     if difference:
         raise UserError(f"{folder}: holds another run ({difference}); choose another --out, or remove the folder")
+    if not identity_file.is_file():
+        write_text(identity_file, json.dumps(wanted["identity"], indent=2) + "\n")
     changed = first_difference(json.loads(identity_file.read_text(encoding="utf-8")), wanted["identity"])
     if changed:
         raise UserError(f"{folder}: cannot go on, its inputs have changed since it began ({changed}); choose another --out")

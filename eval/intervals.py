@@ -87,7 +87,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     """
     if not (n > 0 and 0 <= successes <= n):
         raise ValueError(f"{successes} successes of {n} trials")
-    low, high = wilson_interval(successes, n)  # type: ignore[arg-type]
+    low, high = wilson_interval(successes, n)
     return low, high
 
 

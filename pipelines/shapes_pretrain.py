@@ -235,7 +235,7 @@ def build_scheduler():
     """DPM-Solver++ on Stable Diffusion's noise schedule."""
     from diffusers import DPMSolverMultistepScheduler
 
-    return DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon", use_karras_sigmas=True)
+    return DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon", use_karras_sigmas=True, steps_offset=1)
 
 
 def train_unet(settings: PretrainSettings, vae, tokenizer):

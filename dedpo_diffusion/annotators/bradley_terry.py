@@ -46,7 +46,8 @@ class BradleyTerry:
 
     def probability(self, scores: np.ndarray) -> np.ndarray:
         """P(image 0 is preferred), (N,) in [0, 1], of raw scores (N, 2); exact in both tails."""
-        return expit((scores[:, 0] - scores[:, 1]) / self.temperature)
+        with np.errstate(over="ignore"):  # an infinite logit is a sure answer
+            return expit((scores[:, 0] - scores[:, 1]) / self.temperature)
 
     def prefer(self, prompts: Sequence[str], images_0: Sequence[Image], images_1: Sequence[Image]) -> np.ndarray:
         """P(image 0 is preferred) of N pairs.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..console import UserError, say
@@ -43,7 +44,8 @@ class PickScore:
     def __init__(self, location: str | None = None, *, device: str | None = None, batch: int = 64) -> None:
         folder = _folder(location or MODEL)
         self.model = _load_model(folder)
-        self.processor = _load_processor(PROCESSOR if (location or MODEL) == MODEL else str(folder))
+        words = self.model.config.text_config.vocab_size
+        self.processor = _load_processor(PROCESSOR if (location or MODEL) == MODEL else str(folder), words)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         self.batch = batch
@@ -103,12 +105,15 @@ def _folder(location: str) -> Path:
         return Path(snapshot_download(location, allow_patterns=FILES))
     except (OSError, ValueError, HFValidationError) as error:  # no network, no such repository, no repository's name
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"pickscore: {location} is no folder here and cannot be had from the hub ({reason}); give pickscore=FOLDER") from error
+        text = f"pickscore: {location} is no folder here and cannot be had from the hub ({reason}); give pickscore=FOLDER"
+        raise UserError(text) from error
 
 
 def _load_model(folder: Path) -> Any:
     from transformers import CLIPModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of reading the weights: a second of noise
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:
@@ -116,22 +121,29 @@ def _load_model(folder: Path) -> Any:
     if kind != "clip":
         raise UserError(f"pickscore: {folder} holds a model of type {kind!r}, not 'clip'; give the folder of a CLIPModel")
     try:
-        model, info = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        loaded: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"pickscore: {folder} cannot be loaded ({str(error).strip().splitlines()[0]}); copy it again") from error
+    model, info = loaded
     if info["missing_keys"]:  # these would be left random
         raise UserError(f"pickscore: {folder}: the weights lack {sorted(info['missing_keys'])[0]}; copy the folder again")
     return model.eval().requires_grad_(False)
 
 
-def _load_processor(source: str) -> Any:
+def _load_processor(source: str, words: int) -> Any:
+    """The processor, whose tokenizer must know the model's `words` (without its files transformers makes an empty one)."""
     from transformers import CLIPProcessor
 
+    remedy = f"save the processor beside the model (published PickScore: that of {PROCESSOR})"
     try:
-        return CLIPProcessor.from_pretrained(source)
+        processor = CLIPProcessor.from_pretrained(source)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"pickscore: {source} holds no CLIPProcessor ({reason}); save the processor beside the model") from error
+        raise UserError(f"pickscore: {source} holds no CLIPProcessor ({reason}); {remedy}") from error
+    if not 0.9 * words <= len(processor.tokenizer) <= words:  # some models pad their vocabulary
+        known = f"a tokenizer of {len(processor.tokenizer)} tokens, and the model has {words}"
+        raise UserError(f"pickscore: {source} holds no CLIPProcessor of this model ({known}); {remedy}")
+    return processor
 
 
 def weights_digest(folder: Path) -> str:

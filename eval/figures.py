@@ -1,0 +1,194 @@
+"""The report's drawings: interval plots and curves as inline SVG, the contact sheet with Pillow.
+
+An SVG takes its text colour from the page and its series' colours from the CSS variables --s0, --s1, ...
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SERIES = 7  # colours of the page, base first
+POINTS = 240  # of a curve; more are averaged
+PAPER, INK, SOFT = (255, 255, 255), (24, 28, 36), (96, 104, 118)
+
+
+def colour(number: int) -> str:
+    """The CSS colour of a series."""
+    return f"var(--s{number if number < SERIES else 1 + (number - 1) % (SERIES - 1)})"
+
+
+def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """Round numbers within [low, high], about `wanted` of them."""
+    raw = (high - low) / max(wanted, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.8)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """A tick's label: four digits, no trailing zeros."""
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+").replace("-", "\N{MINUS SIGN}")
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "soft") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, kind: str) -> str:
+    return f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" class="{kind}"/>'
+
+
+def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One line of an interval plot; `series` picks the colour."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    series: int
+
+
+def forest(gains: Sequence[Gain], title: str) -> str:
+    """An interval plot: a dot and its interval for each gain, and the line of no gain. Returns an SVG."""
+    width, left, right, row = 420.0, 112.0, 16.0, 40.0
+    height = row * len(gains) + 34
+    low, high = min(0.0, *(g.low for g in gains)), max(0.0, *(g.high for g in gains))
+    pad = 0.06 * (high - low) or 1.0
+    low, high = low - pad, high + pad
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * (width - left - right)
+
+    parts = []
+    for tick in ticks(low, high):
+        parts += [_line(x(tick), 8, x(tick), height - 24, "grid"), _text(x(tick), height - 8, number(tick), "middle")]
+    parts.append(_line(x(0), 4, x(0), height - 24, "zero"))
+    for place, gain in enumerate(gains):
+        y, paint = 8 + row * (place + 0.5), colour(gain.series)
+        name = gain.name if len(gain.name) <= 15 else gain.name[:14] + "…"
+        parts.append(_text(left - 10, y + 4, name, "end", "ink"))
+        ends = f'x1="{x(gain.low):.1f}" y1="{y}" x2="{x(gain.high):.1f}" y2="{y}"'
+        parts.append(f'<line {ends} stroke="{paint}" stroke-width="3" stroke-linecap="round"/>')
+        parts.append(f'<circle cx="{x(gain.mean):.1f}" cy="{y}" r="5.5" fill="{paint}"/>')
+        value = f"{gain.mean:+.3f}".replace("-", "\N{MINUS SIGN}")
+        parts.append(_text(min(max(x(gain.mean), left + 16), width - 24), y - 10, value, "middle"))
+    return _svg(width, height, title, parts)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart: points (x, y), x rising; `series` picks the colour."""
+
+    name: str
+    points: list[tuple[float, float]]
+    series: int
+
+
+def _thinned(points: list[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
+    """Means of equal runs of points, at most `most` of them."""
+    size = math.ceil(len(points) / most) or 1
+    runs = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
+
+
+def smoothed(points: list[tuple[float, float]], share: float = 0.08) -> list[tuple[float, float]]:
+    """A centred moving average over `share` of the points, narrower at the ends."""
+    half = int(len(points) * share / 2)
+    out = []
+    for place, (x, _) in enumerate(points):
+        reach = min(half, place, len(points) - 1 - place)
+        window = points[place - reach : place + reach + 1]
+        out.append((x, sum(y for _, y in window) / len(window)))
+    return out
+
+
+def chart(curves: Sequence[Curve], title: str, *, smooth: bool = False, zero: bool = False) -> str:
+    """Lines in one frame; with `smooth` the raw line stays behind, faintly. Returns an SVG.
+
+    Args:
+        curves: at least one, with at least one point each.
+        title: for screen readers.
+        smooth: draw the moving average.
+        zero: mark the line y = 0, where it is in the frame.
+    """
+    width, height, left, bottom, top, right = 320.0, 176.0, 54.0, 22.0, 8.0, 8.0
+    xs, ys = ([point[axis] for curve in curves for point in curve.points] for axis in (0, 1))
+    (x_low, x_high), (y_low, y_high) = (_span(values) for values in (xs, ys))
+
+    def place(point: tuple[float, float]) -> str:
+        x = left + (point[0] - x_low) / (x_high - x_low) * (width - left - right)
+        y = height - bottom - (point[1] - y_low) / (y_high - y_low) * (height - bottom - top)
+        return f"{x:.1f},{y:.1f}"
+
+    parts = []
+    for tick in ticks(y_low, y_high):
+        y = float(place((x_low, tick)).split(",")[1])
+        parts += [_line(left, y, width - right, y, "zero" if zero and tick == 0 else "grid"), _text(left - 6, y + 4, number(tick), "end")]
+    for tick in ticks(x_low, x_high, 5):
+        x = float(place((tick, y_low)).split(",")[0])
+        parts.append(_text(min(x, width - 14), height - 6, number(tick), "middle"))
+    for curve in curves:
+        points = _thinned(curve.points)
+        lines = [(points, 0.25, 1.0), (smoothed(points), 1.0, 2.0)] if smooth and len(points) > 8 else [(points, 1.0, 2.0)]
+        for line, opacity, stroke in lines:
+            path = " ".join(map(place, line if len(line) > 1 else line * 2))
+            style = f'fill="none" stroke="{colour(curve.series)}" stroke-width="{stroke}" opacity="{opacity}"'
+            parts.append(f'<polyline points="{path}" {style} stroke-linejoin="round" stroke-linecap="round"/>')
+    return _svg(width, height, title, parts)
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2)
+
+
+def contact_sheet(prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[Image], Sequence[str]]]) -> Image:
+    """A picture of all arms: one row a prompt, one column an arm.
+
+    Args:
+        prompts: R prompts.
+        columns: for each arm its name, its R images, and R captions (scores).
+
+    Returns:
+        An RGB image.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell = 128 if all(image.width <= 128 for _, images, _ in columns for image in images) else 256
+    gap, head, label, foot = 12, 40, 190, 24
+    row = cell + foot + gap
+    sheet = Image.new("RGB", (label + len(columns) * (cell + gap) + gap, head + len(prompts) * row + gap), PAPER)
+    draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(17), ImageFont.load_default(15)
+    for k, (name, images, captions) in enumerate(columns):
+        x = label + gap + k * (cell + gap)
+        draw.text((x, 11), name, fill=INK, font=large)
+        for r, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            y = head + r * row
+            sheet.paste(_fitted(image, cell), (x, y))
+            draw.text((x, y + cell + 4), caption, fill=SOFT, font=small)
+    for r, prompt in enumerate(prompts):
+        lines = textwrap.wrap(prompt, 22)[: cell // 21]
+        draw.multiline_text((gap, head + r * row), "\n".join(lines), fill=INK, font=small, spacing=5)
+    return sheet
+
+
+def _fitted(image: Image, cell: int) -> Image:
+    """A square picture; small ones keep their hard pixels."""
+    from PIL import Image as Pillow
+    from PIL import ImageOps
+
+    method = Pillow.Resampling.NEAREST if image.width < cell else Pillow.Resampling.LANCZOS
+    return ImageOps.pad(image.convert("RGB"), (cell, cell), method=method, color=PAPER)

@@ -1,0 +1,209 @@
+"""`dedpo compare` on scored sample folders: the numbers, the verdict, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from test_score import PROMPTS, write_samples
+
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.evaluation import score
+from dedpo_diffusion.evaluation.compare import compare, main
+from dedpo_diffusion.evaluation.intervals import paired_difference, win_rate
+from dedpo_diffusion.settings import CompareSettings
+
+CLUSTERS = np.repeat(np.arange(len(PROMPTS)), 2)
+BASE = np.linspace(0.2, 0.8, 12)
+
+
+def put_scores(folder, **by_scorer):
+    """Write scores.parquet: (12,) scores by scorer name, in the order of the index."""
+    index = score.read_index(folder)
+    rows = [
+        {**row, "scorer": name, "version": f"{name}-1", "score": float(value)}
+        for name, values in by_scorer.items() for row, value in zip(index, values, strict=True)
+    ]  # fmt: skip
+    score.write_scores(folder, index, rows)
+    return folder
+
+
+@pytest.fixture
+def arms(tmp_path):
+    """Base; "even", which wins as often as it loses; "tuned", which is better everywhere."""
+    values = {"base": BASE, "even": BASE + 0.1 * np.tile([1, -1], 6), "tuned": BASE + 0.2 + 0.05 * np.sin(np.arange(12))}
+    return [put_scores(write_samples(tmp_path / name), truth=v, proxy=-v) for name, v in values.items()]
+
+
+def settings(folders, **changes):
+    return CompareSettings(folders=list(folders), **{"resamples": 500, "held_out": ["truth"], **changes})
+
+
+def scores_of(folder):
+    rows = [row for row in pq.read_table(folder / "scores.parquet").to_pylist() if row["scorer"] == "truth"]
+    return np.array([row["score"] for row in rows])
+
+
+def test_numbers_are_those_of_the_interval_functions(arms):
+    found = compare(settings(arms))
+    assert (found["primary"], found["base"], found["n_images"], found["n_prompts"], found["resamples"]) == ("truth", "base", 12, 6, 500)
+    for folder in arms:
+        mine, base, entry = scores_of(folder), scores_of(arms[0]), found["arms"][folder.name]
+        assert entry["gain_over_base"] == paired_difference(mine, base, CLUSTERS, resamples=500).as_dict()
+        assert entry["win_rate_vs_base"] == win_rate(mine, base, CLUSTERS, resamples=500).as_dict()
+        assert entry["truth"]["mean"] == pytest.approx(mine.mean()) and entry["truth"]["ci"][0] < mine.mean() < entry["truth"]["ci"][1]
+        assert (entry["truth"]["n"], entry["truth"]["version"]) == (12, "truth-1")
+        assert entry["by_scorer"]["proxy"]["gain_over_base"]["mean"] == pytest.approx((base - mine).mean())
+    gap = paired_difference(scores_of(arms[2]), scores_of(arms[1]), CLUSTERS, resamples=500).as_dict()
+    assert found["differences"] == {"tuned_minus_even": gap}
+
+
+def test_known_values(arms):
+    """even: six gains of 0.1 and six losses of 0.1, one each a prompt, so every resample gives 0 and one half."""
+    even = compare(settings(arms))["arms"]["even"]
+    np.testing.assert_allclose([even["gain_over_base"]["mean"], *even["gain_over_base"]["ci"]], 0, atol=1e-15)
+    assert even["win_rate_vs_base"] == {"mean": 0.5, "ci": [0.5, 0.5]}
+
+
+def test_the_base_against_itself_is_exactly_nothing(arms):
+    entry = compare(settings(arms))["arms"]["base"]
+    assert entry["gain_over_base"] == {"mean": 0.0, "ci": [0.0, 0.0]} and entry["win_rate_vs_base"] == {"mean": 0.5, "ci": [0.5, 0.5]}
+
+
+def test_the_order_of_the_rows_changes_nothing(arms):
+    before = compare(settings(arms))
+    for name in ("index", "scores"):
+        table = pq.read_table(arms[2] / f"{name}.parquet")
+        pq.write_table(table.take(pa.array(np.random.default_rng(0).permutation(len(table)))), arms[2] / f"{name}.parquet")
+    after = compare(settings(arms))
+    assert list(after["arms"]["tuned"]["by_scorer"]) and after == before
+
+
+def test_swapping_base_and_arm_mirrors_the_gain(arms):
+    there, back = compare(settings(arms[::2])), compare(settings(arms[::-2]))
+    forward, backward = there["arms"]["tuned"]["gain_over_base"], back["arms"]["base"]["gain_over_base"]
+    np.testing.assert_allclose([forward["mean"], *forward["ci"]], [-backward["mean"], *[-x for x in backward["ci"][::-1]]], atol=1e-12)
+    assert there["arms"]["tuned"]["win_rate_vs_base"]["mean"] == 1.0 and back["arms"]["base"]["win_rate_vs_base"]["mean"] == 0.0
+
+
+def test_verdicts_say_better_worse_or_that_it_cannot_be_told(arms):
+    better, worse, untold = (compare(settings(pair))["verdict"] for pair in (arms[::2], arms[::-2], arms[:2]))
+    assert better.startswith("On truth, tuned is better than base: gain +0.2") and "win rate 100.0%" in better
+    assert worse.startswith("On truth, base is worse than tuned: gain -0.2")
+    assert untold.startswith("On truth, no difference between even and base can be told: gain")
+    both = compare(settings(arms))["verdict"]
+    assert "of 2 arms tuned has the largest gain, ahead of even (+0.2" in both
+    proxy = compare(settings(arms, primary="proxy"))
+    assert proxy["verdict"].startswith("On proxy, which is not known to be held out of the training labels, no difference between even")
+    assert "ahead of tuned (+0.2" in proxy["verdict"]
+
+
+def test_a_rival_that_cannot_be_told_apart_is_named(arms, tmp_path):
+    rival = put_scores(write_samples(tmp_path / "rival"), truth=scores_of(arms[2]) + 0.1 * np.tile([1, 1, -1.1, -1.1], 3), proxy=BASE)
+    assert "tuned has the largest gain, ahead of even (" in (verdict := compare(settings([*arms, rival]))["verdict"])
+    assert ", but not distinguishable from rival (+0.00" in verdict
+    assert set(compare(settings([*arms, rival]))["differences"]) == {"tuned_minus_even", "rival_minus_even", "rival_minus_tuned"}
+
+
+def test_the_command_writes_results_page_and_sheet_together(arms, tmp_path, capsys):
+    out = tmp_path / "made" / "report.html"
+    arguments = ["--out", str(out), "--resamples", "500", "--held_out+", "truth", "--primary", "truth", "--seed", "3"]
+    assert main([*map(str, arms), *arguments]) == 0
+    found = json.loads((out.parent / "results.json").read_text())
+    assert found == compare(settings(arms, seed=3, primary="truth"))
+    assert sorted(path.name for path in out.parent.iterdir()) == ["contact_sheet.png", "report.html", "results.json"]
+    printed = capsys.readouterr().out
+    assert found["verdict"] in printed and "truth (truth-1), held out" in printed and "proxy (proxy-1), not held out" in printed
+
+
+def test_notes_name_arms_sampled_otherwise_and_judges_called_held_out(arms, tmp_path):
+    for folder, guidance in zip(arms, (3.0, 3.0, 7.5), strict=True):
+        (folder / "settings.yaml").write_text(yaml.safe_dump({"guidance": guidance, "lora": folder.name, "steps": 20}))
+    (tmp_path / "mix.json").write_text(json.dumps({"judge": "truth"}))
+    found = compare(settings(arms, targets=[tmp_path / "mix.json"]))["notes"]
+    assert found == [
+        "tuned was sampled with guidance 7.5, base with 3.0.",
+        "truth is called held out, yet it is the judge of the targets mix.",
+    ]
+
+
+def change_index(folder, row, **changes):
+    rows = score.read_index(folder)
+    rows[row] = {**rows[row], **changes}
+    pq.write_table(pa.Table.from_pylist(rows), folder / "index.parquet")
+    put_scores(folder, truth=BASE, proxy=BASE)
+
+
+def shorten(folder):
+    pq.write_table(pq.read_table(folder / "index.parquet").slice(0, 10), folder / "index.parquet")
+    put_scores(folder, truth=BASE[:10], proxy=BASE[:10])
+
+
+def drop_half_the_scores(folder):
+    table = pq.read_table(folder / "scores.parquet")
+    pq.write_table(table.slice(4), folder / "scores.parquet")
+
+
+def other_version(folder):
+    table = pq.read_table(folder / "scores.parquet")
+    versions = pa.array([value.replace("truth-1", "truth-2") for value in table["version"].to_pylist()])
+    pq.write_table(table.set_column(table.column_names.index("version"), "version", versions), folder / "scores.parquet")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: change_index(f, 5, seed=999), r"image 5 in the order of prompts and seeds has seed 999, there 105"),
+        (lambda f: change_index(f, 4, prompt="a cat"), r"image 4 .* has prompt 'a cat', there 'a "),
+        (lambda f: change_index(f, 11, prompt_index=17), "image 11 .* has prompt_index 17, there 5"),
+        (shorten, "10 images against 12"),
+        (lambda f: (f / "scores.parquet").unlink(), "tuned holds no scores; run `dedpo score"),
+        (drop_half_the_scores, r"4 of 12 images have no score of truth \(first: 0-0.png\)"),
+        (lambda f: put_scores(f, other=BASE), "share no scorer .*tuned: other"),
+        (other_version, "was scored with truth-2, .* with truth-1: such scores do not compare"),
+        (lambda f: (f / "3-0.png").unlink(), "3-0.png is missing"),
+    ],
+)
+def test_folders_that_do_not_compare(arms, damage, message):
+    damage(arms[2])
+    with pytest.raises(UserError, match=message):
+        compare(settings(arms))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"primary": "beauty"}, r"--primary beauty: no scorer that all folders share \(those are: truth, proxy\)"),
+        ({"held_out": ["trut"]}, "--held_out trut: no scorer"),
+        ({"resamples": 5}, "resamples is 5"),
+    ],
+)
+def test_bad_settings(arms, changes, message):
+    with pytest.raises(UserError, match=message):
+        compare(settings(arms, **changes))
+
+
+def test_folders_that_make_no_comparison(arms, tmp_path):
+    with pytest.raises(UserError, match="two folders or more"):
+        compare(settings(arms[:1]))
+    twin = put_scores(write_samples(tmp_path / "again" / "tuned"), truth=BASE, proxy=BASE)
+    with pytest.raises(UserError, match="two folders are named 'tuned'"):
+        compare(settings([*arms, twin]))
+
+
+def test_one_prompt_tells_nothing_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_score.PROMPTS", PROMPTS[:1])
+    both = [put_scores(write_samples(tmp_path / name), truth=BASE[:2]) for name in "ab"]
+    with pytest.raises(UserError, match="one prompt only"):
+        compare(settings(both))
+
+
+def test_a_mistake_leaves_nothing_half_written(arms, tmp_path, capsys):
+    out = tmp_path / "made" / "report.html"
+    assert main([*map(str, arms), "--out", str(out), "--runs+", str(tmp_path / "no-run")]) == 2
+    assert "there is no run folder" in capsys.readouterr().err
+    assert not out.parent.exists()

@@ -1,0 +1,219 @@
+"""Scorers and the Bradley-Terry judge: their arithmetic by hand, and what they refuse."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.scorers import load_scorer
+from dedpo_diffusion.shapes import oracle, world
+
+PROMPTS = [attributes.prompt for attributes in world.VOCABULARY[::29]]  # five
+
+
+def pictures(count: int = 5, size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def build_judge(folder: Path, seed: int = 0) -> Path:
+    """A CLIPModel with random weights and its processor, in PickScore's file format."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from dedpo_diffusion.pipelines.shapes_pretrain import TOKENS, build_tokenizer, judge_processor
+
+    tokenizer = build_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
+    text = {**small, "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, **ends}
+    torch.manual_seed(seed)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**small, "image_size": 64, "patch_size": 16}, projection_dim=8))
+    model.logit_scale.data.fill_(1.5)
+    model.save_pretrained(folder)
+    judge_processor(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory) -> Path:
+    return build_judge(tmp_path_factory.mktemp("judge") / "judge")
+
+
+def load(spec: str, batch: int = 64):
+    return load_scorer(spec, device="cpu", batch=batch)
+
+
+@torch.no_grad()
+def by_hand(folder: Path, prompt: str, image: Image.Image) -> float:
+    """exp(logit_scale) * cosine from the towers and the projections, one image at a time, pixels to [-1, 1] by numpy."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    model, tokenizer = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(folder)
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)[0]
+    read = model.text_projection(model.text_model(input_ids=tokenizer([prompt], return_tensors="pt").input_ids).pooler_output)[0]
+    return float(model.logit_scale.exp() * (seen @ read) / (seen.norm() * read.norm()))
+
+
+def test_pickscore_is_the_scaled_cosine(judge):
+    """Tolerance: float32 through other batch shapes, on scores of size 1."""
+    found = load(f"pickscore={judge}").score(PROMPTS, pictures())
+    assert found.shape == (5,) and found.dtype == np.float64
+    np.testing.assert_allclose(found, [by_hand(judge, p, i) for p, i in zip(PROMPTS, pictures(), strict=True)], atol=1e-5)
+    assert np.ptp(found) > 0.01  # the test would see mixed-up rows
+    assert np.abs(found).max() <= np.exp(1.5)
+
+
+def test_a_score_depends_on_its_own_prompt_and_image_alone(judge):
+    together = load(f"pickscore={judge}").score([*PROMPTS, PROMPTS[0]], [*pictures(), pictures()[1]])
+    np.testing.assert_allclose(load(f"pickscore={judge}", batch=2).score(PROMPTS, pictures()), together[:5], atol=1e-5)
+    np.testing.assert_allclose(load(f"pickscore={judge}").score([PROMPTS[0]], [pictures()[1]]), together[5:], atol=1e-5)
+    assert load(f"pickscore={judge}").score([], []).shape == (0,)
+
+
+def test_a_half_precision_file_is_computed_in_float32(judge, tmp_path):
+    from transformers import CLIPModel
+
+    shutil.copytree(judge, tmp_path / "half")
+    CLIPModel.from_pretrained(judge, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    scorer = load(f"pickscore={tmp_path / 'half'}")
+    assert {p.dtype for p in scorer.model.parameters()} == {torch.float32}
+    np.testing.assert_allclose(scorer.score(PROMPTS, pictures()), load(f"pickscore={judge}").score(PROMPTS, pictures()), atol=0.02)
+
+
+def test_the_version_is_the_digest_of_the_weights(judge, tmp_path):
+    digest = hashlib.sha256((judge / "model.safetensors").read_bytes()).hexdigest()
+    assert load(f"pickscore={judge}").version == f"pickscore-{digest[:12]}-logit"
+    assert load(f"pickscore={build_judge(tmp_path / 'other', seed=1)}").version != load(f"pickscore={judge}").version
+
+
+def test_longer_prompts_are_cut_and_that_is_said(judge, capsys):
+    long = PROMPTS[0] + " red" * 20
+    scorer = load(f"pickscore={judge}")
+    assert np.isfinite(scorer.score([long], pictures(1))).all()
+    assert "reads 16 tokens" in capsys.readouterr().out
+    scorer.score(PROMPTS, pictures())
+    assert capsys.readouterr().out == ""
+
+
+def test_pickscore_takes_any_size_and_mode(judge):
+    scorer, image = load(f"pickscore={judge}"), pictures(1, size=(96, 80))[0]
+    one, other = scorer.score(PROMPTS[:2], [image.convert("L"), image.convert("RGBA")])
+    assert np.isfinite([one, other]).all()
+
+
+def test_oracle_reward_is_the_oracle():
+    rng = np.random.default_rng(0)
+    images = [world.render(world.sample_scene(rng, clutter=0.5)) for _ in PROMPTS]
+    scorer = load("oracle_reward")
+    np.testing.assert_array_equal(scorer.score(PROMPTS, images), oracle.reward(PROMPTS, images))
+    assert (scorer.name, scorer.version) == ("oracle_reward", "shapes-oracle-1")
+
+
+def break_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+
+
+def drop_a_weight(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("visual_projection.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_config, "type 'bert'"),
+        (lambda folder: (folder / "config.json").unlink(), "no CLIP folder"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"none"), "cannot be loaded"),
+        (drop_a_weight, "lack visual_projection"),
+        (lambda folder: [path.unlink() for path in folder.glob("*token*")], "a tokenizer of 2 tokens"),
+        (lambda folder: (folder / "processor_config.json").unlink(), "no CLIPProcessor"),
+    ],
+)
+def test_folders_that_are_no_clip_model(judge, tmp_path, damage, message):
+    shutil.copytree(judge, tmp_path / "bad")
+    damage(tmp_path / "bad")
+    with pytest.raises(UserError, match=message):
+        load(f"pickscore={tmp_path / 'bad'}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch", "message"),
+    [
+        ("pikscore", 4, r"no scorer 'pikscore'; known: pickscore, oracle_reward"),
+        ("oracle_reward=here", 4, "has no location"),
+        ("pickscore=/no/such/folder", 4, "/no/such/folder is no folder"),
+        ("oracle_reward", 0, "batch is 0"),
+    ],
+)
+def test_specs_that_name_nothing(spec, batch, message):
+    with pytest.raises(UserError, match=message):
+        load(spec, batch)
+
+
+def test_the_oracle_refuses_other_prompts():
+    with pytest.raises(UserError, match="oracle_reward judges Shapes images only: not a Shapes prompt: 'a cat'"):
+        load("oracle_reward").score(["a cat"], pictures(1))
+
+
+class Brightness:
+    """A scorer that anyone can check: the mean pixel."""
+
+    name, version = "brightness", "brightness-1"
+
+    def score(self, prompts, images):
+        return np.array([np.asarray(image, dtype=np.float64).mean() for image in images])
+
+
+def grey(*levels: int) -> list[Image.Image]:
+    return [Image.new("RGB", (4, 4), (level,) * 3) for level in levels]
+
+
+def test_bradley_terry_by_hand():
+    """Levels 102 and 100 at temperature 2: sigmoid(1) = 0.73105857863; equal levels: 1/2."""
+    found = BradleyTerry(Brightness(), temperature=2.0).prefer(["", ""], grey(102, 7), grey(100, 7))
+    np.testing.assert_allclose(found, [0.73105857863, 0.5], atol=1e-11)
+
+
+def test_swapping_the_images_turns_the_label_around_and_no_score_overflows():
+    judge = BradleyTerry(Brightness(), temperature=0.1)
+    there, back = judge.prefer([""] * 2, grey(255, 3), grey(0, 4)), judge.prefer([""] * 2, grey(0, 4), grey(255, 3))
+    np.testing.assert_allclose(there, 1 - back, atol=1e-15)
+    assert there[0] == 1.0 and back[0] == pytest.approx(0.0, abs=1e-300)
+    np.testing.assert_array_equal(judge.probability(np.array([[1e308, -1e300], [-1e308, 1e300]])), [1.0, 0.0])
+    np.testing.assert_allclose(judge.probability(np.array([[-60.0, 0.0]])), [np.exp(-600.0)], rtol=1e-12)  # no rounding to 0
+
+
+def test_scores_keep_their_pair_and_side():
+    np.testing.assert_array_equal(BradleyTerry(Brightness()).scores([""] * 3, grey(1, 2, 3), grey(4, 5, 6)), [[1, 4], [2, 5], [3, 6]])
+
+
+def test_the_judge_version_tells_the_temperature_apart():
+    versions = {BradleyTerry(Brightness(), temperature=t).version for t in (1.0, 2.0, 1.0000001)}
+    assert len(versions) == 3 and all("brightness-1" in version for version in versions)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_temperatures_that_make_no_sense(temperature):
+    with pytest.raises(UserError, match="must be a positive number"):
+        BradleyTerry(Brightness(), temperature=temperature)
+
+
+def test_a_score_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setattr(Brightness, "score", lambda self, prompts, images: np.array([1.0, 2.0, 3.0, np.nan]))
+    with pytest.raises(UserError, match="gave nan for image 1 of prompt 'b'"):
+        BradleyTerry(Brightness()).prefer(["a", "b"], grey(1, 2), grey(3, 4))
