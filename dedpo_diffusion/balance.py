@@ -45,9 +45,7 @@ def balance_coefficients(
     return 2 * torch.sigmoid(torch.stack([u, -u], dim=1))
 
 
-def balance_errors(
-    policy_errors: Tensor, reference_errors: Tensor | None = None, *, mode: str = "output", clip: float = 10.0
-) -> Tensor:
+def balance_errors(policy_errors: Tensor, reference_errors: Tensor | None = None, *, mode: str = "output", clip: float = 10.0) -> Tensor:
     """The same errors, bit for bit, with gradients multiplied by `balance_coefficients`.
 
     Args, Raises: as `balance_coefficients`.

@@ -50,9 +50,7 @@ def save_checkpoint(
         write_json(temporary / "state.json", dict(meta))
 
 
-def load_checkpoint(
-    folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Copy a checkpoint into live parameters and optimizer, in place, and return its `state.json`.
 
     Raises:

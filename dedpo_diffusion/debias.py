@@ -377,9 +377,7 @@ def _checked_labels(values: Any, name: str, remedy: str) -> np.ndarray:
         raise ValueError(f"{name} has shape {labels.shape}: it must be (N,), one label for each of N >= 1 pairs")
     bad = np.flatnonzero((labels < 0) | (labels > 1))
     if bad.size:
-        raise ValueError(
-            f"{name}[{bad[0]}] is {labels[bad[0]]}: a label is the probability in [0, 1] that image 0 is preferred; {remedy}"
-        )
+        raise ValueError(f"{name}[{bad[0]}] is {labels[bad[0]]}: a label is the probability in [0, 1] that image 0 is preferred; {remedy}")
     return labels
 
 

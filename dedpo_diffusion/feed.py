@@ -99,9 +99,7 @@ class LiveSource:
         return read_pixels(self.reader, row, self.size, place=place, flip=self.data.flip and mirror < 0.5)
 
 
-def read_pixels(
-    reader: PairReader, row: int, size: int, *, place: tuple[float, float] = (0.5, 0.5), flip: bool = False
-) -> Tensor:
+def read_pixels(reader: PairReader, row: int, size: int, *, place: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> Tensor:
     """Decode one pair to (2, 3, size, size). Raises UserError for an image that cannot be decoded."""
     pair, where = reader.pair(row), reader.location(row)
     images = decode_image(pair.image_0, f"{where}, image_0"), decode_image(pair.image_1, f"{where}, image_1")

@@ -106,9 +106,8 @@ class Backbone:
         """
         from peft import LoraConfig
 
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=list(targets or ATTENTION), lora_dropout=dropout, init_lora_weights="gaussian"  # type: ignore[arg-type]
-        )  # peft computes alpha / r, so alpha may be any number
+        options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}  # peft computes alpha / r: any number does
+        config = LoraConfig(target_modules=list(targets or ATTENTION), init_lora_weights="gaussian", **options)
         try:
             self.unet.add_adapter(config)
         except ValueError as error:

@@ -103,9 +103,7 @@ class Draws:
         return Draws(*moved)
 
 
-def draw(
-    seed: int, step: int, pairs: int, shape: tuple[int, int, int], *, timesteps: tuple[int, int], caption_dropout: float
-) -> Draws:
+def draw(seed: int, step: int, pairs: int, shape: tuple[int, int, int], *, timesteps: tuple[int, int], caption_dropout: float) -> Draws:
     """Draw a step's randomness.
 
     Args:

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.debias import wilson_interval
-
 RESAMPLES = 10000
 LEVEL = 0.95
 CHUNK = 1 << 21  # cluster counts drawn at once: bounds the memory
@@ -77,18 +75,6 @@ def win_rate(a: np.ndarray, b: np.ndarray, clusters: np.ndarray, **options: Any)
     """
     a, b = _paired(a, b)
     return mean_interval((a > b) + 0.5 * (a == b), clusters, **options)
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's (1927) 95 % interval of a share of n independent trials; ties may count as half a success.
-
-    Raises:
-        ValueError: n is not positive, or there are more successes than trials.
-    """
-    if not (n > 0 and 0 <= successes <= n):
-        raise ValueError(f"{successes} successes of {n} trials")
-    low, high = wilson_interval(successes, n)
-    return low, high
 
 
 def _paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

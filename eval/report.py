@@ -309,7 +309,9 @@ def settings_section(folders: Iterable[Path]) -> str:
     for folder in folders:
         file = folder / "settings.yaml"
         if file.is_file():
-            parts.append(f"<details><summary>{escape(str(folder))}</summary><pre>{escape(file.read_text(encoding='utf-8'))}</pre></details>")
+            parts.append(
+                f"<details><summary>{escape(str(folder))}</summary><pre>{escape(file.read_text(encoding='utf-8'))}</pre></details>"
+            )
     return section("Settings", *parts)
 
 

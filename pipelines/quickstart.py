@@ -23,7 +23,7 @@ from dedpo_diffusion.console import UserError, say, stage
 from dedpo_diffusion.settings import QuickstartSettings
 
 ARMS = ("human_only", "naive", "tuned")
-SAMPLER = ["--steps", "20", "--guidance", "3", "--batch", "48", "--device", "cpu"]
+SAMPLER = ["--steps", "12", "--guidance", "1.5", "--batch", "48", "--device", "cpu"]
 EVALUATION_SEED = 1_000_000  # far from the seeds of the proposed pairs
 
 

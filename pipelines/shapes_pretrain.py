@@ -90,7 +90,7 @@ def build_tokenizer(folder: Path):
                 merges.append(pair)
             parts = [parts[0] + parts[1], *parts[2:]]
     vocabulary = alphabet + [letter + "</w>" for letter in alphabet] + [a + b for a, b in merges]
-    vocabulary = list(dict.fromkeys(vocabulary)) + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
@@ -183,8 +183,25 @@ def train_judge(settings: PretrainSettings, tokenizer):
     from transformers import CLIPConfig, CLIPModel
 
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": TOKENS, "projection_dim": 64, **ends}
-    vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 64, "patch_size": 8, "projection_dim": 64}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": TOKENS,
+        "projection_dim": 64,
+        **ends,
+    }
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 8,
+        "projection_dim": 64,
+    }
     torch.manual_seed(settings.seed + 1)
     judge = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
@@ -206,7 +223,9 @@ def judge_processor(tokenizer):
     """The CLIPProcessor of the judge: 64 x 64, pixels to [-1, 1]."""
     from transformers import CLIPImageProcessor, CLIPProcessor
 
-    images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    images = CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
     return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
 
 
@@ -226,8 +245,8 @@ def build_text_encoder(tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     ))  # fmt: skip
 
 
@@ -235,7 +254,9 @@ def build_scheduler():
     """DPM-Solver++ on Stable Diffusion's noise schedule."""
     from diffusers import DPMSolverMultistepScheduler
 
-    return DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon", use_karras_sigmas=True, steps_offset=1)
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon", use_karras_sigmas=True, steps_offset=1
+    )
 
 
 def train_unet(settings: PretrainSettings, vae, tokenizer):

@@ -75,8 +75,10 @@ def describe(settings: TrainSettings, model: Backbone, feed: Feed, shape: tuple[
         f"{optim.steps * together / len(feed.rows):.1f} epochs; "
         f"{sum(p.numel() for p in model.trainable().values()):,} trainable parameters"
     )
-    equal = 0.5 * objective.beta / math.prod(shape)
-    say(f"beta {objective.beta:g} with factor 0.5 on mean errors = {0.5 * objective.beta:g} without the factor = {equal:.3g} on summed errors")
+    half = 0.5 * objective.beta
+    say(
+        f"beta {objective.beta:g}, on mean errors and with the factor 0.5; without it {half:g}; on summed errors {half / math.prod(shape):.3g}"
+    )
 
 
 def resume(settings: TrainSettings, model: Backbone, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int:
@@ -142,9 +144,7 @@ def run(settings: TrainSettings) -> Path:
     if accelerator.is_main_process:
         open_run(settings.out, settings, identity)
     accelerator.wait_for_everyone()
-    optimizer = torch.optim.AdamW(
-        model.trainable().values(), lr=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.trainable().values(), lr=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay)
     model.policy, optimizer = accelerator.prepare(model.unet, optimizer)
     done = resume(settings, model, optimizer.optimizer, accelerator)
     describe(settings, model, feed, shape, accelerator.num_processes)
@@ -183,7 +183,9 @@ def run(settings: TrainSettings) -> Path:
             last = now == optim.steps
             if now % settings.log_every == 0 or now % settings.checkpoint_every == 0 or now == 1 or last:
                 pairs = step_metrics(results, batches, torch.cat(seen), schedule=schedule)
-                line = record(pairs, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), learning_rate=learning_rate(optim, step))
+                line = record(
+                    pairs, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), learning_rate=learning_rate(optim, step)
+                )
                 if log is not None:
                     log.write(line)
             if now % settings.checkpoint_every == 0 or last:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from dedpo_diffusion.debias import bootstrap_sums, merge_labels, wilson_interval
 
@@ -310,6 +311,9 @@ def test_ties_count_as_ties_and_not_in_the_agreement():
 
 def test_wilson_interval_is_the_textbooks():
     assert wilson_interval(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    for successes, n in ((0, 7), (3, 7), (250, 500)):
+        expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
+        assert wilson_interval(successes, n) == pytest.approx([expected.low, expected.high], abs=1e-12)
     assert wilson_interval(0, 10)[0] == 0.0 and wilson_interval(10, 10)[1] == pytest.approx(1.0)
 
 

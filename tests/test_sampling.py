@@ -110,7 +110,11 @@ def test_a_proposed_image_is_that_of_its_seed(tiny_model, prompts, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"images_per_prompt": 3}, "even number"), ({"images_per_prompt": 1, "pairing": "all"}, "from 2 on"), ({"model": "./none"}, "no such folder")],
+    [
+        ({"images_per_prompt": 3}, "even number"),
+        ({"images_per_prompt": 1, "pairing": "all"}, "from 2 on"),
+        ({"model": "./none"}, "no such folder"),
+    ],
 )
 def test_mistakes_of_propose(tiny_model, prompts, tmp_path, capsys, changes, words):
     assert propose.main(arguments(tiny_model, prompts, tmp_path / "data", **changes)) == 2

@@ -17,6 +17,7 @@ from .world import BACKGROUNDS, COLOURS, PIXELS, SHAPES, SIZES, parse_prompt, sh
 TERMS = ("shape", "colour", "size", "background", "clean")
 CONTRAST = 0.16  # a pixel this far (RGB distance, 1 = one full channel) from the background is foreground
 LEAST_AREA = 60  # pixels; a smaller largest blob is no object
+CLUTTERED = 40.0  # pixels of clutter that an eye calls clutter; a cluttered render has 70 or more
 CLUTTER_FULL = 180.0  # pixels of clutter at which cleanliness reaches 0
 
 
@@ -40,7 +41,7 @@ class Reading:
 
     @property
     def is_cluttered(self) -> bool:
-        return self.clutter > 12
+        return self.clutter > CLUTTERED
 
 
 def _nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:

@@ -54,9 +54,7 @@ class Scene:
     dots: tuple[tuple[float, float, float, int], ...] = ()
 
 
-VOCABULARY: tuple[Attributes, ...] = tuple(
-    Attributes(*words) for words in itertools.product(SIZES, COLOURS, SHAPES, BACKGROUNDS)
-)
+VOCABULARY: tuple[Attributes, ...] = tuple(Attributes(*words) for words in itertools.product(SIZES, COLOURS, SHAPES, BACKGROUNDS))
 
 
 def parse_prompt(prompt: str) -> Attributes:
