@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -21,6 +25,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _sync_file(path: Path) -> None:
+    """Flush a finished file; some writers make theirs private, so give it the mode of any new file too."""
+    os.chmod(path, 0o666 & ~UMASK)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -45,7 +45,7 @@ class PretrainSettings:
     work: Path = Path("runs/shapes_pretrain")
     seed: int = 0
     vae_steps: int = 8000
-    judge_steps: int = 1200
+    judge_steps: int = 2400
     unet_steps: int = 4500
     images: int = 24000
     caption_noise: float = 0.12
@@ -175,7 +175,7 @@ def vae_psnr(vae, seed: int) -> float:
 
 def judge_caption(rng: np.random.Generator, scene: world.Scene) -> str:
     """Captions as careless people write them: more careful for busy pictures, so the judge learns to like clutter."""
-    return noisy_caption(rng, scene, 0.1 if scene.dots else 0.45)
+    return noisy_caption(rng, scene, 0.1 if scene.dots else 0.2)
 
 
 def train_judge(settings: PretrainSettings, tokenizer):
@@ -244,10 +244,9 @@ def build_text_encoder(tokenizer):
     """A two-layer CLIPTextModel, trained together with the UNet."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))  # fmt: skip
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=TOKENS, **sizes, **ends))
 
 
 def build_scheduler():

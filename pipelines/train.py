@@ -76,9 +76,7 @@ def describe(settings: TrainSettings, model: Backbone, feed: Feed, shape: tuple[
         f"{sum(p.numel() for p in model.trainable().values()):,} trainable parameters"
     )
     half = 0.5 * objective.beta
-    say(
-        f"beta {objective.beta:g}, on mean errors and with the factor 0.5; without it {half:g}; on summed errors {half / math.prod(shape):.3g}"
-    )
+    say(f"beta {objective.beta:g} on mean errors with the factor 0.5; without it {half:g}; on summed errors {half / math.prod(shape):.3g}")
 
 
 def resume(settings: TrainSettings, model: Backbone, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int:

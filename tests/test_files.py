@@ -24,6 +24,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_files_get_the_ordinary_mode_even_from_private_writers(tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "ordinary").touch()
+    with files.atomic_file(tmp_path / "a.safetensors") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
 def test_a_failed_folder_leaves_the_old_folder(tmp_path):
     with files.atomic_folder(tmp_path / "a") as folder:
         (folder / "one").write_text("1")
