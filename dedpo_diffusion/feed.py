@@ -5,7 +5,6 @@ Which pair is visited when is a function of (seed, visit number) alone; nothing 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,26 +26,50 @@ from .settings import DataSettings
 VIEWS = 1  # stream of `step_generator` for flips and crops
 
 
-@dataclass(frozen=True)
 class Visits:
-    """The order in which pairs are visited: one permutation an epoch, epochs one after the other.
+    """The order in which pairs are visited, epoch after epoch, n visits an epoch.
+
+    In each epoch pair i is visited floor(n p_i) or ceil(n p_i) times, n p_i on average (systematic sampling in a random
+    order); with equal probabilities every pair is visited exactly once.
 
     Args:
         seed: the run's seed.
-        count: how many pairs there are to visit.
+        probability: p (n,), positive, summing to 1.
     """
 
-    seed: int
-    count: int
+    def __init__(self, seed: int, probability: np.ndarray) -> None:
+        self.seed, self.probability = seed, probability
+        self._epoch, self._order = -1, np.empty(0, dtype=int)
 
     def rows(self, start: int, stop: int) -> list[int]:
-        """The places, 0 to count - 1, of visits start to stop - 1."""
-        return [int(_permutation(self.seed, visit // self.count, self.count)[visit % self.count]) for visit in range(start, stop)]
+        """The places, 0 to n - 1, of visits start to stop - 1."""
+        return [self._place(visit) for visit in range(start, stop)]
+
+    def _place(self, visit: int) -> int:
+        epoch, number = divmod(visit, len(self.probability))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._draw(epoch)
+        return int(self._order[number])
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        count, rng = len(self.probability), np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(count)
+        ends = np.cumsum(self.probability[order]) * count
+        ends[-1] = count  # whatever the rounding
+        points = np.arange(count) + rng.uniform(0.01, 0.99)  # off the ends, where rounding decides
+        return rng.permutation(order[np.searchsorted(ends, points)])
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
+def visit_probability(target: np.ndarray, weight: np.ndarray, sampling: str) -> np.ndarray:
+    """How often each pair is visited, (n,), summing to 1.
+
+    "uniform": all alike. "importance": in proportion to weight * max(|target - 0.5|, 0.5), the size of the pair's gradient
+    at margin 0 (at least that of a plain label). Debiased labels stretch the few human-labelled pairs, whose gradients are
+    large and rare under uniform sampling; visited more often, each with less weight, they add less noise to a step.
+    Plain labels of equal weight are sampled uniformly either way.
+    """
+    size = np.ones(len(target)) if sampling == "uniform" else weight * np.maximum(np.abs(target - 0.5), 0.5)
+    return size / size.sum()
 
 
 @dataclass(frozen=True)
@@ -128,32 +151,35 @@ def open_cache(reader: PairReader, model: Backbone, *, root: Path, fingerprint: 
 class Feed:
     """Batches of weighted pairs.
 
-    Pairs of weight 0 are never visited; the weights of the others are multiplied by their share of the pool, so that
-    the mean over visits still estimates the mean over the pool.
+    Pairs of weight 0 are never visited. The others are visited with probability p and weighted by 1 / (N p), N being
+    all pairs of the pool, so that the mean over visits estimates the mean over the pool without bias.
 
     Args:
         reader: the pair dataset.
         source: where encoded pairs come from.
         targets: name of the targets in the dataset's folder.
         seed: the run's seed.
+        sampling: see `visit_probability`.
 
     Raises:
         UserError: targets that are not this dataset's, or no pair that carries weight.
     """
 
-    def __init__(self, reader: PairReader, source: Source, *, targets: str, seed: int) -> None:
+    def __init__(self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str) -> None:
         merged = read_targets(reader.folder, targets)
         if merged.pair_id != reader.ids():
             raise UserError(f"{reader.folder}/targets/{targets}.parquet: its pairs are not the dataset's; run `dedpo merge` again")
         self.rows = np.flatnonzero(merged.weight)
         if not len(self.rows):
             raise UserError(f"{reader.folder}/targets/{targets}.parquet: no pair carries any weight, so there is nothing to learn")
-        share = len(self.rows) / len(merged.weight)
-        self.target = torch.tensor(merged.target[self.rows], dtype=torch.float32)
-        self.weight = torch.tensor(merged.weight[self.rows] * share, dtype=torch.float32)
-        self.source, self.visits = source, Visits(seed, len(self.rows))
-        if share < 1:
-            say(f"{len(merged.weight) - len(self.rows)} of {len(merged.weight)} pairs carry no weight in {targets!r} and are not visited")
+        target, weight = merged.target[self.rows], merged.weight[self.rows]
+        probability = visit_probability(target, weight, sampling)
+        self.target = torch.tensor(target, dtype=torch.float32)
+        self.weight = torch.tensor(weight / (len(merged.weight) * probability), dtype=torch.float32)
+        self.source, self.visits = source, Visits(seed, probability)
+        idle = len(merged.weight) - len(self.rows)
+        if idle:
+            say(f"{idle} of {len(merged.weight)} pairs carry no weight in {targets!r} and are not visited")
 
     def batch(self, first_visit: int, draws: Draws, model: Backbone) -> PairBatch:
         """The batch of consecutive visits that begins at `first_visit`, as many as `draws` holds, on the model's device."""

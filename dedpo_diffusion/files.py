@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 

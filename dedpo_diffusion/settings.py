@@ -142,6 +142,8 @@ class DataSettings:
         cache: folder of encoded images and prompts, shared between runs; None encodes them in every step.
         flip: mirror both images of a pair alike, half of the time (not with a cache).
         crop: centre, or random: both images of a pair at the same relative place (not with a cache).
+        sampling: how often each pair is visited: uniform, or importance, in proportion to its gradient at margin 0;
+            the weights make up for it, so both estimate the same loss.
         caption_dropout: share of pairs trained with the empty prompt, both images alike.
     """
 
@@ -151,6 +153,7 @@ class DataSettings:
     cache: Path | None = None
     flip: bool = False
     crop: Literal["centre", "random"] = "centre"
+    sampling: Literal["uniform", "importance"] = "importance"
     caption_dropout: float = 0.0
 
 

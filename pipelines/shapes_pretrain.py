@@ -45,7 +45,7 @@ class PretrainSettings:
     work: Path = Path("runs/shapes_pretrain")
     seed: int = 0
     vae_steps: int = 8000
-    judge_steps: int = 2400
+    judge_steps: int = 1200
     unet_steps: int = 4500
     images: int = 24000
     caption_noise: float = 0.12

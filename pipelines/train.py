@@ -56,7 +56,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
         model.drop_encoders()
     else:
         source = LiveSource(reader, model, data, size=size, seed=settings.seed)
-    feed = Feed(reader, source, targets=data.targets, seed=settings.seed)
+    feed = Feed(reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling)
     torch.manual_seed(settings.seed)  # of the adapter's first weights
     model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout)
     if settings.gradient_checkpointing:
