@@ -98,6 +98,18 @@ class Backbone:
             raise UserError(f"size {size} is no multiple of {whole} pixels, which this model needs")
         return int(self.vae.config.latent_channels), size // factor, size // factor
 
+    def use_xformers(self) -> None:
+        """Compute the UNet's attention with xformers.
+
+        Raises:
+            UserError: xformers is not installed, or there is no CUDA device.
+        """
+        try:
+            self.unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"attention=xformers needs a CUDA device and `pip install dedpo_diffusion[xformers]` ({reason})") from error
+
     def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str] | None = None, dropout: float = 0.0) -> None:
         """Give the UNet a fresh adapter in float32; its output is exactly 0 until it is trained.
 

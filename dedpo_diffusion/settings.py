@@ -219,6 +219,7 @@ class TrainSettings:
         seed: seed of every draw.
         mixed_precision: compute precision; weights of the adapter, errors and losses stay float32.
         gradient_checkpointing: trade compute for memory.
+        attention: torch's own attention, or that of xformers (CUDA only).
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of the newest checkpoints are kept.
         log_every: steps between lines of metrics.jsonl.
@@ -234,6 +235,7 @@ class TrainSettings:
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "xformers"] = "sdpa"
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 10

@@ -57,6 +57,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     else:
         source = LiveSource(reader, model, data, size=size, seed=settings.seed)
     feed = Feed(reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling)
+    if settings.attention == "xformers":
+        model.use_xformers()
     torch.manual_seed(settings.seed)  # of the adapter's first weights
     model.add_lora(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout)
     if settings.gradient_checkpointing:

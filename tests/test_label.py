@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.special import expit
-from test_scorers import Brightness, build_judge
+from test_scorers import build_judge
 
-from dedpo_diffusion import scorers
 from dedpo_diffusion.pairs import PairReader, PairWriter, read_labels, write_labels
 from dedpo_diffusion.pipelines.label import main
 from dedpo_diffusion.records import Labels, Pair
+from doubles import Watched, register
 
 COUNT, SHARD = 11, 4
 PROMPT = "a small red circle on a white background"
@@ -40,25 +40,9 @@ def pairs(tmp_path):
     return write(tmp_path / "d")
 
 
-class Watched(Brightness):
-    """Counts the images it scores, and dies like a killed process after `last` of them."""
-
-    scored = 0
-    last: float = float("inf")
-
-    def score(self, prompts, images):
-        if Watched.scored + len(images) > Watched.last:
-            raise KeyboardInterrupt
-        Watched.scored += len(images)
-        return super().score(prompts, images)
-
-
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setattr(Watched, "scored", 0)
-    monkeypatch.setattr(Watched, "last", float("inf"))
-    monkeypatch.setattr(Watched, "version", "brightness-1")
-    monkeypatch.setitem(scorers.SCORERS, "brightness", lambda location, device, batch: Watched())
+    register(monkeypatch)
 
 
 def label(folder, *more: str) -> int:

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from test_scorers import Brightness, build_judge
+from test_scorers import build_judge
 
-from dedpo_diffusion import scorers
 from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.shapes import oracle, world
+from doubles import Watched, register
 
 PROMPTS = [attributes.prompt for attributes in world.VOCABULARY[::24]]  # six
 
@@ -37,24 +37,9 @@ def folder(tmp_path):
     return write_samples(tmp_path / "base")
 
 
-class Watched(Brightness):
-    """Counts the images it scores, and dies like a killed process after `last` of them."""
-
-    scored = 0
-    last: float = float("inf")
-
-    def score(self, prompts, images):
-        if Watched.scored + len(images) > Watched.last:
-            raise KeyboardInterrupt
-        Watched.scored += len(images)
-        return super().score(prompts, images)
-
-
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    for name, value in (("scored", 0), ("last", float("inf")), ("version", "brightness-1")):
-        monkeypatch.setattr(Watched, name, value)
-    monkeypatch.setitem(scorers.SCORERS, "brightness", lambda location, device, batch: Watched())
+    register(monkeypatch)
 
 
 def run(folder, *names: str, batch: int = 5) -> int:

@@ -16,6 +16,7 @@ from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
 from dedpo_diffusion.console import UserError
 from dedpo_diffusion.scorers import load_scorer
 from dedpo_diffusion.shapes import oracle, world
+from doubles import Brightness
 
 PROMPTS = [attributes.prompt for attributes in world.VOCABULARY[::29]]  # five
 
@@ -168,15 +169,6 @@ def test_specs_that_name_nothing(spec, batch, message):
 def test_the_oracle_refuses_other_prompts():
     with pytest.raises(UserError, match="oracle_reward judges Shapes images only: not a Shapes prompt: 'a cat'"):
         load("oracle_reward").score(["a cat"], pictures(1))
-
-
-class Brightness:
-    """A scorer that anyone can check: the mean pixel."""
-
-    name, version = "brightness", "brightness-1"
-
-    def score(self, prompts, images):
-        return np.array([np.asarray(image, dtype=np.float64).mean() for image in images])
 
 
 def grey(*levels: int) -> list[Image.Image]:

@@ -48,6 +48,15 @@ def deviation(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> t
     return gaps.max().item(), gaps.mean().item()
 
 
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    """accelerate keeps precision and accumulation for the life of a process; a command line has a process of its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_model, tiny_pairs, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
@@ -197,6 +206,7 @@ def test_flip_and_crop_treat_both_images_alike(tiny_model, tmp_path):
         ({"lora__targets": "[nonsense]"}, "nonsense"),
         ({"model": "/nowhere/model"}, "no such folder"),
         ({"data__cache": "cache", "data__flip": "true"}, "data.cache"),
+        ({"attention": "xformers"}, "needs a CUDA device"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_written(tiny_model, tiny_pairs, tmp_path, capsys, changes, words):
