@@ -1,6 +1,6 @@
 """Encoded pairs on disk: VAE posteriors and text embeddings, made once and shared between runs.
 
-One folder per (base model, pair dataset, size), named by their digest, with one safetensors file per shard of the pair
+One folder per (VAE and text encoder, pair dataset, size), named by their digest, with one safetensors file per shard of the pair
 dataset. Files are memory-mapped and read by row, so memory does not grow with the number of pairs.
 """
 
@@ -21,9 +21,9 @@ from .files import atomic_file, write_json
 LAYOUT = 1  # of the files; a cache of another layout gets another name
 
 
-def cache_folder(root: Path, *, model: str, pairs: str, size: int) -> Path:
-    """The cache's folder for a base model's and a dataset's fingerprints and an image size."""
-    key = json.dumps({"layout": LAYOUT, "model": model, "pairs": pairs, "size": size}, sort_keys=True)
+def cache_folder(root: Path, *, encoders: str, pairs: str, size: int) -> Path:
+    """The cache's folder for the encoders' and the dataset's fingerprints and an image size."""
+    key = json.dumps({"layout": LAYOUT, "encoders": encoders, "pairs": pairs, "size": size}, sort_keys=True)
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 

@@ -130,8 +130,8 @@ def read_pixels(reader: PairReader, row: int, size: int, *, place: tuple[float, 
 
 
 def open_cache(reader: PairReader, model: Backbone, *, root: Path, fingerprint: str, size: int) -> PairCache:
-    """The filled cache of this dataset under this model, filled now if need be, with progress."""
-    folder = cache_folder(root, model=model.fingerprint, pairs=fingerprint, size=size)
+    """The filled cache of this dataset under this model's encoders, filled now if need be, with progress."""
+    folder = cache_folder(root, encoders=model.encoders_fingerprint, pairs=fingerprint, size=size)
     if not (folder / "index.json").is_file():
         counts = reader.counts
         starts = [sum(counts[:k]) for k in range(len(counts))]

@@ -67,6 +67,7 @@ class Backbone:
         unet: the UNet, with its adapter once `add_lora` was called.
         policy: what `predict` calls: `unet`, or what accelerate made of it.
         process: the forward process of its noise schedule.
+        fingerprint, encoders_fingerprint: of the base's weights, and of those that encode pairs.
         size: pixels of the side it was made for.
     """
 
@@ -78,7 +79,8 @@ class Backbone:
         self.scale = float(pipe.vae.config.scaling_factor)
         self.size = int(pipe.unet.config.sample_size) * pipe.vae_scale_factor
         self.process = ForwardProcess(_alphas_cumprod(pipe.scheduler), pipe.scheduler.config.prediction_type)
-        self.fingerprint = _fingerprint(pipe.unet, pipe.vae, pipe.text_encoder)
+        self.encoders_fingerprint = _fingerprint(pipe.vae, pipe.text_encoder)
+        self.fingerprint = _fingerprint(pipe.unet) + self.encoders_fingerprint
         self.vae = pipe.vae.requires_grad_(False).eval().to(device)  # float32: half precision overflows in some VAEs
         self.text_encoder = pipe.text_encoder.requires_grad_(False).eval().to(device)
         self.unet = pipe.unet.requires_grad_(False).eval().to(device)

@@ -147,10 +147,13 @@ def run(settings: TrainSettings) -> Path:
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay)
     model.policy, optimizer = accelerator.prepare(model.unet, optimizer)
     done = resume(settings, model, optimizer.optimizer, accelerator)
-    describe(settings, model, feed, shape, accelerator.num_processes)
+    if accelerator.is_main_process:
+        describe(settings, model, feed, shape, accelerator.num_processes)
     log = MetricsLog(settings.out, done) if accelerator.is_main_process else None
     schedule, processes, rank = len(model.process), accelerator.num_processes, accelerator.process_index
     together = optim.batch * optim.accumulation * processes  # pairs of one step
+
+    note = ""
 
     with Progress("training", optim.steps, start=done) as progress:
         for step in range(done, optim.steps):
@@ -186,11 +189,12 @@ def run(settings: TrainSettings) -> Path:
                 line = record(
                     pairs, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), learning_rate=learning_rate(optim, step)
                 )
+                note = f"loss {line['loss']:.3f}, implicit accuracy {line['implicit_accuracy'] or 0:.2f}"
                 if log is not None:
                     log.write(line)
             if now % settings.checkpoint_every == 0 or last:
                 save(settings, model, optimizer.optimizer, accelerator, now)
-            progress.advance(note=f"loss {line['loss']:.3f}, implicit accuracy {line['implicit_accuracy'] or 0:.2f}")
+            progress.advance(note=note)
     if log is not None:
         log.close()
     accelerator.end_training()

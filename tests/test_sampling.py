@@ -23,8 +23,8 @@ def prompts(tmp_path):
     return tmp_path / "prompts.txt"
 
 
-def arguments(model, prompts, out, **changes) -> list[str]:
-    settings = {"model": model, "prompts": prompts, "out": out, "steps": 2, "batch": 2, "device": "cpu"} | changes
+def arguments(base, prompts, out, **changes) -> list[str]:
+    settings = {"model": base, "prompts": prompts, "out": out, "steps": 2, "batch": 2, "device": "cpu"} | changes
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 
 

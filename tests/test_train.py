@@ -24,12 +24,12 @@ from dedpo_diffusion.runs import checkpoints
 REPOSITORY = Path(train.__file__).parents[1]
 
 
-def arguments(model: Path, pairs: Path, out: Path, **changes: object) -> list[str]:
+def arguments(base: Path, pairs: Path, out: Path, **changes: object) -> list[str]:
     """A run of 12 steps of 4 pairs in which the adapter moves."""
     settings = {
-        "model": model, "data.pairs": pairs, "data.targets": "soft", "out": out, "device": "cpu", "optim.steps": 12, "optim.batch": 4,
+        "model": base, "data.pairs": pairs, "data.targets": "soft", "out": out, "device": "cpu", "optim.steps": 12, "optim.batch": 4,
         "optim.learning_rate": 0.003, "optim.warmup": 2, "objective.beta": 200, "checkpoint_every": 3, "log_every": 1,
-        "data.caption_dropout": 0.3,
+        "data.sampling": "uniform", "data.caption_dropout": 0.3,
     } | {key.replace("__", "."): value for key, value in changes.items()}  # fmt: skip
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 
@@ -104,6 +104,26 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished, tiny_mode
     assert subprocess.run(command, capture_output=True, check=True).returncode == 0
     assert deviation(final(finished), final(tmp_path / "run")) == (0, 0)
     assert log.read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_interrupted_between_log_lines_and_resumed(tiny_model, tiny_pairs, tmp_path, monkeypatch):
+    """The first step after a resume need not be one that is logged."""
+    changes = {"log_every": 5, "checkpoint_every": 3}
+    assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "whole", **changes)) == 0
+    real = train.save
+
+    def save_and_stop(settings, model, optimizer, accelerator, step):
+        real(settings, model, optimizer, accelerator, step)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", save_and_stop)
+    assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "part", **changes)) == 130
+    monkeypatch.setattr(train, "save", real)
+    assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "part", **changes)) == 0
+    assert deviation(final(tmp_path / "whole"), final(tmp_path / "part")) == (0, 0)
+    assert [line["step"] for line in metrics(tmp_path / "part")] == [1, 3, 5, 6, 9, 10, 12]
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
 
 
 def test_accumulation_gives_the_same_trajectory(finished, tiny_model, tiny_pairs, tmp_path):
