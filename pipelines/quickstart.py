@@ -188,7 +188,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
     say(f"\n{results['verdict']}\n")
     for file, what in (
         ("report.html", "the report: open it in a browser"), ("contact_sheet.png", "base against the three LoRAs"),
-        ("results.json", "every figure of the report"), ("tuned.safetensors", "the LoRA, for pipe.load_lora_weights"),
+        ("results.json", "every figure of the report"), ("tuned.safetensors", "the debiased LoRA, for pipe.load_lora_weights"),
     ):  # fmt: skip
         say(f"  {out / file}  {what}")
     say(f"  {results['seconds']['total']:.0f} s in all")
