@@ -85,11 +85,13 @@ def sample_folder(
     Raises:
         UserError: the folder holds samples of other settings, or the model cannot be loaded.
     """
-    open_run(folder, settings, {"lora": _digest(lora)})
+    identity = {"lora": _digest(lora)}
     if (folder / "index.parquet").is_file():
+        open_run(folder, settings, identity)
         say(f"{folder}: all {len(work)} images are there already")
         return
-    pipe = load_sampler(model, lora=lora, device=device, dtype=dtype)
+    pipe = load_sampler(model, lora=lora, device=device, dtype=dtype)  # before the folder is claimed: it may not exist
+    open_run(folder, settings, identity)
     with Progress("sampling", len(work)) as progress:
         for part in _batches(work, batch):
             # a batch is sampled as a whole or not at all: a different batch could round differently

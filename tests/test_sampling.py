@@ -136,3 +136,4 @@ def test_prompt_files_that_cannot_be_used(tiny_model, tmp_path, capsys, content,
 def test_an_adapter_that_does_not_exist(tiny_model, prompts, tmp_path, capsys):
     assert sample.main(arguments(tiny_model, prompts, tmp_path / "a", lora=tmp_path / "none.safetensors")) == 2
     assert "no such adapter file" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
