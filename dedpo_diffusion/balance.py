@@ -45,6 +45,12 @@ def balance_coefficients(
     return 2 * torch.sigmoid(torch.stack([u, -u], dim=1))
 
 
+def scale_gradients(errors: Tensor, factors: Tensor) -> Tensor:
+    """sg(e) + a (e - sg(e)): the values of `errors` bit for bit, their gradients multiplied by `factors` of that shape."""
+    frozen = errors.detach()
+    return frozen + factors * (errors - frozen)
+
+
 def balance_errors(policy_errors: Tensor, reference_errors: Tensor | None = None, *, mode: str = "output", clip: float = 10.0) -> Tensor:
     """The same errors, bit for bit, with gradients multiplied by `balance_coefficients`.
 
@@ -53,6 +59,4 @@ def balance_errors(policy_errors: Tensor, reference_errors: Tensor | None = None
     Returns:
         (B, 2): sg(e) + a (e - sg(e)), sg being stop-gradient.
     """
-    factors = balance_coefficients(policy_errors, reference_errors, mode=mode, clip=clip)
-    frozen = policy_errors.detach()
-    return frozen + factors * (policy_errors - frozen)
+    return scale_gradients(policy_errors, balance_coefficients(policy_errors, reference_errors, mode=mode, clip=clip))

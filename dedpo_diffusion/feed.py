@@ -20,7 +20,7 @@ from .images import pair_pixels
 from .models import Backbone
 from .noising import Draws, step_generator
 from .pairs import PairReader, decode_image, read_targets
-from .records import Conditioning, PairBatch
+from .records import Conditioning, Pair, PairBatch
 from .settings import DataSettings
 
 VIEWS = 1  # stream of `step_generator` for flips and crops
@@ -111,20 +111,19 @@ class LiveSource:
     def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
         """See `Source`."""
         pairs = [self.reader.pair(row) for row in rows]
-        pixels = torch.stack([self._view(row, visit) for row, visit in zip(rows, visits, strict=True)])
+        pixels = torch.stack([self._view(pair, row, visit) for pair, row, visit in zip(pairs, rows, visits, strict=True)])
         mean, std = self.model.encode_images(pixels.flatten(0, 1))
         prompts = ["" if drop else pair.prompt for pair, drop in zip(pairs, drop_caption, strict=True)]
         return Encoded(mean.unflatten(0, (-1, 2)), std.unflatten(0, (-1, 2)), self.model.encode_prompts(prompts))
 
-    def _view(self, row: int, visit: int) -> Tensor:
+    def _view(self, pair: Pair, row: int, visit: int) -> Tensor:
         across, down, mirror = torch.rand(3, generator=step_generator(self.seed, visit, VIEWS)).tolist()
         place = (across, down) if self.data.crop == "random" else (0.5, 0.5)
-        return read_pixels(self.reader, row, self.size, place=place, flip=self.data.flip and mirror < 0.5)
+        return decode_pair(pair, self.reader.location(row), self.size, place=place, flip=self.data.flip and mirror < 0.5)
 
 
-def read_pixels(reader: PairReader, row: int, size: int, *, place: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> Tensor:
-    """Decode one pair to (2, 3, size, size). Raises UserError for an image that cannot be decoded."""
-    pair, where = reader.pair(row), reader.location(row)
+def decode_pair(pair: Pair, where: str, size: int, *, place: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> Tensor:
+    """Decode one pair, found at `where`, to (2, 3, size, size). Raises UserError for an image that cannot be decoded."""
     images = decode_image(pair.image_0, f"{where}, image_0"), decode_image(pair.image_1, f"{where}, image_1")
     return pair_pixels(images, size, place=place, flip=flip)
 
@@ -140,7 +139,9 @@ def open_cache(reader: PairReader, model: Backbone, *, root: Path, fingerprint: 
                 folder,
                 prompts=reader.prompts(),
                 shards=counts,
-                read_shard=lambda k: (read_pixels(reader, row, size) for row in range(starts[k], starts[k] + counts[k])),
+                read_shard=lambda k: (
+                    decode_pair(pair, reader.location(starts[k] + row), size) for row, pair in enumerate(reader.shard_pairs(k))
+                ),
                 encode_images=model.encode_images,
                 encode_prompts=model.encode_prompts,
                 advance=progress.advance,

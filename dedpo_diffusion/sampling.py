@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .console import Progress, UserError, say
-from .files import atomic_file
+from .files import atomic_file, file_digest
 from .models import load_pipeline
 from .runs import open_run
 
@@ -119,8 +119,6 @@ def _save_png(path: Path, image: Image.Image, job: Job, model: str) -> None:
 
 
 def _digest(path: Path | None) -> str:
-    from .files import file_digest
-
     return file_digest(path) if path is not None and path.is_file() else ""
 
 

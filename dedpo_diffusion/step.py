@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .balance import balance_coefficients, balance_errors
+from .balance import balance_coefficients, scale_gradients
 from .losses import implicit_rewards, margin, preference_loss
 from .noising import ForwardProcess, image_errors
 from .records import Conditioning, PairBatch, StepResult
@@ -54,8 +54,7 @@ def preference_step(
     wanted = model.process.target(batch.latents, shared, timesteps)
     reference_errors = image_errors(model.predict(noisy, timesteps, batch.conditioning, reference=True), wanted)
     policy_errors = image_errors(model.predict(noisy, timesteps, batch.conditioning), wanted)
-    balanced = balance_errors(policy_errors, reference_errors, mode=balance, clip=balance_clip)
-    m = margin(implicit_rewards(balanced, reference_errors, beta=beta))
-    loss = batch.weight * preference_loss(m, batch.target, kind=kind, margin_cap=margin_cap)
     factors = balance_coefficients(policy_errors, reference_errors, mode=balance, clip=balance_clip)
+    m = margin(implicit_rewards(scale_gradients(policy_errors, factors), reference_errors, beta=beta))
+    loss = batch.weight * preference_loss(m, batch.target, kind=kind, margin_cap=margin_cap)
     return StepResult(loss, m.detach(), policy_errors.detach(), reference_errors, factors)

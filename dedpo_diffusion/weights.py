@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -57,9 +56,3 @@ def read_metadata(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         stored = file.metadata() or {}
     return {key: json.loads(stored[key]) for key in ("lora_adapter_metadata", "dedpo_settings") if key in stored}
-
-
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """The tensors of a LoRA file, by name."""
-    with safe_open(path, "pt") as file:
-        return {name: torch.as_tensor(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118

@@ -51,7 +51,7 @@ def run(settings: ProposeSettings) -> Path:
                 name = f"{a.prompt_index:05d}-{a.seed}-{b.seed}"
                 writer.add(Pair(name, a.prompt, (images / a.file).read_bytes(), (images / b.file).read_bytes(), {**source, **seeds}))
     shutil.rmtree(images)
-    say(f"{settings.out}: {sum(1 for _ in work)} images of {work[-1].prompt_index + 1} prompt lines, paired {settings.pairing}")
+    say(f"{settings.out}: {len(work)} images of {work[-1].prompt_index + 1} prompt lines, paired {settings.pairing}")
     return settings.out
 
 

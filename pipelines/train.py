@@ -157,8 +157,9 @@ def run(settings: TrainSettings) -> Path:
 
     with Progress("training", optim.steps, start=done) as progress:
         for step in range(done, optim.steps):
+            rate = learning_rate(optim, step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(optim, step)
+                group["lr"] = rate
             draws = draw(
                 settings.seed, step, together, shape,
                 timesteps=objective.timesteps or (0, schedule), caption_dropout=settings.data.caption_dropout,
@@ -186,9 +187,7 @@ def run(settings: TrainSettings) -> Path:
             last = now == optim.steps
             if now % settings.log_every == 0 or now % settings.checkpoint_every == 0 or now == 1 or last:
                 pairs = step_metrics(results, batches, torch.cat(seen), schedule=schedule)
-                line = record(
-                    pairs, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), learning_rate=learning_rate(optim, step)
-                )
+                line = record(pairs, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), learning_rate=rate)
                 note = f"loss {line['loss']:.3f}, implicit accuracy {line['implicit_accuracy'] or 0:.2f}"
                 if log is not None:
                     log.write(line)

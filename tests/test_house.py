@@ -102,7 +102,7 @@ def test_no_file_and_no_function_is_too_long():
             assert text.count("\n") <= 500, file
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.FunctionDef):
-                    assert node.end_lineno - node.lineno <= 100, f"{file}: {node.name}"
+                    assert node.end_lineno - node.lineno < 80, f"{file}: {node.name}"
 
 
 def test_public_functions_are_documented():

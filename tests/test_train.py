@@ -210,12 +210,13 @@ def test_flip_and_crop_treat_both_images_alike(tiny_model, tmp_path):
     changes = {"data__flip": "true", "data__crop": "random", "optim__steps": 4}
     assert train.main(arguments(tiny_model, tmp_path / "data", tmp_path / "run", **changes)) == 0
     # the VAE's posterior is drawn for each image apart, so equality is only up to that draw's spread: compare the pixels
-    from dedpo_diffusion.feed import read_pixels
+    from dedpo_diffusion.feed import decode_pair
     from dedpo_diffusion.pairs import PairReader
 
-    pixels = read_pixels(PairReader(tmp_path / "data"), 0, 16, place=(0.3, 0.9), flip=True)
+    pair = PairReader(tmp_path / "data").pair(0)
+    pixels = decode_pair(pair, "here", 16, place=(0.3, 0.9), flip=True)
     assert torch.equal(pixels[0], pixels[1])
-    assert not torch.equal(pixels, read_pixels(PairReader(tmp_path / "data"), 0, 16, place=(0.9, 0.1)))
+    assert not torch.equal(pixels, decode_pair(pair, "here", 16, place=(0.9, 0.1)))
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from dedpo_diffusion.checkpoints import save_checkpoint
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.pipelines import export
 from dedpo_diffusion.runs import checkpoint_folder, open_run
 from dedpo_diffusion.settings import DataSettings, LoraSettings, TrainSettings
-from dedpo_diffusion.weights import read_lora, read_metadata
+from dedpo_diffusion.weights import read_metadata
 
 PLAIN = """
 import sys, torch
@@ -83,7 +84,7 @@ def test_merged_by_hand_without_peft(trained, tiny_model, tmp_path):
     """W + alpha / r * B A with the file's own numbers gives the adapted layer."""
     model, run = trained()
     assert export.main([str(run), "--out", str(tmp_path / "lora.safetensors")]) == 0
-    tensors = read_lora(tmp_path / "lora.safetensors")
+    tensors = load_file(tmp_path / "lora.safetensors")
     name = next(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("to_k.lora_A.weight"))
     layer = model.unet.get_submodule(name.removeprefix("unet."))
     by_hand = layer.base_layer.weight + 10 / 4 * tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
