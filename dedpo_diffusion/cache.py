@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .files import atomic_file, write_json
 
-LAYOUT = 1  # of the files; a cache of another layout gets another name
+LAYOUT = 2  # of the files, and the rules images are decoded by; a cache of another layout gets another name
 
 
 def cache_folder(root: Path, *, encoders: str, pairs: str, size: int) -> Path:

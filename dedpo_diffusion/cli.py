@@ -7,8 +7,10 @@ from importlib import import_module
 
 STAGES = {
     "quickstart": ("pipelines.quickstart", "the whole journey on the embedded world, on a CPU, in minutes"),
-    "ingest": ("pipelines.ingest", "a public preference format -> a pair dataset"),
+    "ingest": ("pipelines.ingest", "a public preference format, or your own table -> a pair dataset"),
     "propose": ("pipelines.propose", "pairs from a model's own images"),
+    "validate": ("pipelines.validate", "what a pair dataset holds, and what training would trip over"),
+    "vote": ("pipelines.vote", "people label pairs in a web page"),
     "label": ("pipelines.label", "machine labels for every pair"),
     "merge": ("pipelines.merge", "human and machine labels -> training targets, and what they are worth"),
     "train": ("pipelines.train", "a LoRA from pairs and targets"),

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from .cache import PairCache, cache_folder, fill
 from .console import Progress, UserError, say
+from .decoding import decode_image
 from .images import pair_pixels
+from .labels import read_targets
 from .models import Backbone
 from .noising import Draws, step_generator
-from .pairs import PairReader, decode_image, read_targets
+from .pairs import PairReader
 from .records import Conditioning, Pair, PairBatch
 from .settings import DataSettings
 

@@ -1,8 +1,7 @@
-"""The pair dataset: a folder of parquet files, read and written piece by piece.
+"""The pairs of a pair dataset: a folder of parquet files, read and written piece by piece.
 
     PAIRS/pairs/pairs-00000.parquet ...   pair_id, prompt, image_0, image_1 (encoded image files), any source_* columns
-    PAIRS/labels/<name>.parquet           pair_id, label_0 in [0, 1], what else is known of the answer, any source_* columns
-    PAIRS/targets/<name>.parquet, .json   pair_id, target, weight; and the report of the merge
+    PAIRS/labels, votes, targets          what people and judges say of them, and what is trained on: labels.py
 
 Rows are counted from 0, in a file or in the whole dataset. Never more than a few row groups (reading) or one shard
 (writing) of images are in memory.
@@ -11,13 +10,10 @@ Rows are counted from 0, in a file or in the whole dataset. Never more than a fe
 from __future__ import annotations
 
 import hashlib
-import io
-import struct
 import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,166 +21,97 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageFile
 
 from .console import UserError
-from .files import atomic_file, atomic_folder, write_json
-from .records import Labels, Pair, Targets
+from .files import atomic_file, atomic_folder
+from .records import Pair
+from .tables import SOURCE, check_columns, check_no_nulls, check_types, open_parquet
 
 PAIR_COLUMNS = ("pair_id", "prompt", "image_0", "image_1")
-LABEL_COLUMNS = ("pair_id", "label_0")
-LABEL_EXTRAS = ("rater", "score_0", "score_1", "judge_version", "order_consistent", "seconds")
-TARGET_COLUMNS = ("pair_id", "target", "weight")
-SOURCE = "source_"
+PAIR_TYPES = {"pair_id": "text", "prompt": "text", "image_0": "binary", "image_1": "binary"}
 ROW_GROUP = 32  # pairs read for one random access
 SHARD_BYTES = 256 << 20  # a shard of large images is closed early: it is buffered whole
 CACHED_GROUPS = 4
 
 
-# ---- images
-
-_strict_lock = threading.Lock()
-
-
-@contextmanager
-def _strict_decoding() -> Iterator[None]:
-    """Make Pillow refuse truncated files even where another library told it to pad them with grey."""
-    if not ImageFile.LOAD_TRUNCATED_IMAGES:  # the ordinary case, in which threads need not wait for each other
-        yield
-        return
-    with _strict_lock:
-        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def decode_image(data: bytes, where: str) -> Image.Image:
-    """Decode an image file's bytes entirely, to RGB.
-
-    Args:
-        data: bytes of a PNG, JPEG, WebP or other file that Pillow reads.
-        where: file, row and column, for the message.
-
-    Raises:
-        UserError: the bytes are truncated, damaged or no image.
-    """
-    try:
-        with _strict_decoding(), Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: the image cannot be decoded ({error}); replace it, or leave its pair out") from error
-
-
-# ---- columns
-
-
-def _open(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({error}); write or copy it again") from error
-
-
-def _check_columns(path: Path, schema: pa.Schema, required: Sequence[str], optional: Sequence[str] = (), *, source: bool = True) -> None:
-    """Every column there, none unknown."""
-    for name in required:
-        if name not in schema.names:
-            raise UserError(f"{path} has no column {name!r} (it has {', '.join(schema.names)}); add it")
-    for name in schema.names:
-        if schema.names.count(name) > 1:
-            raise UserError(f"{path} has two columns named {name!r}; remove one")
-        if name in (*required, *optional) or (source and name.startswith(SOURCE)):
-            continue
-        keep = f"rename it to {SOURCE}{name} to keep it, or remove it" if source else "remove it"
-        labels = "; labels belong to the labels folder" if "label" in name and required is PAIR_COLUMNS else ""
-        raise UserError(f"{path} has an unknown column {name!r}: {keep}{labels}")
-
-
-def _check_types(path: Path, schema: pa.Schema, wanted: dict[str, str]) -> None:
-    tests = {
-        "text": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
-        "binary": lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t),
-        "a number": lambda t: pa.types.is_floating(t) or pa.types.is_integer(t),
-    }
-    for name, kind in wanted.items():
-        found = schema.field(name).type
-        if not tests[kind](found):
-            raise UserError(f"{path}: column {name!r} holds {found}, and must hold {kind}; convert it")
-
-
-def _check_no_nulls(path: Path, name: str, values: Sequence[Any]) -> None:
-    if None in values:
-        raise UserError(f"{path} row {list(values).index(None)}: {name} is missing; fill it in or remove the row")
-
-
-def _check_unique(path: Path, ids: Sequence[str]) -> None:
-    first: dict[str, int] = {}
-    for row, pair_id in enumerate(ids):
-        if first.setdefault(pair_id, row) != row:
-            raise UserError(f"{path}: pair_id {pair_id!r} stands in row {first[pair_id]} and again in row {row}; remove one")
-
-
-# ---- pairs
-
-
 class PairWriter:
-    """Write pairs into `folder/pairs`, which appears when the block ends without an error, and not before.
+    """Write pairs into `folder/pairs`.
+
+    They appear when the block ends without an error, and not before; with `goes_on`, shard by shard, and what is there stays.
 
     Args:
         folder: the pair dataset.
         shard_pairs: pairs in one parquet file; a file of large images is closed earlier, since it is buffered in memory.
+        goes_on: how many shards of an interrupted run to keep (later ones are removed); None writes all or nothing.
 
     Raises:
         UserError: the folder has pairs already, a pair_id comes twice, or no pair was added.
     """
 
-    def __init__(self, folder: Path, *, shard_pairs: int = 1000) -> None:
+    def __init__(self, folder: Path, *, shard_pairs: int = 1000, goes_on: int | None = None) -> None:
         if shard_pairs < 1:
             raise UserError(f"shard_pairs is {shard_pairs}; it must be at least 1")
-        self.folder, self.shard_pairs = Path(folder), shard_pairs
+        self.folder, self.shard_pairs, self.goes_on = Path(folder), shard_pairs, goes_on
         self._rows: dict[str, int] = {}
         self._buffer: list[Pair] = []
-        self._bytes = self._shards = 0
+        self._bytes = self.shards = 0
         self._target: Path | None = None
+        self._context: AbstractContextManager[Path] = nullcontext(self.folder / "pairs")
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __contains__(self, pair_id: str) -> bool:
+        return pair_id in self._rows
+
     def __enter__(self) -> PairWriter:
-        if (self.folder / "pairs").exists():
+        if self.goes_on is not None:
+            self._keep(self.goes_on)
+        elif (self.folder / "pairs").exists():
             raise UserError(f"{self.folder} holds pairs already; choose another folder, or remove it first")
-        self._context = atomic_folder(self.folder / "pairs")
+        else:
+            self._context = atomic_folder(self.folder / "pairs")
         self._target = self._context.__enter__()
         return self
 
-    def add(self, pair: Pair) -> None:
-        """Append one pair."""
+    def _keep(self, shards: int) -> None:
+        """Take up the first `shards` files, remove the rest."""
+        (self.folder / "pairs").mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / "pairs").iterdir():
+            if path.name not in {_shard_name(k) for k in range(shards)}:
+                path.unlink()
+        if shards:
+            self._rows = {pair_id: row for row, pair_id in enumerate(PairReader(self.folder).ids())}
+        self.shards = shards
+
+    def add(self, pair: Pair) -> bool:
+        """Append one pair; True where that finished a shard, so that all pairs so far are on disk."""
         row = len(self._rows)
         if self._rows.setdefault(pair.pair_id, row) != row:
             earlier = self._rows[pair.pair_id]
             raise UserError(f"pair_id {pair.pair_id!r} comes twice, as pair {earlier} and as pair {row} of {self.folder}; make it unique")
         self._buffer.append(pair)
         self._bytes += len(pair.image_0) + len(pair.image_1)
-        if len(self._buffer) >= self.shard_pairs or self._bytes >= SHARD_BYTES:
-            self._write_shard()
+        if len(self._buffer) < self.shard_pairs and self._bytes < SHARD_BYTES:
+            return False
+        self._write_shard()
+        return True
 
     def _write_shard(self) -> None:
         if self._target is None:
             raise RuntimeError("PairWriter is used outside of its with block")
-        path = self._target / f"pairs-{self._shards:05d}.parquet"
         small = ["pair_id", "prompt"]
         table = _pair_table(self._buffer)
-        pq.write_table(
-            table,
-            path,
-            row_group_size=ROW_GROUP,
-            compression={name: "none" if name.startswith("image_") else "zstd" for name in table.column_names},
-            use_dictionary=[name for name in table.column_names if not name.startswith("image_")],
-            write_statistics=small,  # statistics of an image column would hold images
-        )
-        self._shards, self._buffer, self._bytes = self._shards + 1, [], 0
+        with atomic_file(self._target / _shard_name(self.shards)) as temporary:
+            pq.write_table(
+                table,
+                temporary,
+                row_group_size=ROW_GROUP,
+                compression={name: "none" if name.startswith("image_") else "zstd" for name in table.column_names},
+                use_dictionary=[name for name in table.column_names if not name.startswith("image_")],
+                write_statistics=small,  # statistics of an image column would hold images
+            )
+        self.shards, self._buffer, self._bytes = self.shards + 1, [], 0
 
     def _finish(self) -> None:
         if not self._rows:
@@ -200,6 +127,10 @@ class PairWriter:
             self._context.__exit__(*sys.exc_info())
             raise
         self._context.__exit__(kind, error, trace)
+
+
+def _shard_name(k: int) -> str:
+    return f"pairs-{k:05d}.parquet"
 
 
 def _pair_table(pairs: Sequence[Pair]) -> pa.Table:
@@ -240,10 +171,10 @@ class PairReader:
     @staticmethod
     def _check_shard(path: Path) -> list[int]:
         """Check a shard's header and return the rows of its row groups."""
-        with _open(path) as file:
+        with open_parquet(path) as file:
             schema, header = file.schema_arrow, file.metadata
-            _check_columns(path, schema, PAIR_COLUMNS)
-            _check_types(path, schema, {"pair_id": "text", "prompt": "text", "image_0": "binary", "image_1": "binary"})
+            check_columns(path, schema, PAIR_COLUMNS, hints={"label": "labels belong to the labels folder"})
+            check_types(path, schema, PAIR_TYPES)
             return [header.row_group(k).num_rows for k in range(header.num_row_groups)]
 
     def __len__(self) -> int:
@@ -284,9 +215,9 @@ class PairReader:
     def _column(self, name: str) -> list[str]:
         values: list[str] = []
         for path in self.shards:
-            with _open(path) as file:
+            with open_parquet(path) as file:
                 found = file.read(columns=[name], use_threads=False).column(0).to_pylist()
-            _check_no_nulls(path, name, found)
+            check_no_nulls(path, name, found)
             values += found
         return values
 
@@ -302,7 +233,7 @@ class PairReader:
 
     def _stream(self, k: int, start: int) -> Iterator[Pair]:
         starts = self._group_starts[k]
-        with _open(self.shards[k]) as file:
+        with open_parquet(self.shards[k]) as file:
             for group in range(len(starts) - 1):
                 if start >= starts[group + 1]:
                     continue
@@ -332,7 +263,7 @@ class PairReader:
     def _group(self, k: int, group: int) -> pa.Table:
         key = (k, group)
         if key not in self._cache:
-            with _open(self.shards[k]) as file:
+            with open_parquet(self.shards[k]) as file:
                 self._cache[key] = file.read_row_group(group, use_threads=False)
             if len(self._cache) > CACHED_GROUPS:
                 self._cache.popitem(last=False)
@@ -346,144 +277,3 @@ class PairReader:
             if value is None:
                 raise UserError(f"{self.shards[k]} row {row}: {name} is missing; fill it in or remove the row")
         return Pair(**core, source={name.removeprefix(SOURCE): value for name, value in values.items()})
-
-
-# ---- labels
-
-
-def _named(folder: Path, kind: str, name: str, suffix: str = ".parquet") -> Path:
-    if not name or name != Path(name).name or name.startswith("."):
-        raise UserError(f"{name!r} cannot name a file in {Path(folder) / kind}; use letters, digits, - and _")
-    return Path(folder) / kind / f"{name}{suffix}"
-
-
-def _names(folder: Path, kind: str) -> list[str]:
-    return sorted(path.stem for path in (Path(folder) / kind).glob("*.parquet") if not path.name.startswith("."))
-
-
-def label_names(folder: Path) -> list[str]:
-    """Names of the label files of a pair dataset, sorted."""
-    return _names(folder, "labels")
-
-
-def _existing(folder: Path, kind: str, name: str) -> Path:
-    path = _named(folder, kind, name)
-    if not path.is_file():
-        raise UserError(f"there is no {path} ({kind} there: {', '.join(_names(folder, kind)) or 'none'})")
-    return path
-
-
-def _check_labels(path: Path, ids: Sequence[str], label_0: np.ndarray) -> None:
-    bad = np.flatnonzero(~((label_0 >= 0) & (label_0 <= 1)))
-    if bad.size:
-        raise UserError(
-            f"{path} row {bad[0]}: label_0 is {label_0[bad[0]]}, and must be the probability in [0, 1] that image 0 is preferred; "
-            "mend it, or leave the row out"
-        )
-    _check_unique(path, ids)
-
-
-def read_labels(folder: Path, name: str) -> Labels:
-    """Read `folder/labels/<name>.parquet`.
-
-    Raises:
-        UserError: no such file, a missing or unknown column, a label outside [0, 1] or missing, a pair_id twice.
-    """
-    path = _existing(folder, "labels", name)
-    with _open(path) as file:
-        _check_columns(path, file.schema_arrow, LABEL_COLUMNS, LABEL_EXTRAS)
-        _check_types(path, file.schema_arrow, {"pair_id": "text", "label_0": "a number"})
-        columns = file.read(use_threads=False).to_pydict()
-    ids, values = columns.pop("pair_id"), columns.pop("label_0")
-    _check_no_nulls(path, "pair_id", ids)
-    label_0 = np.array(values, dtype=np.float64)  # a null becomes NaN, which is refused with its row
-    _check_labels(path, ids, label_0)
-    return Labels(ids, label_0, columns)
-
-
-def write_labels(folder: Path, name: str, labels: Labels) -> Path:
-    """Write `folder/labels/<name>.parquet` atomically, replacing an older one, and return its path.
-
-    Raises:
-        UserError: what `read_labels` would refuse.
-        ValueError: columns of unequal length.
-    """
-    path = _named(folder, "labels", name)
-    columns = {"pair_id": pa.array(labels.pair_id, pa.string()), "label_0": pa.array(np.asarray(labels.label_0, dtype=np.float64))}
-    columns |= {key: pa.array(values) for key, values in labels.extra.items()}
-    table = pa.table(columns)
-    _check_columns(path, table.schema, LABEL_COLUMNS, LABEL_EXTRAS)
-    _check_labels(path, labels.pair_id, np.asarray(labels.label_0))
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary)
-    return path
-
-
-def align(labels: Labels, ids: Sequence[str], *, folder: Path, name: str, complete: bool = False) -> np.ndarray:
-    """Labels in the order of the pairs.
-
-    Args:
-        labels: read from `folder/labels/<name>.parquet`.
-        ids: the N pair_ids of the dataset.
-        folder, name: for messages.
-        complete: every pair must have a label.
-
-    Returns:
-        (N,) float64, NaN where there is no label.
-
-    Raises:
-        UserError: a label of an unknown pair; with `complete`, a pair without a label.
-    """
-    path = _named(folder, "labels", name)
-    place = {pair_id: i for i, pair_id in enumerate(ids)}
-    rows = [place.get(pair_id, -1) for pair_id in labels.pair_id]
-    if -1 in rows:
-        row = rows.index(-1)
-        raise UserError(f"{path} row {row}: pair_id {labels.pair_id[row]!r} is none of the dataset's pairs; remove the row")
-    aligned = np.full(len(ids), np.nan)
-    aligned[rows] = labels.label_0
-    missing = np.flatnonzero(np.isnan(aligned))
-    if complete and missing.size:
-        covered = f"covers {len(ids) - missing.size} of {len(ids)} pairs (first missing: {ids[missing[0]]!r})"
-        raise UserError(f"{path} {covered}; run `dedpo label` again")
-    return aligned
-
-
-# ---- targets
-
-
-def _check_targets(path: Path, ids: Sequence[str], target: np.ndarray, weight: np.ndarray) -> None:
-    for name, good in (("target", np.isfinite(target)), ("weight", np.isfinite(weight) & (weight >= 0))):
-        bad = np.flatnonzero(~good)
-        if bad.size:
-            raise UserError(f"{path} row {bad[0]}: {name} is missing, infinite or negative; run `dedpo merge` again")
-    _check_unique(path, ids)
-
-
-def read_targets(folder: Path, name: str) -> Targets:
-    """Read `folder/targets/<name>.parquet`.
-
-    Raises:
-        UserError: no such file, a missing or extra column, a value that is not finite, a negative weight, a pair_id twice.
-    """
-    path = _existing(folder, "targets", name)
-    with _open(path) as file:
-        _check_columns(path, file.schema_arrow, TARGET_COLUMNS, source=False)
-        _check_types(path, file.schema_arrow, {"pair_id": "text", "target": "a number", "weight": "a number"})
-        columns = file.read(use_threads=False).to_pydict()
-    target, weight = (np.array(columns[name], dtype=np.float64) for name in ("target", "weight"))
-    _check_no_nulls(path, "pair_id", columns["pair_id"])
-    _check_targets(path, columns["pair_id"], target, weight)
-    return Targets(columns["pair_id"], target, weight)
-
-
-def write_targets(folder: Path, name: str, targets: Targets, report: dict[str, Any]) -> Path:
-    """Write `folder/targets/<name>.parquet` and the report beside it as JSON, each atomically; return the parquet's path."""
-    path = _named(folder, "targets", name)
-    target, weight = np.asarray(targets.target, dtype=np.float64), np.asarray(targets.weight, dtype=np.float64)
-    _check_targets(path, targets.pair_id, target, weight)
-    table = pa.table({"pair_id": pa.array(targets.pair_id, pa.string()), "target": pa.array(target), "weight": pa.array(weight)})
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary)
-    write_json(path.with_suffix(".json"), report)
-    return path

@@ -34,6 +34,22 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class Votes:
+    """The single answers behind a label file; a pair may have many.
+
+    `label_0` is (N,) float64 in [0, 1]; `votes` (N,) int64, how many people gave this very answer; `rater` the person, None
+    where the source names nobody; `extra` holds the other columns, each of length N: `swapped` (image 1 was shown on the
+    left), `repeat` (a hidden repetition, which measures the rater and makes no label), `seconds`, `time`.
+    """
+
+    pair_id: list[str]
+    label_0: np.ndarray
+    votes: np.ndarray
+    rater: list[str | None]
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Targets:
     """Merged labels in the order of the file: `target` (N,) and `weight` (N,), float64."""
 

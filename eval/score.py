@@ -108,7 +108,7 @@ def load_images(folder: Path, rows: Sequence[Row]) -> list[Any]:
     Raises:
         UserError: an image that cannot be decoded.
     """
-    from dedpo_diffusion.pairs import decode_image
+    from dedpo_diffusion.decoding import decode_image
 
     return [decode_image((folder / row["file"]).read_bytes(), str(folder / row["file"])) for row in rows]
 

@@ -47,7 +47,8 @@ def run(settings: IngestSettings) -> None:
     """Read a public preference format into a pair dataset."""
     from dedpo_diffusion.files import atomic_folder, write_json
     from dedpo_diffusion.formats import importer
-    from dedpo_diffusion.pairs import PairWriter, write_labels
+    from dedpo_diffusion.labels import write_labels
+    from dedpo_diffusion.pairs import PairWriter
 
     _check_out(settings)
     source = importer(settings.format)

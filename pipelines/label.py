@@ -38,7 +38,7 @@ def is_done(settings: LabelSettings, name: str, version: str, ids: list[str]) ->
     Raises:
         UserError: a file of that name holds other labels.
     """
-    from dedpo_diffusion.pairs import label_names, read_labels
+    from dedpo_diffusion.labels import label_names, read_labels
 
     if name not in label_names(settings.pairs):
         return False
@@ -73,7 +73,7 @@ def _batches(reader: PairReader, shard: int, batch: int) -> Iterator[tuple[list[
 
 
 def _images(pairs: list[Any], places: list[str]) -> tuple[list[Any], list[Any]]:
-    from dedpo_diffusion.pairs import decode_image
+    from dedpo_diffusion.decoding import decode_image
 
     def side(name: str) -> list[Any]:
         return [decode_image(getattr(pair, name), f"{place} {name}") for pair, place in zip(pairs, places, strict=True)]
@@ -133,7 +133,8 @@ def score_pairs(settings: LabelSettings, judge: BradleyTerry, reader: PairReader
 
 def run(settings: LabelSettings) -> Path:
     """Label every pair of a dataset with a machine judge."""
-    from dedpo_diffusion.pairs import PairReader, write_labels
+    from dedpo_diffusion.labels import write_labels
+    from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.records import Labels
 
     reader = PairReader(settings.pairs)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def choose_judge(settings: MergeSettings) -> str | None:
     """The judge's label file: the one named, or the only one that is not human; None only for human_only."""
-    from dedpo_diffusion.pairs import label_names
+    from dedpo_diffusion.labels import label_names
 
     if settings.judge is not None:
         if settings.judge == settings.human:
@@ -39,7 +39,7 @@ def choose_judge(settings: MergeSettings) -> str | None:
 
 def read_aligned(settings: MergeSettings, ids: list[str], name: str, *, complete: bool) -> np.ndarray:
     """(N,) labels in the order of `ids`, NaN where there is none."""
-    from dedpo_diffusion.pairs import align, read_labels
+    from dedpo_diffusion.labels import align, read_labels
 
     return align(read_labels(settings.pairs, name), ids, folder=settings.pairs, name=name, complete=complete)
 
@@ -48,7 +48,7 @@ def _human(settings: MergeSettings, ids: list[str]) -> np.ndarray:
     """Human labels; naive merging alone can do without the usual file."""
     import numpy as np
 
-    from dedpo_diffusion.pairs import label_names
+    from dedpo_diffusion.labels import label_names
 
     if settings.method == "naive" and settings.human == "human" and "human" not in label_names(settings.pairs):
         return np.full(len(ids), np.nan)
@@ -100,7 +100,8 @@ def print_report(report: dict[str, Any], title: str) -> None:
 def run(settings: MergeSettings) -> Path:
     """Merge human and judge labels into one target and weight per pair."""
     from dedpo_diffusion.debias import merge_labels
-    from dedpo_diffusion.pairs import PairReader, write_targets
+    from dedpo_diffusion.labels import write_targets
+    from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.records import Targets
 
     ids = PairReader(settings.pairs).ids()

@@ -72,7 +72,9 @@ def write_prompts(settings: QuickstartSettings) -> tuple[Path, Path]:
 def ask_the_human(pairs: Path, settings: QuickstartSettings) -> None:
     """Let the simulated human label a random share of the pairs: Bradley-Terry answers on the oracle's reward."""
     from dedpo_diffusion.console import track
-    from dedpo_diffusion.pairs import PairReader, decode_image, write_labels
+    from dedpo_diffusion.decoding import decode_image
+    from dedpo_diffusion.labels import write_labels
+    from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.records import Labels
     from dedpo_diffusion.shapes.human import answers
     from dedpo_diffusion.shapes.oracle import reward

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dedpo_diffusion.pairs import PairWriter, write_targets
+from dedpo_diffusion.labels import write_targets
+from dedpo_diffusion.pairs import PairWriter
 from dedpo_diffusion.records import Pair, Targets
 
 # tiny tensors are faster on one thread, and so are the commands that the tests start

@@ -17,13 +17,27 @@ from dedpo_diffusion.cli import STAGES, main
 ROOT = Path(__file__).parents[1]
 # floor of each module of the library: a file imports from lower floors alone; scorers may serve annotators
 FLOORS = {
-    0: ["records", "settings", "console", "files", "debias", "noising", "balance", "losses", "images", "metrics", "shapes"],
-    1: ["pairs", "models", "cache", "checkpoints", "runs", "weights", "scorers"],
-    2: ["annotators", "formats", "sampling", "step", "feed"],
+    0: [
+        "records",
+        "settings",
+        "console",
+        "files",
+        "debias",
+        "noising",
+        "balance",
+        "losses",
+        "images",
+        "metrics",
+        "shapes",
+        "tables",
+        "decoding",
+    ],
+    1: ["pairs", "labels", "agreement", "models", "cache", "checkpoints", "runs", "weights", "scorers"],
+    2: ["annotators", "formats", "inspection", "ballot", "sampling", "step", "feed"],
     3: ["cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-GROUND_HELPERS = {"records", "console", "files"}  # plain words that every ground-floor file may use
+GROUND_HELPERS = {"records", "console", "files", "tables"}  # plain words that every ground-floor file may use
 SOURCES = {"dedpo_diffusion": "dedpo_diffusion", "pipelines": "dedpo_diffusion.pipelines", "eval": "dedpo_diffusion.evaluation"}
 
 

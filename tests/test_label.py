@@ -10,7 +10,8 @@ from PIL import Image
 from scipy.special import expit
 from test_scorers import build_judge
 
-from dedpo_diffusion.pairs import PairReader, PairWriter, read_labels, write_labels
+from dedpo_diffusion.labels import read_labels, write_labels
+from dedpo_diffusion.pairs import PairReader, PairWriter
 from dedpo_diffusion.pipelines.label import main
 from dedpo_diffusion.records import Labels, Pair
 from doubles import Watched, register

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from dedpo_diffusion.debias import merge_labels
-from dedpo_diffusion.pairs import PairReader, PairWriter, read_targets, write_labels
+from dedpo_diffusion.labels import read_targets, write_labels
+from dedpo_diffusion.pairs import PairReader, PairWriter
 from dedpo_diffusion.pipelines.ingest import main as ingest
 from dedpo_diffusion.pipelines.merge import main
 from dedpo_diffusion.records import Labels, Pair

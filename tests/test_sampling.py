@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from dedpo_diffusion import sampling
+from dedpo_diffusion.decoding import decode_image
 from dedpo_diffusion.models import Backbone
-from dedpo_diffusion.pairs import PairReader, decode_image
+from dedpo_diffusion.pairs import PairReader
 from dedpo_diffusion.pipelines import propose, sample
 from dedpo_diffusion.weights import diffusers_lora, save_lora
 

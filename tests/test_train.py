@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import picture, write_pairs
 from dedpo_diffusion.feed import Visits, visit_probability
-from dedpo_diffusion.pairs import write_targets
+from dedpo_diffusion.labels import write_targets
 from dedpo_diffusion.pipelines import train
 from dedpo_diffusion.records import Targets
 from dedpo_diffusion.runs import checkpoints

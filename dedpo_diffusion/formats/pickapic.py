@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..console import UserError
-from ..pairs import decode_image
+from ..decoding import decode_image
 from ..records import Pair
 from ..settings import IngestSettings
 

@@ -1,0 +1,281 @@
+"""What is said of the pairs of a dataset, and what is trained on: parquet files beside the pairs.
+
+    PAIRS/labels/<name>.parquet           pair_id, label_0 in [0, 1], what else is known of the answer, any source_* columns
+    PAIRS/votes/<name>.parquet            the single answers behind a label file: pair_id, label_0, votes, rater, ...
+    PAIRS/targets/<name>.parquet, .json   pair_id, target, weight; and the report of the merge
+
+Rows are counted from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .console import UserError
+from .files import atomic_file, write_json
+from .records import Labels, Targets, Votes
+from .tables import check_columns, check_no_nulls, check_types, check_unique, open_parquet
+
+LABEL_COLUMNS = ("pair_id", "label_0")
+LABEL_EXTRAS = ("rater", "votes", "propensity", "score_0", "score_1", "judge_version", "order_consistent", "seconds")
+VOTE_COLUMNS = ("pair_id", "label_0", "votes", "rater")
+VOTE_EXTRAS = {"swapped": "true or false", "repeat": "true or false", "seconds": "a number", "time": "text"}
+TARGET_COLUMNS = ("pair_id", "target", "weight")
+
+
+# ---- labels
+
+
+def _named(folder: Path, kind: str, name: str, suffix: str = ".parquet") -> Path:
+    if not name or name != Path(name).name or name.startswith("."):
+        raise UserError(f"{name!r} cannot name a file in {Path(folder) / kind}; use letters, digits, - and _")
+    return Path(folder) / kind / f"{name}{suffix}"
+
+
+def _names(folder: Path, kind: str) -> list[str]:
+    return sorted(path.stem for path in (Path(folder) / kind).glob("*.parquet") if not path.name.startswith("."))
+
+
+def label_names(folder: Path) -> list[str]:
+    """Names of the label files of a pair dataset, sorted."""
+    return _names(folder, "labels")
+
+
+def _existing(folder: Path, kind: str, name: str) -> Path:
+    path = _named(folder, kind, name)
+    if not path.is_file():
+        raise UserError(f"there is no {path} ({kind} there: {', '.join(_names(folder, kind)) or 'none'})")
+    return path
+
+
+def _check_range(path: Path, name: str, values: np.ndarray) -> None:
+    bad = np.flatnonzero(~((values >= 0) & (values <= 1)))
+    if bad.size:
+        raise UserError(
+            f"{path} row {bad[0]}: {name} is {values[bad[0]]}, and must be the probability in [0, 1] that image 0 is preferred; "
+            "mend it, or leave the row out"
+        )
+
+
+def _check_propensity(path: Path, values: Sequence[Any] | None) -> None:
+    for row, value in enumerate(values or ()):
+        if value is None or not 0 < value <= 1:
+            raise UserError(f"{path} row {row}: propensity is {value}, and must be the probability in (0, 1] that this pair was labelled")
+
+
+def read_labels(folder: Path, name: str) -> Labels:
+    """Read `folder/labels/<name>.parquet`.
+
+    Raises:
+        UserError: no such file, a missing or unknown column, a label outside [0, 1] or missing, a pair_id twice.
+    """
+    path = _existing(folder, "labels", name)
+    with open_parquet(path) as file:
+        check_columns(path, file.schema_arrow, LABEL_COLUMNS, LABEL_EXTRAS)
+        check_types(path, file.schema_arrow, {"pair_id": "text", "label_0": "a number"})
+        columns = file.read(use_threads=False).to_pydict()
+    ids, values = columns.pop("pair_id"), columns.pop("label_0")
+    check_no_nulls(path, "pair_id", ids)
+    label_0 = np.array(values, dtype=np.float64)  # a null becomes NaN, which is refused with its row
+    _check_range(path, "label_0", label_0)
+    check_unique(path, ids)
+    _check_propensity(path, columns.get("propensity"))
+    return Labels(ids, label_0, columns)
+
+
+def label_origin(folder: Path, name: str) -> str | None:
+    """What made `folder/labels/<name>.parquet`, as its writer put it; None if there is no such file or it does not say."""
+    path = _named(folder, "labels", name)
+    if not path.is_file():
+        return None
+    with open_parquet(path) as file:
+        found = (file.schema_arrow.metadata or {}).get(b"origin")
+    return None if found is None else found.decode()
+
+
+def write_labels(folder: Path, name: str, labels: Labels, *, origin: str | None = None) -> Path:
+    """Write `folder/labels/<name>.parquet` atomically, replacing an older one, and return its path.
+
+    Args:
+        origin: what made the labels, for `label_origin`.
+
+    Raises:
+        UserError: what `read_labels` would refuse.
+        ValueError: columns of unequal length.
+    """
+    path = _named(folder, "labels", name)
+    columns = {"pair_id": pa.array(labels.pair_id, pa.string()), "label_0": pa.array(np.asarray(labels.label_0, dtype=np.float64))}
+    columns |= {key: pa.array(values) for key, values in labels.extra.items()}
+    table = pa.table(columns)
+    check_columns(path, table.schema, LABEL_COLUMNS, LABEL_EXTRAS)
+    _check_range(path, "label_0", np.asarray(labels.label_0))
+    check_unique(path, labels.pair_id)
+    _check_propensity(path, labels.extra.get("propensity"))
+    with atomic_file(path) as temporary:
+        pq.write_table(table.replace_schema_metadata(None if origin is None else {"origin": origin}), temporary)
+    return path
+
+
+def align(labels: Labels, ids: Sequence[str], *, folder: Path, name: str, complete: bool = False) -> np.ndarray:
+    """Labels in the order of the pairs.
+
+    Args:
+        labels: read from `folder/labels/<name>.parquet`.
+        ids: the N pair_ids of the dataset.
+        folder, name: for messages.
+        complete: every pair must have a label.
+
+    Returns:
+        (N,) float64, NaN where there is no label.
+
+    Raises:
+        UserError: a label of an unknown pair; with `complete`, a pair without a label.
+    """
+    path = _named(folder, "labels", name)
+    place = {pair_id: i for i, pair_id in enumerate(ids)}
+    rows = [place.get(pair_id, -1) for pair_id in labels.pair_id]
+    if -1 in rows:
+        row = rows.index(-1)
+        raise UserError(f"{path} row {row}: pair_id {labels.pair_id[row]!r} is none of the dataset's pairs; remove the row")
+    aligned = np.full(len(ids), np.nan)
+    aligned[rows] = labels.label_0
+    missing = np.flatnonzero(np.isnan(aligned))
+    if complete and missing.size:
+        covered = f"covers {len(ids) - missing.size} of {len(ids)} pairs (first missing: {ids[missing[0]]!r})"
+        raise UserError(f"{path} {covered}; run `dedpo label` again")
+    return aligned
+
+
+# ---- votes
+
+
+def vote_names(folder: Path) -> list[str]:
+    """Names of the vote files of a pair dataset, sorted."""
+    return _names(folder, "votes")
+
+
+def read_votes(folder: Path, name: str) -> Votes:
+    """Read `folder/votes/<name>.parquet`.
+
+    Raises:
+        UserError: no such file, a missing or unknown column, a label outside [0, 1] or missing, a count below 1.
+    """
+    path = _existing(folder, "votes", name)
+    with open_parquet(path) as file:
+        _check_vote_columns(path, file.schema_arrow)
+        columns = file.read(use_threads=False).to_pydict()
+    ids, label_0, votes, rater = (columns.pop(column) for column in VOTE_COLUMNS)
+    check_no_nulls(path, "pair_id", ids)
+    check_no_nulls(path, "votes", votes)
+    found = Votes(ids, np.array(label_0, dtype=np.float64), np.array(votes, dtype=np.int64), rater, columns)
+    _check_votes(path, found)
+    return found
+
+
+def write_votes(folder: Path, name: str, votes: Votes) -> Path:
+    """Write `folder/votes/<name>.parquet` atomically, replacing an older one, and return its path.
+
+    Raises:
+        UserError: what `read_votes` would refuse.
+    """
+    path = _named(folder, "votes", name)
+    columns = {
+        "pair_id": pa.array(votes.pair_id, pa.string()),
+        "label_0": pa.array(np.asarray(votes.label_0, dtype=np.float64)),
+        "votes": pa.array(np.asarray(votes.votes, dtype=np.int64)),
+        "rater": pa.array(votes.rater, pa.string()),
+    }
+    table = pa.table(columns | {key: pa.array(values) for key, values in votes.extra.items()})
+    _check_vote_columns(path, table.schema)
+    _check_votes(path, votes)
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary)
+    return path
+
+
+def _check_vote_columns(path: Path, schema: pa.Schema) -> None:
+    check_columns(path, schema, VOTE_COLUMNS, tuple(VOTE_EXTRAS))
+    types = {"pair_id": "text", "label_0": "a number", "votes": "a number"}
+    check_types(path, schema, types | {name: kind for name, kind in VOTE_EXTRAS.items() if name in schema.names})
+
+
+def _check_votes(path: Path, votes: Votes) -> None:
+    _check_range(path, "label_0", np.asarray(votes.label_0))
+    few = np.flatnonzero(np.asarray(votes.votes) < 1)
+    if few.size:
+        raise UserError(f"{path} row {few[0]}: votes is {votes.votes[few[0]]}, and must be at least 1; remove the row")
+
+
+def aggregate(votes: Votes) -> Labels:
+    """One label per pair: the mean of its answers, each counted as often as it was given; hidden repeats are left out.
+
+    Returns:
+        Labels in the order in which pairs first occur, with `votes` (their number), `rater` (None where several people
+        answered) and, where the votes have it, `seconds` (their mean; None where no answer has it).
+    """
+    repeats = votes.extra.get("repeat") or [False] * len(votes.pair_id)
+    rows = [row for row, again in enumerate(repeats) if not again]
+    place = {pair_id: k for k, pair_id in enumerate(dict.fromkeys(votes.pair_id[row] for row in rows))}
+    total, count = np.zeros(len(place)), np.zeros(len(place), dtype=np.int64)
+    raters: list[set[str | None]] = [set() for _ in place]
+    seconds: list[list[float]] = [[] for _ in place]
+    times = votes.extra.get("seconds")
+    for row in rows:
+        k = place[votes.pair_id[row]]
+        total[k] += votes.label_0[row] * votes.votes[row]
+        count[k] += votes.votes[row]
+        raters[k].add(votes.rater[row])
+        if times is not None and times[row] is not None:
+            seconds[k].append(times[row])
+    extra: dict[str, list[Any]] = {"votes": count.tolist()}
+    if any(rater is not None for rater in votes.rater):
+        extra["rater"] = [next(iter(who)) if len(who) == 1 else None for who in raters]
+    if times is not None:
+        extra["seconds"] = [sum(spent) / len(spent) if spent else None for spent in seconds]
+    return Labels(list(place), total / count, extra)
+
+
+# ---- targets
+
+
+def _check_targets(path: Path, ids: Sequence[str], target: np.ndarray, weight: np.ndarray) -> None:
+    for name, good in (("target", np.isfinite(target)), ("weight", np.isfinite(weight) & (weight >= 0))):
+        bad = np.flatnonzero(~good)
+        if bad.size:
+            raise UserError(f"{path} row {bad[0]}: {name} is missing, infinite or negative; run `dedpo merge` again")
+    check_unique(path, ids)
+
+
+def read_targets(folder: Path, name: str) -> Targets:
+    """Read `folder/targets/<name>.parquet`.
+
+    Raises:
+        UserError: no such file, a missing or extra column, a value that is not finite, a negative weight, a pair_id twice.
+    """
+    path = _existing(folder, "targets", name)
+    with open_parquet(path) as file:
+        check_columns(path, file.schema_arrow, TARGET_COLUMNS, source=False)
+        check_types(path, file.schema_arrow, {"pair_id": "text", "target": "a number", "weight": "a number"})
+        columns = file.read(use_threads=False).to_pydict()
+    target, weight = (np.array(columns[name], dtype=np.float64) for name in ("target", "weight"))
+    check_no_nulls(path, "pair_id", columns["pair_id"])
+    _check_targets(path, columns["pair_id"], target, weight)
+    return Targets(columns["pair_id"], target, weight)
+
+
+def write_targets(folder: Path, name: str, targets: Targets, report: dict[str, Any]) -> Path:
+    """Write `folder/targets/<name>.parquet` and the report beside it as JSON, each atomically; return the parquet's path."""
+    path = _named(folder, "targets", name)
+    target, weight = np.asarray(targets.target, dtype=np.float64), np.asarray(targets.weight, dtype=np.float64)
+    _check_targets(path, targets.pair_id, target, weight)
+    table = pa.table({"pair_id": pa.array(targets.pair_id, pa.string()), "target": pa.array(target), "weight": pa.array(weight)})
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary)
+    write_json(path.with_suffix(".json"), report)
+    return path
