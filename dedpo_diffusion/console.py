@@ -89,11 +89,11 @@ class Progress:
 
     Args:
         what: the name of the work.
-        total: how many units it has.
+        total: how many units it has; None where nobody knows before the end.
         start: units already done, when work is resumed.
     """
 
-    def __init__(self, what: str, total: int, *, start: int = 0, every: float = 10.0) -> None:
+    def __init__(self, what: str, total: int | None, *, start: int = 0, every: float = 10.0) -> None:
         self.what, self.total, self.done, self.start = what, total, start, start
         self.began = self.shown = time.monotonic()
         self.every = every if not sys.stdout.isatty() else 0.2
@@ -116,14 +116,17 @@ class Progress:
 
     def _show(self, now: float, end: bool = False) -> None:
         spent = now - self.began
-        rate = (self.done - self.start) / spent if spent > 0 else 0.0
-        left = (self.total - self.done) / rate if rate > 0 else 0.0
-        tail = f"took {_clock(spent)}" if end else f"{_clock(left)} left"
-        text = f"{self.what}: {self.done}/{self.total}, {tail}" + (f", {self.note}" if self.note else "")
+        if end or self.total is None:
+            tail = f"took {_clock(spent)}" if end else f"{_clock(spent)} so far"
+        else:
+            rate = (self.done - self.start) / spent if spent > 0 else 0.0
+            tail = f"{_clock((self.total - self.done) / rate if rate > 0 else 0.0)} left"
+        of = "" if self.total is None else f"/{self.total}"
+        text = f"{self.what}: {self.done}{of}, {tail}" + (f", {self.note}" if self.note else "")
         if sys.stdout.isatty():
-            filled = int(24 * self.done / max(self.total, 1))
-            bar = "[" + "#" * filled + "." * (24 - filled) + "]"
-            print(f"\r\x1b[K{bar} {text}", end="\n" if end else "", flush=True)
+            filled = 0 if self.total is None else int(24 * self.done / max(self.total, 1))
+            bar = "[" + "#" * filled + "." * (24 - filled) + "] "
+            print(f"\r\x1b[K{'' if self.total is None else bar}{text}", end="\n" if end else "", flush=True)
         else:
             print(text, flush=True)
 

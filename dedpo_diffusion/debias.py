@@ -132,20 +132,36 @@ def pair_targets(z: np.ndarray, g: np.ndarray, h: np.ndarray, weight: np.ndarray
     return np.where(np.isnan(z), unlabelled, z + (stretch - 1) * (z - known_g))
 
 
-def fit_power(z: np.ndarray, g: np.ndarray, h: np.ndarray) -> tuple[float, float | None]:
-    """lam = clip(sum h rho_z rho_g / sum h rho_g^2, 0, 1) over labelled pairs, rho = 0.5 - label, and its standard error.
+def judge_moments(z: np.ndarray, g: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """Per labelled pair, what decides the gradient's variance at margin 0, where the loss's gradient is rho = 0.5 - label.
 
-    It minimises the variance of the gradient at margin 0, where training starts (the loss's gradient is 0.5 - label).
-    The error is the delta method's for a ratio of means, None where it does not exist.
+    The pair's gradient is h (rho_z - lam rho_g) + lam rho_g with h = R / p; its mean square over R is
+    rho_z^2 / p - (1/p - 1)(2 lam rho_z rho_g - lam^2 rho_g^2).
+
+    Returns:
+        (n, 3): (1/p - 1) rho_z rho_g, (1/p - 1) rho_g^2 and rho_z^2 / p, each times h, which makes their sums estimate
+        sums over the pool. 1 / p is h itself.
     """
     rho_z, rho_g = 0.5 - z, 0.5 - g
-    below = float(np.sum(h * rho_g**2))
+    rest = np.maximum(h - 1, 0.0)  # normalised propensities may exceed 1 a little
+    return h[:, None] * np.stack([rest * rho_z * rho_g, rest * rho_g**2, h * rho_z**2], axis=1)
+
+
+def fit_power(z: np.ndarray, g: np.ndarray, h: np.ndarray) -> tuple[float, float | None]:
+    """lam = clip(sum c / sum v, 0, 1) over labelled pairs, with c, v the first two of `judge_moments`, and its standard error.
+
+    It minimises the variance of the gradient at margin 0, where training starts; labelled at random, h drops out. The
+    error is the delta method's for a ratio of means, None where it does not exist.
+    """
+    if not (h > 1).any():  # every pair is labelled: no power changes the variance, and the formula is 0 / 0
+        h = np.full(len(z), 2.0)
+    c, v, _ = judge_moments(z, g, h).T
+    below = float(np.sum(v))
     if below <= 0:  # a judge that always says 0.5 has nothing to add
         return 0.0, None
-    ratio = float(np.sum(h * rho_z * rho_g)) / below
+    ratio = float(np.sum(c)) / below
     n = len(z)
-    residual = h * (rho_z * rho_g - ratio * rho_g**2)
-    se = math.sqrt(n / (n - 1) * float(np.sum(residual**2))) / below if n > 1 else None
+    se = math.sqrt(n / (n - 1) * float(np.sum((c - ratio * v) ** 2))) / below if n > 1 else None
     return min(max(ratio, 0.0), 1.0), se
 
 
@@ -200,20 +216,20 @@ def judge_bias(z: np.ndarray, g: np.ndarray) -> dict[str, Any]:
     return {"value": value, "se": se, "ci": [value - NORMAL_975 * se, value + NORMAL_975 * se]}
 
 
-def variance_ratio(sums: np.ndarray, share: float, power: float) -> np.ndarray:
-    """1 - (1 - f)(2 lam c - lam^2 v) / s: the gradient's variance at margin 0, relative to human labels alone.
+def variance_ratio(sums: np.ndarray, power: float) -> np.ndarray:
+    """1 - (2 lam c - lam^2 v) / s: the gradient's variance at margin 0, relative to human labels alone.
 
     Args:
-        sums: (..., 3) sums of rho_z rho_g (c), rho_g^2 (v) and rho_z^2 (s) over labelled pairs.
-        share: the labelled share f.
-        power: lam. By Cauchy-Schwarz the ratio is never below f.
+        sums: (..., 3) sums of `judge_moments` over labelled pairs. Labelled at random this is
+            1 - (1 - f)(2 lam c - lam^2 v) / s of plain moments.
+        power: lam. By Cauchy-Schwarz the ratio is never below the least p.
 
     Returns:
         (...), NaN where every human label is a tie (s = 0).
     """
     c, v, s = np.moveaxis(sums, -1, 0)
     gain = 2 * power * c - power**2 * v
-    return 1 - (1 - share) * np.divide(gain, s, out=np.full_like(s, np.nan), where=s > 0)
+    return 1 - np.divide(gain, s, out=np.full_like(s, np.nan), where=s > 0)
 
 
 def bootstrap_sums(terms: np.ndarray, rng: np.random.Generator, *, resamples: int = RESAMPLES, chunk: int = 100) -> np.ndarray:
@@ -230,20 +246,19 @@ def bootstrap_sums(terms: np.ndarray, rng: np.random.Generator, *, resamples: in
     return np.concatenate(chunks)
 
 
-def _worth_function(z: np.ndarray, g: np.ndarray, h: np.ndarray, share: float, seed: int) -> Callable[[float], dict[str, Any]]:
+def _worth_function(z: np.ndarray, g: np.ndarray, h: np.ndarray, seed: int) -> Callable[[float], dict[str, Any]]:
     """Effective human labels, n_l / variance ratio, as a function of the power; every power sees the same resamples."""
-    rho_z, rho_g = 0.5 - z, 0.5 - g
-    terms = h[:, None] * np.stack([rho_z * rho_g, rho_g**2, rho_z**2], axis=1)
+    terms = judge_moments(z, g, h)
     n = len(z)
     resampled = bootstrap_sums(terms, np.random.default_rng(seed)) if n > 1 else None
 
     def worth(power: float) -> dict[str, Any]:
-        ratio = float(variance_ratio(terms.sum(axis=0), share, power))
+        ratio = float(variance_ratio(terms.sum(axis=0), power))
         if not (math.isfinite(ratio) and ratio > 0):
             return _no_worth(n)
         ci = None
         if resampled is not None:
-            ratios = variance_ratio(resampled, share, power)
+            ratios = variance_ratio(resampled, power)
             ci = [float(x) for x in np.quantile(n / ratios[np.isfinite(ratios)], [0.025, 0.975])]
         return {"value": n / ratio, "ci": ci, "n_human": n}
 
@@ -261,7 +276,7 @@ def _worths(z: np.ndarray, g: np.ndarray, h: np.ndarray, power: float, seed: int
     at_one = _no_worth(n)
     here = {"value": float(n), "ci": [float(n), float(n)], "n_human": n} if power == 0 else _no_worth(n)
     if n > 0 and not np.isnan(g).any():
-        worth = _worth_function(z[labelled], g[labelled], h[labelled], n / len(z), seed)
+        worth = _worth_function(z[labelled], g[labelled], h[labelled], seed)
         at_one = worth(1.0)
         here = worth(power) if power > 0 else here
     return here, at_one

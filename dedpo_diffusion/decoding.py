@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import struct
 import threading
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,17 +66,11 @@ def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
     try:
         if not data:
             raise ValueError("the file is empty")
-        with _quietly_opened(data) as image:
+        with Image.open(io.BytesIO(data)) as image:
             _check_header(image)
             yield image
     except UNREADABLE as error:
         raise UserError(f"{where}: the image cannot be decoded ({error}); replace it, or leave its pair out") from error
-
-
-def _quietly_opened(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():  # of its own limit on pixels, which comes after ours
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data))
 
 
 def _check_header(image: Image.Image) -> None:

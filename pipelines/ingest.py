@@ -1,74 +1,96 @@
-"""Read a public preference format into a pair dataset.
+"""Read a preference format into a pair dataset.
 
+    dedpo ingest auto my-pairs.csv --out pairs
     dedpo ingest pickapic pick-a-pic-v2/data --out pairs
 
-Writes `OUT/pairs/*.parquet`, `OUT/labels/human.parquet` and `OUT/ingest.json`; OUT appears when all of it is done.
+Writes `OUT/pairs/*.parquet`, `OUT/labels/human.parquet`, `OUT/votes/human.parquet` where the source knows single votes,
+and `OUT/ingest.json`. OUT appears when all of it is done; until then the work lies in `.OUT.partial` beside it, and the
+same command goes on after the last whole shard.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.console import Progress, UserError, say, stage
 from dedpo_diffusion.settings import IngestSettings
 
-SEEN = {"ties": "ties", "unlabelled": "pairs that nobody judged", "identical": "pairs of one image with itself"}
+if TYPE_CHECKING:
+    from dedpo_diffusion.formats.intake import Journal, Ledger
+
+SHAPES_NOTHING = ("out", "unreadable", "workers")  # settings that may change when an interrupted import goes on
 
 
 def _check_out(settings: IngestSettings) -> None:
     if settings.out.is_file() or (settings.out.is_dir() and any(settings.out.iterdir())):
         raise UserError(f"{settings.out} exists and is not an empty folder; choose another --out, or remove it first")
+    if settings.workers is not None and settings.workers < 1:
+        raise UserError(f"workers is {settings.workers}; it must be at least 1")
 
 
-def count_lines(counts: Counter[str]) -> Iterator[str]:
-    """What was kept, dropped and why, one line each."""
-    yield f"rows read: {counts['rows']}"
-    for kind, words in SEEN.items():
-        dropped = counts[f"{kind}_dropped"]
-        yield f"{words}: {counts[kind]} (dropped {dropped})"
-    yield f"pairs with an unreadable image: {counts['unreadable_dropped']} dropped"
-    yield f"pairs kept: {counts['kept']}, {counts['labelled']} of them with a human label"
+def _identity(settings: IngestSettings, name: str, fingerprint: str) -> dict[str, Any]:
+    """What an interrupted import must share with the one that goes on."""
+    kept = {key: value for key, value in dataclasses.asdict(settings).items() if key not in SHAPES_NOTHING}
+    return {"format": name, "fingerprint": fingerprint, "settings": {k: str(v) if isinstance(v, Path) else v for k, v in kept.items()}}
 
 
-def _human_labels(answers: list[tuple[str, float, Any]]) -> Any:
-    """The answers as a label file, with the rater where the source names one."""
-    import numpy as np
+def _publish(partial: Path, out: Path) -> None:
+    """Give the finished folder its name."""
+    shutil.rmtree(partial / "journal")
+    if out.is_dir():
+        out.rmdir()  # empty, as checked
+    os.replace(partial, out)
 
-    from dedpo_diffusion.records import Labels
 
-    raters = [None if rater is None else str(rater) for _, _, rater in answers]
-    extra = {"rater": raters} if any(rater is not None for rater in raters) else {}
-    return Labels([pair_id for pair_id, _, _ in answers], np.array([label for _, label, _ in answers], dtype=np.float64), extra)
+def _take_up(settings: IngestSettings, partial: Path, identity: dict[str, Any]) -> tuple[Journal, Ledger]:
+    """The journal and ledger of an interrupted import of the same source with the same settings, or new ones."""
+    from dedpo_diffusion.formats.intake import Journal, Ledger
+
+    journal = Journal(partial, identity)
+    if not journal.shards():
+        shutil.rmtree(partial, ignore_errors=True)
+        journal.begin()
+        return journal, Ledger()
+    ledger = journal.read(journal.shards())
+    say(f"going on behind {ledger.counts['kept']} pairs in {partial}")
+    return journal, ledger
 
 
 def run(settings: IngestSettings) -> None:
-    """Read a public preference format into a pair dataset."""
-    from dedpo_diffusion.files import atomic_folder, write_json
-    from dedpo_diffusion.formats import importer
-    from dedpo_diffusion.labels import write_labels
-    from dedpo_diffusion.pairs import PairWriter
+    """Read a preference format into a pair dataset."""
+    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.formats import choose
+    from dedpo_diffusion.formats.intake import count_lines, shuffles, take_in
 
     _check_out(settings)
-    source = importer(settings.format)
-    counts: Counter[str] = Counter()
-    answers: list[tuple[str, float, Any]] = []
-    with atomic_folder(settings.out) as folder, Progress("reading rows", source.rows(settings.source)) as progress:
-        with PairWriter(folder, shard_pairs=settings.shard_pairs) as writer:
-            for pair, label in source.read(settings.source, settings, counts):
-                writer.add(pair)
-                if label is not None:
-                    answers.append((pair.pair_id, label, pair.source.get("user_id")))
-                progress.advance(counts["rows"] - progress.done)
-            if not counts["kept"]:
-                raise UserError(f"no pair of {settings.source} was kept: " + "; ".join(count_lines(counts)))
-        if answers:
-            write_labels(folder, "human", _human_labels(answers))
-        record = {"format": settings.format, "source": str(settings.source), "counts": dict(sorted(counts.items()))}
-        write_json(folder / "ingest.json", record)
-    for line in count_lines(counts):
+    chosen = choose(settings)
+    if settings.format != chosen.name:
+        say(f"{settings.source} is {chosen.name}: {chosen.why}")
+    out = settings.out.absolute()
+    partial = out.with_name(f".{out.name}.partial")
+    identity = _identity(settings, chosen.name, chosen.source.fingerprint)
+    journal, ledger = _take_up(settings, partial, identity)
+    try:
+        with Progress("reading rows", chosen.source.count, start=ledger.place.row) as progress:
+            take_in(chosen, settings, partial, journal, ledger, progress.advance)
+    except BaseException:
+        if journal.shards():
+            say(f"the whole shards so far stay in {partial}; the same command goes on behind them")
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    record = {"why": chosen.why, "sides_shuffled": shuffles(chosen), "counts": dict(sorted(ledger.counts.items()))}
+    write_json(partial / "ingest.json", {**identity, **record})
+    _publish(partial, out)
+    for line in count_lines(ledger.counts):
         say(line)
+    if record["sides_shuffled"]:
+        say(f"the source lists the preferred image first: {ledger.counts['sides_swapped']} pairs had their sides swapped")
     say(f"wrote {settings.out}")
 
 

@@ -55,6 +55,21 @@ def _human(settings: MergeSettings, ids: list[str]) -> np.ndarray:
     return read_aligned(settings, ids, settings.human, complete=False)
 
 
+def read_propensity(settings: MergeSettings, ids: list[str]) -> np.ndarray | None:
+    """(N,) probability of being labelled, 1 where nobody answered; None where pairs were labelled at random."""
+    import numpy as np
+
+    from dedpo_diffusion.labels import label_names, read_labels
+
+    if settings.method == "naive" or settings.human not in label_names(settings.pairs):
+        return None
+    labels = read_labels(settings.pairs, settings.human)
+    if "propensity" not in labels.extra:
+        return None
+    known = dict(zip(labels.pair_id, labels.extra["propensity"], strict=True))
+    return np.array([known.get(pair_id, 1.0) for pair_id in ids])  # an unlabelled pair's own counts for nothing
+
+
 def _label_files(settings: MergeSettings, judge: str | None) -> dict[str, Any]:
     """Names and digests of the label files that were merged."""
     from dedpo_diffusion.files import file_digest
@@ -108,12 +123,18 @@ def run(settings: MergeSettings) -> Path:
     judge = choose_judge(settings)
     human = _human(settings, ids)
     synthetic = None if judge is None else read_aligned(settings, ids, judge, complete=settings.method != "human_only")
+    propensity = read_propensity(settings, ids)
+    if propensity is not None:
+        say(f"{settings.human}: pairs were not labelled at random; the stored propensities make up for it")
     try:
-        merged = merge_labels(human, synthetic, method=settings.method, power=settings.power, max_overshoot=settings.max_overshoot)
+        merged = merge_labels(
+            human, synthetic, method=settings.method, power=settings.power, propensity=propensity, max_overshoot=settings.max_overshoot
+        )
     except ValueError as error:
         raise UserError(f"{settings.pairs / 'labels'} ({', '.join(filter(None, (settings.human, judge)))}): {error}") from error
     name = settings.name or settings.method
-    report = {"name": name, "judge": judge, "human": settings.human, "label_files": _label_files(settings, judge), **merged.report}
+    report = {"name": name, "judge": judge, "human": settings.human, "label_files": _label_files(settings, judge)}
+    report |= {"propensities": propensity is not None, **merged.report}
     path = write_targets(settings.pairs, name, Targets(ids, merged.target, merged.weight), report)
     print_report(report, f"targets {name}: {settings.human} and {judge or 'no judge'}")
     say(f"wrote {path} and {path.with_suffix('.json').name}")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dedpo_diffusion.debias import bootstrap_sums, merge_labels, wilson_interval
+from dedpo_diffusion.debias import bootstrap_sums, fit_power, judge_moments, merge_labels, variance_ratio, wilson_interval
 
 CLOSE = 1e-12  # float64 sums of at most a few hundred terms of order one
 
@@ -275,6 +275,31 @@ def test_the_report_is_reproducible_and_follows_its_seed():
     key = "effective_human_labels"
     assert merge_labels(human, g).report[key]["ci"] != merge_labels(human, g, seed=1).report[key]["ci"]
     assert merge_labels(human, g).report[key]["value"] == merge_labels(human, g, seed=1).report[key]["value"]
+
+
+def test_with_unequal_propensities_the_variance_is_that_of_a_simulation_and_the_fitted_power_minimises_it():
+    """The gradient at margin 0 over many draws of who is labelled, for one fixed pool of 4000 pairs."""
+    rng = np.random.default_rng(11)
+    z = (rng.random(4000) < 0.5).astype(float)
+    easy = rng.random(4000) < 0.5
+    g = np.where(rng.random(4000) < np.where(easy, 0.95, 0.6), z, 1 - z)
+    p = np.where(easy, 0.1, 0.4)  # doubtful pairs are labelled more often
+    rho_z, rho_g = 0.5 - z, 0.5 - g
+    powers = np.array([0.0, 0.3, 0.6, 0.9])
+    labelled = rng.random((3000, 4000)) < p
+    h = labelled / p
+    gradients = np.stack([(h @ (rho_z - lam * rho_g) + lam * rho_g.sum()) / 4000 for lam in powers])
+    simulated = gradients.var(axis=1) / gradients[0].var()
+    # the variance given the pool: without the part that is there even with every label known
+    c, v, s = (np.sum((1 / p - 1) * x) for x in (rho_z * rho_g, rho_g**2, rho_z**2))
+    np.testing.assert_allclose(simulated, 1 - (2 * powers * c - powers**2 * v) / s, atol=0.1)
+    fitted = [fit_power(z[row], g[row], 1 / p[row])[0] for row in labelled[:200]]
+    assert np.mean(fitted) == pytest.approx(c / v, abs=0.02)
+    plain = np.sum(rho_z * rho_g) / np.sum(rho_g**2)  # as if labelled at random
+    assert abs(plain - c / v) > 0.05
+    moments = np.mean([judge_moments(z[row], g[row], 1 / p[row]).sum(axis=0) for row in labelled[:200]], axis=0)
+    np.testing.assert_allclose(moments, [c, v, np.sum(rho_z**2 / p)], rtol=0.03)
+    assert variance_ratio(moments, 0.5) == pytest.approx(1 - (c - 0.25 * v) / np.sum(rho_z**2 / p), abs=0.02)
 
 
 # ---- worked numbers

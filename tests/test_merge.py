@@ -79,6 +79,21 @@ def test_options_reach_the_estimator(folder):
     assert json.loads((folder / "targets" / "tight.json").read_text())["overshoot"] <= 1.1 + 1e-9
 
 
+def test_stored_propensities_reach_the_estimator_and_are_told(folder, capsys):
+    propensity = np.linspace(0.1, 0.9, N)
+    extra = {"propensity": propensity[LABELLED].tolist()}
+    write_labels(folder, "human", Labels([IDS[i] for i in LABELLED], HUMAN[LABELLED], extra))
+    assert main([str(folder)]) == 0
+    expected = merge_labels(human_column(), JUDGE, propensity=propensity)
+    found = read_targets(folder, "tuned")
+    np.testing.assert_array_equal(found.target, expected.target)
+    np.testing.assert_array_equal(found.weight, expected.weight)
+    assert not np.allclose(found.weight, merge_labels(human_column(), JUDGE).weight)
+    assert "the stored propensities make up for it" in capsys.readouterr().out
+    assert json.loads((folder / "targets" / "tuned.json").read_text())["propensities"] is True
+    assert main([str(folder), "--method", "naive"]) == 0  # which has no use for them
+
+
 def test_several_judges_must_be_chosen_from(folder, capsys):
     write_labels(folder, "vlm", Labels(IDS, 1 - JUDGE))
     assert main([str(folder)]) == 2

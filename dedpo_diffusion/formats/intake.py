@@ -1,0 +1,382 @@
+"""From a source's comparisons to a pair dataset: policies, sides, duplicates, votes, and a count of everything.
+
+    source row -> Entry -> images read and decoded (threads) -> kept, merged or dropped (in order, counted) -> PairWriter
+                                                             -> answers, in terms of the pair's own sides -> labels, votes
+
+Every comparison ends in exactly one count: kept, `duplicates_merged`, or dropped as `identical`, `unlabelled`, `ties` or
+`unreadable`. After each whole shard a journal is written, from which an interrupted import goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..console import UserError
+from ..decoding import decode_image
+from ..files import write_json
+from ..labels import aggregate, write_labels, write_votes
+from ..pairs import PairWriter
+from ..records import Pair, Votes
+from ..settings import IngestSettings
+from .entry import Answer, Entry
+
+AHEAD = 4  # comparisons in flight for each thread
+SWAPPED = "swapped"  # source column of pairs whose sides were shuffled
+SEEN = {
+    "ties": "comparisons that every answer calls a tie",
+    "unlabelled": "comparisons that nobody judged",
+    "identical": "comparisons of one image with itself",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the source the next comparison stands: source row, and comparisons of that row already taken."""
+
+    row: int = 0
+    part: int = 0
+
+
+@dataclass(frozen=True)
+class Images:
+    """Both images' bytes, their digests, or what is wrong with them."""
+
+    data: tuple[bytes, bytes] = (b"", b"")
+    digests: tuple[bytes, bytes] = (b"", b"")
+    error: UserError | None = None
+
+    @property
+    def same(self) -> bool:
+        """Whether both were read and are the same file."""
+        return self.digests[0] == self.digests[1] != b""
+
+
+@dataclass
+class Ledger:
+    """What an import knows so far: everything but the pairs themselves.
+
+    `seen` maps the digest of a prompt and two images to the pair's id and whether its image_0 has the smaller digest.
+    """
+
+    place: Place = Place()
+    counts: Counter[str] = field(default_factory=Counter)
+    answers: list[tuple[str, float, int, str | None]] = field(default_factory=list)
+    seen: dict[str, tuple[str, bool]] = field(default_factory=dict)
+
+
+# ---- reading ahead
+
+
+def comparisons(
+    source: Any, entries: Callable[..., Iterable[Entry]], settings: IngestSettings, start: Place
+) -> Iterator[tuple[Entry, Place]]:
+    """The source's comparisons from `start` on, each with the place behind it."""
+    for row, (where, values, folder) in enumerate(source.rows(start.row), start.row):
+        skip = start.part if row == start.row else 0
+        part, last = 0, None
+        for part, entry in enumerate(entries(values, where, folder, settings), 1):
+            if last is not None:
+                yield last, Place(row, part - 1)
+            last = entry if part > skip else None
+        if last is not None:  # the row is done with its last comparison
+            yield last, Place(row + 1)
+
+
+def read_images(entry: Entry) -> Images:
+    """Read both images and see whether they can be decoded; an error is returned, not raised."""
+    try:
+        data_0, data_1 = (_read_image(entry, side) for side in (0, 1))
+    except UserError as error:
+        return Images(error=error)
+    digest_0, digest_1 = (hashlib.blake2b(data, digest_size=16).digest() for data in (data_0, data_1))
+    return Images((data_0, data_1), (digest_0, digest_1))
+
+
+def _read_image(entry: Entry, side: int) -> bytes:
+    image = entry.images[side]
+    where = f"{entry.where}, image {side}" + (f" ({image})" if isinstance(image, Path) else "")
+    data = image if isinstance(image, bytes) else _read_file(image, where)
+    decode_image(data, where)
+    return data
+
+
+def _read_file(path: Path | None, where: str) -> bytes:
+    if path is None:
+        raise UserError(f"{where} is missing; add it, or leave its pair out")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{where} cannot be read ({error.strerror}); mend the path, give --images its folder, or leave its pair out"
+        ) from error
+
+
+def in_flight(found: Iterable[tuple[Entry, Place]], work: Callable[[Entry], Images], workers: int) -> Iterator[tuple[Entry, Place, Images]]:
+    """Do `work` in threads (Pillow decodes outside of Python's lock); results come in the order of the source."""
+    waiting: deque[tuple[Entry, Place, Future[Images]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for entry, place in found:
+                waiting.append((entry, place, pool.submit(work, entry)))
+                if len(waiting) >= AHEAD * workers:
+                    first, behind, future = waiting.popleft()
+                    yield first, behind, future.result()
+            while waiting:
+                first, behind, future = waiting.popleft()
+                yield first, behind, future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ---- what becomes of a comparison
+
+
+def reasons(entry: Entry) -> list[str]:
+    """What is special about a comparison before its images are seen, and so may drop it: identical, unlabelled, ties."""
+    ties = [answer.label_0 == 0.5 for answer in entry.answers]
+    found = {"identical": entry.same, "unlabelled": not ties, "ties": bool(ties) and all(ties)}
+    return [reason for reason, holds in found.items() if holds]
+
+
+def dropped_for(why: list[str], settings: IngestSettings) -> str | None:
+    """The first of these reasons for which such comparisons are dropped."""
+    policies = {"identical": settings.identical, "unlabelled": settings.unlabelled, "ties": settings.ties}
+    return next((reason for reason in why if policies[reason] == "drop"), None)
+
+
+class Intake:
+    """Takes comparisons one by one into a pair dataset.
+
+    Args:
+        name: the format's name, which begins every pair_id.
+        settings: the policies.
+        winner_first: the source lists the preferred image first, so sides are shuffled by `settings.seed`.
+        writer: takes the kept pairs.
+        ledger: where an interrupted import stood.
+    """
+
+    def __init__(self, name: str, settings: IngestSettings, *, winner_first: bool, writer: PairWriter, ledger: Ledger) -> None:
+        self.name, self.settings, self.winner_first, self.writer, self.ledger = name, settings, winner_first, writer, ledger
+
+    def images(self, entry: Entry) -> Images:
+        """Read and try a comparison's images, unless it is dropped whatever they show. Runs in threads."""
+        return Images() if dropped_for(reasons(entry), self.settings) else read_images(entry)
+
+    def take(self, entry: Entry, images: Images) -> bool:
+        """Keep, merge or drop one comparison, and count it; True where that finished a shard.
+
+        Raises:
+            UserError: an answer outside [0, 1], or an unreadable image that is not to be skipped.
+        """
+        counts, settings = self.ledger.counts, self.settings
+        _check_answers(entry)
+        why = reasons(entry)
+        if images.same and "identical" not in why:
+            why.insert(0, "identical")
+        counts["comparisons"] += 1
+        counts.update(why)
+        counts["tie_answers"] += sum(answer.votes for answer in entry.answers if answer.label_0 == 0.5)
+        reason = dropped_for(why, settings)
+        if reason is None and images.error is not None:
+            if settings.unreadable == "error":
+                raise UserError(f"{images.error} with --unreadable skip")
+            reason = "unreadable"
+        if reason is not None:
+            counts[f"{reason}_dropped"] += 1
+            return False
+        return self._keep(entry, images)
+
+    def _keep(self, entry: Entry, images: Images) -> bool:
+        smaller_first = images.digests[0] <= images.digests[1]
+        low, high = sorted(images.digests)
+        digest = hashlib.blake2b(entry.prompt.encode() + b"\0" + low + high, digest_size=16).hexdigest()
+        if digest in self.ledger.seen and self.settings.duplicates == "merge":
+            pair_id, stored = self.ledger.seen[digest]
+            self._answer(pair_id, entry.answers, flip=stored != smaller_first)
+            self.ledger.counts["duplicates_merged"] += 1
+            return False
+        self.ledger.counts["duplicates_kept"] += digest in self.ledger.seen
+        pair_id = self._free_id(entry)
+        swap = self.winner_first and hashlib.blake2b(f"{self.settings.seed}\0{pair_id}".encode(), digest_size=1).digest()[0] % 2 == 1
+        self.ledger.seen.setdefault(digest, (pair_id, smaller_first != swap))
+        self.ledger.counts["kept"] += 1
+        self.ledger.counts["sides_swapped"] += swap
+        self._answer(pair_id, entry.answers, flip=swap)
+        image_0, image_1 = images.data[::-1] if swap else images.data
+        source = dict(entry.source) | ({SWAPPED: swap} if self.winner_first else {})
+        return self.writer.add(Pair(pair_id, entry.prompt, image_0, image_1, source))
+
+    def _free_id(self, entry: Entry) -> str:
+        """The pair's id, after the source's own name where it has one; a name that comes again gets a number."""
+        number = self.ledger.counts["comparisons"] - 1
+        pair_id = f"{self.name}-{number if entry.key is None else entry.key}"
+        if pair_id not in self.writer:
+            return pair_id
+        self.ledger.counts["renamed"] += 1
+        return f"{pair_id}-{number}"
+
+    def _answer(self, pair_id: str, answers: Iterable[Answer], *, flip: bool) -> None:
+        for answer in answers:
+            if answer.label_0 == 0.5 and self.settings.ties == "drop":
+                self.ledger.counts["tie_answers_dropped"] += answer.votes
+                continue
+            label = 1 - answer.label_0 if flip else answer.label_0
+            self.ledger.answers.append((pair_id, label, answer.votes, answer.rater))
+
+
+def _check_answers(entry: Entry) -> None:
+    for answer in entry.answers:
+        if not 0 <= answer.label_0 <= 1:
+            raise UserError(
+                f"{entry.where}: label_0 is {answer.label_0}, and must be the probability in [0, 1] that image 0 is preferred; mend it"
+            )
+        if answer.votes < 1:
+            raise UserError(f"{entry.where}: an answer with {answer.votes} votes; mend the count, or leave it out")
+
+
+# ---- labels at the end
+
+
+def write_answers(folder: Path, ledger: Ledger) -> None:
+    """Write the human labels, and the single votes where a pair has several or a person is named; complete the counts."""
+    if not ledger.answers:
+        return
+    ids, label_0, count, rater = (list(column) for column in zip(*ledger.answers, strict=True))
+    votes = Votes(ids, np.array(label_0, dtype=np.float64), np.array(count, dtype=np.int64), rater)
+    labels = aggregate(votes)
+    if labels.extra["votes"] == [1] * len(labels.pair_id):
+        del labels.extra["votes"]
+    write_labels(folder, "human", labels, origin="dedpo ingest")
+    if "votes" in labels.extra or any(name is not None for name in rater):
+        write_votes(folder, "human", votes)
+    sides: dict[str, set[bool]] = {}
+    for pair_id, label in zip(ids, label_0, strict=True):
+        if label != 0.5:
+            sides.setdefault(pair_id, set()).add(label > 0.5)
+    ledger.counts["labelled"] = len(labels.pair_id)
+    ledger.counts["votes"] = int(votes.votes.sum())
+    ledger.counts["conflicting"] = sum(len(found) == 2 for found in sides.values())
+
+
+# ---- the journal of an interrupted import
+
+
+class Journal:
+    """One JSON file for each finished shard: what the ledger gained since the one before.
+
+    Args:
+        folder: where the import is being made.
+        identity: what must be the same for an import to go on: the source and every setting that shapes the pairs.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+        self.entries = self.answers = 0
+
+    def _file(self, shard: int) -> Path:
+        return self.folder / "journal" / f"{shard:05d}.json"
+
+    def shards(self) -> int:
+        """How many shards are journaled under this identity; another identity's are none."""
+        start = self.folder / "journal" / "identity.json"
+        if not start.is_file() or json.loads(start.read_text(encoding="utf-8")) != self.identity:
+            return 0
+        shard = 0
+        while self._file(shard).is_file():
+            shard += 1
+        return shard
+
+    def begin(self) -> None:
+        """Start a new import."""
+        write_json(self.folder / "journal" / "identity.json", self.identity)
+
+    def read(self, shards: int) -> Ledger:
+        """The ledger as it was after that many shards."""
+        ledger = Ledger()
+        for shard in range(shards):
+            entry = json.loads(self._file(shard).read_text(encoding="utf-8"))
+            ledger.place = Place(*entry["place"])
+            ledger.counts = Counter(entry["counts"])
+            ledger.answers += [tuple(answer) for answer in entry["answers"]]
+            ledger.seen |= {digest: tuple(found) for digest, found in entry["seen"].items()}
+        self._mark(ledger)
+        return ledger
+
+    def write(self, shard: int, ledger: Ledger) -> None:
+        """Note that a shard is on disk."""
+        fresh = list(ledger.seen.items())[self.entries :]
+        entry = {"place": [ledger.place.row, ledger.place.part], "counts": dict(ledger.counts)}
+        write_json(self._file(shard), entry | {"answers": ledger.answers[self.answers :], "seen": dict(fresh)})
+        self._mark(ledger)
+
+    def _mark(self, ledger: Ledger) -> None:
+        self.entries, self.answers = len(ledger.seen), len(ledger.answers)
+
+
+def shuffles(chosen: Any) -> bool:
+    """Whether the chosen source lists the preferred image first, so that sides must be shuffled."""
+    decide = getattr(chosen.module, "winner_first", None)
+    return bool(decide(chosen.source.columns) if decide else chosen.module.WINNER_FIRST)
+
+
+def take_in(
+    chosen: Any, settings: IngestSettings, folder: Path, journal: Journal, ledger: Ledger, advance: Callable[[int], object]
+) -> None:
+    """Read a source's comparisons into `folder`, from where the ledger stands.
+
+    Args:
+        chosen: name, module and source of the format.
+        settings: the policies.
+        folder: the dataset being made, with the whole shards that the journal knows.
+        journal: notes every whole shard.
+        ledger: what is known so far, and then of everything.
+        advance: told how many source rows are done.
+
+    Raises:
+        UserError: bad rows or images, or no pair kept.
+    """
+    with PairWriter(folder, shard_pairs=settings.shard_pairs, goes_on=journal.shards()) as writer:
+        intake = Intake(chosen.name, settings, winner_first=shuffles(chosen), writer=writer, ledger=ledger)
+        found = comparisons(chosen.source, chosen.module.entries, settings, ledger.place)
+        workers = settings.workers or os.cpu_count() or 1
+        for entry, behind, images in in_flight(found, intake.images, workers):
+            finished = intake.take(entry, images)
+            advance(behind.row - ledger.place.row)
+            ledger.place = behind
+            if finished:
+                journal.write(writer.shards - 1, ledger)
+        if not len(writer):
+            raise UserError(f"no pair of {settings.source} was kept: {'; '.join(count_lines(ledger.counts))}")
+    write_answers(folder, ledger)
+
+
+# ---- the count of everything
+
+
+def count_lines(counts: Counter[str]) -> Iterator[str]:
+    """What was kept, dropped and why, one line each."""
+    yield f"comparisons read: {counts['comparisons']}"
+    for kind, words in SEEN.items():
+        yield f"{words}: {counts[kind]} (dropped {counts[f'{kind}_dropped']})"
+    yield f"single tie answers: {counts['tie_answers']} ({counts['tie_answers_dropped']} left out of pairs that were kept)"
+    yield f"comparisons with an unreadable image: {counts['unreadable_dropped']} dropped"
+    yield (
+        f"the same two images under the same prompt again: {counts['duplicates_merged']} merged into the first pair, "
+        f"{counts['duplicates_kept']} kept as pairs of their own"
+    )
+    if counts["renamed"]:
+        yield f"names that the source gives to several comparisons: {counts['renamed']} got a number behind them"
+    yield (
+        f"pairs kept: {counts['kept']}, {counts['labelled']} of them with a human label from {counts['votes']} votes, "
+        f"{counts['conflicting']} with votes for both sides"
+    )
