@@ -99,7 +99,7 @@ class VoteSettings:
     name: str = "human"
     order: Literal["random", "disagreement"] = "random"
     judges: list[str] = field(default_factory=list)
-    floor: float = 0.2
+    floor: float = 0.5
     repeats: float = 0.05
     overlap: float = 0.2
     seed: int = 0

@@ -1,27 +1,142 @@
-"""Importers of public preference formats, one module each.
+"""Preference formats: one module each, which makes comparisons of a source's rows.
 
-An importer has two functions: `read(source, settings, counts)` yields (Pair, human label or None) and counts what it saw;
-`rows(source)` tells how many rows it will look at.
+A format module has
+
+    WINNER_FIRST = False                          # True: the preferred image stands first, so sides get shuffled
+    recognise(columns, row) -> str | None         # in words why rows with these columns, like `row`, are of this format
+    entries(row, where, folder, settings)         # the comparisons of one row, as Entry objects
+
+and, where it needs more, `open(source, settings) -> Source` (rows that `sources.open_source` cannot find by itself),
+`bind(source, settings) -> (why, reader)` (a reader made for one source stands in for the module) and `NEEDS` (what a source
+must have, in words, for the message when it has not).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from ..console import UserError
+from ..settings import IngestSettings
+from .sources import Source, open_source
 
-IMPORTERS = {
-    "pickapic": "dedpo_diffusion.formats.pickapic",
-}
+PUBLISHED = ("pickapic", "hpdv2", "hpdv3", "imagereward", "open_image_preferences", "rapidata")
+FORMATS = {name: f"{__name__}.{name}" for name in (*PUBLISHED, "table", "imagefolder")} | {"datasets": f"{__name__}.saved_datasets"}
+AUTO = "auto"
 
 
-def importer(name: str) -> ModuleType:
-    """The importer of a format, imported now.
+@dataclass(frozen=True)
+class Chosen:
+    """What a source is: the format's name, how it was recognised, its module (or reader), and the opened rows."""
+
+    name: str
+    why: str
+    module: Any
+    source: Source
+
+
+def load(name: str) -> ModuleType:
+    """The module of a format, imported now.
 
     Raises:
         UserError: no such format.
     """
-    if name not in IMPORTERS:
-        raise UserError(f"unknown format {name!r}: use one of {', '.join(sorted(IMPORTERS))}")
-    return import_module(IMPORTERS[name])
+    if name not in FORMATS:
+        raise UserError(f"unknown format {name!r}: use one of {', '.join([*FORMATS, AUTO])}")
+    return import_module(FORMATS[name])
+
+
+def choose(settings: IngestSettings) -> Chosen:
+    """Open the settings' source in the settings' format, or in the one that it is recognised as.
+
+    Raises:
+        UserError: unknown format, a source that cannot be opened, or one that is not of the format.
+    """
+    name = settings.format
+    if settings.columns and name in PUBLISHED:
+        raise UserError(f"--columns is for your own tables, and {name} has columns of its own; leave it out, or give the format table")
+    if name == AUTO:
+        return recognise(settings.source, settings)
+    opener = getattr(load(name), "open", open_source)
+    source = opener(settings.source, settings)
+    if name == "datasets":
+        return recognise_rows(source, settings)
+    return _bound(name, source, settings)
+
+
+def recognise(source: str, settings: IngestSettings) -> Chosen:
+    """Find out which format a source is of.
+
+    Raises:
+        UserError: it cannot be opened, or no format or several fit; the message says what was seen.
+    """
+    try:
+        opened = open_source(source, settings)
+    except UserError as error:
+        return _only(source, _by_own_ways(source, settings), error)
+    return recognise_rows(opened, settings)
+
+
+def _by_own_ways(source: str, settings: IngestSettings) -> dict[str, Chosen]:
+    """The formats that find rows in a source which cannot be opened otherwise."""
+    found = {}
+    for name in () if settings.columns else PUBLISHED:
+        module = load(name)
+        if hasattr(module, "open"):
+            try:
+                opened = module.open(source, settings)
+            except UserError:
+                continue  # the general message stands
+            if why := module.recognise(opened.columns, opened.first()):
+                found[name] = Chosen(name, _why(why, opened), module, opened)
+    return found
+
+
+def recognise_rows(source: Source, settings: IngestSettings) -> Chosen:
+    """Find out which format an opened source's rows are of: a published one, else the user's own table.
+
+    Raises:
+        UserError: no format or several fit.
+    """
+    row, found = source.first(), {}
+    for name in () if settings.columns else PUBLISHED:
+        if why := load(name).recognise(source.columns, row):
+            found[name] = Chosen(name, _why(why, source), load(name), source)
+    if found:
+        chosen = _only(source.path, found)
+        own = hasattr(chosen.module, "open") and source.kind == "parquet"  # that format may group rows
+        return _bound(chosen.name, chosen.module.open(source.path, settings), settings) if own else chosen
+    name = "imagefolder" if source.kind == "imagefolder" else "table"
+    if not settings.columns and load(name).recognise(source.columns, row) is None:
+        raise UserError(
+            f"{source.path} ({source.kind}) has the columns {', '.join(source.columns) or '(none)'}, which no format is known by; "
+            f"give the format ({', '.join(FORMATS)}), or say with the format table and --columns which column is what"
+        )
+    return _bound(name, source, settings)
+
+
+def _only(source: str, found: dict[str, Chosen], trouble: UserError | None = None) -> Chosen:
+    if not found and trouble is not None:
+        raise trouble
+    if len(found) > 1:
+        fits = "; ".join(f"{name}: {chosen.why}" for name, chosen in found.items())
+        raise UserError(f"{source} could be of several formats ({fits}); give one of these names instead of {AUTO}")
+    return next(iter(found.values()))
+
+
+def _why(why: str, source: Source) -> str:
+    return f"{why} ({source.kind})"
+
+
+def _bound(name: str, source: Source, settings: IngestSettings) -> Chosen:
+    module = load(name)
+    if hasattr(module, "bind"):
+        why, reader = module.bind(source, settings)
+        return Chosen(name, _why(why, source), reader, source)
+    why = module.recognise(source.columns, source.first())
+    if why is None:
+        needs = f", and {name} needs {module.NEEDS}" if hasattr(module, "NEEDS") else ""
+        raise UserError(f"{source.path} is not {name}: it has the columns {', '.join(source.columns) or '(none)'}{needs}")
+    return Chosen(name, _why(why, source), module, source)

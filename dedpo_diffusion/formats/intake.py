@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +30,12 @@ from ..records import Pair, Votes
 from ..settings import IngestSettings
 from .entry import Answer, Entry
 
+COUNTS = (
+    "comparisons", "kept", "duplicates_merged", "identical_dropped", "unlabelled_dropped", "ties_dropped", "unreadable_dropped",
+    "identical", "unlabelled", "ties", "tie_answers", "tie_answers_dropped", "duplicates_kept", "renamed", "sides_swapped",
+    "labelled", "votes", "conflicting",
+)  # fmt: skip
+RECENT = 64  # images known to decode: a ranking's images come in several comparisons
 AHEAD = 4  # comparisons in flight for each thread
 SWAPPED = "swapped"  # source column of pairs whose sides were shuffled
 SEEN = {
@@ -69,7 +75,7 @@ class Ledger:
     """
 
     place: Place = Place()
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
     answers: list[tuple[str, float, int, str | None]] = field(default_factory=list)
     seen: dict[str, tuple[str, bool]] = field(default_factory=dict)
 
@@ -92,22 +98,32 @@ def comparisons(
             yield last, Place(row + 1)
 
 
-def read_images(entry: Entry) -> Images:
-    """Read both images and see whether they can be decoded; an error is returned, not raised."""
-    try:
-        data_0, data_1 = (_read_image(entry, side) for side in (0, 1))
-    except UserError as error:
-        return Images(error=error)
-    digest_0, digest_1 = (hashlib.blake2b(data, digest_size=16).digest() for data in (data_0, data_1))
-    return Images((data_0, data_1), (digest_0, digest_1))
+class Tried:
+    """Reads images and sees whether they can be decoded; remembers the last ones that could. Used by several threads."""
 
+    def __init__(self) -> None:
+        self._good: OrderedDict[bytes, None] = OrderedDict()
 
-def _read_image(entry: Entry, side: int) -> bytes:
-    image = entry.images[side]
-    where = f"{entry.where}, image {side}" + (f" ({image})" if isinstance(image, Path) else "")
-    data = image if isinstance(image, bytes) else _read_file(image, where)
-    decode_image(data, where)
-    return data
+    def images(self, entry: Entry) -> Images:
+        """Both images of a comparison; an error is returned, not raised."""
+        try:
+            (data_0, digest_0), (data_1, digest_1) = self._image(entry, 0), self._image(entry, 1)
+        except UserError as error:
+            return Images(error=error)
+        return Images((data_0, data_1), (digest_0, digest_1))
+
+    def _image(self, entry: Entry, side: int) -> tuple[bytes, bytes]:
+        """An image's bytes and their digest."""
+        image = entry.images[side]
+        where = f"{entry.where}, image {side}" + (f" ({image})" if isinstance(image, Path) else "")
+        data = image if isinstance(image, bytes) else _read_file(image, where)
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        if digest not in self._good:
+            decode_image(data, where)
+            self._good[digest] = None
+            while len(self._good) > RECENT:
+                self._good.popitem(last=False)
+        return data, digest
 
 
 def _read_file(path: Path | None, where: str) -> bytes:
@@ -167,10 +183,11 @@ class Intake:
 
     def __init__(self, name: str, settings: IngestSettings, *, winner_first: bool, writer: PairWriter, ledger: Ledger) -> None:
         self.name, self.settings, self.winner_first, self.writer, self.ledger = name, settings, winner_first, writer, ledger
+        self._tried = Tried()
 
     def images(self, entry: Entry) -> Images:
         """Read and try a comparison's images, unless it is dropped whatever they show. Runs in threads."""
-        return Images() if dropped_for(reasons(entry), self.settings) else read_images(entry)
+        return Images() if dropped_for(reasons(entry), self.settings) else self._tried.images(entry)
 
     def take(self, entry: Entry, images: Images) -> bool:
         """Keep, merge or drop one comparison, and count it; True where that finished a shard.
