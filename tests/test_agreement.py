@@ -1,0 +1,225 @@
+"""Agreement statistics: textbook values, the libraries' numbers, invariances, and intervals that cover."""
+
+from __future__ import annotations
+
+import json
+
+import krippendorff
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dedpo_diffusion.agreement import _alpha, _cohen, _raw, judge_agreement, vote_summary
+from dedpo_diffusion.records import Votes
+
+FEW = {"resamples": 200}
+
+
+def votes(rows, **extra):
+    """(pair, label_0, rater) or (pair, label_0, rater, votes) rows."""
+    ids, labels, raters, *counts = (list(column) for column in zip(*rows, strict=True))
+    return Votes(
+        [str(pair) for pair in ids], np.array(labels, dtype=float), np.array(counts[0] if counts else [1] * len(ids)), raters, extra
+    )
+
+
+def between(rows, **options):
+    return vote_summary(votes(rows), **{**FEW, **options})["between"]
+
+
+def two_raters(table):
+    """Votes of two people from a 3 x 3 table of counts, categories 0, 0.5, 1."""
+    rows, pair = [], 0
+    for i, line in enumerate(table):
+        for j, count in enumerate(line):
+            for _ in range(count):
+                rows += [(pair, i / 2, "ann"), (pair, j / 2, "bob")]
+                pair += 1
+    return rows
+
+
+# ---- known values
+
+
+def test_cohens_textbook_table():
+    """20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: p_o = 0.7, p_e = 0.5 * 0.6 + 0.5 * 0.4 = 0.5, kappa = 0.4."""
+    found = between(two_raters([[15, 0, 10], [0, 0, 0], [5, 0, 20]]))
+    assert found["raw"]["value"] == pytest.approx(0.7) and found["pairs"] == 50
+    assert found["kappa"]["value"] == pytest.approx(0.4) and found["kappa"]["kind"] == "Cohen" and found["kappa"]["n"] == 50
+
+
+def test_krippendorffs_alpha_by_hand():
+    """Pairs (1, 1), (1, 0), (0, 0) by two people: n = 6, three of each; D_o = 2 / 6, D_e = (36 - 18) / 30 = 0.6, alpha = 4/9."""
+    found = between([(0, 1, "a"), (0, 1, "b"), (1, 1, "a"), (1, 0, "b"), (2, 0, "a"), (2, 0, "b"), (3, 1, "a")])
+    assert found["alpha"]["value"] == pytest.approx(4 / 9) and found["alpha"]["n"] == 3
+    assert found["raw"]["value"] == pytest.approx(2 / 3)
+
+
+def test_anonymous_counts_enter_raw_agreement_and_alpha_but_not_kappa():
+    rows = [(0, 1, None, 3), (0, 0, None, 1), (1, 0, None, 4)]
+    report = vote_summary(votes(rows), **FEW)
+    assert report["n_votes"] == report["n_anonymous"] == 8 and report["raters"] == []
+    assert report["between"]["raw"]["value"] == pytest.approx((3 * 2 + 4 * 3) / (4 * 3 + 4 * 3))
+    assert report["between"]["alpha"]["value"] == pytest.approx(
+        krippendorff.alpha(value_counts=[[1, 3], [4, 0]], level_of_measurement="nominal")
+    )
+    assert report["between"]["kappa"] is None
+
+
+# ---- the vectorised forms are the libraries'
+
+TABLES = st.lists(st.tuples(*[st.integers(0, 4)] * 3).filter(lambda row: sum(row) >= 2), min_size=2, max_size=8)
+
+
+@given(TABLES, st.lists(st.integers(1, 5), min_size=8, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_alpha_is_the_librarys(patterns, counts):
+    table, counts = np.array(patterns), np.array(counts[: len(patterns)])
+    whole = np.repeat(table, counts, axis=0)
+    if np.count_nonzero(whole.any(axis=0)) < 2:
+        assert np.isnan(_alpha(table, counts.astype(float)))
+        return
+    expected = krippendorff.alpha(value_counts=whole[:, whole.any(axis=0)], level_of_measurement="nominal")
+    assert _alpha(table, counts.astype(float)) == pytest.approx(expected, abs=1e-9)
+    both = _alpha(table, np.stack([counts, counts[::-1]]).astype(float))
+    assert both[0] == pytest.approx(expected, abs=1e-9) and both.shape == (2,)
+
+
+@given(st.lists(st.integers(0, 9), min_size=9, max_size=9).filter(lambda cells: sum(cells) > 1))
+@settings(max_examples=60, deadline=None)
+def test_kappa_is_the_librarys(cells):
+    table = np.array(cells).reshape(3, 3)
+    found = between(two_raters(table), resamples=20)["kappa"]
+    expected = _cohen(table / table.sum())
+    assert (found["value"] is None and np.isnan(expected)) or found["value"] == pytest.approx(float(expected))
+
+
+# ---- invariances
+
+
+def random_votes(seed, pairs=60, raters=("ann", "bob", "eve"), agree=0.7):
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 2, pairs)
+    return [(k, float(truth[k] if rng.random() < agree else 1 - truth[k]), name) for k in range(pairs) for name in raters]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_names_order_and_sides_do_not_matter(seed):
+    rows = random_votes(seed)
+    plain = between(rows)
+    renamed = between([(pair, label, {"ann": "x", "bob": "a", "eve": "m"}[name]) for pair, label, name in rows])
+    shuffled = between([rows[k] for k in np.random.default_rng(seed).permutation(len(rows))])
+    turned = between([(pair, 1 - label, name) for pair, label, name in rows])
+    for other in (renamed, shuffled, turned):
+        for key in ("raw", "kappa", "alpha"):
+            assert other[key]["value"] == pytest.approx(plain[key]["value"])
+    assert plain["kappa"]["kind"] == "Light" and plain["kappa"]["n"] == 180
+
+
+def test_the_report_is_json_and_follows_its_seed():
+    report = vote_summary(votes(random_votes(0)), **FEW)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report == vote_summary(votes(random_votes(0)), **FEW)
+    assert vote_summary(votes(random_votes(0)), seed=1, **FEW)["between"]["raw"]["ci"] != report["between"]["raw"]["ci"]
+
+
+# ---- intervals
+
+
+def test_intervals_cover():
+    """Two raters who are each right with probability 0.8: they agree with 0.68, and alpha and kappa are 0.36."""
+    hits = {"raw": 0, "alpha": 0, "kappa": 0}
+    for seed in range(150):
+        found = between(random_votes(seed, pairs=150, raters=("ann", "bob"), agree=0.8), resamples=400, seed=seed)
+        for key, truth in (("raw", 0.68), ("alpha", 0.36), ("kappa", 0.36)):
+            low, high = found[key]["ci"]
+            hits[key] += low <= truth <= high
+    for key, count in hits.items():
+        assert 0.88 <= count / 150 <= 0.995, key
+
+
+# ---- raters
+
+
+def test_a_lean_to_the_left_and_an_inconsistent_rater_are_found():
+    rng = np.random.default_rng(0)
+    rows, swapped, repeat, seconds = [], [], [], []
+
+    def say(pair, rater, left, turned, again=False):
+        rows.append((pair, float(left != turned), rater))
+        swapped.append(turned)
+        repeat.append(again)
+        seconds.append(2.0 if rater == "ann" else 6.0)
+
+    for pair in range(200):
+        turned = bool(rng.random() < 0.5)
+        say(pair, "ann", rng.random() < 0.8, turned)  # mostly left, whatever it shows
+        say(pair, "bob", (pair % 2 == 0) != turned, turned)  # always the same image
+        if pair % 10 == 0:
+            say(pair, "ann", rng.random() < 0.8, not turned, again=True)
+            say(pair, "bob", (pair % 2 == 0) == turned, not turned, again=True)
+    report = vote_summary(votes(rows, swapped=swapped, repeat=repeat, seconds=seconds), **FEW)
+    ann, bob = report["raters"]
+    assert ann["left"]["ci"][0] > 0.6 and ann["left"]["n"] == 220 and bob["left"]["ci"][0] <= 0.5 <= bob["left"]["ci"][1]
+    assert bob["repeats"] == {"value": 1.0, "ci": bob["repeats"]["ci"], "n": 20} and ann["repeats"]["value"] < 0.6
+    assert (ann["votes"], ann["seconds"], bob["seconds"]) == (200, 2.0, 6.0)
+    assert report["n_votes"] == 400 and report["n_pairs"] == 200
+    text = " ".join(report["sentences"])
+    assert "ann leans to the left" in text and "bob leans" not in text and "bob answered 100%" in text
+
+
+def test_a_repetition_is_equal_in_terms_of_images_and_ties_only_equal_ties():
+    extra = {"swapped": [False, True, False, True], "repeat": [False, True, False, True]}
+    found = vote_summary(votes([(0, 1, "ann"), (0, 1, "ann"), (1, 0.5, "ann"), (1, 1, "ann")], **extra), **FEW)["raters"][0]
+    assert found["repeats"]["value"] == 0.5 and found["ties"] == 1
+    assert found["left"] == {"value": pytest.approx(1 / 3), "ci": found["left"]["ci"], "n": 3}  # 1 left, 1 right, 1 right
+
+
+# ---- where there is nothing to say
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([(0, 1, "ann"), (1, 0, "ann")], "No pair was answered by two people"),
+        ([(0, 1, "ann"), (1, 0, "bob")], "No pair was answered by two people"),
+        ([(0, 1, "ann"), (0, 1, "bob"), (1, 1, "ann"), (1, 1, "bob")], "All of these answers are the same"),
+        ([(0, 0.7, "ann")], "1 answers are neither 0, 0.5 nor 1"),
+    ],
+)
+def test_what_does_not_exist_is_none_and_said_without_a_warning(rows, words, recwarn):
+    report = vote_summary(votes(rows), **FEW)
+    assert words in " ".join(report["sentences"]) and not recwarn.list
+    json.dumps(report, allow_nan=False)
+    assert report["between"]["alpha"]["value"] is None and report["raters"][0]["left"]["value"] is None
+
+
+def test_raters_who_share_few_pairs_do_not_enter_lights_mean():
+    rows = [row for row in random_votes(0, pairs=40) if row[2] != "eve" or row[0] < 5]
+    found, without = (between(some)["kappa"] for some in (rows, [row for row in rows if row[2] != "eve"]))
+    assert (found["kind"], without["kind"]) == ("Light", "Cohen")
+    assert (found["value"], found["n"]) == (without["value"], without["n"])
+
+
+def test_lights_interval_knows_that_raters_saw_the_same_pairs():
+    """Five copies of one person beside one other: ten kappas, but no more than one rater's worth of information."""
+    two = random_votes(0, raters=("ann", "bob"))
+    copies = [(pair, label, f"{name}{k}") for pair, label, name in two for k in range(5 if name == "bob" else 1)]
+    few, many = between(two)["kappa"], between(copies)["kappa"]
+    width = [stat["ci"][1] - stat["ci"][0] for stat in (few, many)]
+    assert width[1] > 0.25 * width[0]  # a third of the kappas are ann's with a copy, the rest are exactly 1
+
+
+def test_raw_agreement_of_one_kind_of_pair():
+    assert _raw(np.array([[2, 0, 1]]), np.array([4.0])) == pytest.approx(1 / 3)
+
+
+# ---- judges
+
+
+def test_judges_agree_where_both_name_an_image():
+    human, judge = np.array([1, 0, 1, 0.5, np.nan, 1]), np.array([0.9, 0.2, 0.3, 0.9, 0.9, 0.5])
+    found = judge_agreement(human, judge)
+    assert (found["value"], found["n"], found["ties"]) == (pytest.approx(2 / 3), 3, 2)
+    assert found["bias"]["value"] == pytest.approx(np.mean(judge[[0, 1, 2, 3, 5]] - human[[0, 1, 2, 3, 5]]))
+    assert judge_agreement(np.array([np.nan]), np.array([0.5]))["value"] is None
