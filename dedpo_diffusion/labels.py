@@ -252,6 +252,11 @@ def _check_targets(path: Path, ids: Sequence[str], target: np.ndarray, weight: n
     check_unique(path, ids)
 
 
+def target_names(folder: Path) -> list[str]:
+    """Names of the merged targets of a pair dataset, sorted."""
+    return _names(folder, "targets")
+
+
 def read_targets(folder: Path, name: str) -> Targets:
     """Read `folder/targets/<name>.parquet`.
 

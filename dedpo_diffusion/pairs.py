@@ -129,6 +129,16 @@ class PairWriter:
         self._context.__exit__(kind, error, trace)
 
 
+def shard_digest(path: Path) -> str:
+    """SHA-256 of a shard's name, size and footer, which knows every row group's sizes; image bytes are not read."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 8))
+        footer = int.from_bytes(file.read(4), "little")
+        file.seek(max(0, size - 8 - footer))
+        return hashlib.sha256(f"{path.name} {size}".encode() + file.read()).hexdigest()
+
+
 def _shard_name(k: int) -> str:
     return f"pairs-{k:05d}.parquet"
 
@@ -144,8 +154,16 @@ def _pair_table(pairs: Sequence[Pair]) -> pa.Table:
     for key in dict.fromkeys(key for pair in pairs for key in pair.source):
         if key.startswith(SOURCE):
             raise ValueError(f"Pair.source has a key {key!r}: leave out {SOURCE!r}, the file adds it")
-        columns[SOURCE + key] = pa.array([pair.source.get(key) for pair in pairs])
+        columns[SOURCE + key] = _source_column([pair.source.get(key) for pair in pairs])
     return pa.table(columns)
+
+
+def _source_column(values: list[Any]) -> pa.Array:
+    """A source column as it is, or as text where its values are of several kinds or beyond parquet's numbers."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
 class PairReader:
@@ -189,18 +207,13 @@ class PairReader:
         """SHA-256 of every shard's name, size and footer, and of all ids and prompts; image bytes are not read."""
         digest = hashlib.sha256()
         for path in self.shards:
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                file.seek(max(0, size - 8))
-                footer = int.from_bytes(file.read(4), "little")
-                file.seek(max(0, size - 8 - footer))
-                digest.update(f"{path.name} {size}".encode() + file.read())
-        digest.update("\0".join([*self._column("pair_id"), *self._column("prompt")]).encode())
+            digest.update(shard_digest(path).encode())
+        digest.update("\0".join([*self.column("pair_id"), *self.column("prompt")]).encode())
         return digest.hexdigest()
 
     def ids(self) -> list[str]:
         """Every pair_id in order; UserError where one comes twice."""
-        ids = self._column("pair_id")
+        ids = self.column("pair_id")
         first: dict[str, int] = {}
         for row, pair_id in enumerate(ids):
             if first.setdefault(pair_id, row) != row:
@@ -210,9 +223,10 @@ class PairReader:
 
     def prompts(self) -> list[str]:
         """Every prompt in order."""
-        return self._column("prompt")
+        return self.column("prompt")
 
-    def _column(self, name: str) -> list[str]:
+    def column(self, name: str) -> list[str]:
+        """Every value of `pair_id` or `prompt` in order; UserError where one is missing."""
         values: list[str] = []
         for path in self.shards:
             with open_parquet(path) as file:

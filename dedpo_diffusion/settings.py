@@ -19,7 +19,8 @@ class IngestSettings:
         source: a file or folder of that format, or a hub id (OWNER/NAME) to stream.
         out: the pair dataset to write; must not exist yet.
         images: folder that image paths in the source are relative to; None takes the folder of the file that names them.
-        columns: for your own tables, which column is what: {"prompt": "my caption", "image_0": "left"}.
+        columns: for your own tables, which column is what: {"prompt": "my caption", "image_0": "left"}; for rapidata, which
+            of its questions to read: {"criterion": "alignment"}.
         split: which split of a source that has several; None takes the only one.
         ties: what becomes of answers that call both images equal: a label of 0.5, or no answer.
         unlabelled: what becomes of pairs that nobody judged: a pair without a human label, or no pair.

@@ -69,8 +69,7 @@ def run(settings: IngestSettings) -> None:
 
     _check_out(settings)
     chosen = choose(settings)
-    if settings.format != chosen.name:
-        say(f"{settings.source} is {chosen.name}: {chosen.why}")
+    say(f"{settings.source} is {chosen.name}: {chosen.why}")
     out = settings.out.absolute()
     partial = out.with_name(f".{out.name}.partial")
     identity = _identity(settings, chosen.name, chosen.source.fingerprint)

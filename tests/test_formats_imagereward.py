@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_rows import image_row, ranking_row, write_database
 
 from dedpo_diffusion.console import UserError
 from dedpo_diffusion.formats import imagereward
 from dedpo_diffusion.formats.entry import Entry
 from dedpo_diffusion.settings import IngestSettings
+from format_rows import image_row, ranking_row, write_database
 
 
 def settings(source="source", **changes):

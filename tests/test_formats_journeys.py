@@ -9,6 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from conftest import picture
+from dedpo_diffusion.labels import read_labels, read_votes
+from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pipelines.ingest import main
 from format_rows import (
     chosen_row,
     counts_row,
@@ -22,11 +27,6 @@ from format_rows import (
     two_images,
     write_database,
 )
-
-from conftest import picture
-from dedpo_diffusion.labels import read_labels, read_votes
-from dedpo_diffusion.pairs import PairReader
-from dedpo_diffusion.pipelines.ingest import main
 
 
 def put(folder, name, seed):

@@ -9,6 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats import hpdv2, hpdv3, imagereward, open_image_preferences, rapidata
+from dedpo_diffusion.formats.entry import Answer, Entry
+from dedpo_diffusion.settings import IngestSettings
 from format_rows import (
     chosen_row,
     counts_row,
@@ -22,11 +27,6 @@ from format_rows import (
     train_row,
     two_images,
 )
-
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.formats import hpdv2, hpdv3, imagereward, open_image_preferences, rapidata
-from dedpo_diffusion.formats.entry import Answer, Entry
-from dedpo_diffusion.settings import IngestSettings
 
 MODULES = {
     "hpdv2": hpdv2,

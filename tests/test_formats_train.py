@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_rows import chosen_row, counts_row, pair_row, ranked_row, result_row, train_row
 
 from dedpo_diffusion.labels import read_labels
 from dedpo_diffusion.pairs import PairReader
-from dedpo_diffusion.pipelines import ingest, merge, train
+from dedpo_diffusion.pipelines import ingest, merge, train, validate
 from dedpo_diffusion.shapes.world import VOCABULARY, render, sample_scene
+from format_rows import chosen_row, counts_row, pair_row, ranked_row, result_row, train_row
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def test_from_its_true_layout_into_a_training_step(tmp_path, layout, capsys):
     assert found == {case.prompt: (case.images[case.winner], case.images[case.loser]) for case in CASES}
     assert set(labels.label_0) <= {0.0, 1.0}
     assert [*PairReader(tmp_path / "auto").prompts()] == [*PairReader(pairs).prompts()]
-    # assert validate.main([str(pairs), "--workers", "1"]) == 0
+    assert validate.main([str(pairs), "--workers", "1"]) == 0
     assert merge.main([str(pairs), "--method", "human_only"]) == 0
     arguments = ["--model", "shapes", "--data.pairs", pairs, "--data.targets", "human_only", "--out", tmp_path / "run", "--device", "cpu"]
     arguments += ["--optim.steps", "1", "--optim.batch", "4", "--optim.warmup", "0", "--log_every", "1"]

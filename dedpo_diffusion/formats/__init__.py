@@ -6,9 +6,9 @@ A format module has
     recognise(columns, row) -> str | None         # in words why rows with these columns, like `row`, are of this format
     entries(row, where, folder, settings)         # the comparisons of one row, as Entry objects
 
-and, where it needs more, `open(source, settings) -> Source` (rows that `sources.open_source` cannot find by itself),
-`bind(source, settings) -> (why, reader)` (a reader made for one source stands in for the module) and `NEEDS` (what a source
-must have, in words, for the message when it has not).
+and, where it needs more, `open(source, settings) -> Source` (rows that `sources.open_source` cannot find by itself) and
+`NEEDS` (what a source must have, in words, for the message when it has not). Your own tables, whose columns settings may
+name, have `bind(source, settings) -> (why, reader)` instead: a reader made for one source stands in for the module.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def choose(settings: IngestSettings) -> Chosen:
         UserError: unknown format, a source that cannot be opened, or one that is not of the format.
     """
     name = settings.format
-    if settings.columns and name in PUBLISHED:
+    foreign = set(settings.columns) - set(getattr(load(name), "OPTIONS", ())) if name in PUBLISHED else set()
+    if foreign:
         raise UserError(f"--columns is for your own tables, and {name} has columns of its own; leave it out, or give the format table")
     if name == AUTO:
         return recognise(settings.source, settings)
@@ -109,12 +110,10 @@ def recognise_rows(source: Source, settings: IngestSettings) -> Chosen:
         own = hasattr(chosen.module, "open") and source.kind == "parquet"  # that format may group rows
         return _bound(chosen.name, chosen.module.open(source.path, settings), settings) if own else chosen
     name = "imagefolder" if source.kind == "imagefolder" else "table"
-    if not settings.columns and load(name).recognise(source.columns, row) is None:
-        raise UserError(
-            f"{source.path} ({source.kind}) has the columns {', '.join(source.columns) or '(none)'}, which no format is known by; "
-            f"give the format ({', '.join(FORMATS)}), or say with the format table and --columns which column is what"
-        )
-    return _bound(name, source, settings)
+    try:
+        return _bound(name, source, settings)
+    except UserError as error:
+        raise UserError(f"{error} (and no published format has these columns: {', '.join(PUBLISHED)})") from error
 
 
 def _only(source: str, found: dict[str, Chosen], trouble: UserError | None = None) -> Chosen:

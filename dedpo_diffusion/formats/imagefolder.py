@@ -8,9 +8,9 @@ from __future__ import annotations
 from ..console import UserError
 from ..settings import IngestSettings
 from .sources import METADATA, Source, open_source
-from .table import bind, recognise
+from .table import bind
 
-__all__ = ["bind", "open", "recognise"]
+__all__ = ["bind", "open"]
 
 
 def open(source: str, settings: IngestSettings) -> Source:  # the name that formats share

@@ -129,14 +129,6 @@ class Reader:
         )
 
 
-def recognise(columns: Collection[str], row: Mapping[str, Any] | None) -> str | None:
-    """What the columns are, None where there is no prompt or no two images among them."""
-    try:
-        return layout_of(tuple(columns), ()).why
-    except UserError:
-        return None
-
-
 def bind(source: Source, settings: IngestSettings) -> tuple[str, Reader]:
     """A reader of this table, and what its columns are.
 

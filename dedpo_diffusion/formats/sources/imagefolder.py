@@ -8,6 +8,7 @@ The column X_file_name becomes the image column X. Paths are relative to the met
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from ...console import UserError
@@ -28,7 +29,7 @@ class ImageFolderSource(Source):
         open_file: opens one table file, given its path and the folder of its images.
 
     Raises:
-        UserError: only one image a row, or files with different columns.
+        UserError: only one image a row, or files of different kinds or columns.
     """
 
     kind = "imagefolder"
@@ -37,6 +38,9 @@ class ImageFolderSource(Source):
         self, path: str, files: Sequence[Path], root: Path, folder: Path | None, open_file: Callable[[Path, Path], Source]
     ) -> None:
         self.tables = [open_file(file, folder or file.parent) for file in files]
+        for file in files:
+            if file.suffix.lower() != files[0].suffix.lower():
+                raise UserError(f"{files[0]} and {file} are of different kinds; make them alike, or remove the one that repeats the other")
         names = [_renamed(file, table.columns) for file, table in zip(files, self.tables, strict=True)]
         self.names = names[0]
         for file, found in zip(files, names, strict=True):
@@ -49,17 +53,9 @@ class ImageFolderSource(Source):
 
     def rows(self, start: int = 0) -> Iterator[Located]:
         """The rows from number `start` on."""
-        for table in self.tables:
-            if table.count is not None and start >= table.count:
-                start -= table.count
-                continue
-            for where, row, folder in table.rows(start if table.count is not None else 0):
-                if table.count is None and start:
-                    start -= 1
-                    continue
-                yield where, {self.names[name]: value for name, value in row.items()}, folder
-            if table.count is not None:
-                start = 0
+        located = (found for table in self.tables for found in table.rows())  # text alone, so skipping is cheap
+        for where, row, folder in islice(located, start, None):
+            yield where, {self.names[name]: value for name, value in row.items()}, folder
 
 
 def _renamed(file: Path, columns: Sequence[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -78,8 +79,8 @@ class JsonLinesSource(Source):
 
     def _parse(self, number: int, line: str) -> Any:
         try:
-            return json.loads(line)
-        except ValueError as error:
+            return _loads(line)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.file} line {number} is no JSON ({error}); each line must be one object: mend it") from error
 
 
@@ -142,13 +143,20 @@ class CsvSource(Source):
             raise UserError(f"{self.file} {NOT_UTF8}") from error
 
 
+def _loads(text: str) -> Any:
+    value = json.loads(text)
+    if re.search(r"\\u[dD]", text):  # maybe half a character, which JSON can say and no file can hold
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _objects(file: Path) -> list[Any]:
     """The rows of a JSON file."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
+        value = _loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{file} {NOT_UTF8}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON ({error}); mend it, or name it .jsonl if each line is an object") from error
     if isinstance(value, dict):
         lists = [name for name, held in value.items() if isinstance(held, list)]

@@ -1,0 +1,403 @@
+// The page of `dedpo vote`: shows one pair at a time and sends what the person prefers.
+// Texts from the server are not trusted (prompts come from anywhere): they are only ever set as textContent.
+
+const SETTLE_MS = 250; // an answer sooner than this after a pair appears was meant for the pair before it
+const RETRY_MS = 2000;
+const LONGEST_RETRY_MS = 15000;
+const TIMEOUT_MS = 20000; // a tunnel may hang without an error
+const TINY = 128; // images smaller than this keep hard pixels when enlarged
+const TOKEN_NEEDED = "The server asks for its token: open the address that dedpo vote printed once more.";
+
+const KEYS = {
+  arrowleft: "left", a: "left", 1: "left", arrowright: "right", d: "right", 2: "right", arrowdown: "tie", t: "tie", " ": "tie",
+  s: "skip", u: "undo", backspace: "undo", z: "zoom", "?": "keys",
+}; // prettier-ignore
+
+const $ = (id) => document.getElementById(id);
+const stacked = matchMedia("(max-aspect-ratio: 7/10)"); // the same as in vote.css
+
+let rater = "";
+let state = null; // the server's latest word: progress, item, following, can_undo
+let ready = false; // both images of state.item are on the screen: only then an answer counts
+let broken = false; // its images cannot be shown: it can be skipped
+let busy = false; // a request is on its way
+let retryNow = () => {};
+
+// ---- talking to the server
+
+class Refused extends Error {
+  constructor(status, text) {
+    super(text);
+    this.status = status;
+  }
+}
+
+/** Fetch until an answer comes. Asking again is safe: the server stores an answer to a ticket once. */
+async function reach(path, options = {}, read = (response) => response.json()) {
+  for (let wait = RETRY_MS; ; wait = Math.min(1.5 * wait, LONGEST_RETRY_MS)) {
+    let trouble = "Connection lost. Your answers are safe; trying again every few seconds.";
+    try {
+      const response = await fetch(path, { ...options, signal: AbortSignal.timeout(TIMEOUT_MS) });
+      if (response.ok) {
+        const answer = await read(response);
+        hideBanner();
+        return answer;
+      }
+      if (response.status < 500) throw new Refused(response.status, await refusal(response));
+      trouble = `The server has a problem (${response.status}). Your answers are safe; trying again every few seconds.`;
+    } catch (error) {
+      if (error instanceof Refused) throw error;
+    }
+    showBanner(trouble, "Try now", () => retryNow());
+    await new Promise((resolve) => {
+      retryNow = resolve;
+      setTimeout(resolve, wait);
+    });
+  }
+}
+
+async function refusal(response) {
+  if (response.status === 401) return TOKEN_NEEDED;
+  const answer = await response.json().catch(() => null);
+  return answer?.error ?? `${response.status} ${response.statusText}`;
+}
+
+function post(path, body) {
+  return reach(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+}
+
+/** One request of the person's at a time; what the server refuses is said. */
+async function act(work) {
+  if (busy) return;
+  busy = true;
+  document.body.toggleAttribute("data-busy", true);
+  try {
+    await work();
+  } catch (error) {
+    await explain(error);
+  } finally {
+    busy = false;
+    document.body.removeAttribute("data-busy");
+  }
+}
+
+async function explain(error) {
+  if (rater && (error.status === 404 || error.status === 409)) {
+    take(await reach(nextPath()));
+    showBanner(`That was not saved: ${error.message}. Here is where you are now.`, "Close", hideBanner);
+  } else {
+    showBanner(error.message, "Close", hideBanner);
+    if (!(error instanceof Refused)) throw error; // a mistake of this page belongs on the console
+  }
+}
+
+function showBanner(text, button, action) {
+  const [words, knob] = $("banner").children;
+  if (words.textContent !== text) words.textContent = text; // said aloud once, not with every retry
+  knob.textContent = button;
+  knob.onclick = action;
+  $("banner").hidden = false;
+}
+
+function hideBanner() {
+  $("banner").hidden = true;
+  $("banner").firstChild.textContent = "";
+}
+
+const nextPath = () => `/api/next?rater=${encodeURIComponent(rater)}`;
+
+// ---- one pair
+
+/** Take over the server's state: `said` is what was just done. */
+function take(next, said = "") {
+  state = next;
+  ready = broken = false;
+  watch.reset();
+  closeDialogs();
+  const { progress } = state;
+  const done = progress.answered + progress.skipped;
+  $("bar").max = Math.max(progress.total, 1);
+  $("bar").value = done;
+  $("count").textContent = `${done} of ${progress.total}`;
+  $("everyone").textContent = `labelled by all: ${progress.labelled} of ${progress.pairs}`;
+  mark(said);
+  for (const button of document.querySelectorAll("[data-do=undo]")) button.toggleAttribute("aria-disabled", !state.can_undo);
+  if (state.item) showPair(state);
+  else showEnd(progress);
+}
+
+async function showPair(shown) {
+  const { item, following } = shown;
+  screen("vote");
+  $("prompt").textContent = item.prompt;
+  $("prompt").scrollTop = 0;
+  $("images").replaceChildren(); // the last pair never stands under the new prompt
+  forgetAllBut(item, following);
+  let images;
+  try {
+    images = await load(item).catch(() => loadAgain(item));
+  } catch (error) {
+    if (state !== shown) return;
+    broken = !(error instanceof Refused);
+    const text = broken ? "An image of this pair cannot be shown; skip it." : error.message;
+    return showBanner(text, "Reload", () => act(async () => take(await reach(nextPath()))));
+  }
+  if (state !== shown) return;
+  $("images").replaceChildren(...images);
+  nameSides();
+  if (following) load(following).catch(() => {}); // shown at once when its turn comes
+  await painted();
+  if (state !== shown) return;
+  watch.start();
+  setTimeout(() => {
+    if (state === shown) ready = true;
+    $("images").dataset.ready = state.item?.ticket;
+  }, SETTLE_MS);
+}
+
+const loading = new Map(); // ticket -> promise of its two decoded images
+
+function load(item) {
+  if (!loading.has(item.ticket)) loading.set(item.ticket, Promise.all([picture(item.left), picture(item.right)]));
+  return loading.get(item.ticket);
+}
+
+/** An image does not say why it failed: ask for the files, which waits for a lost connection, and decode once more. */
+async function loadAgain(item) {
+  await Promise.all([item.left, item.right].map((url) => reach(url, {}, (response) => response.blob())));
+  loading.delete(item.ticket);
+  return load(item);
+}
+
+function forgetAllBut(...items) {
+  const kept = new Set(items.map((item) => item?.ticket));
+  for (const ticket of loading.keys()) if (!kept.has(ticket)) loading.delete(ticket);
+}
+
+async function picture(url) {
+  const image = new Image();
+  image.src = url;
+  await image.decode();
+  image.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
+  image.classList.toggle("tiny", Math.max(image.naturalWidth, image.naturalHeight) < TINY);
+  return image;
+}
+
+/** Waits until what stands in the page has been on the screen; in a hidden tab, until it is looked at. */
+function painted() {
+  return new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
+}
+
+/** Stacked images have no left and right: the page then says top and bottom. */
+const word = (answer) => (stacked.matches ? { left: "top", right: "bottom" }[answer] : undefined) ?? answer;
+
+function nameSides() {
+  for (const element of document.querySelectorAll("[data-side]")) {
+    const name = word(element.dataset.side);
+    element.textContent = name[0].toUpperCase() + name.slice(1);
+  }
+  for (const [k, image] of [...$("images").children].entries()) image.alt = `${word(["left", "right"][k])} image`;
+}
+
+function answer(what) {
+  if (!(ready || (broken && what === "skip"))) return;
+  act(async () => {
+    const vote = { rater, ticket: state.item.ticket, answer: what, seconds: watch.seconds() };
+    mark("");
+    take(await post("/api/vote", vote), `saved: ${word(what)}`);
+  });
+}
+
+function undo() {
+  if (!state?.can_undo) return;
+  act(async () => {
+    const next = await post("/api/undo", { rater });
+    take(next, next.undone ? "undone" : "nothing to undo");
+  });
+}
+
+function mark(text) {
+  $("saved").textContent = text; // emptied before each answer, so that the same words twice are said twice
+  if (text && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
+    $("saved").animate([{ opacity: 1 }, { opacity: 1, offset: 0.7 }, { opacity: 0 }], { duration: 2500, fill: "forwards" });
+  }
+}
+
+/** Seconds that a pair was looked at: hidden tabs and open panels do not count. */
+const watch = {
+  spent: 0,
+  since: null,
+  started: false,
+  seconds() {
+    return (this.spent + (this.since === null ? 0 : performance.now() - this.since)) / 1000;
+  },
+  reset() {
+    Object.assign(this, { spent: 0, since: null, started: false });
+  },
+  start() {
+    this.started = true;
+    this.look();
+  },
+  look() {
+    this.spent = 1000 * this.seconds();
+    this.since = this.started && !document.hidden && !panelOpen() ? performance.now() : null;
+  },
+};
+
+// ---- screens and panels
+
+function screen(name) {
+  if (!$(name).hidden) return;
+  for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== name;
+  $(name).focus(); // the focused button may be gone with its screen
+}
+
+function showEnd({ answered, skipped, labelled, pairs }) {
+  screen("end");
+  $("thanks").textContent = `Thank you, ${rater}.`;
+  list($("counts"), [`you answered ${answered} and skipped ${skipped}`, `${labelled} of ${pairs} pairs have a label`]);
+}
+
+const panelOpen = () => document.querySelector("dialog.panel[open]") !== null;
+
+function openDialog(dialog) {
+  dialog.showModal();
+  watch.look();
+}
+
+function closeDialogs() {
+  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
+}
+
+function zoom() {
+  if ($("zoom").open) return closeDialogs();
+  if ($("images").children.length === 0) return;
+  $("zoom").prepend($("images")); // the same images: nothing to load
+  openDialog($("zoom"));
+}
+
+function list(element, lines) {
+  element.replaceChildren(...lines.map((line) => make("li", line)));
+}
+
+function make(tag, text, className = "") {
+  const element = document.createElement(tag);
+  element.textContent = text;
+  element.className = className;
+  return element;
+}
+
+function save(button) {
+  act(async () => {
+    const written = await post("/api/export", {});
+    const place = button.closest("section, dialog").querySelector(".written");
+    list(place, [`saved ${written.labels} labels in ${written.path}`, ...written.sentences]);
+  });
+}
+
+// ---- the summary; a statistic is {value, ci: [low, high], n}, each of them null where it is not known
+
+const share = (x) => `${Math.round(100 * x)} %`;
+const plain = (x) => x.toFixed(2);
+const seconds = (x) => `${x.toFixed(1)} s`;
+
+function figure(statistic, format) {
+  if (typeof statistic === "number") return format(statistic);
+  if (typeof statistic?.value !== "number") return "–";
+  const { value, ci } = statistic;
+  return format(value) + (ci ? ` (${format(ci[0])} to ${format(ci[1])})` : "");
+}
+
+function table(title, columns, rows) {
+  const element = document.createElement("table");
+  element.append(make("caption", title), row("th", columns), ...rows.map((cells) => row("td", cells)));
+  return element;
+}
+
+function row(tag, cells) {
+  const element = document.createElement("tr");
+  element.append(...cells.map((cell) => make(tag, cell)));
+  return element;
+}
+
+function summary() {
+  act(async () => {
+    const found = await reach("/api/summary");
+    console.debug(found);
+    openDialog($("summary"));
+  });
+}
+
+// ---- the start, and what the person does
+
+const ACTIONS = { summary, save, undo, zoom, keys: () => openDialog($("keys")), close: closeDialogs };
+for (const what of ["left", "tie", "right", "skip"]) ACTIONS[what] = () => answer(what);
+
+document.addEventListener("click", ({ target }) => {
+  const button = target.closest("[data-do]");
+  if (button) ACTIONS[button.dataset.do](button);
+  else if (target.closest("#images, #zoom")) zoom(); // never a vote: a tap is too easily made by accident
+});
+
+// A click leaves the focus where it was, so that the space bar goes on meaning a tie.
+document.addEventListener("mousedown", (event) => {
+  if (event.target.closest("[data-do]")) event.preventDefault();
+});
+
+document.addEventListener("keydown", (event) => {
+  const { key, target } = event;
+  const focused = target.closest("button, input, #prompt");
+  if (panelOpen() || focused?.matches("input")) return;
+  if (event.repeat) return event.preventDefault(); // a key held down is one answer, on a focused button as well
+  if (focused && (key === " " || (key === "ArrowDown" && focused.id === "prompt"))) return; // presses the button, scrolls the prompt
+  const control = event.ctrlKey || event.metaKey;
+  if (event.altKey || (control && key !== "z")) return; // the browser's own
+  const what = control ? "undo" : KEYS[key.toLowerCase()] ?? KEYS[event.code.replace("Key", "").toLowerCase()];
+  const wanted = $("vote").hidden ? what === "undo" && !$("end").hidden : what;
+  if (!wanted) return;
+  event.preventDefault();
+  ACTIONS[what]();
+});
+
+document.addEventListener("visibilitychange", () => watch.look());
+stacked.addEventListener("change", nameSides);
+addEventListener("online", () => retryNow());
+for (const dialog of document.querySelectorAll("dialog")) dialog.addEventListener("close", () => watch.look());
+$("zoom").addEventListener("close", () => $("prompt").after($("images")));
+
+function start(name) {
+  act(async () => {
+    rater = name.trim();
+    take(await reach(nextPath()));
+    $("who").textContent = `${$("dataset").textContent} · ${rater}`;
+    remember(rater);
+  });
+}
+
+/** The name last used here; a browser may forbid the storage. */
+function remember(name) {
+  try {
+    if (name) localStorage.setItem("rater", name);
+    return localStorage.getItem("rater") ?? "";
+  } catch {
+    return "";
+  }
+}
+
+$("enter").addEventListener("submit", (event) => {
+  event.preventDefault();
+  start($("name").value);
+});
+
+act(async () => {
+  nameSides();
+  const session = await reach("/api/session");
+  const given = new URLSearchParams(location.search).get("rater");
+  document.title = `${session.dataset} – dedpo vote`;
+  $("dataset").textContent = session.dataset;
+  $("raters").replaceChildren(...session.raters.map((name) => new Option("", name)));
+  $("so-far").textContent = `${session.pairs} pairs, ${session.votes} answers so far. Use the same name again to go on where you stopped.`;
+  $("name").value = given ?? remember();
+  $("name").select();
+  if (given?.trim()) setTimeout(() => start(given));
+});

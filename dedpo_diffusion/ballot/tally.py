@@ -1,0 +1,156 @@
+"""What the votes become: `PAIRS/votes/NAME.parquet`, `PAIRS/labels/NAME.parquet`, and words on what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..console import UserError
+from ..labels import aggregate, align, label_names, label_origin, read_labels, write_labels, write_votes
+from ..records import Labels, Votes
+from .booth import Booth
+from .plan import Plan
+from .poll import SKIP, Event
+
+LEFT_WINS = {"left": 1.0, "tie": 0.5, "right": 0.0}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A written label file: its path, its number of labels, and what there is to say of it."""
+
+    path: Path
+    labels: int
+    sentences: list[str]
+
+
+def check_name(folder: Path, name: str, session: str | None = None) -> None:
+    """The label file of this name is made by this voting, or is not there.
+
+    Args:
+        session: the voting's id; None where the voting is still to begin.
+
+    Raises:
+        UserError: something else made the label or vote file.
+    """
+    made = label_origin(folder, name)
+    if session is not None and made == _origin(session):
+        return
+    for kind in ("labels", "votes") if session is None else ("labels",):
+        path = folder / kind / f"{name}.parquet"
+        if path.is_file():
+            raise UserError(f"{path} is there already, made by {made or 'something else'}; give another --name, which keeps both")
+
+
+def _origin(session: str) -> str:
+    return f"dedpo vote {session}"
+
+
+def to_votes(events: Sequence[Event]) -> Votes:
+    """Answers as a vote file holds them, about image 0 whichever side it stood on; skips are left out."""
+    events = [event for event in events if event.answer != SKIP]
+    left = [LEFT_WINS[str(event.answer)] for event in events]
+    return Votes(
+        [event.pair_id for event in events],
+        np.array([1 - wins if event.swapped else wins for wins, event in zip(left, events, strict=True)]),
+        np.ones(len(events), dtype=np.int64),
+        [event.rater for event in events],
+        {
+            "swapped": [event.swapped for event in events],
+            "repeat": [event.again for event in events],
+            "seconds": [event.seconds for event in events],
+            "time": [event.time for event in events],
+        },
+    )
+
+
+def to_labels(plan: Plan, events: Sequence[Event], votes: Votes) -> tuple[Labels, list[str]]:
+    """One label per pair with its propensity, and what to say of pairs asked in vain.
+
+    Args:
+        events: the answers that stand, skips included.
+        votes: the same as `to_votes` gives them.
+    """
+    labels = aggregate(votes)
+    number = {pair_id: i for i, pair_id in enumerate(plan.ids)}
+    end = max(plan.place[number[event.pair_id]] + 1 for event in events)
+    propensity = plan.propensity([number[pair_id] for pair_id in labels.pair_id], end)
+    skipped = {event.pair_id for event in events} - set(labels.pair_id)
+    sentences = [f"{len(skipped)} pairs were skipped by everyone they were shown to, and stay without a label."] if skipped else []
+    if propensity is not None:
+        labels.extra["propensity"] = propensity.tolist()
+        sentences.append(
+            f"Pairs came by disagreement of the judges: propensities {propensity.min():.2g} to {propensity.max():.2g} are stored; "
+            f"{end - len(labels.pair_id)} of the first {end} pairs have no label."
+        )
+    return labels, sentences
+
+
+def _counts(votes: Votes, labels: Labels, events: Sequence[Event], undone: int) -> str:
+    repeats, raters = sum(votes.extra["repeat"]), len(set(votes.rater))
+    ties = int((votes.label_0 == 0.5).sum())
+    skips = sum(event.answer == SKIP for event in events)
+    return (
+        f"{len(votes.pair_id)} answers by {raters} {'person' if raters == 1 else 'people'} give {len(labels.pair_id)} labels "
+        f"({ties} ties, {repeats} hidden repetitions that make no label); left out: {skips} skips, {undone} undone."
+    )
+
+
+def _votes_so_far(booth: Booth) -> tuple[list[Event], int, Votes]:
+    events, undone = booth.snapshot()
+    return events, undone, to_votes(events)
+
+
+def export(booth: Booth, name: str) -> Export:
+    """Write the vote file and the label file, each atomically.
+
+    Raises:
+        UserError: there is no vote yet, or a label file of that name was made by something else.
+    """
+    from ..agreement import vote_summary
+
+    folder, (events, undone, votes) = booth.reader.folder, _votes_so_far(booth)
+    if not votes.pair_id:
+        raise UserError("there is no vote yet, so there are no labels to write")
+    check_name(folder, name, booth.store.session)
+    labels, sentences = to_labels(booth.plan, events, votes)
+    write_votes(folder, name, votes)
+    path = write_labels(folder, name, labels, origin=_origin(booth.store.session))
+    return Export(path, len(labels.pair_id), [_counts(votes, labels, events, undone), *sentences, *vote_summary(votes)["sentences"]])
+
+
+def summary(booth: Booth, name: str) -> dict[str, Any]:
+    """What the votes so far are worth: each rater's consistency, agreement between raters, and with the judges."""
+    from ..agreement import vote_summary
+
+    events, undone, votes = _votes_so_far(booth)
+    if not votes.pair_id:
+        return {"votes": 0, "sentences": ["There is no vote yet."], "raters": [], "between": {}, "judges": []}
+    found, labels = vote_summary(votes), aggregate(votes)
+    judges, sentences = _judges(booth, name, labels)
+    sentences = [_counts(votes, labels, events, undone), *found.pop("sentences"), *sentences]
+    return {"votes": len(votes.pair_id), "sentences": sentences, **found, "judges": judges}
+
+
+def _judges(booth: Booth, name: str, labels: Labels) -> tuple[list[dict[str, Any]], list[str]]:
+    """Agreement of every other label file with people; a file that cannot be used is told, and stops nobody."""
+    from ..agreement import judge_agreement
+
+    folder, judges, sentences = booth.reader.folder, [], []
+    place = {pair_id: i for i, pair_id in enumerate(booth.plan.ids)}
+    rows = [place[pair_id] for pair_id in labels.pair_id]
+    for judge in label_names(folder):
+        if judge == name:
+            continue
+        try:
+            known = align(read_labels(folder, judge), booth.plan.ids, folder=folder, name=judge)[rows]
+            judges.append({"name": judge, **judge_agreement(labels.label_0, known)})
+        except UserError as error:
+            sentences.append(f"{error}.")
+    if judges and booth.plan.weights is not None:
+        sentences.append("Judges look worse here than on all pairs: those they disagree on were asked first.")
+    return judges, sentences
