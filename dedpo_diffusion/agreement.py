@@ -2,14 +2,14 @@
 
 Answers fall into three categories: image 0, tie, image 1 (a soft answer counts for the side it leans to). A statistic is
 {"value", "ci", "n"}: the number or None where it does not exist, its 95 % interval or None, and how many cases it rests on.
+Of several answers of one person to the same pair the first counts, unless it is a hidden repetition of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
-from itertools import combinations
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,10 @@ from .debias import agreement, judge_bias, wilson_interval
 from .records import Votes
 
 CATEGORIES = 3  # image 1, tie, image 0
-MIN_COMMON = 10  # pairs that two people must share for a kappa of theirs to enter Light's mean
+MIN_COMMON = 10  # pairs that two people must share for a kappa of theirs to enter Light's mean, and that a bootstrap needs
+MIN_KNOWN = 0.9  # share of the resamples in which a statistic must exist for an interval
+MAX_UNITS = 2048  # beyond this many pairs, equal random groups of pairs are resampled: the same variance in bounded time
+DRAWN = 1 << 21  # numbers drawn at once: bounds the memory
 
 
 def vote_summary(votes: Votes, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -30,23 +33,26 @@ def vote_summary(votes: Votes, *, resamples: int = 2000, seed: int = 0) -> dict[
         seed: of the bootstrap.
 
     Returns:
-        JSON-ready: counts `n_votes` (repetitions left out), `n_pairs`, `n_ties`, `n_anonymous`, `n_soft`; `raters`, each
-        with `votes`, `ties`, `left` (share of decided answers for the image on the left), `repeats` (share of
-        hidden repetitions answered as the first time), `seconds` (median); `between`: `pairs` that two or more people answered,
-        `raw` (share of two people's answers to the same pair that are equal), `kappa` (`kind` Cohen for two raters, Light for
-        more: the mean over pairs of raters) and `alpha` (Krippendorff's, nominal); and `sentences`.
+        JSON-ready: counts `n_votes` (repetitions left out), `n_pairs`, `n_ties`, `n_anonymous`, `n_soft`, `n_again` (further
+        answers of one person to the same pair); `raters`, each with `votes`, `ties`, `left` (share of decided answers for the
+        image on the left), `repeats` (share of hidden repetitions answered as the first time), `seconds` (median);
+        `between`: `pairs` that two or more people answered, `raw` (share of two people's answers to the same pair that are
+        equal), `kappa` (`kind` Cohen for two raters, Light for more: the mean over pairs of raters) and `alpha`
+        (Krippendorff's, nominal); and `sentences`.
     """
-    category = np.where(votes.label_0 > 0.5, 2, np.where(votes.label_0 < 0.5, 0, 1))
-    again = np.array(votes.extra.get("repeat") or [False] * len(category), dtype=bool)
-    first = ~again
-    raters = [_rater(votes, category, again, name) for name in sorted({rater for rater in votes.rater if rater is not None})]
-    between = _between(votes, category, first, np.random.default_rng(seed), resamples)
+    answers, names = _answers(votes)
+    order = np.argsort(answers.rater, kind="stable")
+    starts = np.searchsorted(answers.rater[order], np.arange(len(names) + 1))
+    raters = [_rater(votes, answers, order[starts[k] : starts[k + 1]], name) for k, name in enumerate(names)]
+    between = _between(answers, len(names), np.random.default_rng(seed), resamples)
+    label = answers.asked
     report = {
-        "n_votes": int(votes.votes[first].sum()),
-        "n_pairs": len({pair_id for pair_id, counts in zip(votes.pair_id, first, strict=True) if counts}),
-        "n_ties": int(votes.votes[first & (category == 1)].sum()),
-        "n_anonymous": int(votes.votes[[rater is None for rater in votes.rater] & first].sum()),
-        "n_soft": int(np.sum(first & ~np.isin(votes.label_0, (0.0, 0.5, 1.0)))),
+        "n_votes": int(answers.count[label].sum()),
+        "n_pairs": len(np.unique(answers.pair[label])),
+        "n_ties": int(answers.count[label & (answers.category == 1)].sum()),
+        "n_anonymous": int(answers.count[label & (answers.rater < 0)].sum()),
+        "n_soft": int(np.sum(label & ~np.isin(votes.label_0, (0.0, 0.5, 1.0)))),
+        "n_again": int(np.sum(label & ~answers.first)),
         "raters": raters,
         "between": between,
     }
@@ -68,6 +74,41 @@ def judge_agreement(human: np.ndarray, judge: np.ndarray) -> dict[str, Any]:
     return found | {"ties": int(both.sum()) - found["n"], "bias": judge_bias(human[both], judge[both])}
 
 
+# ---- answers as numbers
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """N answers, (N,) each.
+
+    `pair` and `rater` are numbers, -1 for an anonymous rater; `category` 0 image 1, 1 tie, 2 image 0; `count` people; `asked`
+    is False for hidden repetitions; `first` marks anonymous answers and each person's first one to a pair.
+    """
+
+    pair: np.ndarray
+    rater: np.ndarray
+    category: np.ndarray
+    count: np.ndarray
+    asked: np.ndarray
+    first: np.ndarray
+
+
+def _answers(votes: Votes) -> tuple[_Answers, list[str]]:
+    """The answers, and the names of their raters, sorted."""
+    size, place = len(votes.pair_id), {}  # type: int, dict[str, int]
+    pair = np.array([place.setdefault(pair_id, len(place)) for pair_id in votes.pair_id], dtype=np.int64)
+    names = sorted({rater for rater in votes.rater if rater is not None})
+    number: dict[str | None, int] = {None: -1} | {name: k for k, name in enumerate(names)}
+    rater = np.array([number[name] for name in votes.rater], dtype=np.int64)
+    label_0 = np.asarray(votes.label_0, dtype=np.float64)
+    asked = ~np.array(votes.extra.get("repeat") or [False] * size, dtype=bool)
+    first = asked & (rater < 0)
+    named = np.flatnonzero(asked & (rater >= 0))
+    first[named[np.unique(pair[named] * len(names) + rater[named], return_index=True)[1]]] = True
+    category = np.where(label_0 > 0.5, 2, np.where(label_0 < 0.5, 0, 1))
+    return _Answers(pair, rater, category, np.asarray(votes.votes, dtype=np.int64), asked, first), names
+
+
 # ---- one rater
 
 
@@ -80,66 +121,70 @@ def _nothing(n: int = 0) -> dict[str, Any]:
     return {"value": None, "ci": None, "n": n}
 
 
-def _rater(votes: Votes, category: np.ndarray, again: np.ndarray, name: str) -> dict[str, Any]:
-    mine = np.array([rater == name for rater in votes.rater])
-    times = [seconds for seconds, own in zip(votes.extra.get("seconds") or [], mine, strict=False) if own and seconds is not None]
+def _rater(votes: Votes, answers: _Answers, rows: np.ndarray, name: str) -> dict[str, Any]:
+    """`rows` are this rater's."""
+    spent = votes.extra.get("seconds") or [None] * len(votes.pair_id)
+    times = [spent[row] for row in rows if spent[row] is not None]
+    asked = answers.asked[rows]
     return {
         "rater": name,
-        "votes": int((mine & ~again).sum()),
-        "ties": int((mine & ~again & (category == 1)).sum()),
-        "left": _left(votes, category, mine),
-        "repeats": _repeats(votes, category, mine, again),
+        "votes": int(asked.sum()),
+        "ties": int((asked & (answers.category[rows] == 1)).sum()),
+        "left": _left(votes, answers.category, rows),
+        "repeats": _repeats(answers, rows),
         "seconds": float(np.median(times)) if times else None,
     }
 
 
-def _left(votes: Votes, category: np.ndarray, mine: np.ndarray) -> dict[str, Any]:
+def _left(votes: Votes, category: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
     """Share of decided answers, repetitions included, for the image on the left: 0.5 without a habit, sides being random."""
     swapped = votes.extra.get("swapped")
     if swapped is None:
         return _nothing()
-    rows = [row for row in np.flatnonzero(mine & (category != 1)) if swapped[row] is not None]
-    return _share(np.array([(category[row] == 2) != swapped[row] for row in rows], dtype=bool))
+    known = [row for row in rows if category[row] != 1 and swapped[row] is not None]
+    return _share(np.array([(category[row] == 2) != swapped[row] for row in known], dtype=bool))
 
 
-def _repeats(votes: Votes, category: np.ndarray, mine: np.ndarray, again: np.ndarray) -> dict[str, Any]:
+def _repeats(answers: _Answers, rows: np.ndarray) -> dict[str, Any]:
     """Share of hidden repetitions answered as the first time, in terms of images; sides were swapped in between."""
-    earlier = {votes.pair_id[row]: category[row] for row in np.flatnonzero(mine & ~again)}
-    rows = [row for row in np.flatnonzero(mine & again) if votes.pair_id[row] in earlier]
-    return _share(np.array([category[row] == earlier[votes.pair_id[row]] for row in rows], dtype=bool))
+    earlier = {int(answers.pair[row]): answers.category[row] for row in rows if answers.first[row]}
+    again = [row for row in rows if not answers.asked[row] and int(answers.pair[row]) in earlier]
+    return _share(np.array([answers.category[row] == earlier[int(answers.pair[row])] for row in again], dtype=bool))
 
 
 # ---- between raters
 
 
-def _between(votes: Votes, category: np.ndarray, first: np.ndarray, rng: np.random.Generator, resamples: int) -> dict[str, Any]:
-    table, by_rater = _tables(votes, category, first)
+def _between(answers: _Answers, n_raters: int, rng: np.random.Generator, resamples: int) -> dict[str, Any]:
+    table = np.zeros((int(answers.pair.max(initial=-1)) + 1, CATEGORIES), dtype=np.int64)
+    np.add.at(table, (answers.pair[answers.first], answers.category[answers.first]), answers.count[answers.first])
     table = table[table.sum(axis=1) >= 2]
-    if not len(table):
+    n = len(table)
+    if not n:
         return {"pairs": 0, "raw": _nothing(), "kappa": None, "alpha": _nothing()}
-    patterns, counts = np.unique(table, axis=0, return_counts=True)
-    raw, alpha, n = float(_raw(patterns, counts)), _alpha_value(table), len(table)
+    patterns, counts = np.unique(table, axis=0, return_counts=True)  # kinds of pairs are few
+    raw, alpha = float(_raw(patterns, counts)), _alpha_value(table)
+
+    def interval(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> list[float] | None:
+        size = max(1, DRAWN // len(counts))
+        drawn = [rng.multinomial(n, counts / n, size=min(size, resamples - done)) for done in range(0, resamples, size)]
+        return _percentiles(n, np.concatenate([statistic(patterns, part.astype(np.float64)) for part in drawn]))
+
     return {
         "pairs": n,
-        "raw": {"value": raw, "ci": _interval(patterns, counts, _raw, rng, resamples), "n": n},
-        "kappa": _kappa(by_rater, rng, resamples),
-        "alpha": {"value": alpha, "ci": _interval(patterns, counts, _alpha, rng, resamples), "n": n}
-        if math.isfinite(alpha)
-        else _nothing(n),
+        # without spread among the pairs, a resample has none either; Wilson's takes each pair as one case
+        "raw": {"value": raw, "ci": interval(_raw) or wilson_interval(round(raw * n), n), "n": n},
+        "kappa": _kappa(answers, n_raters, rng, resamples),
+        "alpha": {"value": alpha, "ci": interval(_alpha), "n": n} if math.isfinite(alpha) else _nothing(n),
     }
 
 
-def _tables(votes: Votes, category: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
-    """Answers per pair and category, (pairs, 3); and each rater's category by pair."""
-    place = {pair_id: k for k, pair_id in enumerate(dict.fromkeys(votes.pair_id))}
-    table = np.zeros((len(place), CATEGORIES), dtype=np.int64)
-    by_rater: dict[str, dict[str, int]] = defaultdict(dict)
-    for row in np.flatnonzero(first):
-        table[place[votes.pair_id[row]], category[row]] += votes.votes[row]
-        rater = votes.rater[row]
-        if rater is not None:
-            by_rater[rater][votes.pair_id[row]] = int(category[row])
-    return table, by_rater
+def _percentiles(n: int, drawn: np.ndarray) -> list[float] | None:
+    """The interval of resampled statistics of n pairs; None where they are too few, or their spread tells nothing."""
+    known = drawn[np.isfinite(drawn)]
+    if n < MIN_COMMON or len(known) < MIN_KNOWN * len(drawn) or np.ptp(known) < 1e-12:
+        return None
+    return [float(x) for x in np.quantile(known, [0.025, 0.975])]
 
 
 def _raw(patterns: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -174,65 +219,81 @@ def _alpha_value(table: np.ndarray) -> float:
     return float(krippendorff.alpha(value_counts=used, level_of_measurement="nominal")) if used.shape[1] > 1 else math.nan
 
 
-def _interval(patterns: np.ndarray, counts: np.ndarray, statistic: Any, rng: np.random.Generator, resamples: int) -> list[float] | None:
-    """Percentile interval over bootstrap resamples of the pairs; kinds of pairs are few, so counts of kinds are drawn."""
-    n = int(counts.sum())
-    drawn = statistic(patterns, rng.multinomial(n, counts / n, size=resamples).astype(np.float64))
-    drawn = drawn[np.isfinite(drawn)]
-    return [float(x) for x in np.quantile(drawn, [0.025, 0.975])] if n > 1 and len(drawn) else None
-
-
-def _kappa(by_rater: dict[str, dict[str, int]], rng: np.random.Generator, resamples: int) -> dict[str, Any] | None:
+def _kappa(answers: _Answers, n_raters: int, rng: np.random.Generator, resamples: int) -> dict[str, Any] | None:
     """Cohen's kappa of two raters, or Light's: the mean over pairs of raters with enough common pairs; None without any."""
-    from sklearn.metrics import cohen_kappa_score
-
-    least = 1 if len(by_rater) == 2 else MIN_COMMON
-    place = {pair_id: k for k, pair_id in enumerate(dict.fromkeys(pair_id for answers in by_rater.values() for pair_id in answers))}
-    values, tables, n = [], [], 0
-    for one, two in combinations(sorted(by_rater), 2):
-        common = sorted(by_rater[one].keys() & by_rater[two].keys())
-        if len(common) < least:
-            continue
-        n += len(common)
-        first, second = (np.array([by_rater[name][pair_id] for pair_id in common]) for name in (one, two))
-        if len({*first, *second}) > 1:  # else chance alone would agree as often, and there is no kappa
-            values.append(float(cohen_kappa_score(first, second)))
-            tables.append((np.array([place[pair_id] for pair_id in common]), np.eye(CATEGORIES**2)[first * CATEGORIES + second]))
-    if not n:
+    pair, two, cell = _common(answers, n_raters)
+    _, two, sizes = np.unique(two, return_inverse=True, return_counts=True)
+    enough = sizes >= (1 if n_raters == 2 else MIN_COMMON)
+    kept = enough[two]
+    if not kept.any():
         return None
-    kind = {"kind": "Cohen" if len(by_rater) == 2 else "Light"}
+    pair, two, cell, n = pair[kept], np.cumsum(enough)[two[kept]] - 1, cell[kept], int(kept.sum())
+    kind = {"kind": "Cohen" if n_raters == 2 else "Light"}
+    values = _kappa_values(two, cell)
     if not values:
         return kind | _nothing(n)
-    means = np.concatenate([_light(tables, drawn) for drawn in _pair_weights(len(place), rng, resamples)])
-    means = means[np.isfinite(means)]
-    return kind | {"value": float(np.mean(values)), "ci": [float(x) for x in np.quantile(means, [0.025, 0.975])], "n": n}
+    units = len(np.unique(pair))
+    drawn = _resampled_kappas(pair, two * CATEGORIES**2 + cell, int(enough.sum()), rng, resamples) if units >= MIN_COMMON else np.zeros(0)
+    return kind | {"value": float(np.mean(values)), "ci": _percentiles(units, drawn), "n": n}
 
 
-def _pair_weights(n: int, rng: np.random.Generator, resamples: int, *, chunk: int = 100) -> Iterator[np.ndarray]:
-    """How often each of n pairs is drawn, (chunk, n) at a time: the same draw for all raters, who saw the same pairs."""
-    for start in range(0, resamples, chunk):
-        yield rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, resamples - start)).astype(np.float64)
+def _common(answers: _Answers, n_raters: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every two named people's answers to the same pair, (E,) each: the pair, the two people, the cell of their 3 x 3 table."""
+    rows = np.flatnonzero(answers.first & (answers.rater >= 0))
+    rows = rows[np.lexsort((answers.rater[rows], answers.pair[rows]))]
+    pair, rater, category = answers.pair[rows], answers.rater[rows], answers.category[rows]
+    found = [np.zeros((0, 3), dtype=np.int64)]
+    step = 1
+    while len(i := np.flatnonzero(pair[step:] == pair[:-step])):
+        j = i + step
+        found.append(np.stack([pair[i], rater[i] * n_raters + rater[j], category[i] * CATEGORIES + category[j]], axis=1))
+        step += 1
+    together = np.concatenate(found)
+    return together[:, 0], together[:, 1], together[:, 2]
 
 
-def _light(tables: list[tuple[np.ndarray, np.ndarray]], drawn: np.ndarray) -> np.ndarray:
-    """Mean kappa of every resample, (resamples,); pairs of raters without one are left out of that resample's mean."""
-    kappas = []
-    for places, cells in tables:
-        counts = drawn[:, places] @ cells
-        total = counts.sum(axis=1, keepdims=True)
-        shares = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
-        kappas.append(_cohen(shares.reshape(-1, CATEGORIES, CATEGORIES)))
-    together = np.stack(kappas)
-    known = np.isfinite(together)
-    sums, count = np.where(known, together, 0.0).sum(axis=0), known.sum(axis=0)
-    return np.divide(sums, count, out=np.full(len(count), np.nan), where=count > 0)
+def _kappa_values(two: np.ndarray, cell: np.ndarray) -> list[float]:
+    """The kappa of every two people who have one."""
+    from sklearn.metrics import cohen_kappa_score
+
+    order = np.argsort(two, kind="stable")
+    values = []
+    for cells in np.split(cell[order], np.flatnonzero(np.diff(two[order])) + 1):
+        one, other = np.divmod(cells, CATEGORIES)
+        if len({*one.tolist(), *other.tolist()}) > 1:  # else chance alone would agree as often, and there is no kappa
+            values.append(float(cohen_kappa_score(one, other)))
+    return values
 
 
-def _cohen(shares: np.ndarray) -> np.ndarray:
-    """Cohen's kappa of tables of shares (..., 3, 3); NaN where chance alone would agree always."""
-    observed = np.where(shares.any(axis=(-2, -1)), np.trace(shares, axis1=-2, axis2=-1), np.nan)
-    chance = (shares.sum(axis=-1) * shares.sum(axis=-2)).sum(axis=-1)
-    return np.divide(observed - chance, 1 - chance, out=np.full(observed.shape, np.nan), where=1 - chance > 1e-12)
+def _resampled_kappas(pair: np.ndarray, column: np.ndarray, n_kappas: int, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    """Mean kappa of every resample of the pairs, (resamples,): all raters share a resample, since they saw the same pairs."""
+    from scipy.sparse import csr_array
+
+    unit = np.unique(pair, return_inverse=True)[1]
+    units, width = int(unit.max()) + 1, n_kappas * CATEGORIES**2
+    if units > MAX_UNITS:
+        unit, units = (rng.permutation(units) % MAX_UNITS)[unit], MAX_UNITS
+    cells = csr_array((np.ones(len(unit)), (unit, column)), shape=(units, width))
+    size = max(1, DRAWN // max(units, width))
+    means = []
+    for done in range(0, resamples, size):
+        drawn = rng.multinomial(units, np.full(units, 1 / units), size=min(size, resamples - done)).astype(np.float64)
+        kappas = _cohen((drawn @ cells).reshape(len(drawn), n_kappas, CATEGORIES, CATEGORIES))
+        known = np.isfinite(kappas)
+        total = np.where(known, kappas, 0.0).sum(axis=1)
+        means.append(np.divide(total, known.sum(axis=1), out=np.full(len(total), np.nan), where=known.any(axis=1)))
+    return np.concatenate(means)
+
+
+def _cohen(tables: np.ndarray) -> np.ndarray:
+    """Cohen's kappa of tables of counts (..., 3, 3); NaN where chance alone would agree always, or the table is empty.
+
+    The library's number (a test holds them together), for many resamples at once.
+    """
+    n = tables.sum(axis=(-2, -1))
+    chance = (tables.sum(axis=-1) * tables.sum(axis=-2)).sum(axis=-1)
+    gained = n * np.trace(tables, axis1=-2, axis2=-1) - chance
+    return np.divide(gained, n**2 - chance, out=np.full(np.shape(n), np.nan), where=n**2 > chance)
 
 
 # ---- in words
@@ -256,10 +317,11 @@ def _rater_sentences(raters: list[dict[str, Any]]) -> list[str]:
 
 
 def _between_sentences(between: dict[str, Any]) -> list[str]:
-    if not between["pairs"]:
+    pairs, alpha, kappa = between["pairs"], between["alpha"], between["kappa"]
+    if not pairs:
         return ["No pair was answered by two people, so their agreement is unknown."]
-    texts = [f"Two people's answers to the same pair are equal in {_percent(between['raw'])} of cases, on {between['pairs']} pairs."]
-    alpha, kappa = between["alpha"], between["kappa"]
+    on = f"{pairs} pair" + "s" * (pairs > 1)
+    texts = [f"Two people's answers to the same pair are equal in {_percent(between['raw'])} of cases, on {on}."]
     if alpha["value"] is None:
         return [*texts, "All of these answers are the same, so agreement beyond chance (alpha, kappa) does not exist."]
     parts = [("Krippendorff's alpha", alpha)]
@@ -268,10 +330,17 @@ def _between_sentences(between: dict[str, Any]) -> list[str]:
     shown = [
         f"{name} {stat['value']:.2f}" + (f" ({stat['ci'][0]:.2f} to {stat['ci'][1]:.2f})" if stat["ci"] else "") for name, stat in parts
     ]
-    return [*texts, f"Beyond chance: {', '.join(shown)}; 0 is chance, 1 is full agreement."]
+    texts.append(f"Beyond chance: {', '.join(shown)}; 0 is chance, 1 is full agreement.")
+    if any(stat["ci"] is None for _, stat in parts):
+        why = f"they rest on fewer than {MIN_COMMON} pairs" if pairs < MIN_COMMON else "the answers differ too little from pair to pair"
+        texts.append(f"Numbers without an interval have none since {why}.")
+    return texts
 
 
 def _count_sentences(report: dict[str, Any]) -> list[str]:
-    if not report["n_soft"]:
-        return []
-    return [f"{report['n_soft']} answers are neither 0, 0.5 nor 1; here each counts for the side that it leans to."]
+    texts = []
+    if report["n_soft"]:
+        texts.append(f"{report['n_soft']} answers are neither 0, 0.5 nor 1; here each counts for the side that it leans to.")
+    if report["n_again"]:
+        texts.append(f"{report['n_again']} answers were given again by the same person to the same pair; between people, the first counts.")
+    return texts

@@ -48,10 +48,11 @@ HEADERS = [  # of every answer that does not say otherwise
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
 ]
-ASK_TOKEN = """<!doctype html><html lang="en"><title>dedpo vote</title>
+HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>dedpo vote</title><link rel="icon" href="data:,">'
+ASK_TOKEN = f"""{HEAD}
 <form action="/"><label>Token, as printed where the server runs: <input name="token" autofocus></label> <button>Enter</button></form>
 """
-ENTER = '<!doctype html><html lang="en"><title>dedpo vote</title><meta http-equiv="refresh" content="0; url=/">'
+ENTER = f'{HEAD}<meta http-equiv="refresh" content="0; url=/">'
 
 logger = logging.getLogger(__name__)
 

@@ -58,7 +58,7 @@ class Store:
             files' digests), floor, repeats, overlap. JSON-ready.
 
     Raises:
-        UserError: another process has it open, it was begun with another design, or the file is no store.
+        UserError: another process has it open, it holds votes of another design, or the file is no store.
     """
 
     def __init__(self, folder: Path, name: str, design: dict[str, Any]) -> None:
@@ -118,7 +118,10 @@ class Store:
                 changed.append(f"judges {' '.join(sorted(meta[key])) or 'none'} (now {' '.join(sorted(now)) or 'none'})")
             else:
                 changed.append(f"{key} {meta[key]} (now {now})")
-        if changed:
+        if changed and not self._writer.execute("SELECT 1 FROM events LIMIT 1").fetchone():  # nothing hangs on the old one yet
+            with self._writer:
+                self._writer.executemany("REPLACE INTO meta VALUES (?, ?)", [(key, json.dumps(value)) for key, value in design.items()])
+        elif changed:
             raise UserError(f"{self.path} was begun with {', '.join(changed)}; go on with what it was begun with, or give another --name")
 
     def append(self, **values: Any) -> Event:

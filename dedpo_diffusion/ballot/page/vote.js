@@ -4,7 +4,7 @@
 const SETTLE_MS = 250; // an answer sooner than this after a pair appears was meant for the pair before it
 const RETRY_MS = 2000;
 const LONGEST_RETRY_MS = 15000;
-const TIMEOUT_MS = 20000; // a tunnel may hang without an error
+const TIMEOUT_MS = 30000; // a tunnel may hang without an error
 const TINY = 128; // images smaller than this keep hard pixels when enlarged
 const TOKEN_NEEDED = "The server asks for its token: open the address that dedpo vote printed once more.";
 
@@ -82,13 +82,17 @@ async function act(work) {
 }
 
 async function explain(error) {
+  let text = error.message;
   if (rater && (error.status === 404 || error.status === 409)) {
-    take(await reach(nextPath()));
-    showBanner(`That was not saved: ${error.message}. Here is where you are now.`, "Close", hideBanner);
-  } else {
-    showBanner(error.message, "Close", hideBanner);
-    if (!(error instanceof Refused)) throw error; // a mistake of this page belongs on the console
+    try {
+      take(await reach(nextPath()));
+      text = `That was not saved: ${text}. Here is where you are now.`;
+    } catch (again) {
+      text = again.message;
+    }
   }
+  showBanner(text, "Close", hideBanner);
+  if (!(error instanceof Refused)) throw error; // a mistake of this page belongs on the console
 }
 
 function showBanner(text, button, action) {
@@ -96,6 +100,7 @@ function showBanner(text, button, action) {
   if (words.textContent !== text) words.textContent = text; // said aloud once, not with every retry
   knob.textContent = button;
   knob.onclick = action;
+  (document.querySelector("dialog[open]") ?? document.body).prepend($("banner")); // what is outside an open dialog cannot be reached
   $("banner").hidden = false;
 }
 
@@ -106,6 +111,8 @@ function hideBanner() {
 
 const nextPath = () => `/api/next?rater=${encodeURIComponent(rater)}`;
 
+const refresh = () => act(async () => take(await reach(nextPath())));
+
 // ---- one pair
 
 /** Take over the server's state: `said` is what was just done. */
@@ -114,6 +121,8 @@ function take(next, said = "") {
   ready = broken = false;
   watch.reset();
   closeDialogs();
+  $("images").replaceChildren(); // the last pair never stands under the new prompt
+  delete $("images").dataset.ready;
   const { progress } = state;
   const done = progress.answered + progress.skipped;
   $("bar").max = Math.max(progress.total, 1);
@@ -121,7 +130,7 @@ function take(next, said = "") {
   $("count").textContent = `${done} of ${progress.total}`;
   $("everyone").textContent = `labelled by all: ${progress.labelled} of ${progress.pairs}`;
   mark(said);
-  for (const button of document.querySelectorAll("[data-do=undo]")) button.toggleAttribute("aria-disabled", !state.can_undo);
+  for (const button of document.querySelectorAll("[data-do=undo]")) button.setAttribute("aria-disabled", !state.can_undo);
   if (state.item) showPair(state);
   else showEnd(progress);
 }
@@ -129,9 +138,7 @@ function take(next, said = "") {
 async function showPair(shown) {
   const { item, following } = shown;
   screen("vote");
-  $("prompt").textContent = item.prompt;
-  $("prompt").scrollTop = 0;
-  $("images").replaceChildren(); // the last pair never stands under the new prompt
+  showPrompt(item.prompt);
   forgetAllBut(item, following);
   let images;
   try {
@@ -140,7 +147,7 @@ async function showPair(shown) {
     if (state !== shown) return;
     broken = !(error instanceof Refused);
     const text = broken ? "An image of this pair cannot be shown; skip it." : error.message;
-    return showBanner(text, "Reload", () => act(async () => take(await reach(nextPath()))));
+    return showBanner(text, "Reload", refresh);
   }
   if (state !== shown) return;
   $("images").replaceChildren(...images);
@@ -150,9 +157,19 @@ async function showPair(shown) {
   if (state !== shown) return;
   watch.start();
   setTimeout(() => {
-    if (state === shown) ready = true;
-    $("images").dataset.ready = state.item?.ticket;
+    if (state !== shown) return;
+    ready = true;
+    $("images").dataset.ready = item.ticket;
   }, SETTLE_MS);
+}
+
+function showPrompt(text) {
+  const prompt = $("prompt");
+  prompt.textContent = text;
+  prompt.scrollTop = 0;
+  const long = prompt.scrollHeight > prompt.clientHeight + 1;
+  prompt.classList.toggle("long", long);
+  prompt.tabIndex = long ? 0 : -1; // so that keys can scroll it
 }
 
 const loading = new Map(); // ticket -> promise of its two decoded images
@@ -164,7 +181,7 @@ function load(item) {
 
 /** An image does not say why it failed: ask for the files, which waits for a lost connection, and decode once more. */
 async function loadAgain(item) {
-  await Promise.all([item.left, item.right].map((url) => reach(url, {}, (response) => response.blob())));
+  for (const url of [item.left, item.right]) await reach(url, {}, (response) => response.blob());
   loading.delete(item.ticket);
   return load(item);
 }
@@ -252,10 +269,17 @@ function screen(name) {
   $(name).focus(); // the focused button may be gone with its screen
 }
 
-function showEnd({ answered, skipped, labelled, pairs }) {
+function showEnd({ answered, skipped, total, labelled, pairs }) {
   screen("end");
+  const held = total - answered - skipped; // pairs on other people's screens, which may come back
+  $("nothing-left").textContent = held ? "Nothing left right now" : "Nothing left to label";
   $("thanks").textContent = `Thank you, ${rater}.`;
-  list($("counts"), [`you answered ${answered} and skipped ${skipped}`, `${labelled} of ${pairs} pairs have a label`]);
+  $("again").hidden = !held;
+  list($("counts"), [
+    `You answered ${answered} and skipped ${skipped}.`,
+    `${labelled} of ${pairs} pairs have a label.`,
+    ...(held ? [`Other people are looking at the last ones (${held}).`] : []),
+  ]);
 }
 
 const panelOpen = () => document.querySelector("dialog.panel[open]") !== null;
@@ -272,7 +296,7 @@ function closeDialogs() {
 function zoom() {
   if ($("zoom").open) return closeDialogs();
   if ($("images").children.length === 0) return;
-  $("zoom").prepend($("images")); // the same images: nothing to load
+  $("zoom").append($("images")); // the same images: nothing to load
   openDialog($("zoom"));
 }
 
@@ -291,46 +315,72 @@ function save(button) {
   act(async () => {
     const written = await post("/api/export", {});
     const place = button.closest("section, dialog").querySelector(".written");
-    list(place, [`saved ${written.labels} labels in ${written.path}`, ...written.sentences]);
+    list(place, [`Saved ${written.labels} labels in ${written.path}.`, ...written.sentences]);
   });
 }
 
-// ---- the summary; a statistic is {value, ci: [low, high], n}, each of them null where it is not known
+// ---- the summary: a statistic is {value, ci: [low, high], n}; value and ci are null where they do not exist
 
-const share = (x) => `${Math.round(100 * x)} %`;
-const plain = (x) => x.toFixed(2);
-const seconds = (x) => `${x.toFixed(1)} s`;
-
-function figure(statistic, format) {
-  if (typeof statistic === "number") return format(statistic);
-  if (typeof statistic?.value !== "number") return "–";
-  const { value, ci } = statistic;
-  return format(value) + (ci ? ` (${format(ci[0])} to ${format(ci[1])})` : "");
-}
-
-function table(title, columns, rows) {
-  const element = document.createElement("table");
-  element.append(make("caption", title), row("th", columns), ...rows.map((cells) => row("td", cells)));
-  return element;
-}
-
-function row(tag, cells) {
-  const element = document.createElement("tr");
-  element.append(...cells.map((cell) => make(tag, cell)));
-  return element;
-}
+const percent = (x) => `${Math.round(100 * x)}%`;
+const decimal = (x) => x.toFixed(2);
 
 function summary() {
   act(async () => {
     const found = await reach("/api/summary");
-    console.debug(found);
+    const sentences = document.createElement("ul");
+    list(sentences, found.sentences);
+    $("figures").replaceChildren(sentences, ...[raters(found.raters), between(found.between), judges(found.judges)].filter(Boolean));
+    list($("summary").querySelector(".written"), []);
     openDialog($("summary"));
   });
 }
 
+function raters(people) {
+  const columns = ["Rater", "Answers", "Ties", "Chose left", "Repeated alike", "Median time"];
+  return table(columns, people, (one) => [
+    one.rater, one.votes, one.ties, figure(one.left, percent), figure(one.repeats, percent),
+    one.seconds === null ? "–" : `${one.seconds.toFixed(1)} s`,
+  ]); // prettier-ignore
+}
+
+function between({ raw, kappa, alpha }) {
+  const rows = [["Equal answers", raw, percent], [`${kappa?.kind}'s kappa`, kappa, decimal], ["Krippendorff's alpha", alpha, decimal]];
+  const known = rows.filter(([, statistic]) => statistic?.n);
+  return table(["Between raters", "Agreement", "Pairs"], known, ([name, statistic, format]) => [name, figure(statistic, format), statistic.n]);
+}
+
+function judges(found) {
+  const columns = ["Judge", "Agrees with people", "Pairs", "Lean to image 0"];
+  return table(columns, found, (judge) => [judge.name, figure(judge, percent), judge.n, figure(judge.bias, decimal)]);
+}
+
+function figure(statistic, format) {
+  if (typeof statistic?.value !== "number") return "–";
+  const { value, ci } = statistic;
+  return ci ? [format(value), ` ${format(ci[0])} to ${format(ci[1])}`] : format(value);
+}
+
+/** A table in a box that scrolls sideways; nothing without rows. A cell is text, or text and what stands quietly behind it. */
+function table(columns, items, cells) {
+  if (!items.length) return null;
+  const box = document.createElement("div");
+  const element = box.appendChild(document.createElement("table"));
+  element.append(row("th", columns), ...items.map((item) => row("td", cells(item))));
+  return box;
+}
+
+function row(tag, cells) {
+  const element = document.createElement("tr");
+  for (const [text, behind] of cells.map((cell) => [cell].flat())) {
+    const cell = element.appendChild(make(tag, text));
+    if (behind) cell.append(make("span", behind, "quiet"));
+  }
+  return element;
+}
+
 // ---- the start, and what the person does
 
-const ACTIONS = { summary, save, undo, zoom, keys: () => openDialog($("keys")), close: closeDialogs };
+const ACTIONS = { summary, save, undo, zoom, refresh, keys: () => openDialog($("keys")), close: closeDialogs };
 for (const what of ["left", "tie", "right", "skip"]) ACTIONS[what] = () => answer(what);
 
 document.addEventListener("click", ({ target }) => {
@@ -345,31 +395,35 @@ document.addEventListener("mousedown", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  const { key, target } = event;
-  const focused = target.closest("button, input, #prompt");
+  const { key } = event;
+  const focused = event.target.closest("button, input, #prompt");
   if (panelOpen() || focused?.matches("input")) return;
-  if (event.repeat) return event.preventDefault(); // a key held down is one answer, on a focused button as well
   if (focused && (key === " " || (key === "ArrowDown" && focused.id === "prompt"))) return; // presses the button, scrolls the prompt
-  const control = event.ctrlKey || event.metaKey;
-  if (event.altKey || (control && key !== "z")) return; // the browser's own
-  const what = control ? "undo" : KEYS[key.toLowerCase()] ?? KEYS[event.code.replace("Key", "").toLowerCase()];
-  const wanted = $("vote").hidden ? what === "undo" && !$("end").hidden : what;
-  if (!wanted) return;
-  event.preventDefault();
-  ACTIONS[what]();
+  const undoes = (event.ctrlKey || event.metaKey) && key === "z";
+  if (event.altKey || ((event.ctrlKey || event.metaKey) && !undoes)) return; // the browser's own
+  const place = key > "~" ? event.code.replace("Key", "") : key; // alphabets without these letters: where they stand
+  const what = undoes ? "undo" : KEYS[place.toLowerCase()];
+  const here = !$("vote").hidden || (what === "undo" && !$("end").hidden);
+  if ((what && here) || (event.repeat && key === "Enter")) event.preventDefault();
+  if (what && here && !event.repeat) ACTIONS[what](); // a key held down is one answer
 });
 
 document.addEventListener("visibilitychange", () => watch.look());
 stacked.addEventListener("change", nameSides);
 addEventListener("online", () => retryNow());
-for (const dialog of document.querySelectorAll("dialog")) dialog.addEventListener("close", () => watch.look());
-$("zoom").addEventListener("close", () => $("prompt").after($("images")));
+for (const dialog of document.querySelectorAll("dialog")) {
+  dialog.addEventListener("close", () => {
+    if (dialog.contains($("banner"))) document.body.prepend($("banner"));
+    if (dialog.contains($("images"))) $("prompt").after($("images"));
+    watch.look();
+  });
+}
 
 function start(name) {
   act(async () => {
     rater = name.trim();
-    take(await reach(nextPath()));
     $("who").textContent = `${$("dataset").textContent} · ${rater}`;
+    take(await reach(nextPath()));
     remember(rater);
   });
 }
@@ -389,15 +443,15 @@ $("enter").addEventListener("submit", (event) => {
   start($("name").value);
 });
 
-act(async () => {
-  nameSides();
+nameSides();
+await act(async () => {
   const session = await reach("/api/session");
-  const given = new URLSearchParams(location.search).get("rater");
-  document.title = `${session.dataset} – dedpo vote`;
+  document.title = `${session.dataset} · dedpo vote`;
   $("dataset").textContent = session.dataset;
   $("raters").replaceChildren(...session.raters.map((name) => new Option("", name)));
-  $("so-far").textContent = `${session.pairs} pairs, ${session.votes} answers so far. Use the same name again to go on where you stopped.`;
-  $("name").value = given ?? remember();
-  $("name").select();
-  if (given?.trim()) setTimeout(() => start(given));
+  $("so-far").textContent = `${session.pairs} pairs, ${session.votes} answers so far. The same name goes on where it stopped.`;
 });
+const given = new URLSearchParams(location.search).get("rater");
+$("name").value = given ?? remember();
+$("name").select();
+if (given?.trim()) start(given);
