@@ -18,7 +18,8 @@ from .debias import agreement, judge_bias, wilson_interval
 from .records import Votes
 
 CATEGORIES = 3  # image 1, tie, image 0
-MIN_COMMON = 10  # pairs that two people must share for a kappa of theirs to enter Light's mean, and that a bootstrap needs
+MIN_COMMON = 10  # pairs that two people must share for a kappa of theirs to enter Light's mean
+MIN_RESAMPLED = 20  # pairs that a bootstrap needs: with 10, a 95 % interval holds the truth in as few as 79 % of simulations
 MIN_KNOWN = 0.9  # share of the resamples in which a statistic must exist for an interval
 MAX_UNITS = 2048  # beyond this many pairs, equal random groups of pairs are resampled: the same variance in bounded time
 DRAWN = 1 << 21  # numbers drawn at once: bounds the memory
@@ -95,7 +96,8 @@ class _Answers:
 
 def _answers(votes: Votes) -> tuple[_Answers, list[str]]:
     """The answers, and the names of their raters, sorted."""
-    size, place = len(votes.pair_id), {}  # type: int, dict[str, int]
+    size = len(votes.pair_id)
+    place: dict[str, int] = {}
     pair = np.array([place.setdefault(pair_id, len(place)) for pair_id in votes.pair_id], dtype=np.int64)
     names = sorted({rater for rater in votes.rater if rater is not None})
     number: dict[str | None, int] = {None: -1} | {name: k for k, name in enumerate(names)}
@@ -172,7 +174,7 @@ def _between(answers: _Answers, n_raters: int, rng: np.random.Generator, resampl
 
     return {
         "pairs": n,
-        # without spread among the pairs, a resample has none either; Wilson's takes each pair as one case
+        # pairs that are too few or all alike cannot be resampled; Wilson's interval takes each as one case
         "raw": {"value": raw, "ci": interval(_raw) or wilson_interval(round(raw * n), n), "n": n},
         "kappa": _kappa(answers, n_raters, rng, resamples),
         "alpha": {"value": alpha, "ci": interval(_alpha), "n": n} if math.isfinite(alpha) else _nothing(n),
@@ -182,7 +184,7 @@ def _between(answers: _Answers, n_raters: int, rng: np.random.Generator, resampl
 def _percentiles(n: int, drawn: np.ndarray) -> list[float] | None:
     """The interval of resampled statistics of n pairs; None where they are too few, or their spread tells nothing."""
     known = drawn[np.isfinite(drawn)]
-    if n < MIN_COMMON or len(known) < MIN_KNOWN * len(drawn) or np.ptp(known) < 1e-12:
+    if n < MIN_RESAMPLED or len(known) < MIN_KNOWN * len(drawn) or np.ptp(known) < 1e-12:
         return None
     return [float(x) for x in np.quantile(known, [0.025, 0.975])]
 
@@ -233,7 +235,9 @@ def _kappa(answers: _Answers, n_raters: int, rng: np.random.Generator, resamples
     if not values:
         return kind | _nothing(n)
     units = len(np.unique(pair))
-    drawn = _resampled_kappas(pair, two * CATEGORIES**2 + cell, int(enough.sum()), rng, resamples) if units >= MIN_COMMON else np.zeros(0)
+    drawn = (
+        _resampled_kappas(pair, two * CATEGORIES**2 + cell, int(enough.sum()), rng, resamples) if units >= MIN_RESAMPLED else np.zeros(0)
+    )
     return kind | {"value": float(np.mean(values)), "ci": _percentiles(units, drawn), "n": n}
 
 
@@ -332,8 +336,7 @@ def _between_sentences(between: dict[str, Any]) -> list[str]:
     ]
     texts.append(f"Beyond chance: {', '.join(shown)}; 0 is chance, 1 is full agreement.")
     if any(stat["ci"] is None for _, stat in parts):
-        why = f"they rest on fewer than {MIN_COMMON} pairs" if pairs < MIN_COMMON else "the answers differ too little from pair to pair"
-        texts.append(f"Numbers without an interval have none since {why}.")
+        texts.append(f"No interval is given for fewer than {MIN_RESAMPLED} pairs, or where answers differ too little from pair to pair.")
     return texts
 
 

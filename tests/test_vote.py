@@ -14,13 +14,13 @@ from contextlib import closing, contextmanager
 
 import httpx
 import numpy as np
-from voting import PAIRS, client_of, command, connect, finish, make_pairs, post
 
 from conftest import picture
 from dedpo_diffusion.labels import label_origin, read_labels, read_votes, write_labels
 from dedpo_diffusion.pipelines.vote import allowed_hosts, listen, main, open_booth
 from dedpo_diffusion.records import Labels
 from dedpo_diffusion.settings import VoteSettings
+from voting import PAIRS, client_of, command, connect, finish, make_pairs, post
 
 
 def pair_of(item):

@@ -11,7 +11,7 @@ const TOKEN_NEEDED = "The server asks for its token: open the address that dedpo
 const KEYS = {
   arrowleft: "left", a: "left", 1: "left", arrowright: "right", d: "right", 2: "right", arrowdown: "tie", t: "tie", " ": "tie",
   s: "skip", u: "undo", backspace: "undo", z: "zoom", "?": "keys",
-}; // prettier-ignore
+};
 
 const $ = (id) => document.getElementById(id);
 const stacked = matchMedia("(max-aspect-ratio: 7/10)"); // the same as in vote.css
@@ -145,9 +145,9 @@ async function showPair(shown) {
     images = await load(item).catch(() => loadAgain(item));
   } catch (error) {
     if (state !== shown) return;
-    broken = !(error instanceof Refused);
-    const text = broken ? "An image of this pair cannot be shown; skip it." : error.message;
-    return showBanner(text, "Reload", refresh);
+    broken = error.status !== 401;
+    const why = error instanceof Refused ? error.message : "this browser cannot read it";
+    return showBanner(broken ? `An image cannot be shown: ${why}. Skip the pair, or try again.` : why, "Try again", refresh);
   }
   if (state !== shown) return;
   $("images").replaceChildren(...images);
@@ -340,7 +340,7 @@ function raters(people) {
   return table(columns, people, (one) => [
     one.rater, one.votes, one.ties, figure(one.left, percent), figure(one.repeats, percent),
     one.seconds === null ? "–" : `${one.seconds.toFixed(1)} s`,
-  ]); // prettier-ignore
+  ]);
 }
 
 function between({ raw, kappa, alpha }) {
