@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from .console import UserError
 
@@ -70,7 +70,8 @@ def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
             _check_header(image)
             yield image
     except UNREADABLE as error:
-        raise UserError(f"{where}: the image cannot be decoded ({error}); replace it, or leave its pair out") from error
+        why = "it is no image file" if isinstance(error, UnidentifiedImageError) else error  # Pillow's words hold a memory address
+        raise UserError(f"{where}: the image cannot be decoded ({why}); replace it, or leave its pair out") from error
 
 
 def _check_header(image: Image.Image) -> None:

@@ -18,6 +18,7 @@ from dedpo_diffusion.pairs import PairReader
 
 SAMPLE = 12  # pairs shown at random
 THUMBNAIL = 176  # pixels of a side
+LETTERS = 200  # of a prompt; the rest shows when it is pointed at
 
 
 def write_overview(path: Path, reader: PairReader, report: dict[str, Any], *, human: str, seed: int) -> Path:
@@ -33,12 +34,13 @@ def write_overview(path: Path, reader: PairReader, report: dict[str, Any], *, hu
     labels = _labels(reader, human)
     title = f"{reader.folder.resolve().name}: {report['pairs']} pairs"
     parts = [f"<h1>{escape(title)}</h1>", _cards(report), _problems(report), _charts(report), _people(report)]
-    near = report.get("near_duplicates", {"closest": [], "largest": []})
+    near = report.get("near_duplicates", {"closest": [], "closest_in_different_pairs": []})
     rows = [example["row"] for example in near["closest"][:6]]
     parts.append(_strip("Pairs whose two images look the same", rows, reader, labels))
     parts.append(_strip("Pairs that share pictures that look the same", _shared(near), reader, labels))
     if report["images"]["below_64_pixels"]:
-        parts.append(_strip("The smallest images", report["images"]["smallest"], reader, labels))
+        tiny = report["images"]["smallest"][: report["images"]["below_64_pixels"]]
+        parts.append(_strip("The smallest images", tiny, reader, labels))
     drawn = np.sort(np.random.default_rng(seed).choice(report["pairs"], min(SAMPLE, report["pairs"]), replace=False))
     parts.append(_strip("A random sample", [int(row) for row in drawn], reader, labels))
     write_text(path, document(title, "".join(parts)))
@@ -58,7 +60,7 @@ def _labels(reader: PairReader, human: str) -> dict[str, float]:
 
 
 def _shared(near: dict[str, Any]) -> list[int]:
-    return list(dict.fromkeys(row for group in near["largest"][:3] for row in group["rows"][:4]))
+    return list(dict.fromkeys(row for example in near["closest_in_different_pairs"][:6] for row in example["rows"]))
 
 
 def _cards(report: dict[str, Any]) -> str:
@@ -149,19 +151,22 @@ def _pair(reader: PairReader, row: int, labels: dict[str, float]) -> str:
         return f'<div class="strip"><p class="prompt">{escape(str(error))}</p></div>'
     label = labels.get(pair.pair_id)
     told = "no human label" if label is None else f"people: {label:.2g} for image 0"
-    images = "".join(_image(data, f"image {side}") for side, data in enumerate((pair.image_0, pair.image_1)))
+    images = "".join(_image(data, side) for side, data in enumerate((pair.image_0, pair.image_1)))
     where = f"<small>{escape(reader.location(row))}, {told}</small>"
-    return f'<div class="strip"><p class="prompt">{escape(pair.prompt)}<br>{where}</p><div class="cells">{images}</div></div>'
+    shown = pair.prompt if len(pair.prompt) <= LETTERS else pair.prompt[: LETTERS - 1] + "…"
+    prompt = f'<p class="prompt" style="overflow-wrap: anywhere" title="{escape(pair.prompt)}">{escape(shown)}<br>{where}</p>'
+    return f'<div class="strip">{prompt}<div class="cells">{images}</div></div>'
 
 
-def _image(data: bytes, name: str) -> str:
-    """A small JPEG inside the page."""
+def _image(data: bytes, side: int) -> str:
+    """A small picture inside the page."""
     from dedpo_diffusion.decoding import decode_image
 
+    name = f"image {side}"
     try:
         image = decode_image(data, name)
     except UserError:
-        return f"<figure><figcaption>{name} cannot be decoded</figcaption></figure>"
+        return f'<figure><figcaption style="white-space: normal">{name} cannot be decoded</figcaption></figure>'
     small = max(image.size) <= THUMBNAIL
     size = image.size
     image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -170,4 +175,4 @@ def _image(data: bytes, name: str) -> str:
     kind = "png" if small else "jpeg"
     encoded = base64.b64encode(buffer.getvalue()).decode()
     picture = f'<img class="{"small" if small else "large"}" alt="{name}" src="data:image/{kind};base64,{encoded}">'
-    return f"<figure>{picture}<figcaption>{size[0]} x {size[1]}</figcaption></figure>"
+    return f"<figure>{picture}<figcaption>{side}: {size[0]} x {size[1]}</figcaption></figure>"

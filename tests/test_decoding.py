@@ -74,7 +74,7 @@ def animated(fmt):
 REFUSED = {
     "bomb": (bomb(), "400000000 pixels"),
     "zero bytes": (b"", "the file is empty"),
-    "text": (b"<html>not found</html>", "cannot identify"),
+    "text": (b"<html>not found</html>", "it is no image file"),
     "animated gif": (animated("GIF"), "animated"),
     "animated webp": (animated("WEBP"), "animated"),
     "animated png": (animated("PNG"), "animated"),

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.sparse.csgraph import connected_components
 
 from conftest import picture, write_pairs
 from dedpo_diffusion.inspection import scan as scanning
-from dedpo_diffusion.inspection.near import groups, near_pairs
+from dedpo_diffusion.inspection.near import look_alikes, near_pairs
 from dedpo_diffusion.inspection.scan import perceptual_hash, scan_dataset, tasks
 from dedpo_diffusion.labels import write_labels, write_targets, write_votes
 from dedpo_diffusion.pairs import PairReader, PairWriter
@@ -77,10 +78,39 @@ def test_chunks_change_nothing(monkeypatch):
     assert len(whole) > 50
 
 
+def alike(hashes, distance, *, files=None, pairs=None, shown=10):
+    numbers = np.arange(len(hashes))
+    files, pairs = (numbers if known is None else np.array(known) for known in (files, pairs))
+    return look_alikes(np.array(hashes, dtype=np.uint64), files, pairs, distance, shown=shown, advance=lambda bands: None)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12), st.integers(0, 6), st.randoms(), st.sampled_from([1, 5, 1 << 20]))
+@settings(max_examples=100, deadline=None)
+def test_groups_are_chains_of_near_duplicates_and_examples_are_the_closest(values, distance, random, compared):
+    hashes = [*values, *(value ^ sum(1 << bit for bit in random.sample(range(64), random.randint(0, 8))) for value in values)]
+    pairs = [k // 2 for k in range(len(hashes))]
+    bits = np.array([[(one ^ two).bit_count() for two in hashes] for one in hashes])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dedpo_diffusion.inspection.near.COMPARED", compared)
+        group, examples = alike(hashes, distance, pairs=pairs, shown=1000)
+    number, expected = connected_components(bits <= distance, directed=False)
+    assert len(set(group.tolist())) == number == len({*zip(group.tolist(), expected.tolist(), strict=True)})
+    apart = [(i, j) for i in range(len(hashes)) for j in range(i + 1, len(hashes)) if bits[i, j] <= distance and pairs[i] != pairs[j]]
+    found = examples.tolist()
+    assert found == sorted(found) and all((i, j) in apart and bits[i, j] == near for near, i, j in found)
+    # an example stands for all images of its two hashes
+    assert {frozenset((hashes[i], hashes[j])) for _, i, j in found} == {frozenset((hashes[i], hashes[j])) for i, j in apart}
+    assert alike(hashes, distance, pairs=pairs, shown=3)[1].tolist() == found[:3]
+
+
+def test_equal_hashes_of_other_files_are_the_closest_and_copies_of_a_file_are_none():
+    _, examples = alike([7, 7, 9, 9, 6], 1, files=[1, 2, 3, 3, 4], pairs=[0, 1, 2, 3, 4])
+    assert examples.tolist() == [[0, 0, 1], [1, 0, 4]]
+
+
 def test_many_equal_hashes_are_one_group_and_no_work():
-    hashes = np.array([5] * 100_000 + [6] + [2**64 - 1], dtype=np.uint64)
-    found = groups(hashes, 3)
-    assert len(set(found[:100_001].tolist())) == 1 and found[-1] != found[0]
+    group, examples = alike([5] * 100_000 + [6] + [2**64 - 1], 3)
+    assert len(set(group[:100_001].tolist())) == 1 and group[-1] != group[0] and len(examples) == 10
 
 
 def test_a_hash_survives_scaling_and_compression():
@@ -129,16 +159,29 @@ def test_what_is_odd_is_counted_and_placed(odd):
         "1 prompts are empty (first: pairs-00000.parquet row 3)",
         "1 pairs have an image below 64 pixels a side (first: pairs-00000.parquet row 4)",
         "1 pairs hold images of different shapes (first: pairs-00000.parquet row 5)",
-        "1 prompts have more than 60 words",
-        "1 pairs repeat an earlier one",
+        "1 prompts have more than 60 words (first: pairs-00001.parquet row 0); CLIP reads 77 tokens, an estimated 60 words",
+        "1 pairs repeat an earlier one (same prompt, same two images, on either side; first: pairs-00001.parquet row 2 repeats "
+        "pairs-00001.parquet row 1)",
+        "2 images are near-duplicates of others, in 1 groups; closest in different pairs: pairs-00000.parquet row 1 image_",
     ):
         assert words in text
     assert report["images"]["pairs_of_two_sizes"] == 2 and report["images"]["smallest"][0] == 4
+    shared = report["duplicates"].pop("most_shared")
     assert report["duplicates"] == {"one_image_twice": 1, "repeated_pairs": 1, "distinct_images": 16, "images_in_several_pairs": 3}
+    assert [(file["where"], file["pairs"]) for file in shared] == [
+        ("pairs-00000.parquet row 1", 2), ("pairs-00001.parquet row 1", 2), ("pairs-00001.parquet row 1", 2),
+    ]  # fmt: skip
+    prompts = report["prompts"]
+    assert (prompts["least_words"], prompts["most_words"], prompts["longest"]) == (0, 70, "pairs-00001.parquet row 0")
+    assert report["images"]["width_by_height"] == [{"ratio": 1.0, "images": 19}, {"ratio": 2.0, "images": 1}]
     assert report["prompts"]["most_repeated"] == [{"prompt": "again", "pairs": 2}]
     near = report["near_duplicates"]
     assert near["closest"] == [{"row": 2, "where": "pairs-00000.parquet row 2", "bits": near["closest"][0]["bits"]}]
-    assert near["largest"] == [{"images": 2, "rows": [1, 2]}] and near["images_in_groups"] == 2
+    assert near["largest"] == [{"images": 2, "rows": [1, 2], "where": [f"pairs-00000.parquet row {k}" for k in (1, 2)]}]
+    assert near["images_in_groups"] == 2
+    assert [place[:-1] for place in near["closest_in_different_pairs"][0]["where"]] == [
+        f"pairs-00000.parquet row {k} image_" for k in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize("depth", ["headers", "decode"])
@@ -190,6 +233,27 @@ def test_every_error_is_named_with_file_row_and_remedy(tmp_path, capsys):
         assert words in error and words in report["errors"][["row 1", "row 2", "row 3", "row 5"].index(words.split("parquet ")[1][:5])]
 
 
+def test_a_missing_id_or_image_hides_nothing_else(tmp_path):
+    """The report is written, whole, though the pairs themselves cannot be read by their reader."""
+    same = [("same", saved(smooth(k)), saved(smooth(k + 10))) for k in range(4)]
+    folder = write(tmp_path / "d", [*same, ("x", b"no image", saved(smooth(30)))])
+    images = [pair.image_0 for pair in PairReader(folder).iter_pairs()]
+    images[0] = None
+    broken(folder, pair_id=[None, "p1", None, "p3", "p4"], image_0=pa.array(images, pa.binary()), image_1=pa.array(images, pa.binary()))
+    report = validate(folder, code=2)
+    for words in (
+        "row 0, pair_id is missing",
+        "row 2, pair_id is missing",
+        "row 0, image_0 is missing",
+        "row 4, image_0: the image cannot",
+    ):
+        assert sum(words in error for error in report["errors"]) == 1
+    assert not any("the same pair_id" in error for error in report["errors"])
+    assert "labels, votes and targets were not looked at" in report["errors"][-1]
+    assert report["prompts"]["most_repeated"] == [{"prompt": "same", "pairs": 4}]
+    assert report["duplicates"]["one_image_twice"] == 4 and report["images"]["unreadable"] == 4  # the missing image is no twin
+
+
 def test_headers_find_what_headers_tell(tmp_path):
     folder = write(tmp_path / "d", [*plain(3), ("x", b"no image", saved(smooth(9)))])
     report = validate(folder, "--depth", "headers", code=2)
@@ -206,7 +270,7 @@ def test_many_errors_are_counted_and_ten_named(tmp_path, capsys):
 def test_duplicate_ids_name_both_rows(tmp_path):
     folder = broken(write(tmp_path / "d", plain(4)), pair_id=["a", "b", "a", "c"])
     errors = validate(folder, code=2)["errors"]
-    assert errors[0] == "pairs-00000.parquet row 0 and again in pairs-00000.parquet row 2: the same pair_id; make it unique"
+    assert errors[0] == "pairs-00000.parquet row 0 and again in pairs-00000.parquet row 2: the same pair_id 'a'; make it unique"
 
 
 @pytest.mark.parametrize(
@@ -221,8 +285,8 @@ def test_duplicate_ids_name_both_rows(tmp_path):
             "targets/t.parquet: its pairs are not the dataset's",
         ),
         (
-            lambda d: write_votes(d, "human", Votes(["x"], np.ones(1), np.ones(1, int), ["a"])),
-            "votes/human.parquet: pair_id 'x' is none of",
+            lambda d: write_votes(d, "human", Votes(["p0", "x", "y"], np.ones(3), np.ones(3, int), ["a"] * 3)),
+            "votes/human.parquet row 1: pair_id 'x' is none of the dataset's pairs (2 such rows)",
         ),
         (lambda d: (d / "labels").mkdir() or (d / "labels" / "clip.parquet").write_bytes(b"x"), "clip.parquet cannot be read as parquet"),
     ],
@@ -232,6 +296,47 @@ def test_labels_votes_and_targets_that_do_not_fit(tmp_path, plant, words):
     plant(folder)
     errors = validate(folder, code=2)["errors"]
     assert len(errors) == 1 and words in errors[0]
+
+
+def test_every_bad_row_of_a_label_file_is_told(tmp_path):
+    folder = write(tmp_path / "d", plain(3))
+    (folder / "labels").mkdir()
+    table = {"pair_id": ["p0", "p1", "x", None, "p0", "p2"], "label_0": [2.0, None, 1.0, 1.0, 1.0, 0.5]}
+    pq.write_table(pa.table(table), folder / "labels" / "human.parquet")
+    report = validate(folder, code=2)
+    expected = [
+        "row 0: label_0 is 2.0, and must lie in [0, 1]",
+        "row 1: label_0 is missing",
+        "row 2: pair_id 'x' is none of",
+        "row 3: pair_id is missing",
+        "row 4: pair_id 'p0' stands in row 0 already",
+    ]
+    assert len(report["errors"]) == 5 and report["labels"] == {}
+    assert all(f"labels/human.parquet {words}" in error for words, error in zip(expected, report["errors"], strict=True))
+
+
+def test_a_rater_who_leans_to_one_side_of_the_screen_is_odd(tmp_path):
+    folder = write_pairs(tmp_path / "d", 40)
+    ids, turned = PairReader(folder).ids(), [k % 2 == 0 for k in range(40)]
+    label_0 = np.array([0.0 if side else 1.0 for side in turned])  # always the image on the left
+    write_votes(folder, "human", Votes(ids, label_0, np.ones(40, dtype=int), ["ann"] * 40, {"swapped": turned}))
+    report = validate(folder)
+    assert any(
+        "votes/human: 1 of 1 raters lean to one side (ann chose the left image 100% of 40 times)" in text for text in report["warnings"]
+    )
+
+
+def test_a_killed_process_is_told_in_words(tmp_path, capsys, monkeypatch):
+    folder = write(tmp_path / "d", plain(8), shard_pairs=2)
+    (tmp_path / "dies").mkdir()
+    (tmp_path / "dies" / "sitecustomize.py").write_text(
+        "import os, sys\nif 'spawn_main' in ' '.join(sys.orig_argv):\n    os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "dies"))
+    assert main([str(folder), "--workers", "2"]) == 2
+    assert "was killed (no memory left?); run again with fewer than 2 --workers" in capsys.readouterr().err
+    monkeypatch.delenv("PYTHONPATH")
+    assert validate(folder)["pairs"] == 8
 
 
 def test_what_is_no_dataset_or_setting_is_refused(tmp_path, capsys):

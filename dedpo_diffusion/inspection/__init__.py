@@ -4,5 +4,6 @@
 |---|---|
 | scan.py | every pair once, in parallel: headers or whole images -> a few numbers each |
 | near.py | near-duplicate images, by Hamming distance of perceptual hashes |
-| findings.py | those numbers, labels, votes and targets -> what there is, what is wrong, what is odd |
+| findings.py | those numbers -> what there is, what is wrong, what is odd |
+| answers.py | the same of labels, votes and targets |
 """

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..agreement import judge_agreement, vote_summary
-from ..console import UserError
-from ..debias import wilson_interval
-from ..labels import align, label_names, read_labels, read_targets, read_votes, target_names, vote_names
+from ..console import Progress
 from ..pairs import PairReader
-from .near import groups, hamming
-from .scan import Scan
+from ..tables import open_parquet
+from .answers import Findings, look_at_answers
+from .near import hamming, look_alikes
+from .scan import SIDES, Scan
 
 TINY = 64  # pixels of a side: less than the smallest model here draws
 LONG_PROMPT = 60  # words; CLIP reads 77 tokens, and English has about 1.3 tokens a word
 SHOWN = 10  # examples of a kind
-
-
-@dataclass
-class Findings:
-    """A JSON-ready report, and what is wrong (`errors`) or odd (`warnings`), in words."""
-
-    report: dict[str, Any] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
 
 def look(reader: PairReader, scan: Scan, *, depth: str, human: str, near: int, resamples: int, seed: int) -> Findings:
@@ -44,42 +32,22 @@ def look(reader: PairReader, scan: Scan, *, depth: str, human: str, near: int, r
     """
     found = Findings()
     found.report = {"pairs": len(reader), "shards": len(reader.shards), "depth": depth}
-    for row, _, text in scan.problems:
-        found.errors.append(f"{reader.location(row)}, {text}")
-    _pair_ids(reader, scan, found)
+    found.errors += [f"{reader.location(row)}, {text}" for row, _, text in scan.problems]
+    unique = _pair_ids(reader, scan, found)
     found.report["prompts"] = _prompts(reader, scan, found)
     found.report["images"] = _images(reader, scan, found)
     found.report["duplicates"] = _duplicates(reader, scan, found)
     if depth == "decode":
         found.report["near_duplicates"] = _near(reader, scan, near, found)
-    _answers(reader, human, found, resamples=resamples, seed=seed)
+    if unique:
+        look_at_answers(reader.folder, reader.column("pair_id"), human, found, resamples=resamples, seed=seed)
+    else:
+        found.errors.append("labels, votes and targets were not looked at, since pair_ids are missing or not unique")
     found.report |= {"errors": found.errors, "warnings": found.warnings}
     return found
 
 
-# ---- pairs
-
-
-def _pair_ids(reader: PairReader, scan: Scan, found: Findings) -> None:
-    first: dict[int, int] = {}
-    for row, digest in enumerate(scan.pairs["id"].tolist()):
-        if first.setdefault(digest, row) != row:
-            places = f"{reader.location(first[digest])} and again in {reader.location(row)}"
-            found.errors.append(f"{places}: the same pair_id; make it unique")
-
-
-def _prompts(reader: PairReader, scan: Scan, found: Findings) -> dict[str, Any]:
-    words = scan.pairs["words"].astype(int)
-    _, first, counts = np.unique(scan.pairs["prompt"], return_index=True, return_counts=True)
-    most = sorted(range(len(counts)), key=lambda k: (-counts[k], first[k]))[:SHOWN]
-    empty, long = int((words == 0).sum()), int((words > LONG_PROMPT).sum())
-    if empty:
-        found.warnings.append(f"{empty} prompts are empty (first: {reader.location(int(np.flatnonzero(words == 0)[0]))})")
-    if long:
-        found.warnings.append(f"{long} prompts have more than {LONG_PROMPT} words; CLIP reads about that many and no more")
-    repeated = [{"prompt": reader.pair(int(first[k])).prompt, "pairs": int(counts[k])} for k in most if counts[k] > 1]
-    return {"unique": len(counts), "empty": empty, "mean_words": float(words.mean()), "most_words": int(words.max()),
-            f"over_{LONG_PROMPT}_words": long, "most_repeated": repeated}  # fmt: skip
+# ---- helpers
 
 
 def _both(scan: Scan, name: str) -> np.ndarray:
@@ -87,51 +55,149 @@ def _both(scan: Scan, name: str) -> np.ndarray:
     return np.stack([scan.pairs[f"{name}_0"], scan.pairs[f"{name}_1"]], axis=1)
 
 
+def _kinds(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with equal values in all columns (N,) are of one kind: each kind's first row, and each row's kind (N,)."""
+    order = np.lexsort(columns)  # stable: the first of a run is the first of its kind
+    new = np.zeros(len(order), dtype=bool)
+    new[:1] = True
+    for column in columns:
+        new[1:] |= np.diff(column[order]) != 0
+    kind = np.empty(len(order), dtype=np.int64)
+    kind[order] = np.cumsum(new) - 1
+    return order[new], kind
+
+
+def _common(kind: np.ndarray, first: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """First row and count of the most frequent kinds, earlier ones before later ones."""
+    counts = np.bincount(kind, minlength=len(first))
+    return [(int(first[k]), int(counts[k])) for k in np.lexsort((first, -counts))[:most]]
+
+
+def _texts(reader: PairReader, name: str, rows: Sequence[int]) -> dict[int, str]:
+    """Texts of a few pairs; no image is read."""
+    texts: dict[int, str] = {}
+    start = 0
+    for path, count in zip(reader.shards, reader.counts, strict=True):
+        here = [row for row in rows if start <= row < start + count]
+        if here:
+            with open_parquet(path) as file:
+                column = file.read(columns=[name], use_threads=False).column(0)
+            texts |= {row: column[row - start].as_py() or "" for row in here}
+        start += count
+    return texts
+
+
+# ---- pairs
+
+
+def _pair_ids(reader: PairReader, scan: Scan, found: Findings) -> bool:
+    """Whether every pair has an id of its own."""
+    missing = {row for row, name, _ in scan.problems if name == "pair_id"}
+    first, kind = _kinds(scan.pairs["id"])
+    repeated = [row for row in np.flatnonzero(first[kind] != np.arange(len(kind))).tolist() if row not in missing]
+    ids = _texts(reader, "pair_id", repeated)
+    for row in repeated:
+        places = f"{reader.location(int(first[kind[row]]))} and again in {reader.location(row)}"
+        found.errors.append(f"{places}: the same pair_id {ids[row]!r}; make it unique")
+    return not missing and not repeated
+
+
+def _prompts(reader: PairReader, scan: Scan, found: Findings) -> dict[str, Any]:
+    words = scan.pairs["words"].astype(int)
+    first, kind = _kinds(scan.pairs["prompt"])
+    empty, long = np.flatnonzero(words == 0), np.flatnonzero(words > LONG_PROMPT)
+    if len(empty):
+        found.warnings.append(f"{len(empty)} prompts are empty (first: {reader.location(int(empty[0]))})")
+    if len(long):
+        where = reader.location(int(long[0]))
+        found.warnings.append(
+            f"{len(long)} prompts have more than {LONG_PROMPT} words (first: {where}); CLIP reads 77 tokens, an estimated "
+            f"{LONG_PROMPT} words, and no more"
+        )
+    most = [(row, count) for row, count in _common(kind, first, SHOWN) if count > 1]
+    texts = _texts(reader, "prompt", [row for row, _ in most])
+    return {
+        "unique": len(first),
+        "empty": len(empty),
+        "mean_words": float(words.mean()),
+        "least_words": int(words.min()),
+        "most_words": int(words.max()),
+        "longest": reader.location(int(words.argmax())),
+        f"over_{LONG_PROMPT}_words": len(long),
+        "most_repeated": [{"prompt": texts[row], "pairs": count} for row, count in most],
+    }
+
+
 def _images(reader: PairReader, scan: Scan, found: Findings) -> dict[str, Any]:
     width, height, size = (_both(scan, name).astype(np.int64) for name in ("width", "height", "bytes"))
-    good = width.ravel() > 0
-    flat_width, flat_height = width.ravel()[good], height.ravel()[good]
-    sizes = Counter(zip(flat_width.tolist(), flat_height.tolist(), strict=True))
-    side = np.minimum(flat_width, flat_height)
     readable = (width > 0).all(axis=1)
     other_size = readable & ((width[:, 0] != width[:, 1]) | (height[:, 0] != height[:, 1]))
     other_aspect = readable & (np.abs(width[:, 0] * height[:, 1] - width[:, 1] * height[:, 0]) > 0.02 * width[:, 1] * height[:, 0])
-    tiny = np.flatnonzero(readable & (np.minimum(width, height).min(axis=1) < TINY))
+    smaller = np.minimum(width, height).min(axis=1)
+    tiny = np.flatnonzero(readable & (smaller < TINY))
     if len(tiny):
         found.warnings.append(f"{len(tiny)} pairs have an image below {TINY} pixels a side (first: {reader.location(int(tiny[0]))})")
     if other_aspect.any():
         where = reader.location(int(np.flatnonzero(other_aspect)[0]))
         found.warnings.append(f"{int(other_aspect.sum())} pairs hold images of different shapes (first: {where}); crops will differ")
+    good = width > 0
+    sizes = _sizes(width[good], height[good])
     return {
         "formats": dict(scan.kinds.most_common()),
-        "sizes": [{"width": w, "height": h, "images": n} for (w, h), n in sizes.most_common(SHOWN)],
-        "distinct_sizes": len(sizes),
-        "smallest_side": {"least": int(side.min()), "median": float(np.median(side))} if len(side) else None,
+        **sizes,
         "below_64_pixels": len(tiny),
         "pairs_of_two_sizes": int(other_size.sum()),
         "pairs_of_two_shapes": int(other_aspect.sum()),
         "unreadable": int((~good).sum()),
         "bytes": int(size.sum()),
-        "smallest": [int(row) for row in np.argsort(np.where(readable, np.minimum(width, height).min(axis=1), 1 << 40), kind="stable")[:6]],
+        "smallest": [int(row) for row in np.argsort(np.where(readable, smaller, 1 << 40), kind="stable")[:6]],
+    }
+
+
+def _sizes(width: np.ndarray, height: np.ndarray) -> dict[str, Any]:
+    """Sizes and shapes of (M,) readable images."""
+    first, kind = _kinds(width, height)
+    ratio = np.round(width / height, 2)
+    shape, shapes = _kinds(ratio)
+    side = np.minimum(width, height)
+    return {
+        "sizes": [{"width": int(width[k]), "height": int(height[k]), "images": n} for k, n in _common(kind, first, SHOWN)],
+        "distinct_sizes": len(first),
+        "width_by_height": [{"ratio": float(ratio[k]), "images": n} for k, n in _common(shapes, shape, SHOWN)],
+        "smallest_side": {"least": int(side.min()), "median": float(np.median(side))} if len(side) else None,
     }
 
 
 def _duplicates(reader: PairReader, scan: Scan, found: Findings) -> dict[str, Any]:
     digest = _both(scan, "digest")
-    same = np.flatnonzero(digest[:, 0] == digest[:, 1])
+    there = (digest != 0).all(axis=1)  # else an image is missing, which is an error already
+    same = np.flatnonzero(there & (digest[:, 0] == digest[:, 1]))
     if len(same):
         where = reader.location(int(same[0]))
         found.warnings.append(f"{len(same)} pairs hold one image twice (first: {where}); they teach nothing but a tie")
-    pair = np.sort(digest, axis=1)
-    keys = np.stack([scan.pairs["prompt"], pair[:, 0], pair[:, 1]], axis=1)
-    _, counts = np.unique(keys, axis=0, return_counts=True)
-    again = int((counts - 1).sum())
-    if again:
-        found.warnings.append(f"{again} pairs repeat an earlier one (same prompt, same two images on either side); votes can be merged")
-    distinct, place = np.unique(digest.ravel(), return_inverse=True)
-    rows = np.unique(np.stack([place, np.repeat(np.arange(len(digest)), 2)], axis=1), axis=0)[:, 0]
-    return {"one_image_twice": len(same), "repeated_pairs": again, "distinct_images": len(distinct),
-            "images_in_several_pairs": int((np.bincount(rows) > 1).sum())}  # fmt: skip
+    low, high = digest.min(axis=1), digest.max(axis=1)
+    first, kind = _kinds(low, high, scan.pairs["prompt"])
+    again = np.flatnonzero(there & (first[kind] != np.arange(len(kind))))
+    if len(again):
+        where = f"{reader.location(int(again[0]))} repeats {reader.location(int(first[kind[again[0]]]))}"
+        found.warnings.append(
+            f"{len(again)} pairs repeat an earlier one (same prompt, same two images, on either side; first: {where}); votes can be merged"
+        )
+    files, pairs = digest.ravel(), np.repeat(np.arange(len(digest)), 2)
+    files, pairs = files[files != 0], pairs[files != 0]
+    once, of_file = _kinds(files)
+    held = np.bincount(of_file[_kinds(pairs, files)[0]], minlength=len(once))  # in how many pairs each file is
+    return {
+        "one_image_twice": len(same),
+        "repeated_pairs": len(again),
+        "distinct_images": len(once),
+        "images_in_several_pairs": int((held > 1).sum()),
+        "most_shared": [
+            {"where": f"{reader.location(int(pairs[once[k]]))}", "pairs": int(held[k])}
+            for k in np.lexsort((once, -held))[:SHOWN]
+            if held[k] > 1
+        ],
+    }
 
 
 def _near(reader: PairReader, scan: Scan, near: int, found: Findings) -> dict[str, Any]:
@@ -144,86 +210,35 @@ def _near(reader: PairReader, scan: Scan, near: int, found: Findings) -> dict[st
     if len(alike):
         where = reader.location(int(alike[0]))
         found.warnings.append(f"{len(alike)} pairs hold two images that look the same (distance <= {near} of 64 bits; first: {where})")
-    rows = np.repeat(np.flatnonzero(readable), 2)
-    group = groups(hashes[readable].ravel(), near)
-    files = digest[readable].ravel()
-    members = np.unique(np.stack([group.astype(np.uint64), files], axis=1), axis=0)[:, 0].astype(np.int64)
-    count = np.bincount(members) if len(members) else np.zeros(0, dtype=int)  # different files in each group
+    rows, files = np.repeat(np.flatnonzero(readable), 2), digest[readable].ravel()
+    with Progress("comparing images", near + 1) as progress:
+        group, examples = look_alikes(hashes[readable].ravel(), files, rows, near, shown=SHOWN, advance=progress.advance)
+    count = np.bincount(group[_kinds(files, group)[0]]) if len(group) else np.zeros(0, dtype=int)  # different files of a group
+    if (count > 1).any():
+        text = f"{int(count[count > 1].sum())} images are near-duplicates of others, in {int((count > 1).sum())} groups"
+        if len(examples):
+            text += f"; closest in different pairs: {_image(reader, rows, examples[0][1])} and {_image(reader, rows, examples[0][2])}"
+        found.warnings.append(text)
     largest = [int(k) for k in np.argsort(-count, kind="stable")[:SHOWN] if count[k] > 1]
     return {
         "distance": near,
         "within_pairs": len(alike),
         "closest": [{"row": int(row), "where": reader.location(int(row)), "bits": int(apart[row])} for row in alike[:SHOWN]],
+        "closest_in_different_pairs": [
+            {"bits": int(bits), "where": [_image(reader, rows, one), _image(reader, rows, two)], "rows": [int(rows[one]), int(rows[two])]}
+            for bits, one, two in examples
+        ],
         "groups": int((count > 1).sum()),
         "images_in_groups": int(count[count > 1].sum()),
-        "largest": [{"images": int(count[k]), "rows": [int(row) for row in np.unique(rows[group == k])[:6]]} for k in largest],
+        "largest": [_group(reader, rows, group, k, int(count[k])) for k in largest],
     }
 
 
-# ---- labels, votes, targets
+def _image(reader: PairReader, rows: np.ndarray, place: int) -> str:
+    """File, row and column of one of the images, which come two a pair."""
+    return f"{reader.location(int(rows[place]))} {SIDES[place % 2]}"
 
 
-def _answers(reader: PairReader, human: str, found: Findings, *, resamples: int, seed: int) -> None:
-    folder, ids = reader.folder, reader.column("pair_id")
-    if len(set(ids)) != len(ids):
-        found.errors.append("labels, votes and targets were not looked at, since pair_ids are not unique")
-        return
-    aligned: dict[str, np.ndarray] = {}
-    labels: dict[str, Any] = {}
-    for name in label_names(folder):
-        try:
-            aligned[name] = align(read_labels(folder, name), ids, folder=folder, name=name)
-        except UserError as error:
-            found.errors.append(str(error))
-            continue
-        labels[name] = _label_file(aligned[name], name, name == human, found)
-    found.report["labels"] = labels
-    found.report["votes"] = {name: votes for name in vote_names(folder) if (votes := _votes(folder, name, ids, found, resamples, seed))}
-    judges = {name: label_0 for name, label_0 in aligned.items() if name != human}
-    found.report["judges"] = (
-        {name: judge_agreement(aligned[human], label_0) for name, label_0 in judges.items()} if human in aligned else {}
-    )
-    found.report["targets"] = [name for name in target_names(folder) if _fits(folder, name, ids, found)]
-
-
-def _label_file(label_0: np.ndarray, name: str, is_human: bool, found: Findings) -> dict[str, Any]:
-    """Balance of one label file; a judge labels every pair, people only some."""
-    known = label_0[~np.isnan(label_0)]
-    wins, losses, ties = (int(side.sum()) for side in (known > 0.5, known < 0.5, known == 0.5))
-    decided = wins + losses
-    side: dict[str, Any] = {"value": None, "ci": None, "n": decided}
-    if decided:
-        side |= {"value": wins / decided, "ci": wilson_interval(wins, decided)}
-    if side["ci"] is not None and not side["ci"][0] <= 0.5 <= side["ci"][1]:
-        share = f"{side['value']:.1%} (95 %: {side['ci'][0]:.1%} to {side['ci'][1]:.1%})"
-        found.warnings.append(f"labels/{name}: image 0 wins {share} of {decided} decided pairs; were the sides shuffled?")
-    if not is_human and len(known) < len(label_0):
-        found.warnings.append(f"labels/{name} covers {len(known)} of {len(label_0)} pairs; if it is a judge, run `dedpo label` again")
-    return {"labelled": len(known), "share": len(known) / len(label_0), "image_0_wins": wins, "image_1_wins": losses, "ties": ties,
-            "soft": int((~np.isin(known, (0.0, 0.5, 1.0))).sum()), "image_0_share": side}  # fmt: skip
-
-
-def _votes(folder: Path, name: str, ids: list[str], found: Findings, resamples: int, seed: int) -> dict[str, Any] | None:
-    try:
-        votes = read_votes(folder, name)
-    except UserError as error:
-        found.errors.append(str(error))
-        return None
-    unknown = sorted(set(votes.pair_id) - set(ids))
-    if unknown:
-        found.errors.append(
-            f"votes/{name}.parquet: pair_id {unknown[0]!r} is none of the dataset's pairs ({len(unknown)} such); remove them"
-        )
-    return vote_summary(votes, resamples=resamples, seed=seed)
-
-
-def _fits(folder: Path, name: str, ids: list[str], found: Findings) -> bool:
-    """Whether targets are this dataset's."""
-    try:
-        fits = read_targets(folder, name).pair_id == ids
-    except UserError as error:
-        found.errors.append(str(error))
-        return False
-    if not fits:
-        found.errors.append(f"targets/{name}.parquet: its pairs are not the dataset's; run `dedpo merge` again")
-    return fits
+def _group(reader: PairReader, rows: np.ndarray, group: np.ndarray, number: int, images: int) -> dict[str, Any]:
+    members = np.unique(rows[group == number])[:6]
+    return {"images": images, "rows": [int(row) for row in members], "where": [reader.location(int(row)) for row in members]}

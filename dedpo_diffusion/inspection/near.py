@@ -6,13 +6,12 @@ band are compared, so the search is complete.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 BITS = 64
-COMPARED = 1 << 22  # hashes compared at once: bounds the memory
+COMPARED = 1 << 20  # hashes compared at once: bounds the memory
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
@@ -26,14 +25,61 @@ def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
         (P, 2) int64 places i < j in `hashes`, sorted, each pair once.
     """
     found = [np.zeros((0, 2), dtype=np.int64)]
-    edges = np.linspace(0, BITS, distance + 2).astype(int)
-    for low, high in pairwise(edges):
-        mask = np.uint64(((1 << int(high - low)) - 1) << int(low))
+    found += [np.sort(np.stack([first, second], axis=1), axis=1) for first, second, _ in _close(hashes, distance, lambda bands: None)]
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def look_alikes(
+    hashes: np.ndarray, files: np.ndarray, pairs: np.ndarray, distance: int, *, shown: int, advance: Callable[[int], object]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Group images that look alike, and name the closest; neither is slowed or swelled by many equal hashes.
+
+    Args:
+        hashes: (N,) uint64, one an image, equal values allowed.
+        files: (N,) what tells the image files apart.
+        pairs: (N,) the pair that an image belongs to.
+        distance: see `near_pairs`.
+        shown: how many examples to name.
+        advance: told of every finished band of bits, of `distance + 1`.
+
+    Returns:
+        (N,) int64 group numbers: images are in one group if a chain of near-duplicates joins them; and (E, 3) examples: bits
+        that differ, and the places of two images of different files and different pairs, closest first.
+    """
+    if not len(hashes):
+        return np.zeros(0, dtype=np.int64), np.zeros((0, 3), dtype=np.int64)
+    unique, inverse = np.unique(hashes, return_inverse=True)
+    order = np.lexsort((pairs, inverse))  # an image of the first and one of the last pair stand for all of their hash
+    starts = np.searchsorted(inverse[order], np.arange(len(unique) + 1))
+    low, high = order[starts[:-1]], order[starts[1:] - 1]
+    group, examples = np.arange(len(unique)), _equal(inverse, files, pairs, shown)
+    for one, two, bits in _close(unique, distance, advance):
+        group = _joined(group, one, two)
+        first, second = low[one], low[two]
+        first = np.where(pairs[first] == pairs[second], high[one], first)
+        second = np.where(pairs[first] == pairs[second], high[two], second)
+        found = _rows(bits, first, second)[pairs[first] != pairs[second]]
+        found = found[np.argsort(found[:, 0], kind="stable")[: shown * (distance + 1)]]  # each can be found once in every band
+        examples = np.unique(np.concatenate([examples, found]), axis=0)[:shown]
+    return group[inverse], examples
+
+
+def hamming(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Differing bits of (N,) and (N,) uint64."""
+    return np.bitwise_count(first ^ second)
+
+
+def _close(hashes: np.ndarray, distance: int, advance: Callable[[int], object]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Places of hashes within a distance and their differing bits, in chunks; a pair can come once in every band."""
+    bands = distance + 1
+    for band in range(bands):
+        # every bands-th bit: neighbouring bits of a perceptual hash depend on each other, and would fill a few runs
+        mask = np.uint64(sum(1 << bit for bit in range(band, BITS, bands)))
         for first, second in _same(hashes & mask):
-            close = np.bitwise_count(hashes[first] ^ hashes[second]) <= distance
-            found.append(np.sort(np.stack([first[close], second[close]], axis=1), axis=1))
-        found = [np.unique(np.concatenate(found), axis=0)]
-    return found[0]
+            bits = hamming(hashes[first], hashes[second])
+            close = bits <= distance
+            yield first[close], second[close], bits[close]
+        advance(1)
 
 
 def _same(values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -55,25 +101,30 @@ def _same(values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         begin = end
 
 
-def groups(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """The group of every image: images are in one group if a chain of near-duplicates joins them.
-
-    Args:
-        hashes: (N,) uint64, equal values allowed.
-        distance: see `near_pairs`.
-
-    Returns:
-        (N,) int64 group numbers.
-    """
+def _joined(group: np.ndarray, one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Group numbers (U,) after joining the groups of places `one` and `two`."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    unique, inverse = np.unique(hashes, return_inverse=True)
-    edges = near_pairs(unique, distance)
-    graph = coo_matrix((np.ones(len(edges), dtype=bool), (edges[:, 0], edges[:, 1])), shape=(len(unique), len(unique)))
-    return connected_components(graph, directed=False)[1].astype(np.int64)[inverse]
+    edges = group[one], group[two]
+    if not np.any(edges[0] != edges[1]):
+        return group
+    size = int(group.max()) + 1
+    graph = coo_matrix((np.ones(len(one), dtype=bool), edges), shape=(size, size))
+    return connected_components(graph, directed=False)[1].astype(np.int64)[group]
 
 
-def hamming(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Differing bits of (N,) and (N,) uint64."""
-    return np.bitwise_count(first ^ second)
+def _rows(bits: np.ndarray, one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    return np.stack([bits.astype(np.int64), np.minimum(one, two), np.maximum(one, two)], axis=1)
+
+
+def _equal(hashes: np.ndarray, files: np.ndarray, pairs: np.ndarray, shown: int) -> np.ndarray:
+    """Examples of images of one hash, but of two files and two pairs: each image is held against two of its hash."""
+    order = np.lexsort((pairs, files, hashes))
+    starts = np.flatnonzero(np.r_[True, np.diff(hashes[order]) != 0, True])
+    sizes = np.diff(starts)
+    found = []
+    for other in (np.repeat(order[starts[:-1]], sizes), np.repeat(order[starts[1:] - 1], sizes)):
+        kept = (files[order] != files[other]) & (pairs[order] != pairs[other])
+        found.append(_rows(np.zeros(int(kept.sum())), order[kept], other[kept]))
+    return np.unique(np.concatenate(found), axis=0)[:shown]

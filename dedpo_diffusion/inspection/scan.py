@@ -12,6 +12,7 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,9 @@ def scan_dataset(reader: PairReader, depth: str, *, workers: int, advance: Calla
         depth: headers reads the header of every image, decode decodes it too and takes its perceptual hash.
         workers: processes; with 1, this one does the work.
         advance: told how many pairs were just looked at.
+
+    Raises:
+        UserError: a process was killed from outside.
     """
     folder = reader.folder / ".validate"
     kept = {path: _kept_file(folder, path, depth) for path in reader.shards}
@@ -174,12 +178,17 @@ def _run(jobs: list[tuple[Path, list[int], str]], workers: int) -> Iterator[Scan
     if workers == 1 or len(jobs) < 2:
         yield from (scan_rows(*job) for job in jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ahead = [pool.submit(scan_rows, *job) for job in jobs[: 4 * workers]]
-        for k in range(len(jobs)):
-            yield ahead[k % len(ahead)].result()
-            if k + len(ahead) < len(jobs):
-                ahead[k % len(ahead)] = pool.submit(scan_rows, *jobs[k + len(ahead)])
+    try:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            ahead = [pool.submit(scan_rows, *job) for job in jobs[: 4 * workers]]
+            for k in range(len(jobs)):
+                yield ahead[k % len(ahead)].result()
+                if k + len(ahead) < len(jobs):
+                    ahead[k % len(ahead)] = pool.submit(scan_rows, *jobs[k + len(ahead)])
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a process that reads images was killed (no memory left?); run again with fewer than {workers} --workers"
+        ) from error
 
 
 # ---- kept numbers

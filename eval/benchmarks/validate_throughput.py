@@ -97,6 +97,20 @@ def one_run(folder: Path, depth: str, workers: int) -> dict[str, float]:
     return {"seconds": time.monotonic() - began, "peak_mib": peak / 2**20}
 
 
+def compared(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What two processes gain over one at each size, and the memory that each pair beyond the smallest dataset takes."""
+    by_way = {(line["depth"], line["workers"], line["pairs"]): line for line in lines}
+    sizes = sorted({line["pairs"] for line in lines})
+    gain = {str(n): by_way["headers", 2, n]["pairs_per_second"] / by_way["headers", 1, n]["pairs_per_second"] for n in sizes}
+    growth = {}
+    for depth, workers, n in by_way:
+        least = by_way.get((depth, workers, sizes[0]))
+        if least is not None and n == sizes[-1] > sizes[0]:
+            grown = by_way[depth, workers, n]["peak_mib"] - least["peak_mib"]
+            growth[f"{depth}, {workers} processes"] = grown * 2**20 / (n - sizes[0])
+    return {"headers_two_processes_over_one": gain, "bytes_a_further_pair": growth}
+
+
 def run(settings: ThroughputSettings) -> None:
     """Measure pairs a second and memory of `dedpo validate`."""
     from dedpo_diffusion.files import write_json
@@ -117,7 +131,10 @@ def run(settings: ThroughputSettings) -> None:
                 line |= {"pairs_per_second": float(np.median(rates)), "all": rates, "peak_mib": max(run["peak_mib"] for run in found)}
                 lines.append(line)
                 say(f"{count} pairs, {depth}, {workers} processes: {line['pairs_per_second']:.0f} pairs/s, {line['peak_mib']:.0f} MiB")
-    write_json(settings.out, {"cores": os.cpu_count(), "runs": lines})
+    summary = compared(lines)
+    for key, values in summary.items():
+        say(f"{key}: " + ", ".join(f"{name}: {value:.2f}" for name, value in values.items()))
+    write_json(settings.out, {"cores": os.cpu_count(), **summary, "runs": lines})
 
 
 if __name__ == "__main__":
