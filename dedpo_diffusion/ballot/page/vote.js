@@ -271,6 +271,7 @@ function screen(name) {
 
 function showEnd({ answered, skipped, total, labelled, pairs }) {
   screen("end");
+  list($("written"), []);
   const held = total - answered - skipped; // pairs on other people's screens, which may come back
   $("nothing-left").textContent = held ? "Nothing left right now" : "Nothing left to label";
   $("thanks").textContent = `Thank you, ${rater}.`;
@@ -311,18 +312,17 @@ function make(tag, text, className = "") {
   return element;
 }
 
-function save(button) {
+function save() {
   act(async () => {
     const written = await post("/api/export", {});
-    const place = button.closest("section, dialog").querySelector(".written");
-    list(place, [`Saved ${written.labels} labels in ${written.path}.`, ...written.sentences]);
+    list($("written"), [`Saved ${written.labels} labels in ${written.path}.`, ...written.sentences]);
   });
 }
 
 // ---- the summary: a statistic is {value, ci: [low, high], n}; value and ci are null where they do not exist
 
 const percent = (x) => `${Math.round(100 * x)}%`;
-const decimal = (x) => x.toFixed(2);
+const decimal = (x) => x.toFixed(2).replace("-", "−");
 
 function summary() {
   act(async () => {
@@ -330,7 +330,6 @@ function summary() {
     const sentences = document.createElement("ul");
     list(sentences, found.sentences);
     $("figures").replaceChildren(sentences, ...[raters(found.raters), between(found.between), judges(found.judges)].filter(Boolean));
-    list($("summary").querySelector(".written"), []);
     openDialog($("summary"));
   });
 }
@@ -344,9 +343,14 @@ function raters(people) {
 }
 
 function between({ raw, kappa, alpha }) {
-  const rows = [["Equal answers", raw, percent], [`${kappa?.kind}'s kappa`, kappa, decimal], ["Krippendorff's alpha", alpha, decimal]];
+  const rows = [
+    ["Equal answers", raw, percent],
+    [`${kappa?.kind}'s kappa`, kappa, decimal],
+    ["Krippendorff's alpha", alpha, decimal],
+  ];
   const known = rows.filter(([, statistic]) => statistic?.n);
-  return table(["Between raters", "Agreement", "Pairs"], known, ([name, statistic, format]) => [name, figure(statistic, format), statistic.n]);
+  const columns = ["Between raters", "Agreement", "Pairs"];
+  return table(columns, known, ([name, statistic, format]) => [name, figure(statistic, format), statistic.n]);
 }
 
 function judges(found) {
@@ -385,7 +389,7 @@ for (const what of ["left", "tie", "right", "skip"]) ACTIONS[what] = () => answe
 
 document.addEventListener("click", ({ target }) => {
   const button = target.closest("[data-do]");
-  if (button) ACTIONS[button.dataset.do](button);
+  if (button) ACTIONS[button.dataset.do]();
   else if (target.closest("#images, #zoom")) zoom(); // never a vote: a tap is too easily made by accident
 });
 
@@ -422,10 +426,14 @@ for (const dialog of document.querySelectorAll("dialog")) {
 function start(name) {
   act(async () => {
     rater = name.trim();
-    $("who").textContent = `${$("dataset").textContent} · ${rater}`;
+    nameWho();
     take(await reach(nextPath()));
     remember(rater);
   });
+}
+
+function nameWho() {
+  $("who").textContent = `${$("dataset").textContent} · ${rater}`;
 }
 
 /** The name last used here; a browser may forbid the storage. */
@@ -443,15 +451,17 @@ $("enter").addEventListener("submit", (event) => {
   start($("name").value);
 });
 
-nameSides();
-await act(async () => {
-  const session = await reach("/api/session");
+function introduce(session) {
   document.title = `${session.dataset} · dedpo vote`;
   $("dataset").textContent = session.dataset;
+  nameWho();
   $("raters").replaceChildren(...session.raters.map((name) => new Option("", name)));
   $("so-far").textContent = `${session.pairs} pairs, ${session.votes} answers so far. The same name goes on where it stopped.`;
-});
+}
+
+nameSides();
 const given = new URLSearchParams(location.search).get("rater");
 $("name").value = given ?? remember();
 $("name").select();
+reach("/api/session").then(introduce).catch(explain);
 if (given?.trim()) start(given);
