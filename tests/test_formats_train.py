@@ -208,7 +208,8 @@ def csv_with_chosen_and_rejected(folder):
 
 def csv_with_a_winner(folder):
     rows = own_rows(folder)
-    return csv_of(folder, [row | {"winner": "image_0" if row.pop("label_0") else "image_1"} for row in rows])
+    labels = [row.pop("label_0") for row in rows]
+    return csv_of(folder, [row | {"winner": f"image_{1 - label}"} for row, label in zip(rows, labels, strict=True)])
 
 
 def csv_with_votes(folder):
