@@ -16,6 +16,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from ..settings import IngestSettings
 from .entry import Answer, Entry
 
 COUNTS = (
-    "comparisons", "kept", "duplicates_merged", "identical_dropped", "unlabelled_dropped", "ties_dropped", "unreadable_dropped",
-    "identical", "unlabelled", "ties", "tie_answers", "tie_answers_dropped", "duplicates_kept", "renamed", "sides_swapped",
-    "labelled", "votes", "conflicting",
+    "empty_rows", "comparisons", "kept", "duplicates_merged", "duplicates_kept", "renamed", "sides_swapped",
+    "identical", "identical_dropped", "unlabelled", "unlabelled_dropped", "ties", "ties_dropped", "unreadable_dropped",
+    "tie_answers", "tie_answers_dropped", "labelled", "votes", "conflicting",
 )  # fmt: skip
 RECENT = 64  # images known to decode: a ranking's images come in several comparisons
 AHEAD = 4  # comparisons in flight for each thread
@@ -85,8 +86,8 @@ class Ledger:
 
 def comparisons(
     source: Any, entries: Callable[..., Iterable[Entry]], settings: IngestSettings, start: Place
-) -> Iterator[tuple[Entry, Place]]:
-    """The source's comparisons from `start` on, each with the place behind it."""
+) -> Iterator[tuple[Entry | None, Place]]:
+    """The source's comparisons from `start` on, each with the place behind it; None for a row that holds none."""
     for row, (where, values, folder) in enumerate(source.rows(start.row), start.row):
         skip = start.part if row == start.row else 0
         part, last = 0, None
@@ -94,7 +95,7 @@ def comparisons(
             if last is not None:
                 yield last, Place(row, part - 1)
             last = entry if part > skip else None
-        if last is not None:  # the row is done with its last comparison
+        if last is not None or part == 0:  # the row is done with its last comparison
             yield last, Place(row + 1)
 
 
@@ -137,19 +138,24 @@ def _read_file(path: Path | None, where: str) -> bytes:
         ) from error
 
 
-def in_flight(found: Iterable[tuple[Entry, Place]], work: Callable[[Entry], Images], workers: int) -> Iterator[tuple[Entry, Place, Images]]:
+def in_flight(
+    found: Iterable[tuple[Entry | None, Place]], work: Callable[[Entry], Images], workers: int
+) -> Iterator[tuple[Entry | None, Place, Images]]:
     """Do `work` in threads (Pillow decodes outside of Python's lock); results come in the order of the source."""
-    waiting: deque[tuple[Entry, Place, Future[Images]]] = deque()
+    waiting: deque[tuple[Entry | None, Place, Future[Images] | None]] = deque()
+
+    def first() -> tuple[Entry | None, Place, Images]:
+        entry, behind, future = waiting.popleft()
+        return entry, behind, Images() if future is None else future.result()
+
     with ThreadPoolExecutor(workers) as pool:
         try:
             for entry, place in found:
-                waiting.append((entry, place, pool.submit(work, entry)))
+                waiting.append((entry, place, None if entry is None else pool.submit(work, entry)))
                 if len(waiting) >= AHEAD * workers:
-                    first, behind, future = waiting.popleft()
-                    yield first, behind, future.result()
+                    yield first()
             while waiting:
-                first, behind, future = waiting.popleft()
-                yield first, behind, future.result()
+                yield first()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -331,7 +337,7 @@ class Journal:
 
     def write(self, shard: int, ledger: Ledger) -> None:
         """Note that a shard is on disk."""
-        fresh = list(ledger.seen.items())[self.entries :]
+        fresh = islice(ledger.seen.items(), self.entries, None)
         entry = {"place": [ledger.place.row, ledger.place.part], "counts": dict(ledger.counts)}
         write_json(self._file(shard), entry | {"answers": ledger.answers[self.answers :], "seen": dict(fresh)})
         self._mark(ledger)
@@ -367,7 +373,8 @@ def take_in(
         found = comparisons(chosen.source, chosen.module.entries, settings, ledger.place)
         workers = settings.workers or os.cpu_count() or 1
         for entry, behind, images in in_flight(found, intake.images, workers):
-            finished = intake.take(entry, images)
+            finished = entry is not None and intake.take(entry, images)
+            ledger.counts["empty_rows"] += entry is None
             advance(behind.row - ledger.place.row)
             ledger.place = behind
             if finished:
@@ -383,6 +390,8 @@ def take_in(
 def count_lines(counts: Counter[str]) -> Iterator[str]:
     """What was kept, dropped and why, one line each."""
     yield f"comparisons read: {counts['comparisons']}"
+    if counts["empty_rows"]:
+        yield f"rows without a comparison, as of a single image: {counts['empty_rows']}"
     for kind, words in SEEN.items():
         yield f"{words}: {counts[kind]} (dropped {counts[f'{kind}_dropped']})"
     yield f"single tie answers: {counts['tie_answers']} ({counts['tie_answers_dropped']} left out of pairs that were kept)"
