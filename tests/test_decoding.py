@@ -164,7 +164,7 @@ def test_a_phones_jpeg_with_a_preview_behind_it_is_its_first_picture():
     assert found.size == (16, 16) and np.abs(np.subtract(found.getpixel((8, 8)), (254, 0, 0))).max() <= 4
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore")
 @given(
     st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"]), st.integers(0, 2**32 - 1), st.sampled_from([decode_image, read_header])
 )
