@@ -135,6 +135,8 @@ def run(settings: MergeSettings) -> Path:
     name = settings.name or settings.method
     report = {"name": name, "judge": judge, "human": settings.human, "label_files": _label_files(settings, judge)}
     report |= {"propensities": propensity is not None, **merged.report}
+    if propensity is not None and judge is not None:
+        report["sentences"] = [*report["sentences"], "Agreement and bias are those on the labelled pairs, which were not drawn at random."]
     path = write_targets(settings.pairs, name, Targets(ids, merged.target, merged.weight), report)
     print_report(report, f"targets {name}: {settings.human} and {judge or 'no judge'}")
     say(f"wrote {path} and {path.with_suffix('.json').name}")

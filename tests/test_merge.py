@@ -90,7 +90,8 @@ def test_stored_propensities_reach_the_estimator_and_are_told(folder, capsys):
     np.testing.assert_array_equal(found.weight, expected.weight)
     assert not np.allclose(found.weight, merge_labels(human_column(), JUDGE).weight)
     assert "the stored propensities make up for it" in capsys.readouterr().out
-    assert json.loads((folder / "targets" / "tuned.json").read_text())["propensities"] is True
+    report = json.loads((folder / "targets" / "tuned.json").read_text())
+    assert report["propensities"] is True and "not drawn at random" in report["sentences"][-1]
     assert main([str(folder), "--method", "naive"]) == 0  # which has no use for them
 
 
