@@ -154,15 +154,15 @@ def test_what_is_odd_is_counted_and_placed(odd):
     assert report["errors"] == []
     text = "\n".join(report["warnings"])
     for words in (
-        "1 pairs hold one image twice (first: pairs-00000.parquet row 1)",
-        "1 pairs hold two images that look the same (distance <= 3 of 64 bits; first: pairs-00000.parquet row 2)",
-        "1 prompts are empty (first: pairs-00000.parquet row 3)",
-        "1 pairs have an image below 64 pixels a side (first: pairs-00000.parquet row 4)",
-        "1 pairs hold images of different shapes (first: pairs-00000.parquet row 5)",
-        "1 prompts have more than 60 words (first: pairs-00001.parquet row 0); CLIP reads 77 tokens, an estimated 60 words",
-        "1 pairs repeat an earlier one (same prompt, same two images, on either side; first: pairs-00001.parquet row 2 repeats "
+        "pairs that hold one image twice: 1 (first: pairs-00000.parquet row 1)",
+        "pairs of two images that look the same, within 3 of 64 bits: 1 (first: pairs-00000.parquet row 2)",
+        "empty prompts: 1 (first: pairs-00000.parquet row 3)",
+        "pairs with an image below 64 pixels a side: 1 (first: pairs-00000.parquet row 4)",
+        "pairs of images of different shapes: 1 (first: pairs-00000.parquet row 5)",
+        "prompts of more than 60 words: 1 (first: pairs-00001.parquet row 0); CLIP reads 77 tokens, an estimated 60 words",
+        "pairs that repeat an earlier one, with the same prompt and images on either side: 1 (first: pairs-00001.parquet row 2 repeats "
         "pairs-00001.parquet row 1)",
-        "2 images are near-duplicates of others, in 1 groups; closest in different pairs: pairs-00000.parquet row 1 image_",
+        "images that are near-duplicates of others: 2, groups of them: 1; closest in different pairs: pairs-00000.parquet row 1 image_",
     ):
         assert words in text
     assert report["images"]["pairs_of_two_sizes"] == 2 and report["images"]["smallest"][0] == 4
@@ -322,7 +322,8 @@ def test_a_rater_who_leans_to_one_side_of_the_screen_is_odd(tmp_path):
     write_votes(folder, "human", Votes(ids, label_0, np.ones(40, dtype=int), ["ann"] * 40, {"swapped": turned}))
     report = validate(folder)
     assert any(
-        "votes/human: 1 of 1 raters lean to one side (ann chose the left image 100% of 40 times)" in text for text in report["warnings"]
+        "votes/human: raters who lean to one side: 1 of 1 (ann chose the left image 100% of 40 times)" in text
+        for text in report["warnings"]
     )
 
 

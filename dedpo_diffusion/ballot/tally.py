@@ -80,7 +80,7 @@ def to_labels(plan: Plan, events: Sequence[Event], votes: Votes) -> tuple[Labels
     end = max(plan.place[number[event.pair_id]] + 1 for event in events)
     propensity = plan.propensity([number[pair_id] for pair_id in labels.pair_id], end)
     skipped = {event.pair_id for event in events} - set(labels.pair_id)
-    sentences = [f"{len(skipped)} pairs were skipped by everyone they were shown to, and stay without a label."] if skipped else []
+    sentences = [f"Pairs skipped by everyone they were shown to, which stay without a label: {len(skipped)}."] if skipped else []
     if propensity is not None:
         labels.extra["propensity"] = propensity.tolist()
         sentences.append(

@@ -117,7 +117,7 @@ def _votes(folder: Path, name: str, known: set[str], found: Findings, resamples:
     if leaning:
         by_chance = "; of twenty raters about one would by chance" if len(summary["raters"]) >= 10 else ""
         first = f"{leaning[0]['rater']} chose the left image {leaning[0]['left']['value']:.0%} of {leaning[0]['left']['n']} times"
-        found.warnings.append(f"votes/{name}: {len(leaning)} of {len(summary['raters'])} raters lean to one side ({first}{by_chance})")
+        found.warnings.append(f"votes/{name}: raters who lean to one side: {len(leaning)} of {len(summary['raters'])} ({first}{by_chance})")
     return summary
 
 

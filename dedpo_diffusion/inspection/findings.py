@@ -107,11 +107,11 @@ def _prompts(reader: PairReader, scan: Scan, found: Findings) -> dict[str, Any]:
     first, kind = _kinds(scan.pairs["prompt"])
     empty, long = np.flatnonzero(words == 0), np.flatnonzero(words > LONG_PROMPT)
     if len(empty):
-        found.warnings.append(f"{len(empty)} prompts are empty (first: {reader.location(int(empty[0]))})")
+        found.warnings.append(f"empty prompts: {len(empty)} (first: {reader.location(int(empty[0]))})")
     if len(long):
         where = reader.location(int(long[0]))
         found.warnings.append(
-            f"{len(long)} prompts have more than {LONG_PROMPT} words (first: {where}); CLIP reads 77 tokens, an estimated "
+            f"prompts of more than {LONG_PROMPT} words: {len(long)} (first: {where}); CLIP reads 77 tokens, an estimated "
             f"{LONG_PROMPT} words, and no more"
         )
     most = [(row, count) for row, count in _common(kind, first, SHOWN) if count > 1]
@@ -136,10 +136,10 @@ def _images(reader: PairReader, scan: Scan, found: Findings) -> dict[str, Any]:
     smaller = np.minimum(width, height).min(axis=1)
     tiny = np.flatnonzero(readable & (smaller < TINY))
     if len(tiny):
-        found.warnings.append(f"{len(tiny)} pairs have an image below {TINY} pixels a side (first: {reader.location(int(tiny[0]))})")
+        found.warnings.append(f"pairs with an image below {TINY} pixels a side: {len(tiny)} (first: {reader.location(int(tiny[0]))})")
     if other_aspect.any():
         where = reader.location(int(np.flatnonzero(other_aspect)[0]))
-        found.warnings.append(f"{int(other_aspect.sum())} pairs hold images of different shapes (first: {where}); crops will differ")
+        found.warnings.append(f"pairs of images of different shapes: {int(other_aspect.sum())} (first: {where}); crops will differ")
     good = width > 0
     sizes = _sizes(width[good], height[good])
     return {
@@ -174,14 +174,15 @@ def _duplicates(reader: PairReader, scan: Scan, found: Findings) -> dict[str, An
     same = np.flatnonzero(there & (digest[:, 0] == digest[:, 1]))
     if len(same):
         where = reader.location(int(same[0]))
-        found.warnings.append(f"{len(same)} pairs hold one image twice (first: {where}); they teach nothing but a tie")
+        found.warnings.append(f"pairs that hold one image twice: {len(same)} (first: {where}); they teach nothing but a tie")
     low, high = digest.min(axis=1), digest.max(axis=1)
     first, kind = _kinds(low, high, scan.pairs["prompt"])
     again = np.flatnonzero(there & (first[kind] != np.arange(len(kind))))
     if len(again):
         where = f"{reader.location(int(again[0]))} repeats {reader.location(int(first[kind[again[0]]]))}"
         found.warnings.append(
-            f"{len(again)} pairs repeat an earlier one (same prompt, same two images, on either side; first: {where}); votes can be merged"
+            f"pairs that repeat an earlier one, with the same prompt and images on either side: {len(again)} (first: {where}); "
+            "votes can be merged"
         )
     files, pairs = digest.ravel(), np.repeat(np.arange(len(digest)), 2)
     files, pairs = files[files != 0], pairs[files != 0]
@@ -209,13 +210,13 @@ def _near(reader: PairReader, scan: Scan, near: int, found: Findings) -> dict[st
     alike = alike[np.argsort(apart[alike], kind="stable")]
     if len(alike):
         where = reader.location(int(alike[0]))
-        found.warnings.append(f"{len(alike)} pairs hold two images that look the same (distance <= {near} of 64 bits; first: {where})")
+        found.warnings.append(f"pairs of two images that look the same, within {near} of 64 bits: {len(alike)} (first: {where})")
     rows, files = np.repeat(np.flatnonzero(readable), 2), digest[readable].ravel()
     with Progress("comparing images", near + 1) as progress:
         group, examples = look_alikes(hashes[readable].ravel(), files, rows, near, shown=SHOWN, advance=progress.advance)
     count = np.bincount(group[_kinds(files, group)[0]]) if len(group) else np.zeros(0, dtype=int)  # different files of a group
     if (count > 1).any():
-        text = f"{int(count[count > 1].sum())} images are near-duplicates of others, in {int((count > 1).sum())} groups"
+        text = f"images that are near-duplicates of others: {int(count[count > 1].sum())}, groups of them: {int((count > 1).sum())}"
         if len(examples):
             text += f"; closest in different pairs: {_image(reader, rows, examples[0][1])} and {_image(reader, rows, examples[0][2])}"
         found.warnings.append(text)
