@@ -164,8 +164,10 @@ def test_a_token_is_asked_for_and_never_logged(tmp_path):
             assert entered.status_code == 303 and entered.headers["location"] == "/"
             assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(entered.headers["set-cookie"].split("; "))
             assert client.get("/api/session").status_code == 200 and client.get("/").status_code == 200
-            linked = client.get(f"/?token={token}", headers={"Sec-Fetch-Site": "cross-site"})
-            assert linked.status_code == 200 and "refresh" in linked.text and "set-cookie" in linked.headers
+            named = client.get("/", params={"token": token, "rater": 'ann "b" & <c>'})
+            assert named.headers["location"] == "/?rater=ann+%22b%22+%26+%3Cc%3E"  # a link may name the person
+            linked = client.get(f"/?token={token}&rater=%22%3E", headers={"Sec-Fetch-Site": "cross-site"})
+            assert linked.status_code == 200 and 'url=/?rater=%22%3E"' in linked.text and "set-cookie" in linked.headers
         code, _, err = finish(server)
     log = (folder / "votes" / "human.log").read_text()
     assert code == 0 and log.count(": 401, ") == 13 and "token-0123456789" not in log + err

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
@@ -52,7 +53,7 @@ HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>dedpo vote</
 ASK_TOKEN = f"""{HEAD}
 <form action="/"><label>Token, as printed where the server runs: <input name="token" autofocus></label> <button>Enter</button></form>
 """
-ENTER = f'{HEAD}<meta http-equiv="refresh" content="0; url=/">'
+ENTER = HEAD + '<meta http-equiv="refresh" content="0; url={}">'
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,9 @@ class Guard:
         if request.scope["path"] == "/" and fits(request.query_params.get("token")):
             # after a link on another site a browser keeps strict cookies back, even over a redirect, but not over a refresh
             elsewhere = request.headers.get("sec-fetch-site") == "cross-site"
-            response = HTMLResponse(ENTER) if elsewhere else RedirectResponse("/", 303)
+            rater = request.query_params.get("rater")
+            place = f"/?{urlencode({'rater': rater})}" if rater else "/"
+            response = HTMLResponse(ENTER.format(place)) if elsewhere else RedirectResponse(place, 303)
             response.set_cookie(COOKIE, token, httponly=True, samesite="strict", path="/")
             return response
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
