@@ -74,15 +74,17 @@ def one_draw(z: np.ndarray, g: np.ndarray, weight: np.ndarray, rng: np.random.Ge
 
 def measure(settings: OrderSettings, p: np.ndarray, g: np.ndarray) -> list[dict[str, Any]]:
     """Noise and bias of every order and method, and the noise relative to human labels alone in random order."""
+    from dedpo_diffusion.ballot.plan import disagreement, pull
+
     rng = np.random.default_rng(settings.seed)
-    doubt = 1 - np.abs(2 * g - 1)
+    doubt = disagreement(g[None])
     arms = [(floor, method) for floor in settings.floors for method in ("human_only", "tuned")]
     noise: dict[Any, list[float]] = {arm: [] for arm in arms}
     mean = {arm: np.zeros(len(p)) for arm in arms}
     for _ in track(range(settings.draws), "drawing", settings.draws):
         z = (rng.random(len(p)) < p).astype(np.float64)
         for floor, method in arms:
-            coefficients = one_draw(z, g, floor + (1 - floor) * doubt, rng, settings.answers, method)
+            coefficients = one_draw(z, g, pull(doubt, floor), rng, settings.answers, method)
             noise[floor, method].append(float(np.mean((coefficients - (0.5 - p)) ** 2)))
             mean[floor, method] += coefficients / settings.draws
     base = np.array(noise[1.0, "human_only"])
