@@ -114,7 +114,8 @@ def _answers(votes: Votes) -> tuple[_Answers, list[str]]:
 # ---- one rater
 
 
-def _share(hits: np.ndarray) -> dict[str, Any]:
+def share(hits: np.ndarray) -> dict[str, Any]:
+    """A statistic: the share of (n,) true cases, with Wilson's interval."""
     n = len(hits)
     return {"value": float(hits.mean()), "ci": wilson_interval(int(hits.sum()), n), "n": n} if n else _nothing()
 
@@ -144,14 +145,14 @@ def _left(votes: Votes, category: np.ndarray, rows: np.ndarray) -> dict[str, Any
     if swapped is None:
         return _nothing()
     known = [row for row in rows if category[row] != 1 and swapped[row] is not None]
-    return _share(np.array([(category[row] == 2) != swapped[row] for row in known], dtype=bool))
+    return share(np.array([(category[row] == 2) != swapped[row] for row in known], dtype=bool))
 
 
 def _repeats(answers: _Answers, rows: np.ndarray) -> dict[str, Any]:
     """Share of hidden repetitions answered as the first time, in terms of images; sides were swapped in between."""
     earlier = {int(answers.pair[row]): answers.category[row] for row in rows if answers.first[row]}
     again = [row for row in rows if not answers.asked[row] and int(answers.pair[row]) in earlier]
-    return _share(np.array([answers.category[row] == earlier[int(answers.pair[row])] for row in again], dtype=bool))
+    return share(np.array([answers.category[row] == earlier[int(answers.pair[row])] for row in again], dtype=bool))
 
 
 # ---- between raters

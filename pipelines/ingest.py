@@ -52,11 +52,12 @@ def _take_up(settings: IngestSettings, partial: Path, identity: dict[str, Any]) 
     from dedpo_diffusion.formats.intake import Journal, Ledger
 
     journal = Journal(partial, identity)
-    if not journal.shards():
+    done = journal.shards()
+    if not done:
         shutil.rmtree(partial, ignore_errors=True)
         journal.begin()
         return journal, Ledger()
-    ledger = journal.read(journal.shards())
+    ledger = journal.read(done)
     say(f"going on behind {ledger.counts['kept']} pairs in {partial}")
     return journal, ledger
 

@@ -37,37 +37,31 @@ def choose_judge(settings: MergeSettings) -> str | None:
     raise UserError(f"{folder} holds no judge labels, which method {settings.method} needs; run `dedpo label`, or use --method human_only")
 
 
-def read_aligned(settings: MergeSettings, ids: list[str], name: str, *, complete: bool) -> np.ndarray:
-    """(N,) labels in the order of `ids`, NaN where there is none."""
+def read_judge(settings: MergeSettings, ids: list[str], judge: str) -> np.ndarray:
+    """(N,) labels of the judge; only human_only can do with part of them."""
     from dedpo_diffusion.labels import align, read_labels
 
-    return align(read_labels(settings.pairs, name), ids, folder=settings.pairs, name=name, complete=complete)
+    labels = read_labels(settings.pairs, judge)
+    return align(labels, ids, folder=settings.pairs, name=judge, complete=settings.method != "human_only")
 
 
-def _human(settings: MergeSettings, ids: list[str]) -> np.ndarray:
-    """Human labels; naive merging alone can do without the usual file."""
+def read_human(settings: MergeSettings, ids: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """(N,) human labels, NaN where there is none, and (N,) probability of being labelled, None for labels taken at random.
+
+    Naive merging can do without the usual file, and has no use for propensities.
+    """
     import numpy as np
 
-    from dedpo_diffusion.labels import label_names
+    from dedpo_diffusion.labels import align, label_names, read_labels
 
     if settings.method == "naive" and settings.human == "human" and "human" not in label_names(settings.pairs):
-        return np.full(len(ids), np.nan)
-    return read_aligned(settings, ids, settings.human, complete=False)
-
-
-def read_propensity(settings: MergeSettings, ids: list[str]) -> np.ndarray | None:
-    """(N,) probability of being labelled, 1 where nobody answered; None where pairs were labelled at random."""
-    import numpy as np
-
-    from dedpo_diffusion.labels import label_names, read_labels
-
-    if settings.method == "naive" or settings.human not in label_names(settings.pairs):
-        return None
+        return np.full(len(ids), np.nan), None
     labels = read_labels(settings.pairs, settings.human)
-    if "propensity" not in labels.extra:
-        return None
+    human = align(labels, ids, folder=settings.pairs, name=settings.human)
+    if settings.method == "naive" or "propensity" not in labels.extra:
+        return human, None
     known = dict(zip(labels.pair_id, labels.extra["propensity"], strict=True))
-    return np.array([known.get(pair_id, 1.0) for pair_id in ids])  # an unlabelled pair's own counts for nothing
+    return human, np.array([known.get(pair_id, 1.0) for pair_id in ids])  # an unlabelled pair's own counts for nothing
 
 
 def _label_files(settings: MergeSettings, judge: str | None) -> dict[str, Any]:
@@ -121,9 +115,8 @@ def run(settings: MergeSettings) -> Path:
 
     ids = PairReader(settings.pairs).ids()
     judge = choose_judge(settings)
-    human = _human(settings, ids)
-    synthetic = None if judge is None else read_aligned(settings, ids, judge, complete=settings.method != "human_only")
-    propensity = read_propensity(settings, ids)
+    human, propensity = read_human(settings, ids)
+    synthetic = None if judge is None else read_judge(settings, ids, judge)
     if propensity is not None:
         say(f"{settings.human}: pairs were not labelled at random; the stored propensities make up for it")
     try:

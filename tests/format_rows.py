@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import json
 import zipfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conftest import picture
+from dedpo_diffusion.settings import IngestSettings
+
+
+def settings(source="source", **changes):
+    return IngestSettings("auto", str(source), Path("out"), **changes)
+
+
+def read(module, row, folder=None, **changes):
+    """What a format's module makes of one row."""
+    return list(module.entries(dict(row), "list.json row 3", folder, settings(**changes)))
+
+
+def labels(entry):
+    return [answer.label_0 for answer in entry.answers]
 
 
 def train_row(**changes):

@@ -11,21 +11,7 @@ import pytest
 
 from dedpo_diffusion.console import UserError
 from dedpo_diffusion.formats import imagereward
-from dedpo_diffusion.formats.entry import Entry
-from dedpo_diffusion.settings import IngestSettings
-from format_rows import image_row, ranking_row, write_database
-
-
-def settings(source="source", **changes):
-    return IngestSettings("auto", str(source), Path("out"), **changes)
-
-
-def read(module, row, folder=None, **changes) -> list[Entry]:
-    return list(module.entries(dict(row), "list.json row 3", folder, settings(**changes)))
-
-
-def labels(entry):
-    return [answer.label_0 for answer in entry.answers]
+from format_rows import image_row, labels, ranking_row, read, settings, write_database
 
 
 def from_database(folder, **changes):

@@ -12,17 +12,19 @@ import pytest
 
 from dedpo_diffusion.console import UserError
 from dedpo_diffusion.formats import hpdv2, hpdv3, imagereward, open_image_preferences, rapidata
-from dedpo_diffusion.formats.entry import Answer, Entry
-from dedpo_diffusion.settings import IngestSettings
+from dedpo_diffusion.formats.entry import Answer
 from format_rows import (
     chosen_row,
     counts_row,
     image_row,
+    labels,
     named_row,
     pair_row,
     ranked_row,
     ranking_row,
+    read,
     result_row,
+    settings,
     shares_row,
     train_row,
     two_images,
@@ -35,18 +37,6 @@ MODULES = {
     "open_image_preferences": open_image_preferences,
     "rapidata": rapidata,
 }
-
-
-def settings(source="source", **changes):
-    return IngestSettings("auto", str(source), Path("out"), **changes)
-
-
-def read(module, row, folder=None, **changes) -> list[Entry]:
-    return list(module.entries(dict(row), "list.json row 3", folder, settings(**changes)))
-
-
-def labels(entry):
-    return [answer.label_0 for answer in entry.answers]
 
 
 ROWS = {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..console import UserError
 
@@ -49,6 +50,22 @@ def counted(image_0: int, image_1: int, ties: int = 0) -> tuple[Answer, ...]:
     """Answers from vote counts."""
     counts = ((1.0, image_0), (0.0, image_1), (0.5, ties))
     return tuple(Answer(label, votes=int(votes)) for label, votes in counts if votes)
+
+
+def better(rank_0: float, rank_1: float) -> float:
+    """label_0 of two ranks, of which 1 is the best."""
+    return 1.0 if rank_0 < rank_1 else 0.0 if rank_0 > rank_1 else 0.5
+
+
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether a value of a row holds several values; text and bytes do not."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+@lru_cache(maxsize=64)
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder, asked of the disk once: every row of a source asks the same."""
+    return path.is_dir()
 
 
 def image_source(value: Any, folder: Path | None, where: str) -> ImageSource:

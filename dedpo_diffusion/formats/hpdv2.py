@@ -19,16 +19,15 @@ Traps of the format:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Collection, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from ..console import UserError
 from ..settings import IngestSettings
-from .entry import Answer, Entry, ImageSource, image_source, number, text
-from .sources import Source, open_file, open_source
+from .entry import Answer, Entry, ImageSource, better, image_source, is_folder, is_list, number, text
+from .sources import Source, open_file, open_source, split_file
 
 WINNER_FIRST = False
 NEEDS = "prompt and file_path with human_preference, or prompt and image_path with rank"
@@ -41,7 +40,7 @@ Ranking = tuple[str | None, list[float]]  # the person, and a rank for each imag
 def recognise(columns: Collection[str], row: Mapping[str, Any] | None) -> str | None:
     """The columns that tell this format, None where they do not."""
     names = set(columns)
-    paths = next((name for name in PATHS if name in names and (row is None or _is_list(row.get(name)))), None)
+    paths = next((name for name in PATHS if name in names and (row is None or is_list(row.get(name)))), None)
     if paths is None or "prompt" not in names:
         return None
     if "human_preference" in names:
@@ -60,13 +59,10 @@ def open(source: str, settings: IngestSettings) -> Source:  # the name that impo
     packed = {split: folder / f"{split}.tar.gz" for split in lists if (folder / f"{split}.tar.gz").is_file()}
     if not packed and not any((folder / split).is_dir() for split in lists):
         return open_source(source, settings)
-    split = settings.split or (next(iter(lists)) if len(lists) == 1 else None)
-    if split not in lists:
-        shown = "has several splits" if split is None else f"has no split {split!r}"
-        raise UserError(f"{folder} {shown}; give --split one of {', '.join(lists)}")
+    split, file = split_file(lists, settings.split, folder)
     if split in packed and settings.images is None and not (folder / split).is_dir():
-        raise UserError(f"the images of {lists[split]} are still packed in {packed[split]}; unpack it there with tar -xzf")
-    return open_file(lists[split], settings.images or folder, path=source)
+        raise UserError(f"the images of {file} are still packed in {packed[split]}; unpack it there with tar -xzf")
+    return open_file(file, settings.images or folder, path=source)
 
 
 def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Entry]:
@@ -87,29 +83,21 @@ def entries(row: dict[str, Any], where: str, folder: Path | None, settings: Inge
             where,
             prompt,
             (images[i], images[j]),
-            tuple(Answer(_better(ranks[i], ranks[j]), rater) for rater, ranks in rankings),
+            tuple(Answer(better(ranks[i], ranks[j]), rater) for rater, ranks in rankings),
             key=f"{Path(paths[i]).stem}-{Path(paths[j]).stem}",
             source={} if average is None else {"rank_0": average[i], "rank_1": average[j]},
         )
 
 
-def _better(rank_0: float, rank_1: float) -> float:
-    return 1.0 if rank_0 < rank_1 else 0.0 if rank_0 > rank_1 else 0.5
-
-
-def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
 def _listed(row: Mapping[str, Any], column: str, where: str) -> list[Any]:
     value = row.get(column)
-    if not _is_list(value) or len(value) < 2:
+    if not is_list(value) or len(value) < 2:
         raise UserError(f"{where}: {column} is {value!r}, and must be a list of two images or more; mend the row or remove it")
     return list(value)
 
 
 def _ranks(value: Any, count: int, where: str) -> list[float]:
-    found = [number(item, f"{where} {k}") for k, item in enumerate(value)] if _is_list(value) else []
+    found = [number(item, f"{where} {k}") for k, item in enumerate(value)] if is_list(value) else []
     ranks = [rank for rank in found if rank is not None]
     if len(ranks) != count or len(found) != count:
         raise UserError(f"{where} is {value!r}, and must have a number for each of the {count} images; mend the row or remove it")
@@ -155,10 +143,5 @@ def _image(path: str, folder: Path | None, split: str, where: str) -> ImageSourc
     inside = Path(path)
     if folder is not None and not inside.is_absolute():
         inside = Path(*inside.parts[1:]) if inside.parts[:1] == (split,) and len(inside.parts) > 1 else inside
-        folder = folder / split if _is_folder(folder / split) else folder
+        folder = folder / split if is_folder(folder / split) else folder
     return image_source(str(inside), folder, where)
-
-
-@lru_cache(maxsize=64)
-def _is_folder(path: Path) -> bool:
-    return path.is_dir()

@@ -22,17 +22,16 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Collection, Iterator, Mapping
 from itertools import combinations, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard
+from typing import Any
 
 from ..console import UserError
 from ..settings import IngestSettings
 from ..tables import open_parquet
-from .entry import Answer, Entry, image_source, number, text
-from .sources import Located, Row, Source, fingerprint, open_source
+from .entry import Answer, Entry, better, image_source, is_folder, is_list, number, text
+from .sources import Located, Row, Source, fingerprint, open_source, split_file
 
 WINNER_FIRST = False
 NEEDS = "prompt_id, prompt, image_path and rank, or prompt, generations and ranking"
@@ -59,18 +58,10 @@ def open(source: str, settings: IngestSettings) -> Source:  # the name that impo
     if path.is_dir():
         found = {file.stem.removeprefix("metadata-"): file for file in sorted(path.glob("metadata-*.parquet"))}
         if found:
-            return Prompts(_chosen(found, settings.split, path), path, settings)
+            return Prompts(split_file(found, settings.split, path)[1], path, settings)
     if path.name.startswith("metadata-") and path.suffix == ".parquet" and path.is_file():
-        return Prompts(_chosen({path.stem.removeprefix("metadata-"): path}, settings.split, path), path.parent, settings)
+        return Prompts(split_file({path.stem.removeprefix("metadata-"): path}, settings.split, path)[1], path.parent, settings)
     return open_source(source, settings)
-
-
-def _chosen(found: Mapping[str, Path], split: str | None, folder: Path) -> Path:
-    split = split or (next(iter(found)) if len(found) == 1 else None)
-    if split is None or split not in found:
-        shown = "has several splits" if split is None else f"has no split {split!r}"
-        raise UserError(f"{folder} {shown}; give --split one of {', '.join(found)}")
-    return found[split]
 
 
 class Prompts(Source):
@@ -180,20 +171,20 @@ def entries(row: dict[str, Any], where: str, folder: Path | None, settings: Inge
     """
     if "generations" in row:
         values, ranks, prompt_id = row.get("generations"), row.get("ranking"), row.get("id")
-        folder = folder / "test_images" if folder is not None and _is_folder(folder / "test_images") else folder
+        folder = folder / "test_images" if folder is not None and is_folder(folder / "test_images") else folder
     else:
         values, ranks, prompt_id = row.get("image") or row.get("image_path"), row.get("rank"), row.get("prompt_id")
-        if not _is_list(ranks):
+        if not is_list(ranks):
             told = "give the folder of the download, whose rows are then grouped by prompt (and --split, if it has several)"
             raise UserError(f"{where} is a row of one image; {told}")
-    if not _is_list(values) or not _is_list(ranks) or len(values) != len(ranks):
+    if not is_list(values) or not is_list(ranks) or len(values) != len(ranks):
         raise UserError(f"{where}: images and ranks must be lists of one length; mend the row or remove it")
     prompt = text(row.get("prompt"), f"{where}, prompt")
     images = [image_source(value, folder, f"{where}, image {k}") for k, value in enumerate(values)]
     found = [_rank(rank, f"{where}, rank {k}") for k, rank in enumerate(ranks)]
     for i, j in combinations(range(len(images)), 2):
         key = None if prompt_id is None else f"{prompt_id}-{i}-{j}"
-        answers = (Answer(_better(found[i], found[j])),)
+        answers = (Answer(better(found[i], found[j])),)
         yield Entry(where, prompt, (images[i], images[j]), answers, key=key, source=_source(row, found, i, j, prompt_id))
 
 
@@ -202,12 +193,8 @@ def _source(row: Mapping[str, Any], ranks: list[float], i: int, j: int, prompt_i
     kept: dict[str, Any] = {} if prompt_id is None else {"prompt_id": str(prompt_id)}
     if row.get("classification") is not None:
         kept["classification"] = str(row["classification"])
-    columns = {"rank": ranks} | {name: row[name] for name in RATINGS if _is_list(row.get(name))}
+    columns = {"rank": ranks} | {name: row[name] for name in RATINGS if is_list(row.get(name))}
     return kept | {f"{name}_{side}": values[k] for name, values in columns.items() for side, k in enumerate((i, j))}
-
-
-def _better(rank_0: float, rank_1: float) -> float:
-    return 1.0 if rank_0 < rank_1 else 0.0 if rank_0 > rank_1 else 0.5
 
 
 def _rank(value: Any, where: str) -> float:
@@ -215,12 +202,3 @@ def _rank(value: Any, where: str) -> float:
     if found is None:
         raise UserError(f"{where} is missing; fill it in or remove the image")
     return found
-
-
-def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-@lru_cache(maxsize=64)
-def _is_folder(path: Path) -> bool:
-    return path.is_dir()

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..agreement import judge_agreement, vote_summary
+from ..agreement import judge_agreement, share, vote_summary
 from ..console import UserError
-from ..debias import wilson_interval
 from ..labels import align, label_names, read_labels, read_targets, read_votes, target_names, vote_names
 from ..tables import open_parquet
 
@@ -85,13 +84,10 @@ def _label_file(label_0: np.ndarray, name: str, is_human: bool, found: Findings)
     """Balance of one label file; a judge labels every pair, people only some."""
     known = label_0[~np.isnan(label_0)]
     wins, losses, ties = (int(side.sum()) for side in (known > 0.5, known < 0.5, known == 0.5))
-    decided = wins + losses
-    side: dict[str, Any] = {"value": None, "ci": None, "n": decided}
-    if decided:
-        side |= {"value": wins / decided, "ci": wilson_interval(wins, decided)}
+    side = share(known[known != 0.5] > 0.5)
     if side["ci"] is not None and not side["ci"][0] <= 0.5 <= side["ci"][1]:
-        share = f"{side['value']:.1%} (95 %: {side['ci'][0]:.1%} to {side['ci'][1]:.1%})"
-        found.warnings.append(f"labels/{name}: image 0 wins {share} of {decided} decided pairs; were the sides shuffled?")
+        won = f"{side['value']:.1%} (95 %: {side['ci'][0]:.1%} to {side['ci'][1]:.1%})"
+        found.warnings.append(f"labels/{name}: image 0 wins {won} of {side['n']} decided pairs; were the sides shuffled?")
     if not is_human and len(known) < len(label_0):
         found.warnings.append(f"labels/{name} covers {len(known)} of {len(label_0)} pairs; if it is a judge, run `dedpo label` again")
     return {"labelled": len(known), "share": len(known) / len(label_0), "image_0_wins": wins, "image_1_wins": losses, "ties": ties,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...console import UserError
 from ...settings import IngestSettings
-from .base import Located, Row, Source, fingerprint, listed, picked
+from .base import Located, Row, Source, fingerprint, listed, picked, split_file
 from .hub import HubSource, SavedSource, is_saved
 from .imagefolder import METADATA, ImageFolderSource
 from .parquet import ParquetSource
@@ -23,7 +23,7 @@ TARS = (".tar", ".tar.gz", ".tgz")
 ENDINGS = (".parquet", *TABLES, *TARS)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-__all__ = ["METADATA", "Located", "Row", "Source", "fingerprint", "is_saved", "listed", "open_file", "open_source", "picked"]
+__all__ = ["METADATA", "Located", "Row", "Source", "fingerprint", "is_saved", "listed", "open_file", "open_source", "picked", "split_file"]
 
 
 def open_source(source: str, settings: IngestSettings) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,19 @@ def picked(files: Sequence[Path], folder: Path, split: str | None) -> list[Path]
     if not chosen:
         raise UserError(f"{folder} has no split {split!r} (it has {', '.join(there) or 'no splits, so leave out --split'})")
     return chosen
+
+
+def split_file(files: Mapping[str, Path], split: str | None, folder: Path) -> tuple[str, Path]:
+    """The split that is asked for and its file, or the only one, of a source with a file for each split.
+
+    Raises:
+        UserError: several and no choice, or none of that name.
+    """
+    split = split or (next(iter(files)) if len(files) == 1 else None)
+    if split is None or split not in files:
+        shown = "has several splits" if split is None else f"has no split {split!r}"
+        raise UserError(f"{folder} {shown}; give --split one of {', '.join(files)}")
+    return split, files[split]
 
 
 def _stem(path: Path) -> str:
