@@ -35,7 +35,7 @@ def stage(
     """Parse a stage's settings, run it, and turn a user's mistake into one clear message.
 
     Args:
-        settings: the stage's dataclass (`settings.py`).
+        settings: the stage's dataclass (`settings`).
         body: the stage itself.
         argv: the arguments; None takes the command line's.
         prog: how the stage is called, for the help text.
@@ -62,7 +62,7 @@ def stage(
         if typing.get_origin(hint) is list:  # several values, separated by blanks
             hint, extra["nargs"] = typing.get_args(hint)[0], "+"
         if name in flags:
-            extra |= {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
+            extra |= _default(field)
         parser.add_argument(f"--{name}" if name in flags else name, type=hint, help=documented.get(field.name, ""), **extra)
     parser.add_class_arguments(settings, skip={*positional, *flags.values()}, fail_untyped=True)
     parsed = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
@@ -76,6 +76,13 @@ def stage(
         print(f"{prog}: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
         return 130
     return 0
+
+
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What argparse is told of an option that need not be given, or must be."""
+    if field.default_factory is not dataclasses.MISSING:
+        return {"default": field.default_factory()}
+    return {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
 
 
 def _field_docs(settings: type) -> dict[str, str]:

@@ -23,7 +23,10 @@ from .records import Labels, Targets, Votes
 from .tables import check_columns, check_no_nulls, check_types, check_unique, open_parquet
 
 LABEL_COLUMNS = ("pair_id", "label_0")
-LABEL_EXTRAS = ("rater", "votes", "propensity", "score_0", "score_1", "judge_version", "order_consistent", "seconds")
+LABEL_EXTRAS = (
+    "rater", "votes", "propensity", "score_0", "score_1", "judge_version", "order_consistent", "validity", "prompt_tokens", "answer_tokens",
+    "seconds",
+)  # fmt: skip
 VOTE_COLUMNS = ("pair_id", "label_0", "votes", "rater")
 VOTE_EXTRAS = {"swapped": "true or false", "repeat": "true or false", "seconds": "a number", "time": "text"}
 TARGET_COLUMNS = ("pair_id", "target", "weight")

@@ -151,14 +151,18 @@ def run(settings: ScoreSettings) -> Path:
 
     from dedpo_diffusion.scorers import load_scorer
 
-    names = [spec.partition("=")[0] for spec in settings.scorers]
+    names = [spec if spec.startswith("http=") else spec.partition("=")[0] for spec in settings.scorers]  # servers name themselves
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"scorer {twice[0]} is named twice; name each scorer once")
     rows = read_index(settings.folder)
     scores = read_scores(settings.folder, rows)
+    named: set[str] = set()
     for spec in settings.scorers:
-        scorer = load_scorer(spec, device=settings.device, batch=settings.batch)
+        scorer = load_scorer(spec, device=settings.device, batch=settings.batch, dtype=settings.dtype)
+        if scorer.name in named:
+            raise UserError(f"two of the scorers are called {scorer.name}; score with one of them alone")
+        named.add(scorer.name)
         scores = add_scores(settings, scorer, rows, scores)
         mine = np.array([row["score"] for row in scores if row["scorer"] == scorer.name])
         say(f"{settings.folder}: {scorer.name} {mine.mean():.4f} on average of {len(mine)} images ({scorer.version})")

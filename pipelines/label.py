@@ -1,15 +1,21 @@
-"""Machine labels for every pair of a dataset.
+"""Machine labels for every pair of a dataset, by one or several judges.
 
-    dedpo label pairs --with pickscore=FOLDER
+    dedpo label pairs --with pickscore=FOLDER clip=ViT-L-14:openai
+    accelerate launch --num_processes 4 pipelines/label.py pairs --with vlm=FOLDER
 
-Writes `PAIRS/labels/NAME.parquet`: pair_id, label_0, score_0, score_1, judge_version. Each finished shard is kept in
-`PAIRS/labels/.NAME.parts` until all are joined, so a stopped run goes on where it stopped.
+Writes `PAIRS/labels/NAME.parquet`: pair_id, label_0, score_0, score_1, judge_version, and what else a judge tells; with human
+labels there, `NAME.json` and `NAME.png` say how the judge compares. Every few hundred pairs are kept in
+`PAIRS/labels/.NAME.parts` until all are joined, so a stopped run goes on where it stopped. Processes and machines that run the
+same command on the same folder share the pairs; they need not know of each other.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,148 +24,375 @@ from dedpo_diffusion.console import Progress, UserError, say, stage
 from dedpo_diffusion.settings import LabelSettings
 
 if TYPE_CHECKING:
-    import numpy as np
+    import pyarrow as pa
 
-    from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
+    from dedpo_diffusion.annotators import Judge
+    from dedpo_diffusion.annotators.work import FirstUses, Images, Work
     from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.records import Pair
+
+SHOWN = 3  # reasons for missing answers that are printed
 
 
-def load_judge(settings: LabelSettings) -> BradleyTerry:
-    """The judge that the settings name; its `version` covers weights and temperature."""
-    from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
-    from dedpo_diffusion.scorers import load_scorer
+def load_judges(settings: LabelSettings) -> list[Judge]:
+    """The judges that the settings name, all of them before any work is done.
 
-    return BradleyTerry(load_scorer(settings.judge, device=settings.device, batch=2 * settings.batch), temperature=settings.temperature)
+    Raises:
+        UserError: one that cannot be had, or two of one name.
+    """
+    from dedpo_diffusion.annotators import load_judge
+
+    if settings.name is not None and len(settings.judges) > 1:
+        raise UserError(f"--name {settings.name} names one label file, and there are {len(settings.judges)} judges; run each alone")
+    if settings.name is not None and (settings.name != Path(settings.name).name or settings.name.startswith(".") or not settings.name):
+        raise UserError(f"--name {settings.name!r} cannot name a label file; use letters, digits, - and _")
+    for key in ("batch", "shard", "workers"):
+        if getattr(settings, key) < 1:
+            raise UserError(f"{key} is {getattr(settings, key)}; it must be at least 1")
+    judges = []
+    for spec in settings.judges:
+        judge = load_judge(spec, settings)
+        if judge.name in [earlier.name for earlier in judges]:
+            raise UserError(f"two of the judges are called {judge.name}; run one of them alone, with another --name")
+        judges.append(judge)
+    if settings.name is not None:
+        judges[0].name = settings.name
+    return judges
 
 
-def is_done(settings: LabelSettings, name: str, version: str, ids: list[str]) -> bool:
-    """Whether this very label file is there already.
+def on_this_process(settings: LabelSettings) -> LabelSettings:
+    """The same settings with this process's own GPU, where a launcher started one process for each."""
+    local = os.environ.get("LOCAL_RANK")
+    if settings.device is not None or local is None:
+        return settings
+    import torch
+
+    return replace(settings, device=f"cuda:{int(local) % torch.cuda.device_count()}") if torch.cuda.is_available() else settings
+
+
+# ---- what there is to do
+
+
+@dataclass
+class Run:
+    """One judge's labels in the making.
+
+    `stamp` identifies them; `retried` holds parts of an earlier run that lack answers, by file, with their time: they
+    are asked again, once.
+    """
+
+    judge: Judge
+    folder: Path
+    stamp: dict[str, str]
+    retried: dict[Path, int] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The label file."""
+        return self.folder / f"{self.judge.name}.parquet"
+
+    @property
+    def parts(self) -> Path:
+        """Where finished stretches are kept."""
+        return self.folder / f".{self.judge.name}.parts"
+
+    def part(self, shard: int) -> Path:
+        """The file of one stretch."""
+        return self.parts / f"shard-{shard:06d}.parquet"
+
+    def lock(self, shard: int) -> Path:
+        """The lock of one stretch."""
+        return self.parts / f"shard-{shard:06d}.lock"
+
+    @property
+    def mark(self) -> Path:
+        """A file that is there as long as the stretches are not joined."""
+        return self.parts / "unfinished"
+
+    def is_pending(self, shard: int) -> bool:
+        """Whether nobody has finished this stretch."""
+        part = self.part(shard)
+        try:
+            return self.retried.get(part) == part.stat().st_mtime_ns
+        except FileNotFoundError:
+            return self.mark.is_file()
+
+    def remove_parts(self) -> None:
+        """Tell other processes that all is done, and clean up."""
+        self.mark.unlink(missing_ok=True)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+
+def is_done(run: Run, ids: list[str]) -> bool:
+    """Whether this very label file is there already, whole.
 
     Raises:
         UserError: a file of that name holds other labels.
     """
     from dedpo_diffusion.labels import label_names, read_labels
 
-    if name not in label_names(settings.pairs):
+    dataset = run.folder.parent
+    if run.judge.name not in label_names(dataset):
         return False
-    held, path = read_labels(settings.pairs, name), settings.pairs / "labels" / f"{name}.parquet"
+    held = read_labels(dataset, run.judge.name)
     versions = sorted({str(v) for v in held.extra.get("judge_version", ["no judge"])})
-    if versions != [version]:
-        raise UserError(f"{path} holds labels of {', '.join(versions)}, not of {version}; give another --name, or remove the file")
-    if held.pair_id != ids:
-        raise UserError(f"{path} labels other pairs than {settings.pairs / 'pairs'} holds; give another --name, or remove the file")
+    if versions != [run.judge.version]:
+        raise UserError(
+            f"{run.path} holds labels of {', '.join(versions)}, not of {run.judge.version}; give another --name, or remove the file"
+        )
+    if held.pair_id != ids and not (run.parts.is_dir() and set(held.pair_id) < set(ids)):  # unless some answers are missing
+        raise UserError(f"{run.path} labels other pairs than {dataset / 'pairs'} holds; give another --name, or remove the file")
+    return held.pair_id == ids
+
+
+def open_runs(settings: LabelSettings, judges: Sequence[Judge], reader: PairReader, ids: list[str]) -> list[Run]:
+    """The judges' labels that are still to be made."""
+    from dedpo_diffusion.annotators.work import count_missing, read_part
+    from dedpo_diffusion.files import write_text
+
+    stamp = {"dataset": reader.fingerprint(), "shard size": str(settings.shard)}
+    runs = []
+    for judge in judges:
+        run = Run(judge, settings.pairs / "labels", {"judge version": judge.version, **stamp})
+        if is_done(run, ids):
+            say(f"{run.path} is there already: {len(ids)} labels of {judge.version}")
+            run.remove_parts()
+            continue
+        write_text(run.mark, "dedpo label goes on from here\n")
+        tables = {path: read_part(path, run.stamp) for path in sorted(run.parts.glob("shard-*.parquet"))}
+        run.retried = {path: path.stat().st_mtime_ns for path, table in tables.items() if count_missing(table)}
+        runs.append(run)
+    return runs
+
+
+def stretches(settings: LabelSettings, pairs: int) -> list[range]:
+    """The rows of each stretch of pairs that is kept as a whole."""
+    return [range(start, min(pairs, start + settings.shard)) for start in range(0, pairs, settings.shard)]
+
+
+# ---- which images come first
+
+
+def first_uses(settings: LabelSettings, reader: PairReader) -> FirstUses:
+    """Where each image under its prompt comes first in the dataset; the shards' keys are kept until the labels are done."""
+    import numpy as np
+
+    from dedpo_diffusion.annotators.work import FirstUses, item_keys
+    from dedpo_diffusion.claims import spread
+    from dedpo_diffusion.files import atomic_file
+
+    folder = keys_folder(settings, reader)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{path.stem}.npy" for path in reader.shards]
+
+    def work(shard: int, _: list[str]) -> None:
+        keys = item_keys(reader.shard_pairs(shard))
+        with atomic_file(paths[shard]) as temporary, open(temporary, "wb") as file:
+            np.save(file, keys)
+        progress.advance(len(keys))
+
+    with Progress("looking for images in several pairs", len(reader)) as progress:
+        spread(
+            range(len(paths)),
+            pending=lambda shard: {} if paths[shard].is_file() else {"keys": paths[shard].with_suffix(".lock")},
+            work=work,
+        )
+    return FirstUses(np.concatenate([np.load(path, allow_pickle=False) for path in paths]))
+
+
+def keys_folder(settings: LabelSettings, reader: PairReader) -> Path:
+    """Where the images' keys are kept while labels are made."""
+    return settings.pairs / "labels" / f".keys-{reader.fingerprint()[:12]}"
+
+
+# ---- judging
+
+
+class Clock:
+    """How long the judges worked, and how long they waited for images."""
+
+    def __init__(self) -> None:
+        self.pairs, self.working, self.waiting = 0, 0.0, 0.0
+
+    def awaited(self, stream: Iterator[Any]) -> Iterator[Any]:
+        """The same items; the time until each is waiting, the time until the next is asked for is work."""
+        while True:
+            began = time.perf_counter()
+            item = next(stream, None)
+            arrived = time.perf_counter()
+            self.waiting += arrived - began
+            if item is None:
+                return
+            yield item
+            self.pairs += 1
+            self.working += time.perf_counter() - arrived
+
+    def report(self) -> dict[str, float]:
+        """Pairs a second and the share of the time that the judges waited, of this process."""
+        spent = self.waiting + self.working
+        return {"pairs_per_second": self.pairs / spent, "waiting_share": self.waiting / spent} if spent else {}
+
+
+def judge_stretch(settings: LabelSettings, reader: PairReader, rows: range, works: Sequence[Work], clock: Clock) -> list[pa.Table]:
+    """Every judge's answers to a stretch of pairs; images are decoded in threads, once for all judges."""
+    from dedpo_diffusion.ahead import ahead
+    from dedpo_diffusion.decoding import decode_image
+
+    def load(item: tuple[int, Pair]) -> Images:
+        place, pair = item
+        wanted = [any(work.wants(place)[side] for work in works) for side in (0, 1)]
+        where = reader.location(rows.start + place)
+        images = [decode_image(getattr(pair, f"image_{s}"), f"{where} image_{s}") if wanted[s] else None for s in (0, 1)]
+        return images[0], images[1]
+
+    pairs = enumerate(islice(reader.iter_pairs(rows.start), len(rows)))
+    stream = ahead(pairs, load, workers=settings.workers, depth=settings.batch)
+    for (place, pair), images in clock.awaited(stream):
+        for work in works:
+            work.take(place, pair, images)
+    began = time.perf_counter()
+    tables = [work.finish() for work in works]
+    clock.working += time.perf_counter() - began
+    return tables
+
+
+def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run], first: FirstUses | None) -> Clock:
+    """Judge every stretch that is not done, sharing them with other processes."""
+    from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
+    from dedpo_diffusion.annotators.work import ImageWork, PairWork, read_part, write_part
+    from dedpo_diffusion.claims import spread
+
+    rows, by_name, clock = stretches(settings, len(reader)), {run.judge.name: run for run in runs}, Clock()
+
+    def pending(shard: int) -> dict[str, Path]:
+        return {name: run.lock(shard) for name, run in by_name.items() if run.is_pending(shard)}
+
+    def work_of(run: Run, shard: int) -> Work:
+        if isinstance(run.judge, BradleyTerry):
+            assert first is not None
+            return ImageWork(run.judge, first.mask(rows[shard]), 2 * settings.batch)
+        part = run.part(shard)
+        return PairWork(run.judge, settings.batch, read_part(part, run.stamp) if part.is_file() else None)
+
+    def work(shard: int, names: list[str]) -> None:
+        mine = [by_name[name] for name in names]
+        tables = judge_stretch(settings, reader, rows[shard], [work_of(run, shard) for run in mine], clock)
+        for run, table in zip(mine, tables, strict=True):
+            write_part(run.part(shard), table, run.stamp)
+        progress.advance(len(rows[shard]))
+
+    todo = [shard for shard in range(len(rows)) if pending(shard)]
+    kept = len(reader) - sum(len(rows[shard]) for shard in todo)
+    if kept:
+        say(f"{kept} of {len(reader)} pairs are labelled already; going on")
+    with Progress(f"labelling with {', '.join(by_name)}", len(reader), start=kept) as progress:
+        spread(todo, pending=pending, work=work)
+    return clock
+
+
+# ---- the label files
+
+
+def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> list[str]:
+    """Join all stretches into the label file; returns why answers are missing, one line a pair.
+
+    Raises:
+        UserError: there is no answer at all.
+    """
+    import numpy as np
+
+    from dedpo_diffusion.annotators import probability
+    from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
+    from dedpo_diffusion.annotators.work import PART_COLUMNS, joined, read_part
+    from dedpo_diffusion.labels import write_labels
+    from dedpo_diffusion.records import Labels
+
+    table = joined([read_part(run.part(shard), run.stamp) for shard in range(shards)])
+    if isinstance(run.judge, BradleyTerry):
+        assert first is not None
+        scores, missing = first.everywhere(table["score"].to_numpy()), [""] * len(ids)
+    else:
+        scores, missing = np.stack([table["score_0"].to_numpy(), table["score_1"].to_numpy()], axis=1), table["missing"].to_pylist()
+    rows = [row for row, why in enumerate(missing) if not why]
+    gone = [f"pair {pair_id}: {why}" for pair_id, why in zip(ids, missing, strict=True) if why]
+    if not rows:
+        raise UserError(f"{run.judge.name} answered none of the {len(ids)} pairs ({gone[0]}); mend that, and run the same command again")
+    extra = {name: table[name].to_pylist() for name in table.column_names if name not in PART_COLUMNS}
+    columns: dict[str, list[Any]] = {"score_0": scores[rows, 0].tolist(), "score_1": scores[rows, 1].tolist()}
+    columns |= {"judge_version": [run.judge.version] * len(rows)}
+    columns |= {name: [values[row] for row in rows] for name, values in extra.items()}
+    labels = Labels([ids[row] for row in rows], probability(scores[rows], run.judge.temperature), columns)
+    write_labels(run.folder.parent, run.judge.name, labels)
+    return gone
+
+
+def spending(judge: Judge, folder: Path) -> dict[str, Any]:
+    """Tokens that a judge's labels took, and their price; nothing where the judge counts none."""
+    from dedpo_diffusion.labels import read_labels
+
+    extra = read_labels(folder, judge.name).extra
+    if "prompt_tokens" not in extra:
+        return {}
+    asked, answered = (sum(count or 0 for count in extra[name]) for name in ("prompt_tokens", "answer_tokens"))
+    return {"prompt_tokens": asked, "answer_tokens": answered, "cost": judge.cost(asked, answered)}
+
+
+def finish(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> bool:
+    """Write the label file, unless another process does; whether it was this one."""
+    from dedpo_diffusion.claims import spread
+
+    gone: list[str] | None = None
+
+    def work(_: Run, __: list[str]) -> None:
+        nonlocal gone
+        gone = write_label_file(run, ids, first, shards)
+        if not gone:
+            run.remove_parts()
+
+    spread([run], pending=lambda _: {"join": run.parts / "join.lock"} if gone is None and run.mark.is_file() else {}, work=work)
+    if gone is None:
+        say(f"{run.path}: joined by another process")
+        return False
+    say(f"wrote {run.path}: {len(ids) - len(gone)} labels of {run.judge.version}")
+    for line in gone[:SHOWN]:
+        say(f"  no answer for {line}")
+    if gone:
+        say(f"{len(gone)} of {len(ids)} pairs have no answer of {run.judge.name}; the same command asks for them again")
     return True
 
 
-def score_shard(judge: BradleyTerry, reader: PairReader, shard: int, batch: int, progress: Progress) -> tuple[list[str], np.ndarray]:
-    """The pair_ids and the raw scores (N, 2) of one shard."""
-    import numpy as np
-
-    ids: list[str] = []
-    scores = []
-    for pairs, places in _batches(reader, shard, batch):
-        scores.append(judge.scores([p.prompt for p in pairs], *_images(pairs, places)))
-        ids += [p.pair_id for p in pairs]
-        progress.advance(len(pairs))
-    return ids, np.concatenate([np.empty((0, 2)), *scores])
-
-
-def _batches(reader: PairReader, shard: int, batch: int) -> Iterator[tuple[list[Any], list[str]]]:
-    """Pairs and their places (file and row), `batch` at a time."""
-    first, stream = sum(reader.counts[:shard]), reader.shard_pairs(shard)
-    while pairs := list(islice(stream, batch)):
-        yield pairs, [reader.location(first + i) for i in range(len(pairs))]
-        first += len(pairs)
-
-
-def _images(pairs: list[Any], places: list[str]) -> tuple[list[Any], list[Any]]:
-    from dedpo_diffusion.decoding import decode_image
-
-    def side(name: str) -> list[Any]:
-        return [decode_image(getattr(pair, name), f"{place} {name}") for pair, place in zip(pairs, places, strict=True)]
-
-    return side("image_0"), side("image_1")
-
-
-def write_part(path: Path, ids: list[str], scores: np.ndarray, stamp: dict[str, str]) -> None:
-    """Keep a finished shard; `stamp` says which judge scored which pairs."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from dedpo_diffusion.files import atomic_file
-
-    table = pa.table({"pair_id": pa.array(ids, pa.string()), "score_0": scores[:, 0], "score_1": scores[:, 1]})
-    with atomic_file(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(stamp), temporary)
-
-
-def read_part(path: Path, stamp: dict[str, str]) -> tuple[list[str], np.ndarray]:
-    """The pair_ids and the raw scores (N, 2) of a finished shard.
-
-    Raises:
-        UserError: another judge, temperature or dataset made it.
-    """
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    held = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    for key, value in stamp.items():
-        if held.get(key) != value:
-            raise UserError(
-                f"{path.parent} holds unfinished labels of another {key} ({held.get(key)}, now {value}): "
-                "finish them with the same settings, give another --name, or remove that folder"
-            )
-    return table["pair_id"].to_pylist(), np.stack([table["score_0"].to_numpy(), table["score_1"].to_numpy()], axis=1)
-
-
-def score_pairs(settings: LabelSettings, judge: BradleyTerry, reader: PairReader, parts: Path) -> tuple[list[str], np.ndarray]:
-    """The pair_ids and raw scores (N, 2) of all shards; finished shards are read, not scored again."""
-    import numpy as np
-
-    stamp = {"judge version": judge.version, "dataset": reader.fingerprint()}
-    paths = [parts / f"{path.stem}.parquet" for path in reader.shards]
-    done = {path: read_part(path, stamp) for path in paths if path.is_file()}
-    kept = sum(len(ids) for ids, _ in done.values())
-    if kept:
-        say(f"{kept} of {len(reader)} pairs are labelled already; going on")
-    with Progress("labelling", len(reader), start=kept) as progress:
-        for shard, path in enumerate(paths):
-            if path not in done:
-                done[path] = score_shard(judge, reader, shard, settings.batch, progress)
-                write_part(path, *done[path], stamp)
-    return [pair_id for path in paths for pair_id in done[path][0]], np.concatenate([done[path][1] for path in paths])
-
-
-def run(settings: LabelSettings) -> Path:
-    """Label every pair of a dataset with a machine judge."""
-    from dedpo_diffusion.labels import write_labels
+def run(settings: LabelSettings) -> list[Path]:
+    """Label every pair of a dataset with machine judges."""
+    from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
     from dedpo_diffusion.pairs import PairReader
-    from dedpo_diffusion.records import Labels
 
     reader = PairReader(settings.pairs)
-    expected = reader.ids()
-    if settings.batch < 1:
-        raise UserError(f"batch is {settings.batch}; it must be at least 1")
-    if settings.name is not None and (settings.name != Path(settings.name).name or settings.name.startswith(".")):
-        raise UserError(f"--name {settings.name!r} cannot name a label file; use letters, digits, - and _")
-    judge = load_judge(settings)
-    name = settings.name or judge.name
-    path, parts = settings.pairs / "labels" / f"{name}.parquet", settings.pairs / "labels" / f".{name}.parts"
-    if is_done(settings, name, judge.version, expected):
-        say(f"{path} is there already: {len(reader)} labels of {judge.version}")
-    else:
-        ids, scores = score_pairs(settings, judge, reader, parts)
-        extra = {"score_0": scores[:, 0].tolist(), "score_1": scores[:, 1].tolist(), "judge_version": [judge.version] * len(ids)}
-        write_labels(settings.pairs, name, Labels(ids, judge.probability(scores), extra))
-        say(f"wrote {path}: {len(ids)} labels of {judge.version}")
-    shutil.rmtree(parts, ignore_errors=True)
-    return path
+    ids = reader.ids()
+    judges = load_judges(on_this_process(settings))
+    runs = open_runs(settings, judges, reader, ids)
+    clock, others = Clock(), set()
+    if runs:
+        first = first_uses(settings, reader) if any(isinstance(run.judge, BradleyTerry) for run in runs) else None
+        clock = judge_pairs(settings, reader, runs, first)
+        shards = len(stretches(settings, len(reader)))
+        others = {run.judge.name for run in runs if not finish(run, ids, first, shards)}
+        for folder in (settings.pairs / "labels").glob(".keys-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+    if clock.pairs:
+        speed = clock.report()
+        say(f"{speed['pairs_per_second']:.1f} pairs a second; the judges waited for images {speed['waiting_share']:.0%} of the time")
+    mine = [judge for judge in judges if judge.name not in others]
+    if settings.summary and mine:
+        from dedpo_diffusion.pipelines.judge_summary import summarise
+
+        extra = {judge.name: clock.report() | spending(judge, settings.pairs) for judge in mine}
+        summarise(settings.pairs, list(extra), human=settings.human, extra=extra)
+    return [settings.pairs / "labels" / f"{judge.name}.parquet" for judge in judges]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this stage."""
-    return stage(LabelSettings, run, argv, prog="dedpo label", positional=("pairs",), flags={"with": "judge"})
+    return stage(LabelSettings, run, argv, prog="dedpo label", positional=("pairs",), flags={"with": "judges"})
 
 
 if __name__ == "__main__":

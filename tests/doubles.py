@@ -8,7 +8,7 @@ import numpy as np
 class Brightness:
     """The mean pixel."""
 
-    name, version = "brightness", "brightness-1"
+    name, version, temperature = "brightness", "brightness-1", 1.0
 
     def score(self, prompts, images):
         return np.array([np.asarray(image, dtype=np.float64).mean() for image in images])
@@ -33,4 +33,4 @@ def register(monkeypatch) -> None:
 
     for name, value in (("scored", 0), ("last", float("inf")), ("version", "brightness-1")):
         monkeypatch.setattr(Watched, name, value)
-    monkeypatch.setitem(scorers.SCORERS, "brightness", lambda location, device, batch: Watched())
+    monkeypatch.setitem(scorers.SCORERS, "brightness", lambda location, **options: Watched())

@@ -31,9 +31,11 @@ FLOORS = {
         "shapes",
         "tables",
         "decoding",
+        "ahead",
+        "claims",
     ],
-    1: ["pairs", "labels", "agreement", "models", "cache", "checkpoints", "runs", "weights", "scorers"],
-    2: ["annotators", "formats", "inspection", "ballot", "sampling", "step", "feed"],
+    1: ["pairs", "labels", "agreement", "calibration", "models", "cache", "checkpoints", "runs", "weights", "scorers"],
+    2: ["annotators", "diagnosis", "formats", "inspection", "ballot", "sampling", "step", "feed"],
     3: ["cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -1,8 +1,14 @@
-"""`dedpo label` on pair datasets on disk: labels, resuming, refusals."""
+"""`dedpo label` on pair datasets on disk: labels, images in several pairs, several judges, resuming, refusals."""
 
 from __future__ import annotations
 
 import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,11 +16,14 @@ from PIL import Image
 from scipy.special import expit
 from test_scorers import build_judge
 
+from dedpo_diffusion import annotators, decoding
+from dedpo_diffusion.annotators import Answers, Judge
 from dedpo_diffusion.labels import read_labels, write_labels
 from dedpo_diffusion.pairs import PairReader, PairWriter
 from dedpo_diffusion.pipelines.label import main
 from dedpo_diffusion.records import Labels, Pair
-from doubles import Watched, register
+from dedpo_diffusion.shapes import world
+from doubles import Brightness, Watched, register
 
 COUNT, SHARD = 11, 4
 PROMPT = "a small red circle on a white background"
@@ -26,13 +35,13 @@ def png(level: int) -> bytes:
     return buffer.getvalue()
 
 
-LEVELS = np.random.default_rng(0).integers(0, 256, (COUNT, 2))
+LEVELS = np.random.default_rng(0).permutation(256)[: 2 * COUNT].reshape(COUNT, 2)  # no image comes twice
 
 
-def write(folder, levels=LEVELS):
-    with PairWriter(folder, shard_pairs=SHARD) as writer:
+def write(folder, levels=LEVELS, prompts=None):
+    with PairWriter(folder, shard_pairs=5) as writer:  # of the dataset; labels are kept in shards of SHARD
         for k, (a, b) in enumerate(levels):
-            writer.add(Pair(f"p{k}", PROMPT, png(int(a)), png(int(b))))
+            writer.add(Pair(f"p{k}", prompts[k] if prompts else PROMPT, png(int(a)), png(int(b))))
     return folder
 
 
@@ -47,23 +56,131 @@ def registered(monkeypatch):
 
 
 def label(folder, *more: str) -> int:
-    return main([str(folder), "--with", "brightness", "--batch", "3", *more])
+    return main([str(folder), "--with", "brightness", "--batch", "3", "--shard", str(SHARD), "--summary", "false", *more])
+
+
+def scores(folder, name="brightness"):
+    found = read_labels(folder, name)
+    return np.transpose([found.extra["score_0"], found.extra["score_1"]])
 
 
 def test_labels_scores_and_version_of_every_pair_in_order(pairs):
     assert label(pairs, "--temperature", "50") == 0
     found = read_labels(pairs, "brightness")
     assert found.pair_id == PairReader(pairs).ids()
-    np.testing.assert_array_equal(np.transpose([found.extra["score_0"], found.extra["score_1"]]), LEVELS)
+    np.testing.assert_array_equal(scores(pairs), LEVELS)
     np.testing.assert_allclose(found.label_0, expit((LEVELS[:, 0] - LEVELS[:, 1]) / 50), rtol=1e-14)
     assert set(found.extra["judge_version"]) == {"brightness-1 temperature 50.0"}
     assert Watched.scored == 2 * COUNT
     assert sorted(path.name for path in (pairs / "labels").iterdir()) == ["brightness.parquet"]
 
 
+# ---- images in several pairs, several judges
+
+
+def test_an_image_in_several_pairs_of_a_prompt_is_scored_once_wherever_they_stand(tmp_path):
+    """Four pictures, all their ordered pairs, over three shards; the same pictures again under another prompt."""
+    levels = [(a, b) for a in (10, 80, 160, 240) for b in (10, 80, 160, 240) if a != b]
+    folder = write(tmp_path / "d", levels)
+    assert label(folder) == 0
+    assert Watched.scored == 4
+    np.testing.assert_array_equal(scores(folder), levels)
+    Watched.scored = 0
+    folder = write(tmp_path / "e", [*levels, *levels], [PROMPT] * 12 + ["another"] * 12)
+    assert label(folder) == 0
+    assert Watched.scored == 8
+    np.testing.assert_array_equal(scores(folder), [*levels, *levels])
+
+
+class Darkness(Brightness):
+    name, version = "darkness", "darkness-1"
+
+    def score(self, prompts, images):
+        return -super().score(prompts, images)
+
+
+class Picky(Judge):
+    """A judge of pairs that has no answer where image 0 is darker than `least`."""
+
+    least = 100
+
+    def __init__(self):
+        super().__init__("picky", "picky-1", 2.0)
+        self.asked = []
+
+    def answer(self, questions):
+        levels = [[np.asarray(q.image_0).mean(), np.asarray(q.image_1).mean()] for q in questions]
+        self.asked += [q.pair_id for q in questions]
+        missing = ["too dark" if level[0] < Picky.least else "" for level in levels]
+        shown = [[np.nan, np.nan] if why else level for why, level in zip(missing, levels, strict=True)]
+        consistent = [None if why else True for why in missing]
+        return Answers(np.array(shown), missing, {"order_consistent": consistent, "prompt_tokens": [7] * len(questions),
+                                                  "answer_tokens": [1] * len(questions)})  # fmt: skip
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    judge = Picky()
+    load = annotators.load_judge
+    monkeypatch.setattr(Picky, "least", 100)
+    monkeypatch.setattr(annotators, "load_judge", lambda spec, settings: judge if spec == "picky" else load(spec, settings))
+    return judge
+
+
+def test_several_judges_share_the_decoded_images(pairs, monkeypatch, picky, tmp_path):
+    from dedpo_diffusion import scorers
+
+    monkeypatch.setitem(scorers.SCORERS, "darkness", lambda location, **options: Darkness())
+    decoded, decode, Picky.least = [], decoding.decode_image, -1
+    monkeypatch.setattr(decoding, "decode_image", lambda data, where: decoded.append(where) or decode(data, where))
+    assert label(pairs, "--with", "brightness", "darkness", "picky") == 0
+    assert len(decoded) == 2 * COUNT == len(set(decoded))
+    np.testing.assert_array_equal(scores(pairs), LEVELS)
+    np.testing.assert_array_equal(scores(pairs, "darkness"), -LEVELS)
+    np.testing.assert_array_equal(scores(pairs, "picky"), LEVELS)
+    np.testing.assert_allclose(read_labels(pairs, "picky").label_0, expit((LEVELS[:, 0] - LEVELS[:, 1]) / 2), rtol=1e-14)
+    alone = write(tmp_path / "alone")
+    assert label(alone) == 0
+    assert (alone / "labels" / "brightness.parquet").read_bytes() == (pairs / "labels" / "brightness.parquet").read_bytes()
+
+
+def test_a_second_judge_is_added_without_asking_the_first_again(pairs, monkeypatch, picky):
+    assert label(pairs) == 0
+    Watched.scored = 0
+    assert label(pairs, "--with", "brightness", "picky") == 0
+    assert Watched.scored == 0 and len(picky.asked) == COUNT
+
+
+def test_missing_answers_are_left_out_said_and_asked_for_again(pairs, picky, capsys):
+    assert label(pairs, "--with", "picky") == 0
+    known = [f"p{k}" for k in range(COUNT) if LEVELS[k, 0] >= 100]
+    assert 0 < len(known) < COUNT
+    assert read_labels(pairs, "picky").pair_id == known
+    said = capsys.readouterr().out
+    assert f"{COUNT - len(known)} of {COUNT} pairs have no answer of picky" in said and "too dark" in said
+    picky.asked, Picky.least = [], 50
+    assert label(pairs, "--with", "picky") == 0
+    assert picky.asked == [f"p{k}" for k in range(COUNT) if LEVELS[k, 0] < 100]
+    assert read_labels(pairs, "picky").pair_id == [f"p{k}" for k in range(COUNT) if LEVELS[k, 0] >= 50]
+    picky.asked, Picky.least = [], -1
+    assert label(pairs, "--with", "picky") == 0
+    assert read_labels(pairs, "picky").pair_id == [f"p{k}" for k in range(COUNT)]
+    np.testing.assert_array_equal(scores(pairs, "picky"), LEVELS)
+    assert [path.name for path in (pairs / "labels").iterdir()] == ["picky.parquet"]
+
+
+def test_a_judge_without_any_answer_is_an_error(pairs, picky, capsys):
+    Picky.least = 1000
+    assert label(pairs, "--with", "picky") == 2
+    assert "answered none of the 11 pairs (pair p0: too dark)" in capsys.readouterr().err
+
+
+# ---- killed, resumed, shared
+
+
 @pytest.mark.parametrize("last", [0, 7, 8, 14, 21])
 def test_a_killed_run_goes_on_and_ends_with_the_same_file(pairs, tmp_path, last, capsys):
-    """11 pairs in shards of 4, 4, 3; batches of 3. After 8 images (4 pairs) the first shard is kept, after 16 the second."""
+    """11 pairs in shards of 4, 4, 3; 6 images at once. After 8 images (4 pairs) the first shard is kept, after 16 the second."""
     whole = write(tmp_path / "whole")
     assert label(whole) == 0
     Watched.scored, Watched.last = 0, last
@@ -77,6 +194,85 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_file(pairs, tmp_path, last,
     files = [folder / "labels" / "brightness.parquet" for folder in (pairs, whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert [path.name for path in (pairs / "labels").iterdir()] == ["brightness.parquet"]
+
+
+def command(folder, *more: str) -> list[str]:
+    options = ["--with", "oracle_reward", "--batch", "4", "--shard", "8", "--summary", "false"]
+    return [sys.executable, "-m", "dedpo_diffusion.pipelines.label", str(folder), *options, *more]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """400 pairs of renders, some of which come in several pairs, and the label file of an uninterrupted run."""
+    rng = np.random.default_rng(1)
+    prompts = [attributes.prompt for attributes in world.VOCABULARY[::9]]
+    images = []
+    for _ in range(40):
+        buffer = io.BytesIO()
+        world.render(world.sample_scene(rng, clutter=0.5)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    folder = tmp_path_factory.mktemp("rendered") / "d"
+    with PairWriter(folder, shard_pairs=150) as writer:
+        for k in range(400):
+            one, other = rng.choice(len(images), 2, replace=False)
+            writer.add(Pair(f"p{k}", prompts[rng.integers(len(prompts))], images[one], images[other]))
+    assert subprocess.run(command(folder), capture_output=True, check=False).returncode == 0
+    whole = (folder / "labels" / "oracle_reward.parquet").read_bytes()
+    (folder / "labels" / "oracle_reward.parquet").unlink()
+    return folder, whole
+
+
+def test_twenty_kills_leave_the_labels_of_an_uninterrupted_run(rendered):
+    folder, whole = rendered
+    rng, path, kills, kept = random.Random(0), folder / "labels" / "oracle_reward.parquet", 0, []
+    parts = folder / "labels" / ".oracle_reward.parts"
+    while kills < 20:
+        process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(parts.glob("shard-*.parquet"))) <= (kept[-1] if kept else 0) and not path.exists():
+            time.sleep(0.005)  # until it has finished one more shard
+        time.sleep(rng.uniform(0, 0.03))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if path.exists():  # it was done before: once more from the start
+            assert path.read_bytes() == whole
+            path.unlink()
+            kept.append(0)
+        else:
+            kept.append(len(list(parts.glob("shard-*.parquet"))))
+    assert max(kept) > 0
+    assert subprocess.run(command(folder), capture_output=True, check=False).returncode == 0
+    assert path.read_bytes() == whole
+    assert [file.name for file in (folder / "labels").iterdir()] == ["oracle_reward.parquet"]
+    path.unlink()
+
+
+def test_processes_that_know_nothing_of_each_other_share_the_pairs(rendered):
+    folder, whole = rendered
+    started = [subprocess.Popen(command(folder), stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    path = folder / "labels" / "oracle_reward.parquet"
+    assert path.read_bytes() == whole
+    assert sum("wrote " in text for text in said) == 1
+    assert [file.name for file in (folder / "labels").iterdir()] == ["oracle_reward.parquet"]
+    path.unlink()
+
+
+def test_a_launchers_processes_share_the_pairs(rendered):
+    """As accelerate launch starts them, with the variables that it sets."""
+    folder, whole = rendered
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
+    done = subprocess.run(
+        [sys.executable, *launch, "--dynamo_backend", "no", "-m", "dedpo_diffusion.pipelines.label", *command(folder)[3:]],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    path = folder / "labels" / "oracle_reward.parquet"
+    assert path.read_bytes() == whole
+    path.unlink()
 
 
 def test_a_finished_file_is_recognised_and_not_made_again(pairs, capsys):
@@ -149,7 +345,7 @@ def test_a_broken_image_is_named_by_file_row_and_column(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--with", "nobody"], "known: pickscore, oracle_reward, brightness"),
+        (["--with", "nobody"], "known: pickscore, clip, hps, aesthetic, http, oracle_reward, brightness, vlm, openai, self"),
         (["--batch", "0"], "batch is 0"),
         (["--temperature", "0"], "temperature is 0"),
         (["--name", "../out"], "cannot name a label file"),

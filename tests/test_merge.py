@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dedpo_diffusion.calibration import assign_folds
 from dedpo_diffusion.debias import merge_labels
 from dedpo_diffusion.labels import read_targets, write_labels
 from dedpo_diffusion.pairs import PairReader, PairWriter
@@ -119,6 +121,7 @@ def test_a_judge_of_part_of_the_pairs_is_refused_but_for_human_only(folder, caps
         assert main([str(folder), "--method", method]) == 2
         message = capsys.readouterr().err
         assert "labels/clip.parquet covers 73 of 80 pairs (first missing: 'p73'); run `dedpo label` again" in message
+        assert "--missing tie" in message
     assert main([str(folder), "--method", "human_only"]) == 0
     assert target_files(folder) == ["human_only.json", "human_only.parquet"]
 
@@ -196,3 +199,143 @@ def test_from_pick_a_pic_to_targets(tmp_path):
     assert targets.pair_id == [f"pickapic-{i}" for i in range(8)]
     np.testing.assert_allclose(targets.target, [1, 1, -1 / 7, 3 / 7, 1, 1, 1, 1], atol=1e-12)
     np.testing.assert_allclose(targets.weight, [1.75] * 4 + [0.25] * 4, atol=1e-12)
+
+
+# ---- a judge that does not answer everywhere, and targets by fold
+
+
+def test_a_judge_without_an_answer_counts_as_undecided_and_is_counted(folder, capsys):
+    write_labels(folder, "clip", Labels(IDS[:73], JUDGE[:73]))
+    filled = np.where(np.arange(N) < 73, JUDGE, 0.5)
+    for method in ("tuned", "dedpo", "naive"):
+        assert main([str(folder), "--method", method, "--missing", "tie"]) == 0
+        found, expected = read_targets(folder, method), merge_labels(human_column(), filled, method=method)
+        np.testing.assert_array_equal(found.target, expected.target)
+        np.testing.assert_array_equal(found.weight, expected.weight)
+        report = json.loads((folder / "targets" / f"{method}.json").read_text())
+        sentence = "The judge has no answer for 7 of 80 pairs and counts as undecided there (0.5)."
+        assert report["n_judge_missing"] == 7 and report["sentences"][-1] == sentence
+        assert sentence in capsys.readouterr().out.splitlines()
+    assert main([str(folder), "--method", "human_only"]) == 0
+    report = json.loads((folder / "targets" / "human_only.json").read_text())
+    assert report["n_judge_missing"] == 7 and not any("undecided" in sentence for sentence in report["sentences"])
+
+
+def test_a_complete_judge_has_none_missing(folder):
+    assert main([str(folder), "--missing", "tie"]) == 0
+    report = json.loads((folder / "targets" / "tuned.json").read_text())
+    assert (report["n_judge_missing"], report["fold"]) == (0, None)
+
+
+def mean_coefficients(p, g, silent, power):
+    """Each pair's mean coefficient weight * (0.5 - target), over every choice of 2 of 4 pairs to ask and every answer."""
+    mean = np.zeros(4)
+    for asked in itertools.combinations(range(4), 2):
+        rows = list(asked)
+        for answer in itertools.product([0.0, 1.0], repeat=2):
+            human = np.full(4, np.nan)
+            human[rows] = answer
+            merged = merge_labels(human, np.where(silent(human), 0.5, g), power=power)
+            chance = np.prod(np.where(np.array(answer) > 0.5, p[rows], 1 - p[rows])) / 6
+            mean += chance * merged.weight * (0.5 - merged.target)
+    return mean
+
+
+def test_ties_keep_the_estimate_unbiased_unless_the_judge_is_silent_where_people_were_asked():
+    p, g = np.array([0.9, 0.2, 0.7, 0.4]), np.array([0.1, 0.8, 0.7, 0.9])
+    for power in (0.3, 1.0):
+        by_pair = mean_coefficients(p, g, lambda human: np.array([True, False, False, True]), power)
+        np.testing.assert_allclose(by_pair, 0.5 - p, atol=1e-12)
+        by_asking = mean_coefficients(p, g, lambda human: ~np.isnan(human), power)
+        np.testing.assert_allclose(by_asking, 0.5 - p + power * 0.5 * (0.5 - g), atol=1e-12)  # half the pairs keep the judge's error
+
+
+def test_a_judge_that_is_silent_where_people_answered_is_warned_of(folder, capsys):
+    unlabelled = [i for i in range(N) if i not in LABELLED]
+    write_labels(folder, "clip", Labels([IDS[i] for i in unlabelled], JUDGE[unlabelled]))
+    assert main([str(folder), "--missing", "tie"]) == 0
+    assert "Warning: the judge has no answer for 20 of 20 pairs with a human label, but for 0 of 60 others" in capsys.readouterr().out
+    write_labels(folder, "clip", Labels(IDS[:73], JUDGE[:73]))
+    assert main([str(folder), "--missing", "tie"]) == 0
+    assert "with a human label, but for" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def grouped(tmp_path):
+    """As `folder`, with 10 prompts of 8 pairs each; which pairs are labelled, and what is labelled, does not depend on the prompt."""
+    with PairWriter(tmp_path / "d") as writer:
+        for i, pair_id in enumerate(IDS):
+            writer.add(Pair(pair_id, f"prompt {i % 10}", b"0", b"1"))
+    write_labels(tmp_path / "d", "human", Labels([IDS[i] for i in LABELLED], HUMAN[LABELLED]))
+    write_labels(tmp_path / "d", "clip", Labels(IDS, JUDGE))
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("method", ["human_only", "tuned", "naive"])
+def test_targets_of_a_fold_are_those_of_a_merge_without_its_pairs(grouped, method):
+    assert main([str(grouped), "--method", method, "--folds", "3", "--seed", "4"]) == 0
+    fold = assign_folds([f"prompt {i % 10}" for i in range(N)], 3, 4)
+    pooled, whole = read_targets(grouped, method), merge_labels(human_column(), JUDGE, method=method)
+    np.testing.assert_array_equal(pooled.target, whole.target)
+    np.testing.assert_array_equal(pooled.weight, whole.weight)
+    for k in range(3):
+        found, rest = read_targets(grouped, f"{method}-fold-{k}"), fold != k
+        expected = merge_labels(human_column()[rest], JUDGE[rest], method=method)
+        assert found.pair_id == IDS and (found.weight[fold == k] == 0).all() and (found.target[fold == k] == 0.5).all()
+        np.testing.assert_array_equal(found.target[rest], expected.target)
+        np.testing.assert_array_equal(found.weight[rest], expected.weight)
+        report = json.loads((grouped / "targets" / f"{method}-fold-{k}.json").read_text())
+        assert report["fold"] == {"number": k, "of": 3, "seed": 4} and report["n"] == rest.sum()
+    assert sorted(np.bincount(fold)) == [24, 24, 32]
+
+
+def test_propensities_are_those_of_the_pairs_outside_the_fold(grouped):
+    propensity = np.linspace(0.1, 0.9, N)
+    extra = {"propensity": propensity[LABELLED].tolist()}
+    write_labels(grouped, "human", Labels([IDS[i] for i in LABELLED], HUMAN[LABELLED], extra))
+    assert main([str(grouped), "--folds", "2"]) == 0
+    for k in range(2):
+        rest = assign_folds([f"prompt {i % 10}" for i in range(N)], 2, 0) != k
+        expected = merge_labels(human_column()[rest], JUDGE[rest], propensity=propensity[rest])
+        np.testing.assert_array_equal(read_targets(grouped, f"tuned-fold-{k}").weight[rest], expected.weight)
+
+
+def test_no_answer_within_a_fold_reaches_its_targets(grouped):
+    fold = assign_folds([f"prompt {i % 10}" for i in range(N)], 2, 0)
+    assert main([str(grouped), "--folds", "2"]) == 0
+    before = [(grouped / "targets" / f"tuned-fold-{k}.parquet").read_bytes() for k in range(2)]
+    changed = np.where(fold == 1, 1 - HUMAN, HUMAN)
+    write_labels(grouped, "human", Labels([IDS[i] for i in LABELLED], changed[LABELLED]))
+    assert main([str(grouped), "--folds", "2"]) == 0
+    after = [(grouped / "targets" / f"tuned-fold-{k}.parquet").read_bytes() for k in range(2)]
+    assert after[1] == before[1] and after[0] != before[0]
+
+
+def test_the_commands_after_folds_are_printed_and_name_their_files(grouped, capsys):
+    assert main([str(grouped), "--method", "human_only", "--folds", "2", "--name", "mine"]) == 0
+    printed = capsys.readouterr().out
+    for k in range(2):
+        assert f"dedpo train --config CONFIG --data.pairs {grouped} --data.targets mine-fold-{k} --out runs/mine-fold-{k}" in printed
+    assert f"dedpo label {grouped} --with self=runs/mine-fold-0,runs/mine-fold-1" in printed
+    assert "carries them across folds" not in printed
+    assert main([str(grouped), "--folds", "2"]) == 0
+    assert "if judge clip learned from the human labels, it carries them across folds" in capsys.readouterr().out
+
+
+def test_folds_that_cannot_be_made_are_refused_and_nothing_is_written(grouped, capsys):
+    for folds, words in ((1, "--folds is 1"), (-2, "--folds is -2"), (81, "--folds 81: 80 rows")):
+        assert main([str(grouped), f"--folds={folds}"]) == 2
+        assert words in capsys.readouterr().err
+    write_labels(grouped, "human", Labels(["p0"], np.array([1.0])))
+    fold = assign_folds([f"prompt {i % 10}" for i in range(N)], 2, 0)[0]
+    assert main([str(grouped), "--folds", "2"]) == 2
+    message = capsys.readouterr().err
+    assert f"(human, clip; targets tuned-fold-{fold})" in message and "none of the 40 pairs has a human label" in message
+    assert target_files(grouped) == []
+
+
+def test_one_prompt_for_all_is_split_by_pairs_and_told(folder, capsys):
+    assert main([str(folder), "--folds", "2"]) == 0
+    assert "fewer prompts (1) than folds (2)" in capsys.readouterr().out
+    held_out = [read_targets(folder, f"tuned-fold-{k}").weight == 0 for k in range(2)]
+    assert (held_out[0] ^ held_out[1]).all()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dedpo_diffusion.annotators import Question, probability
 from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
 from dedpo_diffusion.console import UserError
 from dedpo_diffusion.scorers import load_scorer
@@ -44,13 +45,22 @@ def build_judge(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A machine that never saw the hub, and does not now."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
 @pytest.fixture(scope="session")
 def judge(tmp_path_factory) -> Path:
     return build_judge(tmp_path_factory.mktemp("judge") / "judge")
 
 
-def load(spec: str, batch: int = 64):
-    return load_scorer(spec, device="cpu", batch=batch)
+def load(spec: str, batch: int = 64, dtype: str = "float32"):
+    return load_scorer(spec, device="cpu", batch=batch, dtype=dtype)
 
 
 @torch.no_grad()
@@ -79,6 +89,43 @@ def test_a_score_depends_on_its_own_prompt_and_image_alone(judge):
     np.testing.assert_allclose(load(f"pickscore={judge}", batch=2).score(PROMPTS, pictures()), together[:5], atol=1e-5)
     np.testing.assert_allclose(load(f"pickscore={judge}").score([PROMPTS[0]], [pictures()[1]]), together[5:], atol=1e-5)
     assert load(f"pickscore={judge}").score([], []).shape == (0,)
+    with pytest.raises(ValueError, match="2 prompts, but 5 images"):
+        load(f"pickscore={judge}").score(PROMPTS[:2], pictures())
+
+
+def test_permuting_the_pairs_permutes_the_scores(judge):
+    scorer, order, images = load(f"pickscore={judge}", batch=2), [3, 1, 4, 0, 2], pictures()
+    there = scorer.score(PROMPTS, images)
+    back = scorer.score([PROMPTS[k] for k in order], [images[k] for k in order])
+    np.testing.assert_allclose(back, there[order], atol=1e-6)
+
+
+def count_rows(tower: torch.nn.Module) -> list[int]:
+    """How many rows each forward call of a tower had, as they happen."""
+    rows: list[int] = []
+    tower.register_forward_hook(lambda module, inputs, kwargs, output: rows.append(len(output[0])), with_kwargs=True)
+    return rows
+
+
+def test_an_image_and_a_prompt_that_occur_often_are_embedded_once(judge):
+    scorer, (a, b, c) = load(f"pickscore={judge}", batch=2), pictures(3)
+    seen, read = count_rows(scorer.model.vision_model), count_rows(scorer.model.text_model)
+    prompts, images = [*PROMPTS[:1] * 4, *PROMPTS[1:2] * 2], [a, b, a, c, c, a]
+    found = scorer.score(prompts, images)
+    assert seen == [2, 1] and read == [2]
+    np.testing.assert_allclose(found, [by_hand(judge, *pair) for pair in zip(prompts, images, strict=True)], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_towers_of_low_precision_keep_float32_scores_near(judge, dtype):
+    """The towers round to 8 (bfloat16) or 11 bits; norms, products and the scale of e^1.5 do not."""
+    low, full = load(f"pickscore={judge}", dtype=dtype), load(f"pickscore={judge}")
+    assert {p.dtype for p in low.model.parameters()} == {getattr(torch, dtype)}
+    found, wanted = low.score(PROMPTS, pictures()), full.score(PROMPTS, pictures())
+    np.testing.assert_allclose(found, wanted, atol=0.05 if dtype == "bfloat16" else 0.01)
+    assert not np.array_equal(found, wanted)
+    assert not np.array_equal(found, torch.from_numpy(found).to(getattr(torch, dtype)).double())  # the score itself is not rounded
+    assert low.version == f"{full.version}-{dtype}"
 
 
 def test_a_half_precision_file_is_computed_in_float32(judge, tmp_path):
@@ -102,14 +149,16 @@ def test_longer_prompts_are_cut_and_that_is_said(judge, capsys):
     scorer = load(f"pickscore={judge}")
     assert np.isfinite(scorer.score([long], pictures(1))).all()
     assert "reads 16 tokens" in capsys.readouterr().out
-    scorer.score(PROMPTS, pictures())
-    assert capsys.readouterr().out == ""
+    scorer.score([*PROMPTS[1:], long], pictures())
+    assert capsys.readouterr().out == ""  # said once
 
 
 def test_pickscore_takes_any_size_and_mode(judge):
     scorer, image = load(f"pickscore={judge}"), pictures(1, size=(96, 80))[0]
     one, other = scorer.score(PROMPTS[:2], [image.convert("L"), image.convert("RGBA")])
     assert np.isfinite([one, other]).all()
+    grey = Image.merge("RGB", [image.convert("L")] * 3)
+    np.testing.assert_allclose(scorer.score(PROMPTS[:2], [grey, image]), [one, other], atol=1e-6)
 
 
 def test_oracle_reward_is_the_oracle():
@@ -141,6 +190,7 @@ def drop_a_weight(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"none"), "cannot be loaded"),
         (drop_a_weight, "lack visual_projection"),
+        (lambda folder: (folder / "config.json").write_text("{"), "no readable config.json"),
         (lambda folder: [path.unlink() for path in folder.glob("*token*")], "a tokenizer of 2 tokens"),
         (lambda folder: (folder / "processor_config.json").unlink(), "no CLIPProcessor"),
     ],
@@ -155,15 +205,31 @@ def test_folders_that_are_no_clip_model(judge, tmp_path, damage, message):
 @pytest.mark.parametrize(
     ("spec", "batch", "message"),
     [
-        ("pikscore", 4, r"no scorer 'pikscore'; known: pickscore, oracle_reward"),
+        ("pikscore", 4, r"no scorer 'pikscore'; known: pickscore, clip, hps, aesthetic, http, oracle_reward"),
         ("oracle_reward=here", 4, "has no location"),
         ("pickscore=/no/such/folder", 4, "/no/such/folder is no folder"),
         ("oracle_reward", 0, "batch is 0"),
     ],
 )
-def test_specs_that_name_nothing(spec, batch, message):
+def test_specs_that_name_nothing(spec, batch, message, no_hub):
     with pytest.raises(UserError, match=message):
         load(spec, batch)
+
+
+def test_without_a_hub_one_line_says_what_to_give(no_hub):
+    with pytest.raises(UserError, match=r"^pickscore: yuvalkirstain/PickScore_v1 is no folder here .*; give pickscore=FOLDER$"):
+        load("pickscore")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_devices_that_are_not_here(judge, device):
+    with pytest.raises(UserError, match=rf"^device {device} cannot be used here \(.*\); give another --device, or none$"):
+        load_scorer(f"pickscore={judge}", device=device, batch=4)
+
+
+def test_a_precision_that_does_not_exist():
+    with pytest.raises(UserError, match="dtype is 'float8'"):
+        load("oracle_reward", dtype="float8")
 
 
 def test_the_oracle_refuses_other_prompts():
@@ -186,17 +252,29 @@ def test_swapping_the_images_turns_the_label_around_and_no_score_overflows():
     there, back = judge.prefer([""] * 2, grey(255, 3), grey(0, 4)), judge.prefer([""] * 2, grey(0, 4), grey(255, 3))
     np.testing.assert_allclose(there, 1 - back, atol=1e-15)
     assert there[0] == 1.0 and back[0] == pytest.approx(0.0, abs=1e-300)
-    np.testing.assert_array_equal(judge.probability(np.array([[1e308, -1e300], [-1e308, 1e300]])), [1.0, 0.0])
-    np.testing.assert_allclose(judge.probability(np.array([[-60.0, 0.0]])), [np.exp(-600.0)], rtol=1e-12)  # no rounding to 0
+    np.testing.assert_array_equal(probability(np.array([[1e308, -1e300], [-1e308, 1e300]]), 0.1), [1.0, 0.0])
+    np.testing.assert_allclose(probability(np.array([[-60.0, 0.0]]), 0.1), [np.exp(-600.0)], rtol=1e-12)  # no rounding to 0
+    assert np.isnan(probability(np.array([[np.nan, np.nan]]), 0.1)).all()
 
 
-def test_scores_keep_their_pair_and_side():
-    np.testing.assert_array_equal(BradleyTerry(Brightness()).scores([""] * 3, grey(1, 2, 3), grey(4, 5, 6)), [[1, 4], [2, 5], [3, 6]])
+def test_answers_keep_their_pair_and_side():
+    asked = [Question(f"p{k}", "", image_0, image_1) for k, (image_0, image_1) in enumerate(zip(grey(1, 2, 3), grey(4, 5, 6), strict=True))]
+    answers = BradleyTerry(Brightness()).answer(asked)
+    np.testing.assert_array_equal(answers.scores, [[1, 4], [2, 5], [3, 6]])
+    assert answers.missing == [""] * 3 and answers.extra == {}
+    assert BradleyTerry(Brightness()).answer([]).scores.shape == (0, 2)
 
 
 def test_the_judge_version_tells_the_temperature_apart():
     versions = {BradleyTerry(Brightness(), temperature=t).version for t in (1.0, 2.0, 1.0000001)}
     assert len(versions) == 3 and all("brightness-1" in version for version in versions)
+
+
+def test_without_a_temperature_the_scorers_own_is_taken(monkeypatch):
+    monkeypatch.setattr(Brightness, "temperature", 4.0)
+    judge = BradleyTerry(Brightness())
+    assert judge.temperature == 4.0 and judge.version == BradleyTerry(Brightness(), temperature=4.0).version
+    np.testing.assert_allclose(judge.prefer([""], grey(104), grey(100)), [0.73105857863], atol=1e-11)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
@@ -207,5 +285,5 @@ def test_temperatures_that_make_no_sense(temperature):
 
 def test_a_score_that_is_no_number_is_refused(monkeypatch):
     monkeypatch.setattr(Brightness, "score", lambda self, prompts, images: np.array([1.0, 2.0, 3.0, np.nan]))
-    with pytest.raises(UserError, match="gave nan for image 1 of prompt 'b'"):
+    with pytest.raises(UserError, match="gave nan for an image of prompt 'b'"):
         BradleyTerry(Brightness()).prefer(["a", "b"], grey(1, 2), grey(3, 4))

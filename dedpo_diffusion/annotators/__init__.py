@@ -1,21 +1,142 @@
-"""Judges: one file a family, from a prompt and two images to P(image 0 is preferred)."""
+"""Judges: one file a family, from a prompt and two images to P(image 0 is preferred).
+
+    judge = load_judge("pickscore=FOLDER", LabelSettings(...))
+    judge.prefer(prompts, images_0, images_1)  # (N,) probabilities
+
+Every judge answers with two raw scores a pair, kept with the label, so that calibration never needs the model again:
+
+    P(image 0 is preferred) = sigmoid((score_0 - score_1) / temperature)
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.special import expit
+
+from ..console import UserError
+from ..settings import LabelSettings
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
 
 
-class Annotator(Protocol):
-    """What every judge offers; `version` changes whenever the same pair could get another label."""
+@dataclass(frozen=True)
+class Question:
+    """One pair as a judge sees it; the images are RGB, of any size."""
 
-    name: str
-    version: str
+    pair_id: str
+    prompt: str
+    image_0: Image
+    image_1: Image
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Raw answers to N questions.
+
+    `scores` is (N, 2) float64, both NaN where there is no answer; `missing` (N) says why there is none, "" where there is
+    one; `extra` holds further columns of the label file (`labels.LABEL_EXTRAS`), each of length N.
+    """
+
+    scores: np.ndarray
+    missing: list[str]
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def probability(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """P(image 0 is preferred), (N,) in [0, 1], of raw scores (N, 2); exact in both tails, NaN where there is no answer."""
+    with np.errstate(over="ignore"):  # an infinite logit is a sure answer
+        return expit((scores[:, 0] - scores[:, 1]) / temperature)
+
+
+class Judge(ABC):
+    """What every judge offers.
+
+    Attributes:
+        name: of its label file.
+        version: changes whenever the same pair could get another label; covers the temperature.
+        temperature: in units of the scores, positive.
+        parallel: pairs that it likes to be asked about at once; None takes the stage's batch.
+
+    Raises:
+        UserError: the temperature is no positive number.
+    """
+
+    parallel: int | None = None
+
+    def __init__(self, name: str, version: str, temperature: float) -> None:
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise UserError(f"temperature is {temperature}; it must be a positive number")
+        self.name, self.temperature = name, temperature
+        self.version = f"{version} temperature {temperature!r}"
+
+    @abstractmethod
+    def answer(self, questions: Sequence[Question]) -> Answers:
+        """Raw answers to N questions; a pair that cannot be judged is missing, never invented.
+
+        Raises:
+            UserError: no further pair can be judged either; what was answered before is kept.
+        """
+
+    def cost(self, prompt_tokens: int, answer_tokens: int) -> float:
+        """The price of these tokens; nothing for a judge that runs here."""
+        return 0.0
 
     def prefer(self, prompts: Sequence[str], images_0: Sequence[Image], images_1: Sequence[Image]) -> np.ndarray:
-        """P(image 0 is preferred) of N pairs, (N,) float64 in [0, 1]."""
-        ...
+        """P(image 0 is preferred) of N pairs, N each.
+
+        Returns:
+            (N,) float64 in [0, 1], NaN where there is no answer.
+        """
+        asked = [Question("", *parts) for parts in zip(prompts, images_0, images_1, strict=True)]
+        return probability(self.answer(asked).scores, self.temperature)
+
+
+JUDGES = ("vlm", "openai", "self")  # every scorer is a judge too
+
+
+def load_judge(spec: str, settings: LabelSettings) -> Judge:
+    """Load a judge.
+
+    Args:
+        spec: a scorer's "name" or "name=location"; "vlm=FOLDER OR HUB ID", "openai=URL", "self=RUN,RUN,...".
+        settings: of the stage; temperature, batch, device and what the judge's family takes.
+
+    Raises:
+        UserError: unknown name, or what the judge needs is not there.
+    """
+    from ..scorers import SCORERS, load_scorer
+
+    name, _, location = spec.partition("=")
+    if name in JUDGES and not location:
+        needed = {"vlm": "vlm=FOLDER (or a hub id)", "openai": "openai=URL", "self": "self=RUN,RUN"}[name]
+        raise UserError(f"judge {name} needs a location: {needed}")
+    if name == "vlm":
+        from .vlm import VisionLanguageJudge
+
+        return VisionLanguageJudge(
+            location, settings.vlm, device=settings.device, batch=settings.vlm.batch, dtype=settings.dtype, temperature=settings.temperature
+        )
+    if name == "openai":
+        from .openai_server import ServerJudge
+
+        return ServerJudge(location, settings.vlm, settings.server, temperature=settings.temperature)
+    if name == "self":
+        from .self_training import SelfTrainedJudge
+
+        return SelfTrainedJudge(
+            location.split(","), settings.pairs, settings.self_training, device=settings.device, temperature=settings.temperature
+        )
+    if name not in SCORERS:
+        known = ", ".join([*SCORERS, *JUDGES])
+        raise UserError(f"there is no judge {name!r}; known: {known} (as name or name=location)")
+    from .bradley_terry import BradleyTerry
+
+    scorer = load_scorer(spec, device=settings.device, batch=2 * settings.batch, dtype=settings.dtype)
+    return BradleyTerry(scorer, temperature=settings.temperature)

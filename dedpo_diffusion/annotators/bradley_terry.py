@@ -2,60 +2,46 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL.Image import Image
-from scipy.special import expit
 
 from ..console import UserError
 from ..scorers import Scorer
+from . import Answers, Judge, Question
 
 
-class BradleyTerry:
+class BradleyTerry(Judge):
     """P(image 0 is preferred) = sigmoid((s_0 - s_1) / temperature).
 
     Args:
         scorer: gives the scores s.
-        temperature: in units of the score; 1 takes the score for a logit.
+        temperature: in units of the score; None takes the scorer's own.
 
     Raises:
         UserError: the temperature is no positive number.
     """
 
-    def __init__(self, scorer: Scorer, *, temperature: float = 1.0) -> None:
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise UserError(f"temperature is {temperature}; it must be a positive number")
-        self.scorer, self.temperature = scorer, temperature
-        self.name = scorer.name
-        self.version = f"{scorer.version} temperature {temperature!r}"
+    def __init__(self, scorer: Scorer, *, temperature: float | None = None) -> None:
+        super().__init__(scorer.name, scorer.version, scorer.temperature if temperature is None else temperature)
+        self.scorer = scorer
 
-    def scores(self, prompts: Sequence[str], images_0: Sequence[Image], images_1: Sequence[Image]) -> np.ndarray:
-        """The raw scores of N pairs, (N, 2) float64.
+    def score(self, prompts: Sequence[str], images: Sequence[Image]) -> np.ndarray:
+        """The score of each image for its prompt, (N,) float64.
 
         Raises:
             UserError: a score is NaN or infinite.
         """
-        both = self.scorer.score([*prompts, *prompts], [*images_0, *images_1]).reshape(2, -1).T
-        bad = np.argwhere(~np.isfinite(both))
+        scores = self.scorer.score(prompts, images)
+        bad = np.flatnonzero(~np.isfinite(scores))
         if bad.size:
-            row, side = bad[0]
-            raise UserError(f"scorer {self.name} gave {both[row, side]} for image {side} of prompt {prompts[row]!r}; use another scorer")
-        return both
+            value, prompt = scores[bad[0]], prompts[bad[0]]
+            raise UserError(f"scorer {self.name} gave {value} for an image of prompt {prompt!r}; use another scorer")
+        return scores
 
-    def probability(self, scores: np.ndarray) -> np.ndarray:
-        """P(image 0 is preferred), (N,) in [0, 1], of raw scores (N, 2); exact in both tails."""
-        with np.errstate(over="ignore"):  # an infinite logit is a sure answer
-            return expit((scores[:, 0] - scores[:, 1]) / self.temperature)
-
-    def prefer(self, prompts: Sequence[str], images_0: Sequence[Image], images_1: Sequence[Image]) -> np.ndarray:
-        """P(image 0 is preferred) of N pairs.
-
-        Args:
-            prompts, images_0, images_1: N each.
-
-        Returns:
-            (N,) float64 in [0, 1].
-        """
-        return self.probability(self.scores(prompts, images_0, images_1))
+    def answer(self, questions: Sequence[Question]) -> Answers:
+        """The scores of both images of N pairs. Raises as `score`."""
+        prompts = [question.prompt for question in questions]
+        scores = self.score([*prompts, *prompts], [*(q.image_0 for q in questions), *(q.image_1 for q in questions)])
+        return Answers(scores.reshape(2, -1).T, [""] * len(questions))

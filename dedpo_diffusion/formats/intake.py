@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ..ahead import ahead
 from ..console import UserError
 from ..decoding import decode_image
 from ..files import write_json
@@ -138,28 +138,6 @@ def _read_file(path: Path | None, where: str) -> bytes:
         ) from error
 
 
-def in_flight(
-    found: Iterable[tuple[Entry | None, Place]], work: Callable[[Entry], Images], workers: int
-) -> Iterator[tuple[Entry | None, Place, Images]]:
-    """Do `work` in threads (Pillow decodes outside of Python's lock); results come in the order of the source."""
-    waiting: deque[tuple[Entry | None, Place, Future[Images] | None]] = deque()
-
-    def first() -> tuple[Entry | None, Place, Images]:
-        entry, behind, future = waiting.popleft()
-        return entry, behind, Images() if future is None else future.result()
-
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for entry, place in found:
-                waiting.append((entry, place, None if entry is None else pool.submit(work, entry)))
-                if len(waiting) >= AHEAD * workers:
-                    yield first()
-            while waiting:
-                yield first()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
 # ---- what becomes of a comparison
 
 
@@ -191,9 +169,10 @@ class Intake:
         self.name, self.settings, self.winner_first, self.writer, self.ledger = name, settings, winner_first, writer, ledger
         self._tried = Tried()
 
-    def images(self, entry: Entry) -> Images:
-        """Read and try a comparison's images, unless it is dropped whatever they show. Runs in threads."""
-        return Images() if dropped_for(reasons(entry), self.settings) else self._tried.images(entry)
+    def images(self, item: tuple[Entry | None, Place]) -> Images:
+        """Read and try a comparison's images, unless there is none, or it is dropped whatever they show. Runs in threads."""
+        entry, _ = item
+        return Images() if entry is None or dropped_for(reasons(entry), self.settings) else self._tried.images(entry)
 
     def take(self, entry: Entry, images: Images) -> bool:
         """Keep, merge or drop one comparison, and count it; True where that finished a shard.
@@ -372,7 +351,7 @@ def take_in(
         intake = Intake(chosen.name, settings, winner_first=shuffles(chosen), writer=writer, ledger=ledger)
         found = comparisons(chosen.source, chosen.module.entries, settings, ledger.place)
         workers = settings.workers or os.cpu_count() or 1
-        for entry, behind, images in in_flight(found, intake.images, workers):
+        for (entry, behind), images in ahead(found, intake.images, workers=workers, depth=AHEAD * workers):
             finished = entry is not None and intake.take(entry, images)
             ledger.counts["empty_rows"] += entry is None
             advance(behind.row - ledger.place.row)

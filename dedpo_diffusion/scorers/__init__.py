@@ -9,7 +9,7 @@ A score never travels without the scorer's version: numbers of different version
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..console import UserError
 
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 class Scorer(Protocol):
     """What every scorer offers.
 
-    `name` is the registry's; `version` changes whenever the same image could get another number.
+    `name` is the registry's (a server's own, for http); `version` changes whenever the same image could get another number;
+    `temperature` is the difference of two scores that makes a judge of this scorer sure to sigmoid(1) = 73 %.
     """
 
     name: str
     version: str
+    temperature: float
 
     def score(self, prompts: Sequence[str], images: Sequence[Image]) -> np.ndarray:
         """The score of each image for its prompt, higher is better.
@@ -43,37 +45,46 @@ class Scorer(Protocol):
         ...
 
 
-def _pickscore(location: str | None, device: str | None, batch: int) -> Scorer:
-    from .pickscore import PickScore
+def _late(module: str, name: str) -> Callable[..., Scorer]:
+    """The class `name` of one of this package's modules, imported when it is called."""
 
-    return PickScore(location, device=device, batch=batch)
+    def make(location: str | None, **options: Any) -> Scorer:
+        from importlib import import_module
 
+        return getattr(import_module(f"{__name__}.{module}"), name)(location, **options)
 
-def _oracle_reward(location: str | None, device: str | None, batch: int) -> Scorer:
-    from .oracle import OracleReward
-
-    if location is not None:
-        raise UserError(f"scorer oracle_reward is a program and has no location: leave out '={location}'")
-    return OracleReward()
+    return make
 
 
-SCORERS: dict[str, Callable[[str | None, str | None, int], Scorer]] = {"pickscore": _pickscore, "oracle_reward": _oracle_reward}
+# each takes its location or None, and the keywords device, batch and dtype
+SCORERS: dict[str, Callable[..., Scorer]] = {
+    "pickscore": _late("pickscore", "PickScore"),
+    "clip": _late("clip", "ClipScore"),
+    "hps": _late("hps", "HpsScore"),
+    "aesthetic": _late("aesthetic", "AestheticScore"),
+    "http": _late("http", "HttpScore"),
+    "oracle_reward": _late("oracle", "OracleReward"),
+}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_scorer(spec: str, *, device: str | None, batch: int) -> Scorer:
+def load_scorer(spec: str, *, device: str | None, batch: int, dtype: str = "float32") -> Scorer:
     """Load a scorer.
 
     Args:
-        spec: "name", or "name=location" with a folder or hub id of its weights.
+        spec: "name", or "name=location" with the folder, file, hub id or address of what scores.
         device: torch device; None takes a GPU if there is one.
         batch: images scored at once.
+        dtype: precision of the model's towers, one of DTYPES; norms, products and heads are float32 always.
 
     Raises:
-        UserError: unknown name, a location without fitting weights, or a batch below 1.
+        UserError: unknown name, a location without fitting weights, a batch below 1, or an unknown precision.
     """
     name, _, location = spec.partition("=")
     if name not in SCORERS:
         raise UserError(f"there is no scorer {name!r}; known: {', '.join(SCORERS)} (as name or name=location)")
     if batch < 1:
         raise UserError(f"batch is {batch}; it must be at least 1")
-    return SCORERS[name](location or None, device, batch)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+    return SCORERS[name](location or None, device=device, batch=batch, dtype=dtype)

@@ -1,0 +1,495 @@
+"""Judges' raw answers made probabilities by what people said, and several judges stacked into one.
+
+A judge's raw answer to a pair is a difference, d = score_0 - score_1. Swapped images turn d into -d and a label y into 1 - y,
+so every map from differences to P(image 0 is preferred) is odd here, P(-d) = 1 - P(d): there is no intercept.
+
+    temperature   P = sigmoid(d / T)                      one slope, 1 / T
+    stack         P = sigmoid(sum_j slope_j d_j)          one slope for each judge, none negative
+    isotonic      P rises with d, in any way
+
+A map learns from people's labels, and merging is unbiased only for a judge that did not learn from the labels it is merged
+with. So `calibrate` cross-fits: a labelled pair gets a map that never saw its label.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .debias import agreement, bootstrap_sums
+
+METHODS = ("temperature", "isotonic", "stack")
+PRIOR_SD = 5.0  # of a slope, for differences of RMS 1: weak, but separable answers keep a finite slope
+LEAST = 1e-15  # a judge's own probability counts as at least this far from 0 and 1 in a log loss
+MIN_CLUSTERS = 20  # fewer resampled prompts or pairs make intervals that are too narrow
+MIN_BIN = 10  # pairs in one bin of the calibration error
+
+
+# ---- maps
+
+
+@dataclass(frozen=True)
+class Linear:
+    """P = sigmoid(sum_j slope_j d_j); one judge's slope is 1 / T, and all slopes 0 are undecided.
+
+    `slopes` (J), of the differences as they come; `spreads` (J), the RMS of the differences that they were fitted to.
+    """
+
+    slopes: tuple[float, ...]
+    spreads: tuple[float, ...]
+
+    def log_odds(self, differences: np.ndarray) -> np.ndarray:
+        """(N,) log-odds of differences (N, J), or (N,) for one judge."""
+        return np.asarray(differences, dtype=np.float64).reshape(-1, len(self.slopes)) @ np.array(self.slopes)
+
+    def __call__(self, differences: np.ndarray) -> np.ndarray:
+        """P(image 0 is preferred), (N,), of the same differences."""
+        return _sigmoid(self.log_odds(differences))
+
+    def signs(self) -> list[int]:
+        """Per judge 1, -1 for the other way round, or 0 for undecided."""
+        return [int(np.sign(slope)) for slope in self.slopes]
+
+    def describe(self) -> dict[str, Any]:
+        """Slopes, and the weights slope * RMS, which compare between judges."""
+        weights = [slope * spread for slope, spread in zip(self.slopes, self.spreads, strict=True)]
+        return {"kind": "linear", "slopes": list(self.slopes), "weights": weights}
+
+
+@dataclass(frozen=True)
+class Isotonic:
+    """P interpolated between knots at |d|, from 0.5 at d = 0 upwards, and 1 - P(-d) for negative d.
+
+    `knots` (K) rise from 0, `values` (K) never fall and lie in [0.5, 1); `sign` is -1 for an inverted judge.
+    """
+
+    knots: tuple[float, ...]
+    values: tuple[float, ...]
+    sign: int = 1
+
+    def log_odds(self, differences: np.ndarray) -> np.ndarray:
+        """(N,) log-odds of differences (N,) or (N, 1)."""
+        from scipy.special import logit
+
+        d = np.asarray(differences, dtype=np.float64).reshape(-1)
+        return self.sign * np.sign(d) * logit(np.interp(np.abs(d), self.knots, self.values))
+
+    def __call__(self, differences: np.ndarray) -> np.ndarray:
+        """P(image 0 is preferred), (N,), of the same differences."""
+        return _sigmoid(self.log_odds(differences))
+
+    def signs(self) -> list[int]:
+        """As `Linear.signs`."""
+        return [self.sign if self.values[-1] > 0.5 else 0]
+
+    def describe(self) -> dict[str, Any]:
+        """Knots, values and sign."""
+        return {"kind": "isotonic", "knots": list(self.knots), "values": list(self.values), "sign": self.sign}
+
+
+Map = Linear | Isotonic
+
+
+def _sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
+    return expit(log_odds)
+
+
+def fit_linear(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None) -> Linear:
+    """The slopes >= 0 of least mean cross-entropy, under a weak normal prior on each slope in units of the RMS of its differences.
+
+    Args:
+        differences: (n, J), or (n,) for one judge.
+        human: (n,) labels in [0, 1].
+        weights: (n,) of the pairs, positive; only their ratios count.
+
+    Returns:
+        Linear. Differences times c give slopes / c; a judge that says nothing, or the contrary, gets slope 0.
+    """
+    from scipy.optimize import minimize
+
+    d, w = np.asarray(differences, dtype=np.float64).reshape(len(human), -1), _mean_one(weights, len(human))
+    spreads = np.sqrt(np.mean(w[:, None] * d**2, axis=0))
+    scaled = d / np.where(spreads > 0, spreads, 1.0)
+    prior = 1 / (PRIOR_SD**2 * len(human))
+
+    def loss(slopes: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = scaled @ slopes
+        value = np.mean(w * (np.logaddexp(0, logits) - human * logits)) + prior / 2 * slopes @ slopes
+        return float(value), scaled.T @ (w * (_sigmoid(logits) - human)) / len(human) + prior * slopes
+
+    options = {"ftol": 0.0, "gtol": 1e-12, "maxiter": 1000}
+    found = minimize(loss, np.zeros(d.shape[1]), jac=True, method="L-BFGS-B", bounds=[(0, None)] * d.shape[1], options=options)
+    slopes = np.divide(found.x, spreads, out=np.zeros(d.shape[1]), where=spreads > 0)
+    return Linear(tuple(slopes.tolist()), tuple(spreads.tolist()))
+
+
+def fit_isotonic(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None) -> Isotonic:
+    """The odd, rising map of least squared error.
+
+    By symmetry it is the isotonic regression of "people chose the image that the judge scored higher" on |d|, not below 0.5.
+    Two more answers that contradict each other stand at the largest |d|: Laplace's rule, (m + 1) / (m + 2) where all of the
+    surest m answers agree. So no probability is ever 0 or 1.
+
+    Args:
+        differences: (n,) or (n, 1).
+        human: (n,) labels in [0, 1].
+        weights: (n,) of the pairs, positive; only their ratios count.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    d, w = np.asarray(differences, dtype=np.float64).reshape(-1), _mean_one(weights, len(human))
+    apart = d != 0  # equal scores are undecided whatever people said
+    if not apart.any():
+        return Isotonic((0.0,), (0.5,))
+    size, agreed = np.abs(d[apart]), np.where(d > 0, human, 1 - human)[apart]
+    fitted = IsotonicRegression(y_min=0.5).fit(np.append(size, size.max()), np.append(agreed, 0.5), sample_weight=np.append(w[apart], 2.0))
+    return Isotonic((0.0, *fitted.X_thresholds_.tolist()), (0.5, *fitted.y_thresholds_.tolist()))
+
+
+def _mean_one(weights: np.ndarray | None, n: int) -> np.ndarray:
+    """(n,) weights of mean 1, so that the prior and the two added answers count the same for any unit."""
+    return np.ones(n) if weights is None else weights / np.mean(weights)
+
+
+def _decided(differences: np.ndarray) -> np.ndarray:
+    """The image with the higher score as a label: 0, 0.5 or 1."""
+    return 0.5 + 0.5 * np.sign(differences)
+
+
+def judge_sign(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None, invert: bool = False) -> int:
+    """How one judge enters a map: 1 as it is, 0 undecided, -1 the other way round.
+
+    A judge that agrees with people on less than half of the decided pairs, or whose slope would be 0 or less, is undecided; with
+    `invert` it is turned round. Arguments are those of `fit_isotonic`.
+    """
+    w = np.ones(len(human)) if weights is None else weights
+    share = agreement(human, _decided(differences))["value"]
+    # the loss is convex, so its slope has the sign of the descent at 0
+    if (share is None or share >= 0.5) and float(np.sum(w * differences * (human - 0.5))) > 0:
+        return 1
+    return -1 if invert else 0
+
+
+def fit_map(differences: np.ndarray, human: np.ndarray, *, method: str, weights: np.ndarray | None = None, invert: bool = False) -> Map:
+    """Fit a map to n labelled pairs: differences (n, J), labels (n,); judges enter by `judge_sign`."""
+    signs = np.array([judge_sign(column, human, weights=weights, invert=invert) for column in differences.T])
+    if method == "isotonic":
+        fitted = fit_isotonic(signs * differences, human, weights=weights)
+        return Isotonic(fitted.knots, fitted.values, -1 if signs[0] < 0 else 1)
+    linear = fit_linear(signs * differences, human, weights=weights)
+    return Linear(tuple(float(sign * slope) for sign, slope in zip(signs, linear.slopes, strict=True)), linear.spreads)
+
+
+# ---- folds
+
+
+def assign_folds(groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
+    """A fold for every row, of sizes as equal as the groups allow.
+
+    Args:
+        groups: (N,) what must stay together (prompts). With fewer than `folds` different ones, every row is a group of its own.
+        folds: their number, 2 or more.
+        seed: of the random order in which groups are dealt out, the largest first, each to the smallest fold so far.
+
+    Returns:
+        (N,) int64 in [0, folds); the same for the same groups in any order of the rows, if they are kept together.
+
+    Raises:
+        ValueError: fewer rows than folds, or fewer than 2 folds.
+    """
+    if folds < 2:
+        raise ValueError(f"folds is {folds}: give 2 or more")
+    if len(groups) < folds:
+        raise ValueError(f"{len(groups)} rows cannot fill {folds} folds: use fewer folds")
+    names = sorted(set(groups))
+    place = {name: k for k, name in enumerate(names)}
+    group = np.array([place[name] for name in groups]) if len(names) >= folds else np.arange(len(groups))
+    sizes = np.bincount(group)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    fold = np.empty(len(sizes), dtype=np.int64)
+    loads = [(0, k) for k in range(folds)]
+    for k in order:
+        load, least = heapq.heappop(loads)
+        fold[k] = least
+        heapq.heappush(loads, (load + int(sizes[k]), least))
+    return fold[group]
+
+
+def _pair_folds(groups: Sequence[str] | None, labelled: np.ndarray, folds: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) fold of every pair, -1 for pairs that share no group with a labelled one; and the group (n,) of each labelled pair."""
+    rows = np.flatnonzero(labelled)
+    names = [str(row) for row in rows] if groups is None else [groups[row] for row in rows.tolist()]
+    if len(set(names)) < folds:  # as assign_folds does
+        groups, names = None, [str(row) for row in rows]
+    fold = np.full(len(labelled), -1, dtype=np.int64)
+    fold[rows] = assign_folds(names, folds, seed)
+    if groups is not None:
+        known = dict(zip(names, fold[rows].tolist(), strict=True))
+        fold = np.array([known.get(name, -1) for name in groups], dtype=np.int64)
+    return fold, np.unique(np.array(names, dtype=object), return_inverse=True)[1]
+
+
+# ---- cross-fitting
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Calibrated labels of N pairs, NaN where a judge gave no answer.
+
+    `probability` = sigmoid(`log_odds`), (N,) each; `fold` (N,) is the fold whose map a pair got, -1 for the mean of all maps;
+    `fold_maps` the maps, each fitted without its fold; `overall` the map fitted to all labelled pairs, for pairs to come;
+    `report` is ready for JSON.
+    """
+
+    probability: np.ndarray
+    log_odds: np.ndarray
+    fold: np.ndarray
+    fold_maps: list[Map]
+    overall: Map
+    report: dict[str, Any]
+
+
+def calibrate(
+    differences: np.ndarray,
+    human: np.ndarray,
+    *,
+    method: str = "temperature",
+    folds: int = 5,
+    groups: Sequence[str] | None = None,
+    invert: bool = False,
+    seed: int = 0,
+    weights: np.ndarray | None = None,
+    names: Sequence[str] | None = None,
+    own: np.ndarray | None = None,
+) -> Calibrated:
+    """Calibrate one judge, or stack several, by cross-fitting on the human labels.
+
+    The labelled pairs are split into folds, and each fold's map is fitted to the labels outside of it. A labelled pair gets
+    its own fold's map; any other pair the mean of all maps' probabilities (cross-prediction; Zrnic and Candes, arXiv
+    2309.16598). This keeps the merged objective unbiased: of any one map, the labelled pairs of its fold and the unlabelled
+    pairs are equally fresh, so the judge's error that the labelled ones measure is the error that the unlabelled ones have.
+    With groups, an unlabelled pair that shares its group with a labelled one gets that fold's map alone, for the same reason:
+    the other maps saw labels of its group.
+
+    Args:
+        differences: (N, J) raw score_0 - score_1 of J judges, NaN where there is no answer; J = 1 unless stacking.
+        human: (N,) label_0 in [0, 1], NaN where nobody answered.
+        method: temperature, isotonic or stack.
+        folds: parts of the labelled pairs.
+        groups: (N,) prompts, kept together; with fewer labelled ones than folds, or None, every pair is a group of its own.
+        invert: turn judges round that agree with people less than half of the time, in place of leaving them undecided.
+        seed: of folds and bootstrap.
+        weights: (N,) inverse probability of being labelled, read at labelled pairs; None for labels at random.
+        names: (J,) of the judges, for the report.
+        own: (N, J) the judges' own probabilities, to compare with; None takes sigmoid(differences).
+
+    Returns:
+        Calibrated. Its report holds counts (`n`, `n_human`, `n_ties`, `n_missing` pairs without every judge's answer,
+        `n_human_missing` of these with a human label, `n_groups`), `judges` (`agreement`, `used`, `folds_used`, `slope`,
+        `temperature`, `slope_folds`, own `log_loss` and `calibration_error`), the calibrated `log_loss` and
+        `calibration_error`, held out, `differences` (calibrated log loss less that of what it is compared with, negative is
+        better), `map`, `fold_maps` and `sentences`. Intervals are 95 % bootstraps over groups, None for fewer than 20.
+
+    Raises:
+        ValueError: something that cannot be used, or too few labels; the message names the remedy.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    d = d[:, None] if d.ndim == 1 else d
+    z = np.asarray(human, dtype=np.float64)
+    labelled = _check(d, z, method, folds, weights, groups)
+    fold, group = _pair_folds(groups, labelled, folds, seed)
+    w = np.ones(len(z)) if weights is None else np.asarray(weights, dtype=np.float64)
+
+    def cross(columns: np.ndarray, kind: str) -> tuple[np.ndarray, list[Map]]:
+        """(N,) cross-fitted log-odds, and the maps that never saw folds 0, 1, ... and, last, the one that saw all labels."""
+        seen = [labelled & (fold != k) for k in range(folds)] + [labelled]
+        maps = [fit_map(columns[rows], z[rows], method=kind, weights=w[rows], invert=invert) for rows in seen]
+        return _cross_log_odds(columns, fold, maps[:-1]), maps
+
+    log_odds, maps = cross(d, method)
+    came = (_sigmoid(d) if own is None else np.asarray(own, dtype=np.float64).reshape(d.shape))[labelled].T
+    rivals = came if method != "stack" else [_sigmoid(cross(column[:, None], "temperature")[0][labelled]) for column in d.T]
+    names = [f"judge {j}" for j in range(d.shape[1])] if names is None else list(names)
+    report = {"method": method, "folds": folds, "seed": seed, **_counts(d, z, group)}
+    report |= _report(_Held(z[labelled], w[labelled], group, seed), d[labelled].T, _sigmoid(log_odds[labelled]), came, rivals, names, maps)
+    report |= {"map": maps[-1].describe(), "fold_maps": [fitted.describe() for fitted in maps[:-1]]}
+    report["sentences"] = _sentences(report)
+    return Calibrated(_sigmoid(log_odds), log_odds, fold, maps[:-1], maps[-1], report)
+
+
+def _cross_log_odds(d: np.ndarray, fold: np.ndarray, maps: list[Map]) -> np.ndarray:
+    """(N,) log-odds of the map of each pair's fold, or of the mean of all maps' probabilities where the fold is -1."""
+    from scipy.special import log_expit, logsumexp
+
+    each = np.stack([fitted.log_odds(d) for fitted in maps])
+    mean = logsumexp(log_expit(each), axis=0) - logsumexp(log_expit(-each), axis=0)  # exact in both tails, and odd
+    found = np.where(fold < 0, mean, np.take_along_axis(each, np.maximum(fold, 0)[None], axis=0)[0])
+    return np.where(np.isnan(d).any(axis=1), np.nan, found)
+
+
+def _check(d: np.ndarray, z: np.ndarray, method: str, folds: int, weights: np.ndarray | None, groups: Sequence[str] | None) -> np.ndarray:
+    """(N,) whether a pair has a human label and every judge's answer."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    if d.ndim != 2 or z.shape != (len(d),) or any(len(x) != len(d) for x in (weights, groups) if x is not None):
+        raise ValueError(f"differences have shape {d.shape} and labels {z.shape}: give (N, J) and (N,), and weights and groups (N,)")
+    if (d.shape[1] > 1) != (method == "stack"):
+        raise ValueError(f"method {method} takes {'two or more judges' if method == 'stack' else 'one judge'}, not {d.shape[1]}")
+    if np.isinf(d).any():
+        raise ValueError(f"the difference of pair {np.flatnonzero(np.isinf(d).any(axis=1))[0]} is infinite: leave the pair out")
+    if ((z < 0) | (z > 1)).any():
+        raise ValueError(f"the label of pair {np.flatnonzero((z < 0) | (z > 1))[0]} lies outside [0, 1]: mend it")
+    labelled = ~(np.isnan(d).any(axis=1) | np.isnan(z))
+    if labelled.sum() < 2 * folds:
+        text = f"{labelled.sum()} pairs have a human label and every judge's answer, and {folds} folds need {2 * folds}"
+        raise ValueError(f"{text}: have more pairs answered, or use fewer folds")
+    if weights is not None and not (np.asarray(weights)[labelled] > 0).all():
+        raise ValueError("a labelled pair has a weight that is not positive: give inverse probabilities of being labelled")
+    return labelled
+
+
+# ---- how good the labels are
+
+
+def _counts(d: np.ndarray, z: np.ndarray, group: np.ndarray) -> dict[str, int]:
+    missing, answered = np.isnan(d).any(axis=1), ~np.isnan(z)
+    counted = {"n_human": answered & ~missing, "n_ties": (z == 0.5) & ~missing, "n_missing": missing, "n_human_missing": answered & missing}
+    return {"n": len(z), "n_groups": int(group.max()) + 1, **{name: int(rows.sum()) for name, rows in counted.items()}}
+
+
+def calibration_error(probability: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None, bins: int = 10) -> dict[str, Any]:
+    """Mean gap between how sure a judge is and how often people agree, over bins of equally many pairs.
+
+    Sides are folded together: a pair counts at max(P, 1 - P), with the label of the image that the judge names.
+
+    Args:
+        probability, human: (n,) in [0, 1], n >= 1.
+        weights: (n,) of the pairs.
+        bins: at most; fewer where a bin would hold fewer than 10 pairs.
+
+    Returns:
+        `value`; `by_chance`, about what a perfectly calibrated judge would show on so few hard answers; `n`.
+    """
+    n = len(human)
+    w = _mean_one(weights, n)
+    sure = np.round(np.maximum(probability, 1 - probability), 12)  # so that swapped images change no bin
+    agreed = np.where(probability == 0.5, 0.5, np.where(probability > 0.5, human, 1 - human))
+    edges = np.quantile(sure, np.linspace(0, 1, max(1, min(bins, n // MIN_BIN)) + 1)[1:-1])
+    place = np.searchsorted(edges, sure, side="left")  # equal probabilities share a bin
+    gap = np.bincount(place, w * (agreed - sure))
+    noise = np.bincount(place, w**2 * sure * (1 - sure) * (probability != 0.5))  # the undecided make no gap
+    return {"value": float(np.abs(gap).sum() / n), "by_chance": float(np.sqrt(2 / math.pi * noise).sum() / n), "n": n}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The n labelled pairs: label, weight and group (n,) each."""
+
+    human: np.ndarray
+    weights: np.ndarray
+    group: np.ndarray
+    seed: int
+
+    def log_losses(self, probability: np.ndarray) -> np.ndarray:
+        p = np.clip(probability, LEAST, 1 - LEAST)
+        return -(self.human * np.log(p) + (1 - self.human) * np.log1p(-p))
+
+    def means(self, columns: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """Weighted mean over pairs of each column (n,), with percentile bootstraps over groups on the same resamples."""
+        sums = np.stack([np.bincount(self.group, self.weights * column) for column in (*columns, np.ones(len(self.group)))], axis=1)
+        values = sums[:, :-1].sum(axis=0) / sums[:, -1].sum()
+        ends: list[Any] = [None] * len(columns)
+        if len(sums) >= MIN_CLUSTERS:
+            drawn = bootstrap_sums(sums, np.random.default_rng(self.seed))
+            ends = np.quantile(drawn[:, :-1] / drawn[:, -1:], [0.025, 0.975], axis=0).T.tolist()
+        return [{"value": float(value), "ci": ci, "n": len(self.group)} for value, ci in zip(values, ends, strict=True)]
+
+
+def _report(
+    held: _Held, differences: np.ndarray, after: np.ndarray, came: Any, rivals: Any, names: list[str], maps: list[Map]
+) -> dict[str, Any]:
+    """The judges as they came, the calibrated labels, and how these compare with their rivals; the last map is the overall one."""
+    size = len(names)
+    own, calibrated = [held.log_losses(p) for p in came], held.log_losses(after)
+    errors = [calibration_error(p, held.human, weights=held.weights) for p in (*came, after)]
+    stats = held.means([*own, *(calibrated - held.log_losses(p) for p in rivals), calibrated])
+    judges = [_judge(held.human, differences[j], name, j, maps) for j, name in enumerate(names)]
+    how = "calibrated alone" if size > 1 else "as it came"
+    return {
+        "judges": [judge | {"log_loss": stats[j], "calibration_error": errors[j]} for j, judge in enumerate(judges)],
+        "log_loss": stats[-1],
+        "calibration_error": errors[-1],
+        "differences": [{"with": f"{name} {how}", **stats[size + j]} for j, name in enumerate(names)],
+    }
+
+
+def _judge(human: np.ndarray, d: np.ndarray, name: str, j: int, maps: list[Map]) -> dict[str, Any]:
+    """How judge j, with differences (n,), agrees with people and enters the maps."""
+    words = {1: "as it is", 0: "undecided", -1: "inverted"}
+    agrees = agreement(human, _decided(d))
+    slopes = [fitted.slopes[j] if isinstance(fitted, Linear) else None for fitted in maps]
+    return {
+        "name": name,
+        "agreement": agrees,
+        "below_half": agrees["value"] is not None and agrees["value"] < 0.5,
+        "used": words[maps[-1].signs()[j]],
+        "folds_used": [words[fitted.signs()[j]] for fitted in maps[:-1]],
+        "slope": slopes[-1],
+        "temperature": 1 / slopes[-1] if slopes[-1] else None,
+        "slope_folds": slopes[:-1],
+    }
+
+
+# ---- in words
+
+
+def _judge_sentences(judge: dict[str, Any], stacked: bool) -> list[str]:
+    name, used = judge["name"], judge["used"]
+    agrees = "cannot be compared with people: no pair is decided by both"
+    if judge["agreement"]["value"] is not None:
+        low, high = judge["agreement"]["ci"]
+        share = f"{judge['agreement']['value']:.1%} of {judge['agreement']['n']} pairs (95 %: {low:.1%} to {high:.1%})"
+        agrees = f"agrees with people on {share}"
+    if judge["below_half"]:
+        agrees += ", less often than a coin would"
+    if used == "inverted":
+        return [f"{name} {agrees}; as you asked, it counts the other way round."]
+    if used == "as it is":
+        others = [word for word in judge["folds_used"] if word != used]
+        but = f"; in the maps of {len(others)} of {len(judge['folds_used'])} folds it counts as {others[0]}" if others else ""
+        return [f"{name} {agrees}{but}."]
+    if judge["below_half"]:
+        return [f"Warning: {name} {agrees}, so it counts as undecided; if its scores are known to run the other way, use invert."]
+    adds = "adds nothing to the other judges" if stacked else "says nothing of their answers by how far its scores lie apart"
+    return [f"Warning: {name} {agrees}, but {adds}, so it counts as undecided."]
+
+
+def _difference_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:
+    text = f"Held out, the log loss is {report['log_loss']['value']:.4f}, {entry['value']:+.4f} against {entry['with']}"
+    if entry["ci"] is None:
+        return f"{text}; no interval is given for fewer than {MIN_CLUSTERS} prompts or pairs."
+    low, high = entry["ci"]
+    verdict = "better" if high < 0 else "worse" if low > 0 else "not told apart by these labels"
+    return f"{text} (95 %: {low:+.4f} to {high:+.4f}): {verdict}."
+
+
+def _sentences(report: dict[str, Any]) -> list[str]:
+    texts = []
+    for judge in report["judges"]:
+        texts += _judge_sentences(judge, report["method"] == "stack")
+    texts += [_difference_sentence(entry, report) for entry in report["differences"]]
+    error = report["calibration_error"]
+    chance = f"a perfectly calibrated judge would show about {error['by_chance']:.3f} on {error['n']} answers"
+    texts.append(f"Held out, the calibration error is {error['value']:.3f}; {chance}.")
+    if report["n_missing"]:
+        lost = report["n_human_missing"]
+        texts.append(f"{report['n_missing']} pairs lack the answer of a judge and get no label; {lost} of them have a human label.")
+    return texts

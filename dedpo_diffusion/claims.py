@@ -1,0 +1,58 @@
+"""Work shared out among processes and machines that see one folder, by lock files in it.
+
+Whoever holds a task's lock does it. A lock ends with its process, so the tasks of a killed one are taken over by the
+others or by the next run; processes need not know of each other, nor start together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+POLL = 0.2  # seconds between two looks at what others have not finished yet
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Hold the lock `path` within the block; yields False, without waiting, where another process holds it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except (Timeout, FileNotFoundError):  # held by another process, or its folder was removed by one that finished
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def spread(tasks: Sequence[T], *, pending: Callable[[T], Mapping[str, Path]], work: Callable[[T, list[str]], object]) -> None:
+    """Do every task that no other process does, and wait for those that others do.
+
+    Args:
+        tasks: in the order in which they are tried.
+        pending: the unfinished parts of a task, each with its lock file; empty once the task is finished, by whomever.
+        work: does the given parts of a task, which are then no longer pending.
+    """
+    todo = list(tasks)
+    while todo:
+        left = []
+        for task in todo:
+            with ExitStack() as locks:
+                mine = [part for part, lock in pending(task).items() if locks.enter_context(claim(lock))]
+                unfinished = pending(task) if mine else {}  # another process may have finished a part before its lock was had
+                mine = [part for part in mine if part in unfinished]
+                if mine:
+                    work(task, mine)
+            if pending(task):
+                left.append(task)
+        if len(left) == len(todo):
+            time.sleep(POLL)
+        todo = left

@@ -1,0 +1,34 @@
+"""The configuration of every stage, one dataclass each, and nothing else.
+
+Field descriptions are the command line's help. Paths are relative to the working folder.
+"""
+
+from __future__ import annotations
+
+from .data import IngestSettings, ProposeSettings, ValidateSettings, VoteSettings
+from .evaluation import CompareSettings, QuickstartSettings, SampleSettings, ScoreSettings
+from .labelling import CalibrateSettings, LabelSettings, MergeSettings, SelfTrainingSettings, ServerSettings, VlmSettings
+from .training import DataSettings, ExportSettings, LoraSettings, ObjectiveSettings, OptimSettings, TrainSettings
+
+__all__ = [
+    "CalibrateSettings",
+    "CompareSettings",
+    "DataSettings",
+    "ExportSettings",
+    "IngestSettings",
+    "LabelSettings",
+    "LoraSettings",
+    "MergeSettings",
+    "ObjectiveSettings",
+    "OptimSettings",
+    "ProposeSettings",
+    "QuickstartSettings",
+    "SampleSettings",
+    "ScoreSettings",
+    "SelfTrainingSettings",
+    "ServerSettings",
+    "TrainSettings",
+    "ValidateSettings",
+    "VlmSettings",
+    "VoteSettings",
+]

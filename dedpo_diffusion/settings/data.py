@@ -1,0 +1,144 @@
+"""Settings of the stages that make and look at pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class IngestSettings:
+    """Read a preference format into a pair dataset.
+
+    Args:
+        format: the source's format, or auto to recognise it.
+        source: a file or folder of that format, or a hub id (OWNER/NAME) to stream.
+        out: the pair dataset to write; must not exist yet.
+        images: folder that image paths in the source are relative to; None takes the folder of the file that names them.
+        columns: for your own tables, which column is what: {"prompt": "my caption", "image_0": "left"}; for rapidata, which
+            of its questions to read: {"criterion": "alignment"}.
+        split: which split of a source that has several; None takes the only one.
+        ties: what becomes of answers that call both images equal: a label of 0.5, or no answer.
+        unlabelled: what becomes of pairs that nobody judged: a pair without a human label, or no pair.
+        identical: what becomes of pairs of one image with itself.
+        duplicates: the same two images under one prompt again, on either side: merge adds the answers to the first
+            pair's, keep makes another pair.
+        unreadable: stop at an image that cannot be read or decoded, or leave its pair out and count it.
+        seed: seed of the side shuffle, for sources that list the preferred image first.
+        shard_pairs: pairs in one parquet file; an interrupted run goes on after the last whole one.
+        workers: threads that read and decode images; None takes one a core.
+    """
+
+    format: str
+    source: str
+    out: Path
+    images: Path | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
+    ties: Literal["keep", "drop"] = "keep"
+    unlabelled: Literal["keep", "drop"] = "keep"
+    identical: Literal["keep", "drop"] = "drop"
+    duplicates: Literal["merge", "keep"] = "merge"
+    unreadable: Literal["error", "skip"] = "error"
+    seed: int = 0
+    shard_pairs: int = 1000
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class ValidateSettings:
+    """Check a pair dataset, its labels and votes, and say what training would trip over.
+
+    Args:
+        pairs: the pair dataset.
+        depth: headers reads the header of every image; decode also decodes each and looks for near-duplicates.
+        human: name of the human label file.
+        near: largest Hamming distance of two 64-bit perceptual hashes that counts as a near-duplicate.
+        out: the report (JSON); None takes PAIRS/validate.json. The same name with .html holds the pictures.
+        workers: processes that read; None takes one a core.
+        resamples: bootstrap resamples of the agreement's intervals.
+        seed: seed of the bootstrap.
+    """
+
+    pairs: Path
+    depth: Literal["headers", "decode"] = "decode"
+    human: str = "human"
+    near: int = 3
+    out: Path | None = None
+    workers: int | None = None
+    resamples: int = 2000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class VoteSettings:
+    """Let people label pairs in a web page.
+
+    Args:
+        pairs: the pair dataset.
+        name: name of the label file that the votes become.
+        order: which pairs come first: random, or those that judges disagree on or are unsure of; then each label carries
+            the probability with which its pair came up, and merging stays unbiased.
+        judges: label files that the disagreement order looks at; empty takes all but the votes' own.
+        floor: in the disagreement order, the least pull of a pair on which judges agree, relative to the greatest.
+        repeats: share of hidden repetitions with swapped sides, which measure the rater and make no label.
+        overlap: share of pairs that every rater is asked about; the others are asked of one rater each.
+        seed: seed of order, sides and repeats.
+        host: address to listen on; another than this machine's own (127.0.0.1) also needs share.
+        port: port to listen on; 0 takes a free one.
+        share: allow an address that others can reach; the page then asks for a token, which is printed.
+        token: the token to ask for; None makes one when it is needed.
+        allow: further host names that browsers may call this server by.
+        export_only: write the label file from the votes so far, and stop.
+    """
+
+    pairs: Path
+    name: str = "human"
+    order: Literal["random", "disagreement"] = "random"
+    judges: list[str] = field(default_factory=list)
+    floor: float = 0.5
+    repeats: float = 0.05
+    overlap: float = 0.2
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: int = 8765
+    share: bool = False
+    token: str | None = None
+    allow: list[str] = field(default_factory=list)
+    export_only: bool = False
+
+
+@dataclass(frozen=True)
+class ProposeSettings:
+    """Make pairs from a model's own images.
+
+    Args:
+        model: diffusers folder or hub id; "shapes" is the embedded model.
+        prompts: text file, one prompt a line.
+        out: the pair dataset to write; must not exist yet.
+        images_per_prompt: K images for each prompt line, each with a seed of its own.
+        pairing: disjoint gives K / 2 independent pairs a prompt, all gives K (K - 1) / 2.
+        seed: the first image's seed; image i gets seed + i.
+        steps: sampler steps.
+        guidance: classifier-free guidance scale.
+        size: pixels of a side; None takes the model's own.
+        batch: images sampled at once.
+        device: torch device; None takes a GPU if there is one.
+        dtype: precision of the sampling model.
+        shard_pairs: pairs in one parquet file.
+    """
+
+    model: str
+    prompts: Path
+    out: Path
+    images_per_prompt: int = 2
+    pairing: Literal["disjoint", "all"] = "disjoint"
+    seed: int = 0
+    steps: int = 50
+    guidance: float = 7.5
+    size: int | None = None
+    batch: int = 8
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    shard_pairs: int = 1000

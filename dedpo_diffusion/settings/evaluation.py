@@ -1,0 +1,105 @@
+"""Settings of the stages that sample and judge, and of the quickstart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Sample images, seed-paired with every other model sampled with the same prompts and seed.
+
+    Args:
+        model: diffusers folder or hub id; "shapes" is the embedded model.
+        prompts: text file, one prompt a line.
+        out: folder for the images and index.parquet.
+        lora: adapter file to load.
+        seeds: images per prompt.
+        seed: the first image's seed; image i gets seed + i.
+        steps: sampler steps.
+        guidance: classifier-free guidance scale.
+        size: pixels of a side; None takes the model's own.
+        batch: images sampled at once.
+        device: torch device; None takes a GPU if there is one.
+        dtype: precision of the model.
+    """
+
+    model: str
+    prompts: Path
+    out: Path
+    lora: Path | None = None
+    seeds: int = 1
+    seed: int = 0
+    steps: int = 50
+    guidance: float = 7.5
+    size: int | None = None
+    batch: int = 8
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Score a folder of samples.
+
+    Args:
+        folder: the sample folder.
+        scorers: scorers, each as name or name=location: pickscore, clip=MODEL:TAG, hps, aesthetic=HEAD, http=URL, oracle_reward.
+        batch: images scored at once.
+        device: torch device; None takes a GPU if there is one.
+        dtype: precision of the scorers' towers; scores are float32 always.
+    """
+
+    folder: Path
+    scorers: list[str]
+    batch: int = 64
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Compare sample folders that share prompts and seeds; the first is the base.
+
+    Args:
+        folders: two or more scored sample folders; their names name the arms.
+        out: the page to write; results.json lies beside it.
+        primary: the scorer of the verdict; None takes the first that all folders share.
+        runs: run folders whose training curves the page shows.
+        targets: report (JSON) of merged targets that the page shows.
+        held_out: scorers that made no training label; the page marks the others.
+        resamples: bootstrap resamples.
+        seed: seed of the bootstrap.
+    """
+
+    folders: list[Path]
+    out: Path = Path("report.html")
+    primary: str | None = None
+    runs: list[Path] = field(default_factory=list)
+    targets: list[Path] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    resamples: int = 10000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class QuickstartSettings:
+    """The whole journey on the embedded world.
+
+    Args:
+        out: folder for everything that is made.
+        seed: seed of every draw.
+        pairs: how many pairs the base model proposes.
+        human_share: share of pairs that the simulated human labels.
+        steps: optimizer steps of each arm.
+        eval_seeds: images per prompt in the evaluation (144 prompts).
+    """
+
+    out: Path = Path("quickstart")
+    seed: int = 0
+    pairs: int = 800
+    human_share: float = 0.25
+    steps: int = 250
+    eval_seeds: int = 3

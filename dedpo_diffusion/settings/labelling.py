@@ -1,0 +1,165 @@
+"""Settings of the stages that make labels and merge them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class VlmSettings:
+    """How a vision-language model is asked.
+
+    Args:
+        prompt: a text file with the question; {prompt} in it stands for the pair's prompt. None takes the package's own.
+        min_validity: the least probability of the two allowed answers together; below it the pair has no answer.
+        max_side: longer images are shrunk to this many pixels before the model sees them; None leaves them.
+        batch: pairs that a local model sees at once, each in both orders; a server takes what server.concurrency says.
+    """
+
+    prompt: Path | None = None
+    min_validity: float = 0.5
+    max_side: int | None = 1024
+    batch: int = 4
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """A model behind a server that speaks OpenAI's protocol.
+
+    Args:
+        model: the model's name there; None takes the only one that the server lists.
+        key_variable: the environment variable that holds the key, if the server wants one; the key itself is never stored.
+        logprobs: ask for token probabilities; auto falls back to sampled text where the server has none.
+        samples: how often a pair is asked in each order where there are no token probabilities.
+        concurrency: requests under way at once.
+        per_minute: requests begun in a minute, at most; None has no limit.
+        retries: further attempts after a timeout, a lost connection, a busy or a failing server.
+        timeout: seconds until an attempt counts as failed.
+        failures: consecutive pairs that may fail for the server's sake before the run stops.
+        price_in: price of a million prompt tokens, for the summary.
+        price_out: price of a million answer tokens.
+    """
+
+    model: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    logprobs: Literal["auto", "yes", "no"] = "auto"
+    samples: int = 5
+    concurrency: int = 8
+    per_minute: float | None = None
+    retries: int = 5
+    timeout: float = 120.0
+    failures: int = 20
+    price_in: float = 0.0
+    price_out: float = 0.0
+
+
+@dataclass(frozen=True)
+class SelfTrainingSettings:
+    """How a trained policy's implicit reward is read.
+
+    Args:
+        draws: fixed pairs of a timestep and a noise that every image's errors are averaged over.
+        timesteps: range [first, last) of the timesteps, evenly spread; None takes the run's own.
+        size: image side in pixels; None takes the run's own.
+        seed: seed of the noises.
+    """
+
+    draws: int = 16
+    timesteps: tuple[int, int] | None = None
+    size: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """Label pairs with machine judges.
+
+    Args:
+        pairs: the pair dataset.
+        judges: the judges: a scorer's name or name=location (pickscore, clip=MODEL:TAG, hps, aesthetic, http=URL), or
+            vlm=FOLDER, openai=URL, self=RUN,RUN.
+        name: name of the label file, for one judge; None takes the judge's name.
+        temperature: a judge's score difference is divided by this before the sigmoid; None takes each judge's own.
+        batch: pairs judged at once.
+        shard: pairs after which labels are kept on disk; a killed run repeats at most one shard for each process.
+        device: torch device; None takes a GPU if there is one.
+        dtype: precision of scorers' towers and of a local vision-language model; scores are float32 always.
+        workers: threads that read and decode images ahead of the judges.
+        human: name of the human label file that the summary compares with.
+        summary: compare the labels with people's when done, if there are any.
+        vlm: how vision-language models are asked.
+        server: the server of judge openai.
+        self_training: how judge self reads a policy's reward.
+    """
+
+    pairs: Path
+    judges: list[str]
+    name: str | None = None
+    temperature: float | None = None
+    batch: int = 64
+    shard: int = 256
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    workers: int = 2
+    human: str = "human"
+    summary: bool = True
+    vlm: VlmSettings = field(default_factory=VlmSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    self_training: SelfTrainingSettings = field(default_factory=SelfTrainingSettings)
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """Calibrate judges' labels on the human ones, and stack several judges into one.
+
+    Args:
+        pairs: the pair dataset.
+        judges: label files to use; empty takes all that hold raw scores.
+        method: temperature or isotonic makes one label file for each judge, stack one of all judges.
+        name: name of the new label file, for one judge or a stack; None takes JUDGE-METHOD, or stack.
+        human: name of the human label file.
+        folds: the labelled pairs are split into this many parts; each is calibrated on the others.
+        invert: let a judge that agrees with people less often than a coin count the other way round.
+        seed: seed of the folds and the bootstrap.
+    """
+
+    pairs: Path
+    judges: list[str] = field(default_factory=list)
+    method: Literal["temperature", "isotonic", "stack"] = "temperature"
+    name: str | None = None
+    human: str = "human"
+    folds: int = 5
+    invert: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Merge human and judge labels into one target and weight per pair.
+
+    Args:
+        pairs: the pair dataset.
+        method: the estimator; tuned fits the judge's power to the labels, dedpo is the published power 1.
+        judge: name of the judge's label file; None takes the only one there is.
+        human: name of the human label file.
+        name: name of the targets; None takes the method's.
+        power: a power to use in place of the tuned one.
+        max_overshoot: bound A of how far a labelled target is stretched by the tuned power.
+        missing: what becomes of pairs without the judge's answer: an error, or the judge counts as undecided there (0.5).
+        folds: also write targets NAME-fold-0, -1, ..., each without the pairs of one fold, so that policies can be trained
+            whose rewards label the pairs that they never saw (judge self); 0 writes none.
+        seed: seed of the folds.
+    """
+
+    pairs: Path
+    method: Literal["human_only", "naive", "dedpo", "tuned"] = "tuned"
+    judge: str | None = None
+    human: str = "human"
+    name: str | None = None
+    power: float | None = None
+    max_overshoot: float = 2.0
+    missing: Literal["error", "tie"] = "error"
+    folds: int = 0
+    seed: int = 0

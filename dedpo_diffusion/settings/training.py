@@ -1,0 +1,150 @@
+"""Settings of training and export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter.
+
+    Args:
+        rank: rank r of every adapted matrix.
+        alpha: the adapter's output is scaled by alpha / rank.
+        targets: names of the UNet's layers to adapt; None takes the attention projections.
+        dropout: dropout on the adapter's input.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    targets: list[str] | None = None
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is trained on.
+
+    Args:
+        pairs: the pair dataset.
+        targets: name of the merged targets in it.
+        size: pixels of a side after resizing and cropping; None takes the model's own.
+        cache: folder of encoded images and prompts, shared between runs; None encodes them in every step.
+        flip: mirror both images of a pair alike, half of the time (not with a cache).
+        crop: centre, or random: both images of a pair at the same relative place (not with a cache).
+        sampling: how often each pair is visited: uniform, or importance, in proportion to its gradient at margin 0;
+            the weights make up for it, so both estimate the same loss.
+        caption_dropout: share of pairs trained with the empty prompt, both images alike.
+    """
+
+    pairs: Path
+    targets: str = "tuned"
+    size: int | None = None
+    cache: Path | None = None
+    flip: bool = False
+    crop: Literal["centre", "random"] = "centre"
+    sampling: Literal["uniform", "importance"] = "importance"
+    caption_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What is minimised.
+
+    Args:
+        beta: strength of the pull to the reference, in the convention of Diffusion-DPO's published code.
+        kind: the pair loss.
+        balance: Balanced-DPO's gradient reweighting, per pair at its own timestep.
+        balance_clip: bound of the balance's log-ratio u.
+        margin_cap: bound on what the part of a target outside [0, 1] can add to the margin; None leaves it unbounded.
+        timesteps: the range [first, last) that timesteps are drawn from, in steps of the training schedule.
+    """
+
+    beta: float = 2000.0
+    kind: Literal["sigmoid"] = "sigmoid"
+    balance: Literal["none", "output", "relative"] = "output"
+    balance_clip: float = 10.0
+    margin_cap: float | None = 10.0
+    timesteps: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """How it is minimised.
+
+    Args:
+        learning_rate: peak learning rate of AdamW; it should scale like 1 / beta.
+        steps: optimizer steps.
+        batch: pairs in one forward pass of one process.
+        accumulation: forward passes per optimizer step.
+        warmup: steps of linear warm-up.
+        schedule: learning rate after the warm-up.
+        clip: largest norm of the gradient.
+        weight_decay: AdamW's decoupled weight decay.
+        betas: AdamW's moment decays.
+    """
+
+    learning_rate: float = 1e-4
+    steps: int = 1000
+    batch: int = 4
+    accumulation: int = 1
+    warmup: int = 50
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip: float = 1.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Train a LoRA on merged preference targets.
+
+    Args:
+        model: diffusers folder or hub id of the base; "shapes" is the embedded model.
+        out: the run folder.
+        data: what is trained on.
+        lora: the adapter.
+        objective: what is minimised.
+        optim: how it is minimised.
+        seed: seed of every draw.
+        mixed_precision: compute precision; weights of the adapter, errors and losses stay float32.
+        gradient_checkpointing: trade compute for memory.
+        attention: torch's own attention, or that of xformers (CUDA only).
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many of the newest checkpoints are kept.
+        log_every: steps between lines of metrics.jsonl.
+        device: cpu forces the CPU; None lets accelerate choose.
+    """
+
+    model: str
+    out: Path
+    data: DataSettings
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    device: Literal["cpu"] | None = None
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Write a run's adapter as one weight file.
+
+    Args:
+        run: the run folder.
+        out: the file to write.
+        format: layout of the file.
+    """
+
+    run: Path
+    out: Path
+    format: Literal["diffusers"] = "diffusers"

@@ -1,0 +1,201 @@
+"""Do two judges stacked, calibrated on human labels, predict people better than either judge alone? On Shapes.
+
+    python eval/benchmarks/stacking.py --out stacking.json
+
+Every seed has pairs of its own. The first judge is the embedded CLIP model, which sees colours and backgrounds and overlooks
+clutter. The second is a planted program that likes bright images and sees either other things than the first (shape and
+cleanliness) or the same (colour and background). The simulated human answers a part of the pairs, from which the
+calibration learns as `dedpo calibrate` does; on the other pairs, what counts is the log loss on answers that nobody has
+seen. A stopped run goes on: seeds that the file holds are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dedpo_diffusion.console import UserError, say, stage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Triple = tuple[list[str], list["Image"], list["Image"]]
+JUDGES = ("pickscore", "planted")
+SEES = {"other things": ("shape", "clean"), "the same things": ("colour", "background")}  # of the oracle's terms
+ATTRIBUTES = ("size", "colour", "shape", "background")
+
+
+@dataclass(frozen=True)
+class StackingSettings:
+    """Settings of the comparison.
+
+    Args:
+        out: file for the result (JSON); seeds that it holds are not measured again.
+        source: render draws scenes with mistakes and clutter, propose samples images from the embedded model (a minute a seed).
+        pairs: pairs of a seed.
+        share: share of the pairs that have a human label to learn from; the log loss is that of the others.
+        seeds: how many.
+        mistakes: chance of each attribute of a rendered image to be another than its prompt's.
+        brightness: weight of the mean pixel, in [0, 1], in the planted judge's score, beside the two terms that it sees.
+        folds: of the calibration.
+    """
+
+    out: Path
+    source: Literal["render", "propose"] = "render"
+    pairs: int = 240
+    share: float = 0.4
+    seeds: int = 12
+    mistakes: float = 0.15
+    brightness: float = 1.0
+    folds: int = 5
+
+
+def rendered_pairs(settings: StackingSettings, seed: int) -> Triple:
+    """Scenes with wrong attributes and clutter."""
+    from dedpo_diffusion.shapes.world import VOCABULARY, Attributes, render, sample_scene
+
+    rng = np.random.default_rng((seed, 0))
+
+    def draw(asked: Attributes) -> Image:
+        other = VOCABULARY[rng.integers(len(VOCABULARY))]
+        words = [getattr(other if rng.random() < settings.mistakes else asked, name) for name in ATTRIBUTES]
+        return render(sample_scene(rng, Attributes(*words), clutter=0.5))
+
+    asked = [VOCABULARY[i] for i in rng.integers(len(VOCABULARY), size=settings.pairs)]
+    return [attributes.prompt for attributes in asked], [draw(a) for a in asked], [draw(a) for a in asked]
+
+
+def proposed_pairs(settings: StackingSettings, seed: int) -> Triple:
+    """Images of the embedded model, sampled as the quickstart does, for random prompts."""
+    from dedpo_diffusion.decoding import decode_image
+    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pipelines import propose
+    from dedpo_diffusion.settings import ProposeSettings
+    from dedpo_diffusion.shapes.world import VOCABULARY
+
+    rng = np.random.default_rng((seed, 0))
+    with TemporaryDirectory() as folder:
+        prompts, out = Path(folder) / "prompts.txt", Path(folder) / "pairs"
+        prompts.write_text("\n".join(VOCABULARY[i].prompt for i in rng.integers(len(VOCABULARY), size=settings.pairs)), encoding="utf-8")
+        first = 1_000_000 * seed  # no noise is shared between seeds
+        propose.run(ProposeSettings("shapes", prompts, out, seed=first, steps=12, guidance=1.5, batch=32, device="cpu"))
+        pairs = list(PairReader(out).iter_pairs())
+    images = [[decode_image(getattr(pair, side), pair.pair_id) for pair in pairs] for side in ("image_0", "image_1")]
+    return [pair.prompt for pair in pairs], images[0], images[1]
+
+
+def planted_score(prompts: Sequence[str], images: Sequence[Image], sees: Sequence[str], brightness: float) -> np.ndarray:
+    """(N,) scores of a judge that sees two terms of the oracle's, and likes bright images."""
+    from dedpo_diffusion.shapes.oracle import read, terms
+
+    found = []
+    for prompt, image in zip(prompts, images, strict=True):
+        seen = terms(prompt, read(image))
+        found.append(sum(seen[term] for term in sees) + brightness * float(np.asarray(image.convert("L")).mean()) / 255)
+    return np.array(found)
+
+
+def log_loss(p: np.ndarray, z: np.ndarray) -> float:
+    """Mean log loss of probabilities (n,) on hard answers (n,)."""
+    return float(-np.mean(np.log(np.where(z > 0.5, p, 1 - p))))
+
+
+def held_out(settings: StackingSettings, seed: int, prompts: list[str], d: np.ndarray, human: np.ndarray, z: np.ndarray) -> dict[str, Any]:
+    """Of judges with differences (N, 2): log loss, agreement and weights on the pairs where `human` is NaN, with answers z."""
+    from dedpo_diffusion.calibration import calibrate
+
+    fresh = np.isnan(human)
+    arms: dict[str, Any] = {"stack": ("stack", d)} | {name: ("temperature", d[:, [j]]) for j, name in enumerate(JUDGES)}
+    made = {arm: calibrate(x, human, method=how, folds=settings.folds, groups=prompts, seed=seed) for arm, (how, x) in arms.items()}
+    return {
+        "log_loss": {arm: log_loss(done.probability[fresh], z[fresh]) for arm, done in made.items()},
+        "agreement": {name: float(np.mean((d[fresh, j] > 0) == (z[fresh] > 0.5))) for j, name in enumerate(JUDGES)},
+        "weights": dict(zip(JUDGES, made["stack"].report["map"]["weights"], strict=True)),
+        "correlation": float(np.corrcoef(d.T)[0, 1]),
+    }
+
+
+def one_seed(settings: StackingSettings, scorer: Any, seed: int) -> dict[str, Any]:
+    """Both second judges beside the first: held-out figures of each alone, with its temperature, and of the stack."""
+    from dedpo_diffusion.shapes.human import answers
+    from dedpo_diffusion.shapes.oracle import reward
+
+    prompts, *sides = (rendered_pairs if settings.source == "render" else proposed_pairs)(settings, seed)
+
+    def difference(score: Any, *options: Any) -> np.ndarray:
+        return score(prompts, sides[0], *options) - score(prompts, sides[1], *options)
+
+    rng = np.random.default_rng((seed, 1))
+    z = answers(rng, reward(prompts, sides[0]), reward(prompts, sides[1]))
+    human = np.full(len(z), np.nan)
+    asked = rng.permutation(len(z))[: round(settings.share * len(z))]
+    human[asked] = z[asked]
+    first = difference(scorer.score)
+    found: dict[str, Any] = {"seed": seed, "labelled": len(asked), "held_out": len(z) - len(asked)}
+    for kind, sees in SEES.items():
+        d = np.stack([first, difference(planted_score, sees, settings.brightness)], axis=1)
+        found[kind] = held_out(settings, seed, prompts, d, human, z)
+    return found
+
+
+def t_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of independent values with Student's 95 % interval."""
+    from scipy.stats import t
+
+    x = np.array(values)
+    half = float(t.ppf(0.975, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return {"value": float(x.mean()), "ci": [float(x.mean()) - half, float(x.mean()) + half], "n": len(x)}
+
+
+def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Log loss of the stack less that of a judge, paired by seed: of each judge, and of each seed's better one in hindsight."""
+    losses = {arm: [part["log_loss"][arm] for part in parts] for arm in ("stack", *JUDGES)}
+    mean = {arm: float(np.mean(values)) for arm, values in losses.items()}
+    return {
+        "mean_log_loss": mean,
+        "better_judge": min(JUDGES, key=mean.__getitem__),
+        "stack_less_judge": {name: t_interval(np.subtract(losses["stack"], losses[name])) for name in JUDGES},
+        "stack_less_better_of_each_seed": t_interval(np.subtract(losses["stack"], np.minimum(*(losses[name] for name in JUDGES)))),
+    }
+
+
+def run(settings: StackingSettings) -> None:
+    """Compare a calibrated stack of two judges with each of them alone."""
+    from importlib.resources import files
+
+    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.scorers import load_scorer
+
+    if settings.seeds < 2:
+        raise UserError(f"seeds is {settings.seeds}; an interval needs at least 2")
+    asked = {key: value for key, value in asdict(settings).items() if key not in ("out", "seeds")}
+    held = json.loads(settings.out.read_text(encoding="utf-8")) if settings.out.exists() else {"settings": asked, "seeds": []}
+    if held["settings"] != asked:
+        raise UserError(f"{settings.out} holds a comparison with other settings; give another --out, or remove it")
+    done = {entry["seed"]: entry for entry in held["seeds"]}
+    scorer = load_scorer(f"pickscore={files('dedpo_diffusion.shapes') / 'model' / 'judge'}", device="cpu", batch=64)
+    for seed in range(settings.seeds):
+        if seed not in done:
+            done[seed] = one_seed(settings, scorer, seed)
+            for kind in SEES:
+                losses = ", ".join(f"{arm} {loss:.4f}" for arm, loss in done[seed][kind]["log_loss"].items())
+                say(f"seed {seed}, a second judge that sees {kind}: {losses}")
+            write_json(settings.out, {"settings": asked, "seeds": [done[key] for key in sorted(done)]})
+    seeds = [done[key] for key in sorted(done)]
+    result = {kind: summary([entry[kind] for entry in seeds]) for kind in SEES}
+    for kind, part in result.items():
+        for name, entry in part["stack_less_judge"].items():
+            low, high = entry["ci"]
+            say(f"a second judge that sees {kind}: stack less {name} {entry['value']:+.4f} ({low:+.4f} to {high:+.4f}), {entry['n']} seeds")
+    write_json(settings.out, {"settings": asked, "second_judge_sees": result, "seeds": seeds})
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage(StackingSettings, run, None, prog="stacking"))
