@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import signal
@@ -349,12 +350,36 @@ def test_a_broken_image_is_named_by_file_row_and_column(tmp_path, capsys):
         (["--batch", "0"], "batch is 0"),
         (["--temperature", "0"], "temperature is 0"),
         (["--name", "../out"], "cannot name a label file"),
+        (["--shard", "0"], "shard is 0"),
+        (["--with", "brightness", "hps=/no/such/file"], "/no/such/file"),
+        (["--with", "brightness", "clip=/no/such/folder"], "/no/such/folder"),
+        (["--with", "brightness", "vlm=/no/such/folder"], "/no/such/folder"),
+        (["--with", "brightness", "vlm"], "judge vlm needs a location"),
+        (["--with", "brightness", "openai=http://127.0.0.1:9"], "http://127.0.0.1:9"),
+        (["--with", "brightness", "http=http://127.0.0.1:9"], "http://127.0.0.1:9"),
+        (["--with", "brightness", "self=/no/such/run"], "/no/such/run"),
+        (["--with", "brightness", "brightness"], "two of the judges are called brightness"),
+        (["--with", "brightness", "oracle_reward", "--name", "both"], "names one label file, and there are 2 judges"),
     ],
 )
-def test_bad_settings(pairs, capsys, more, message):
+def test_what_cannot_be_had_is_told_in_one_line_before_any_work(pairs, capsys, more, message):
     assert label(pairs, *more) == 2
-    assert message in capsys.readouterr().err
-    assert not (pairs / "labels").exists()
+    error = capsys.readouterr().err.strip()
+    assert message in error and error.count("\n") == 0
+    assert Watched.scored == 0 and not (pairs / "labels").exists()
+
+
+def test_with_human_labels_there_the_summary_is_written_beside_the_labels(pairs, capsys):
+    """People who always choose the brighter image agree with a judge that measures brightness."""
+    human = (LEVELS[:, 0] > LEVELS[:, 1]).astype(float)
+    write_labels(pairs, "human", Labels([f"p{k}" for k in range(COUNT)], human))
+    assert label(pairs, "--summary", "true") == 0
+    report = json.loads((pairs / "labels" / "brightness.json").read_text())
+    assert report["agreement"]["value"] == 1.0 and report["agreement"]["n"] == COUNT
+    assert 0 <= report["waiting_share"] <= 1 and report["pairs_per_second"] > 0
+    with Image.open(pairs / "labels" / "brightness.png") as picture:
+        assert picture.width > 1000
+    assert "agrees with people on 100.0% of 11 pairs" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_folder_without_pairs(tmp_path, capsys):

@@ -15,7 +15,9 @@ from scipy.special import expit
 from conftest import picture
 from dedpo_diffusion.annotators import Question, load_judge, probability
 from dedpo_diffusion.annotators.self_training import PolicyRewards, SelfTrainedJudge, pool, read_policy, who_judges
+from dedpo_diffusion.calibration import assign_folds
 from dedpo_diffusion.console import UserError
+from dedpo_diffusion.debias import inverse_propensity, pair_targets, pair_weights
 from dedpo_diffusion.decoding import decode_image
 from dedpo_diffusion.labels import read_targets, write_labels, write_targets
 from dedpo_diffusion.pairs import PairReader, PairWriter
@@ -191,6 +193,42 @@ def test_pairs_without_a_label_are_judged_as_blindly_as_the_labelled_ones():
     assert who_judges(seen, prompts).tolist() == [[True, True, False, False, True], [False, False, True, True, True]]
     assert who_judges(np.array([[True, False], [False, True]]), ["a", "a"]).tolist() == [[False, True], [True, False]]
     assert who_judges(np.array([[True, False]]), ["a", "a"]).tolist() == [[False, True]]
+
+
+def logistic(features: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Weights of a ridge logistic regression, by Newton's method."""
+    weights = np.zeros(features.shape[1])
+    for _ in range(6):
+        p = expit(features @ weights)
+        hessian = (features * (p * (1 - p))[:, None]).T @ features + 0.3 * np.eye(len(weights))
+        weights -= np.linalg.solve(hessian, features.T @ (p - z) + 0.3 * weights)
+    return weights
+
+
+def test_judging_by_prompt_keeps_the_merge_unbiased_and_a_mean_over_all_policies_does_not():
+    """Policies that learn prompts by heart, 300 draws of people and pairs: how much of the judge's error stays in the targets."""
+    rng, left = np.random.default_rng(0), {"by prompt": [], "by pair": [], "in-sample": []}
+    for draw in range(300):
+        prompt = rng.integers(40, size=160)
+        features = np.hstack([rng.normal(size=(160, 4)), np.eye(40)[prompt]])
+        p = expit(features @ np.concatenate([rng.normal(0, 0.5, 4), rng.normal(0, 1, 40)]))
+        labelled = np.isin(np.arange(160), rng.permutation(160)[:80])
+        z = np.where(labelled, rng.random(160) < p, np.nan)
+        names = [str(k) for k in prompt]
+        seen = labelled & (assign_folds(names, 2, draw) != np.arange(2)[:, None])
+        margins = np.stack([features @ logistic(features[rows], z[rows]) for rows in (*seen, labelled)])
+        rewards = np.stack([margins, np.zeros_like(margins)], axis=-1)
+        whole = pool(rewards[2:], np.ones((1, 160), dtype=bool), 1.0)
+        arms = {"by prompt": pool(rewards[:2], who_judges(seen, names), 1.0), "by pair": pool(rewards[:2], ~seen, 1.0), "in-sample": whole}
+        for arm, scores in arms.items():
+            g, h = probability(scores, 1.0), inverse_propensity(z)
+            weight = pair_weights(h, 0.7)
+            added = weight * (pair_targets(z, g, h, weight) - 0.5) - (p - 0.5)
+            left[arm].append((added * (g - p)).sum() / ((g - p) ** 2).sum())
+    mean, error = ({arm: f(found) for arm, found in left.items()} for f in (np.mean, lambda found: np.std(found) / np.sqrt(300)))
+    assert abs(mean["by prompt"]) < 4 * error["by prompt"] < 0.08
+    assert mean["by pair"] < -4 * error["by pair"]
+    assert mean["in-sample"] > 1
 
 
 def test_several_policies_are_pooled_to_the_mean_of_their_probabilities():
