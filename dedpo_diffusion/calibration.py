@@ -8,7 +8,8 @@ so every map from differences to P(image 0 is preferred) is odd here, P(-d) = 1 
     isotonic      P rises with d, in any way
 
 A map learns from people's labels, and merging is unbiased only for a judge that did not learn from the labels it is merged
-with. So `calibrate` cross-fits: a labelled pair gets a map that never saw its label.
+with. So `calibrate` cross-fits: a labelled pair gets a map that never saw its label. Scores are taken as given: a judge that
+itself trained on people's labels, as "self" does, may carry a pair's label into the scores of other pairs and so into its map.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit, log_expit, logit, logsumexp
 
-from .debias import agreement, bootstrap_sums
+from .debias import bootstrap_sums, wilson_interval
 
 METHODS = ("temperature", "isotonic", "stack")
 PRIOR_SD = 5.0  # of a slope, for differences of RMS 1: weak, but separable answers keep a finite slope
-LEAST = 1e-15  # a judge's own probability counts as at least this far from 0 and 1 in a log loss
+HELD = 1e-6  # probabilities are held this far from 0 and 1 in a log loss, where a wrong sure answer would cost infinity
 MIN_CLUSTERS = 20  # fewer resampled prompts or pairs make intervals that are too narrow
 MIN_BIN = 10  # pairs in one bin of the calibration error
 
@@ -49,7 +52,7 @@ class Linear:
 
     def __call__(self, differences: np.ndarray) -> np.ndarray:
         """P(image 0 is preferred), (N,), of the same differences."""
-        return _sigmoid(self.log_odds(differences))
+        return expit(self.log_odds(differences))
 
     def signs(self) -> list[int]:
         """Per judge 1, -1 for the other way round, or 0 for undecided."""
@@ -74,14 +77,12 @@ class Isotonic:
 
     def log_odds(self, differences: np.ndarray) -> np.ndarray:
         """(N,) log-odds of differences (N,) or (N, 1)."""
-        from scipy.special import logit
-
         d = np.asarray(differences, dtype=np.float64).reshape(-1)
         return self.sign * np.sign(d) * logit(np.interp(np.abs(d), self.knots, self.values))
 
     def __call__(self, differences: np.ndarray) -> np.ndarray:
         """P(image 0 is preferred), (N,), of the same differences."""
-        return _sigmoid(self.log_odds(differences))
+        return expit(self.log_odds(differences))
 
     def signs(self) -> list[int]:
         """As `Linear.signs`."""
@@ -95,12 +96,6 @@ class Isotonic:
 Map = Linear | Isotonic
 
 
-def _sigmoid(log_odds: np.ndarray) -> np.ndarray:
-    from scipy.special import expit
-
-    return expit(log_odds)
-
-
 def fit_linear(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None) -> Linear:
     """The slopes >= 0 of least mean cross-entropy, under a weak normal prior on each slope in units of the RMS of its differences.
 
@@ -112,8 +107,6 @@ def fit_linear(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarra
     Returns:
         Linear. Differences times c give slopes / c; a judge that says nothing, or the contrary, gets slope 0.
     """
-    from scipy.optimize import minimize
-
     d, w = np.asarray(differences, dtype=np.float64).reshape(len(human), -1), _mean_one(weights, len(human))
     spreads = np.sqrt(np.mean(w[:, None] * d**2, axis=0))
     scaled = d / np.where(spreads > 0, spreads, 1.0)
@@ -122,7 +115,7 @@ def fit_linear(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarra
     def loss(slopes: np.ndarray) -> tuple[float, np.ndarray]:
         logits = scaled @ slopes
         value = np.mean(w * (np.logaddexp(0, logits) - human * logits)) + prior / 2 * slopes @ slopes
-        return float(value), scaled.T @ (w * (_sigmoid(logits) - human)) / len(human) + prior * slopes
+        return float(value), scaled.T @ (w * (expit(logits) - human)) / len(human) + prior * slopes
 
     options = {"ftol": 0.0, "gtol": 1e-12, "maxiter": 1000}
     found = minimize(loss, np.zeros(d.shape[1]), jac=True, method="L-BFGS-B", bounds=[(0, None)] * d.shape[1], options=options)
@@ -158,23 +151,32 @@ def _mean_one(weights: np.ndarray | None, n: int) -> np.ndarray:
     return np.ones(n) if weights is None else weights / np.mean(weights)
 
 
-def _decided(differences: np.ndarray) -> np.ndarray:
-    """The image with the higher score as a label: 0, 0.5 or 1."""
-    return 0.5 + 0.5 * np.sign(differences)
+def score_agreement(differences: np.ndarray, human: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """Weighted share of pairs on which the higher score is of the image that people chose, over the pairs that both decide.
+
+    `value`; `ci`, Wilson's for Kish's effective number of pairs; `n` pairs. Equal weights give `debias.agreement`.
+    """
+    decided = (differences != 0) & (human != 0.5)
+    if not decided.any():
+        return {"value": None, "ci": None, "n": 0}
+    w, hit = weights[decided], ((differences > 0) == (human > 0.5))[decided]
+    value, effective = float(w @ hit / w.sum()), float(w.sum() ** 2 / (w @ w))
+    return {"value": value, "ci": wilson_interval(value * effective, effective), "n": len(w)}  # type: ignore[arg-type]
 
 
 def judge_sign(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None, invert: bool = False) -> int:
     """How one judge enters a map: 1 as it is, 0 undecided, -1 the other way round.
 
-    A judge that agrees with people on less than half of the decided pairs, or whose slope would be 0 or less, is undecided; with
-    `invert` it is turned round. Arguments are those of `fit_isotonic`.
+    It counts as it is if it agrees with people on at least half of the decided pairs, weighted, and its slope is positive.
+    With `invert` it is turned round if it agrees on less than half and its slope is negative. Else it is undecided.
+    Arguments are those of `fit_isotonic`.
     """
     w = np.ones(len(human)) if weights is None else weights
-    share = agreement(human, _decided(differences))["value"]
-    # the loss is convex, so its slope has the sign of the descent at 0
-    if (share is None or share >= 0.5) and float(np.sum(w * differences * (human - 0.5))) > 0:
-        return 1
-    return -1 if invert else 0
+    share = score_agreement(differences, human, w)["value"]
+    slope = float(np.sum(w * differences * (human - 0.5)))  # the loss is convex, so its slope has the sign of the descent at 0
+    if share is None or (share < 0.5) != (slope < 0) or slope == 0:
+        return 0
+    return 1 if slope > 0 else -1 if invert else 0
 
 
 def fit_map(differences: np.ndarray, human: np.ndarray, *, method: str, weights: np.ndarray | None = None, invert: bool = False) -> Map:
@@ -184,7 +186,8 @@ def fit_map(differences: np.ndarray, human: np.ndarray, *, method: str, weights:
         fitted = fit_isotonic(signs * differences, human, weights=weights)
         return Isotonic(fitted.knots, fitted.values, -1 if signs[0] < 0 else 1)
     linear = fit_linear(signs * differences, human, weights=weights)
-    return Linear(tuple(float(sign * slope) for sign, slope in zip(signs, linear.slopes, strict=True)), linear.spreads)
+    slopes = [float(sign * slope) + 0.0 for sign, slope in zip(signs, linear.slopes, strict=True)]  # 0.0 makes -0.0 plain 0
+    return Linear(tuple(slopes), linear.spreads)
 
 
 # ---- folds
@@ -245,15 +248,12 @@ class Calibrated:
     """Calibrated labels of N pairs, NaN where a judge gave no answer.
 
     `probability` = sigmoid(`log_odds`), (N,) each; `fold` (N,) is the fold whose map a pair got, -1 for the mean of all maps;
-    `fold_maps` the maps, each fitted without its fold; `overall` the map fitted to all labelled pairs, for pairs to come;
     `report` is ready for JSON.
     """
 
     probability: np.ndarray
     log_odds: np.ndarray
     fold: np.ndarray
-    fold_maps: list[Map]
-    overall: Map
     report: dict[str, Any]
 
 
@@ -277,7 +277,7 @@ def calibrate(
     2309.16598). This keeps the merged objective unbiased: of any one map, the labelled pairs of its fold and the unlabelled
     pairs are equally fresh, so the judge's error that the labelled ones measure is the error that the unlabelled ones have.
     With groups, an unlabelled pair that shares its group with a labelled one gets that fold's map alone, for the same reason:
-    the other maps saw labels of its group.
+    the other maps saw labels of its group. All of this holds for scores that do not depend on the human labels.
 
     Args:
         differences: (N, J) raw score_0 - score_1 of J judges, NaN where there is no answer; J = 1 unless stacking.
@@ -285,18 +285,21 @@ def calibrate(
         method: temperature, isotonic or stack.
         folds: parts of the labelled pairs.
         groups: (N,) prompts, kept together; with fewer labelled ones than folds, or None, every pair is a group of its own.
-        invert: turn judges round that agree with people less than half of the time, in place of leaving them undecided.
+        invert: turn judges round that agree with people less than half of the time and whose slope is negative; else these
+            are undecided, as all others are that fail `judge_sign`.
         seed: of folds and bootstrap.
         weights: (N,) inverse probability of being labelled, read at labelled pairs; None for labels at random.
         names: (J,) of the judges, for the report.
         own: (N, J) the judges' own probabilities, to compare with; None takes sigmoid(differences).
 
     Returns:
-        Calibrated. Its report holds counts (`n`, `n_human`, `n_ties`, `n_missing` pairs without every judge's answer,
-        `n_human_missing` of these with a human label, `n_groups`), `judges` (`agreement`, `used`, `folds_used`, `slope`,
-        `temperature`, `slope_folds`, own `log_loss` and `calibration_error`), the calibrated `log_loss` and
-        `calibration_error`, held out, `differences` (calibrated log loss less that of what it is compared with, negative is
-        better), `map`, `fold_maps` and `sentences`. Intervals are 95 % bootstraps over groups, None for fewer than 20.
+        Calibrated. Its report holds counts (`n`, `n_human`, `n_missing` pairs without every judge's answer, `n_human_missing`
+        of these with a human label), `weighted` (whether the figures are, by `weights`), `judges` (`agreement`, `below_half`,
+        `backwards` if `invert` would turn it round, `used`, `folds_used`, `slope`, `temperature`, own `log_loss` and
+        `calibration_error`), the calibrated `log_loss` and `calibration_error`, held out, `differences` (calibrated log loss
+        less that of what it is compared with, negative is better), `map` (fitted to all labelled pairs, for pairs to come),
+        `fold_maps` (each fitted without its fold) and `sentences`. Intervals are 95 % bootstraps over groups, None for fewer
+        than 20; those of agreement are Wilson's.
 
     Raises:
         ValueError: something that cannot be used, or too few labels; the message names the remedy.
@@ -315,20 +318,20 @@ def calibrate(
         return _cross_log_odds(columns, fold, maps[:-1]), maps
 
     log_odds, maps = cross(d, method)
-    came = (_sigmoid(d) if own is None else np.asarray(own, dtype=np.float64).reshape(d.shape))[labelled].T
-    rivals = came if method != "stack" else [_sigmoid(cross(column[:, None], "temperature")[0][labelled]) for column in d.T]
+    came = (expit(d) if own is None else np.asarray(own, dtype=np.float64).reshape(d.shape))[labelled].T
+    rivals = came if method != "stack" else [expit(cross(column[:, None], "temperature")[0][labelled]) for column in d.T]
     names = [f"judge {j}" for j in range(d.shape[1])] if names is None else list(names)
-    report = {"method": method, "folds": folds, "seed": seed, **_counts(d, z, group)}
-    report |= _report(_Held(z[labelled], w[labelled], group, seed), d[labelled].T, _sigmoid(log_odds[labelled]), came, rivals, names, maps)
+    missing, n = np.isnan(d).any(axis=1), int(labelled.sum())
+    counts = {"n": len(z), "n_human": n, "n_missing": int(missing.sum()), "n_human_missing": int((~np.isnan(z)).sum()) - n}
+    report = {"method": method, "folds": folds, "seed": seed, "invert": invert, "weighted": weights is not None, **counts}
+    report |= _report(_Held(z[labelled], w[labelled], group, seed), d[labelled].T, expit(log_odds[labelled]), came, rivals, names, maps)
     report |= {"map": maps[-1].describe(), "fold_maps": [fitted.describe() for fitted in maps[:-1]]}
     report["sentences"] = _sentences(report)
-    return Calibrated(_sigmoid(log_odds), log_odds, fold, maps[:-1], maps[-1], report)
+    return Calibrated(expit(log_odds), log_odds, fold, report)
 
 
 def _cross_log_odds(d: np.ndarray, fold: np.ndarray, maps: list[Map]) -> np.ndarray:
     """(N,) log-odds of the map of each pair's fold, or of the mean of all maps' probabilities where the fold is -1."""
-    from scipy.special import log_expit, logsumexp
-
     each = np.stack([fitted.log_odds(d) for fitted in maps])
     mean = logsumexp(log_expit(each), axis=0) - logsumexp(log_expit(-each), axis=0)  # exact in both tails, and odd
     found = np.where(fold < 0, mean, np.take_along_axis(each, np.maximum(fold, 0)[None], axis=0)[0])
@@ -359,10 +362,23 @@ def _check(d: np.ndarray, z: np.ndarray, method: str, folds: int, weights: np.nd
 # ---- how good the labels are
 
 
-def _counts(d: np.ndarray, z: np.ndarray, group: np.ndarray) -> dict[str, int]:
-    missing, answered = np.isnan(d).any(axis=1), ~np.isnan(z)
-    counted = {"n_human": answered & ~missing, "n_ties": (z == 0.5) & ~missing, "n_missing": missing, "n_human_missing": answered & missing}
-    return {"n": len(z), "n_groups": int(group.max()) + 1, **{name: int(rows.sum()) for name, rows in counted.items()}}
+def log_losses(probability: np.ndarray, human: np.ndarray) -> np.ndarray:
+    """(n,) log loss in nats of each probability, held within 1e-6 of 0 and 1, on labels (n,) in [0, 1]."""
+    p = np.clip(probability, HELD, 1 - HELD)
+    return -(human * np.log(p) + (1 - human) * np.log1p(-p))
+
+
+def stated_confidence(probability: np.ndarray, human: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How sure a judge is, max(P, 1 - P), (n,), and the label of the image that it names; 0.5 where it names none."""
+    agreed = np.where(probability == 0.5, 0.5, np.where(probability > 0.5, human, 1 - human))
+    return np.maximum(probability, 1 - probability), agreed
+
+
+def equal_bins(values: np.ndarray, wanted: int) -> list[np.ndarray]:
+    """Rows of (n,) values in bins of nearly equal size, lowest values first; equal values share a bin."""
+    values = np.round(values, 12)  # 1 - (1 - p) is not always p, and swapped images must change no bin
+    place = np.searchsorted(np.quantile(values, np.linspace(0, 1, max(1, wanted) + 1)[1:-1]), values, side="left")
+    return [np.flatnonzero(place == k) for k in np.unique(place)]
 
 
 def calibration_error(probability: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None, bins: int = 10) -> dict[str, Any]:
@@ -379,14 +395,17 @@ def calibration_error(probability: np.ndarray, human: np.ndarray, *, weights: np
         `value`; `by_chance`, about what a perfectly calibrated judge would show on so few hard answers; `n`.
     """
     n = len(human)
-    w = _mean_one(weights, n)
-    sure = np.round(np.maximum(probability, 1 - probability), 12)  # so that swapped images change no bin
-    agreed = np.where(probability == 0.5, 0.5, np.where(probability > 0.5, human, 1 - human))
-    edges = np.quantile(sure, np.linspace(0, 1, max(1, min(bins, n // MIN_BIN)) + 1)[1:-1])
-    place = np.searchsorted(edges, sure, side="left")  # equal probabilities share a bin
-    gap = np.bincount(place, w * (agreed - sure))
-    noise = np.bincount(place, w**2 * sure * (1 - sure) * (probability != 0.5))  # the undecided make no gap
-    return {"value": float(np.abs(gap).sum() / n), "by_chance": float(np.sqrt(2 / math.pi * noise).sum() / n), "n": n}
+    w, (sure, agreed) = _mean_one(weights, n), stated_confidence(probability, human)
+    gap, noise = w * (agreed - sure), w**2 * sure * (1 - sure) * (probability != 0.5)  # the undecided make no gap
+    parts = equal_bins(sure, min(bins, n // MIN_BIN))
+    chance = sum(math.sqrt(2 / math.pi * float(noise[rows].sum())) for rows in parts) / n
+    return {"value": sum(abs(float(gap[rows].sum())) for rows in parts) / n, "by_chance": chance, "n": n}
+
+
+def percentile_intervals(drawn: np.ndarray) -> list[list[float] | None]:
+    """95 % intervals of K statistics from R resamples (R, K); None for one that a tenth of the resamples do not have."""
+    known = [column[np.isfinite(column)] for column in drawn.T]
+    return [np.quantile(column, [0.025, 0.975]).tolist() if len(column) > 0.9 * len(drawn) else None for column in known]
 
 
 @dataclass(frozen=True)
@@ -398,10 +417,6 @@ class _Held:
     group: np.ndarray
     seed: int
 
-    def log_losses(self, probability: np.ndarray) -> np.ndarray:
-        p = np.clip(probability, LEAST, 1 - LEAST)
-        return -(self.human * np.log(p) + (1 - self.human) * np.log1p(-p))
-
     def means(self, columns: Sequence[np.ndarray]) -> list[dict[str, Any]]:
         """Weighted mean over pairs of each column (n,), with percentile bootstraps over groups on the same resamples."""
         sums = np.stack([np.bincount(self.group, self.weights * column) for column in (*columns, np.ones(len(self.group)))], axis=1)
@@ -409,7 +424,7 @@ class _Held:
         ends: list[Any] = [None] * len(columns)
         if len(sums) >= MIN_CLUSTERS:
             drawn = bootstrap_sums(sums, np.random.default_rng(self.seed))
-            ends = np.quantile(drawn[:, :-1] / drawn[:, -1:], [0.025, 0.975], axis=0).T.tolist()
+            ends = percentile_intervals(drawn[:, :-1] / drawn[:, -1:])
         return [{"value": float(value), "ci": ci, "n": len(self.group)} for value, ci in zip(values, ends, strict=True)]
 
 
@@ -418,10 +433,10 @@ def _report(
 ) -> dict[str, Any]:
     """The judges as they came, the calibrated labels, and how these compare with their rivals; the last map is the overall one."""
     size = len(names)
-    own, calibrated = [held.log_losses(p) for p in came], held.log_losses(after)
+    own, calibrated = [log_losses(p, held.human) for p in came], log_losses(after, held.human)
     errors = [calibration_error(p, held.human, weights=held.weights) for p in (*came, after)]
-    stats = held.means([*own, *(calibrated - held.log_losses(p) for p in rivals), calibrated])
-    judges = [_judge(held.human, differences[j], name, j, maps) for j, name in enumerate(names)]
+    stats = held.means([*own, *(calibrated - log_losses(p, held.human) for p in rivals), calibrated])
+    judges = [_judge(held, differences[j], name, j, maps) for j, name in enumerate(names)]
     how = "calibrated alone" if size > 1 else "as it came"
     return {
         "judges": [judge | {"log_loss": stats[j], "calibration_error": errors[j]} for j, judge in enumerate(judges)],
@@ -431,27 +446,27 @@ def _report(
     }
 
 
-def _judge(human: np.ndarray, d: np.ndarray, name: str, j: int, maps: list[Map]) -> dict[str, Any]:
+def _judge(held: _Held, d: np.ndarray, name: str, j: int, maps: list[Map]) -> dict[str, Any]:
     """How judge j, with differences (n,), agrees with people and enters the maps."""
     words = {1: "as it is", 0: "undecided", -1: "inverted"}
-    agrees = agreement(human, _decided(d))
-    slopes = [fitted.slopes[j] if isinstance(fitted, Linear) else None for fitted in maps]
+    agrees = score_agreement(d, held.human, held.weights)
+    slope = maps[-1].slopes[j] if isinstance(maps[-1], Linear) else None
     return {
         "name": name,
         "agreement": agrees,
         "below_half": agrees["value"] is not None and agrees["value"] < 0.5,
+        "backwards": judge_sign(d, held.human, weights=held.weights, invert=True) < 0,
         "used": words[maps[-1].signs()[j]],
         "folds_used": [words[fitted.signs()[j]] for fitted in maps[:-1]],
-        "slope": slopes[-1],
-        "temperature": 1 / slopes[-1] if slopes[-1] else None,
-        "slope_folds": slopes[:-1],
+        "slope": slope,
+        "temperature": 1 / slope if slope else None,
     }
 
 
 # ---- in words
 
 
-def _judge_sentences(judge: dict[str, Any], stacked: bool) -> list[str]:
+def _judge_sentence(judge: dict[str, Any], *, stacked: bool, invert: bool) -> str:
     name, used = judge["name"], judge["used"]
     agrees = "cannot be compared with people: no pair is decided by both"
     if judge["agreement"]["value"] is not None:
@@ -461,15 +476,19 @@ def _judge_sentences(judge: dict[str, Any], stacked: bool) -> list[str]:
     if judge["below_half"]:
         agrees += ", less often than a coin would"
     if used == "inverted":
-        return [f"{name} {agrees}; as you asked, it counts the other way round."]
+        return f"{name} {agrees}; as you asked, it counts the other way round."
     if used == "as it is":
         others = [word for word in judge["folds_used"] if word != used]
         but = f"; in the maps of {len(others)} of {len(judge['folds_used'])} folds it counts as {others[0]}" if others else ""
-        return [f"{name} {agrees}{but}."]
-    if judge["below_half"]:
-        return [f"Warning: {name} {agrees}, so it counts as undecided; if its scores are known to run the other way, use invert."]
+        return f"{name} {agrees}{but}."
     adds = "adds nothing to the other judges" if stacked else "says nothing of their answers by how far its scores lie apart"
-    return [f"Warning: {name} {agrees}, but {adds}, so it counts as undecided."]
+    if judge["backwards"] and not invert:
+        return f"Warning: {name} {agrees}, so it counts as undecided; if its scores are known to run the other way, use invert."
+    if judge["backwards"]:
+        return f"Warning: {name} {agrees}; turned round as you asked, it {adds}, so it counts as undecided."
+    if judge["below_half"]:
+        return f"Warning: {name} {agrees}, yet where its scores lie far apart it does not run the other way, so it counts as undecided."
+    return f"Warning: {name} {agrees}, but {adds}, so it counts as undecided."
 
 
 def _difference_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:
@@ -482,13 +501,13 @@ def _difference_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
-    texts = []
-    for judge in report["judges"]:
-        texts += _judge_sentences(judge, report["method"] == "stack")
+    texts = [_judge_sentence(judge, stacked=report["method"] == "stack", invert=report["invert"]) for judge in report["judges"]]
     texts += [_difference_sentence(entry, report) for entry in report["differences"]]
     error = report["calibration_error"]
     chance = f"a perfectly calibrated judge would show about {error['by_chance']:.3f} on {error['n']} answers"
     texts.append(f"Held out, the calibration error is {error['value']:.3f}; {chance}.")
+    if report["weighted"]:
+        texts.append("All figures are weighted by the stored propensities, as are the fits.")
     if report["n_missing"]:
         lost = report["n_human_missing"]
         texts.append(f"{report['n_missing']} pairs lack the answer of a judge and get no label; {lost} of them have a human label.")

@@ -17,14 +17,25 @@ POLL = 0.2  # seconds between two looks at what others have not finished yet
 
 
 @contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Hold the lock `path` within the block; yields False, without waiting, where another process holds it."""
+def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock `path` within the block.
+
+    Args:
+        path: the lock file, in a folder that is there.
+        wait: until whoever holds it is done; else yield False where another process does.
+
+    Yields:
+        Whether the lock is held; False too where the folder was removed, by a process that finished.
+    """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path, timeout=0)
+    if not path.parent.is_dir():  # it would be made again
+        yield False
+        return
+    lock = FileLock(path, timeout=-1 if wait else 0)
     try:
         lock.acquire()
-    except (Timeout, FileNotFoundError):  # held by another process, or its folder was removed by one that finished
+    except (Timeout, FileNotFoundError):
         yield False
         return
     try:

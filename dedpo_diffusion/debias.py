@@ -124,9 +124,10 @@ def pair_weights(h: np.ndarray, power: float) -> np.ndarray:
 def pair_targets(z: np.ndarray, g: np.ndarray, h: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """target = (h z + lam (1 - h) g) / weight, (N,): g where unlabelled, z + (A - 1)(z - g) with A = h / weight where labelled.
 
-    The second form is exact for A = 1 and for z = g, so that rounding puts no target outside [0, 1].
+    0.5 where the weight is 0, whatever judge lies there. The second form is exact for A = 1 and for z = g, so that rounding
+    puts no target outside [0, 1].
     """
-    unlabelled = np.where(np.isnan(g), 0.5, g)  # the judge is missing only where the weight is 0 or the power has no use for it
+    unlabelled = np.where(np.isnan(g) | (weight == 0), 0.5, g)  # a judge is missing only where the power has no use for it
     known_g = np.where(np.isnan(g), z, g)
     stretch = np.divide(h, weight, out=np.zeros_like(h), where=weight > 0)
     return np.where(np.isnan(z), unlabelled, z + (stretch - 1) * (z - known_g))

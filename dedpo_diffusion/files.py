@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
+WRITER = f"{platform.node()}.{os.getpid()}"  # machines that share a folder may give out the same process number
 
 
 def _sync_folder(folder: Path) -> None:
@@ -34,7 +36,7 @@ def _sync_file(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on an error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{WRITER}.tmp")
     try:
         yield temporary
         _sync_file(temporary)
@@ -54,7 +56,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.is_file():
         raise FileExistsError(f"{path} is a file, not a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{WRITER}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

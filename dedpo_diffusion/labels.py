@@ -27,6 +27,7 @@ LABEL_EXTRAS = (
     "rater", "votes", "propensity", "score_0", "score_1", "judge_version", "order_consistent", "validity", "prompt_tokens", "answer_tokens",
     "seconds",
 )  # fmt: skip
+CALIBRATED = "dedpo calibrate"  # origin of label files that repeat a judge's answers with what people said worked in
 VOTE_COLUMNS = ("pair_id", "label_0", "votes", "rater")
 VOTE_EXTRAS = {"swapped": "true or false", "repeat": "true or false", "seconds": "a number", "time": "text"}
 TARGET_COLUMNS = ("pair_id", "target", "weight")

@@ -192,7 +192,7 @@ def _range(low: float, high: float, unit: str) -> str:
 
 def _other_parts(report: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]]], str]:
     """The parts of the last panel: by the side that people chose, and by source columns or else the prompt's length."""
-    sides = [(f"people chose image {k}", report["side"][f"image_{k}"]) for k in (0, 1)]
+    sides = [(f"chose image {k}", report["side"][f"image_{k}"]) for k in (0, 1)]
     if report["by_group"]:
         parts = [(f"{column}: {entry['is']}", entry) for column, entries in report["by_group"].items() for entry in entries]
         others, what = sorted(parts, key=lambda part: part[1]["value"]), "what made the pair"
@@ -200,7 +200,7 @@ def _other_parts(report: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]
         others = [(_range(entry["low"], entry["high"], "words"), entry) for entry in report["by_length"]]
         others, what = (others if len(others) > 1 else []), "the prompt's length"
     known = [part for part in [*sides, *others] if part[1]["value"] is not None]
-    return known, f"Agreement by side and {what}" if others else "Agreement by side"
+    return known, f"Agreement by people's side and {what}" if others else "Agreement by the side people chose"
 
 
 def _parts(axes: Axes, report: dict[str, Any], parts: list[tuple[str, dict[str, Any]]], title: str, why: str) -> None:

@@ -11,6 +11,7 @@ same command on the same folder share the pairs; they need not know of each othe
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -41,11 +42,12 @@ def load_judges(settings: LabelSettings) -> list[Judge]:
         UserError: one that cannot be had, or two of one name.
     """
     from dedpo_diffusion.annotators import load_judge
+    from dedpo_diffusion.labels import label_origin
 
     if settings.name is not None and len(settings.judges) > 1:
         raise UserError(f"--name {settings.name} names one label file, and there are {len(settings.judges)} judges; run each alone")
-    if settings.name is not None and (settings.name != Path(settings.name).name or settings.name.startswith(".") or not settings.name):
-        raise UserError(f"--name {settings.name!r} cannot name a label file; use letters, digits, - and _")
+    if settings.name is not None:
+        label_origin(settings.pairs, settings.name)  # refuses what cannot name a label file
     for key in ("batch", "shard", "workers"):
         if getattr(settings, key) < 1:
             raise UserError(f"{key} is {getattr(settings, key)}; it must be at least 1")
@@ -57,6 +59,8 @@ def load_judges(settings: LabelSettings) -> list[Judge]:
         judges.append(judge)
     if settings.name is not None:
         judges[0].name = settings.name
+    if settings.human in [judge.name for judge in judges]:
+        raise UserError(f"{settings.human!r} is the human label file's name, and no judge may take it; give another --name")
     return judges
 
 
@@ -78,7 +82,7 @@ class Run:
     """One judge's labels in the making.
 
     `stamp` identifies them; `retried` holds parts of an earlier run that lack answers, by file, with their time: they
-    are asked again, once.
+    are asked again, once. Whoever makes or joins the folder of parts holds the lock `joining`.
     """
 
     judge: Judge
@@ -106,8 +110,18 @@ class Run:
 
     @property
     def mark(self) -> Path:
-        """A file that is there as long as the stretches are not joined."""
+        """A file that holds the stamp, and is there as long as the stretches are not joined."""
         return self.parts / "unfinished"
+
+    @property
+    def joining(self) -> Path:
+        """The lock of all stretches together."""
+        return self.parts / "join.lock"
+
+    @property
+    def origin(self) -> str:
+        """What the finished file says of itself; the judge's version stands in its rows."""
+        return f"dedpo label of dataset {self.stamp['dataset']}"
 
     def is_pending(self, shard: int) -> bool:
         """Whether nobody has finished this stretch."""
@@ -127,42 +141,63 @@ def is_done(run: Run, ids: list[str]) -> bool:
     """Whether this very label file is there already, whole.
 
     Raises:
-        UserError: a file of that name holds other labels.
+        UserError: a file of that name holds other labels, or lacks answers that can no longer be added.
     """
-    from dedpo_diffusion.labels import label_names, read_labels
+    from dedpo_diffusion.labels import label_names, label_origin, read_labels
 
     dataset = run.folder.parent
     if run.judge.name not in label_names(dataset):
         return False
-    held = read_labels(dataset, run.judge.name)
+    held, made = read_labels(dataset, run.judge.name), label_origin(dataset, run.judge.name)
     versions = sorted({str(v) for v in held.extra.get("judge_version", ["no judge"])})
     if versions != [run.judge.version]:
         raise UserError(
             f"{run.path} holds labels of {', '.join(versions)}, not of {run.judge.version}; give another --name, or remove the file"
         )
-    if held.pair_id != ids and not (run.parts.is_dir() and set(held.pair_id) < set(ids)):  # unless some answers are missing
+    if made not in (None, run.origin) or not set(held.pair_id) <= set(ids):
         raise UserError(f"{run.path} labels other pairs than {dataset / 'pairs'} holds; give another --name, or remove the file")
+    if held.pair_id != ids and not run.mark.is_file():
+        gone = f"lacks {len(ids) - len(held.pair_id)} of {len(ids)} pairs, and {run.parts.name}, from which it would go on, is not there"
+        raise UserError(f"{run.path} {gone}; bring that folder back, give another --name, or remove the file to label all pairs again")
     return held.pair_id == ids
 
 
 def open_runs(settings: LabelSettings, judges: Sequence[Judge], reader: PairReader, ids: list[str]) -> list[Run]:
     """The judges' labels that are still to be made."""
-    from dedpo_diffusion.annotators.work import count_missing, read_part
-    from dedpo_diffusion.files import write_text
+    from dedpo_diffusion.claims import claim
 
     stamp = {"dataset": reader.fingerprint(), "shard size": str(settings.shard)}
     runs = []
     for judge in judges:
         run = Run(judge, settings.pairs / "labels", {"judge version": judge.version, **stamp})
-        if is_done(run, ids):
+        done = is_done(run, ids)
+        while not done and run not in runs:
+            run.parts.mkdir(parents=True, exist_ok=True)
+            with claim(run.joining, wait=True) as held:  # not held: another process has just removed the folder
+                if held and not (done := is_done(run, ids)):
+                    take_up(run)
+                    runs.append(run)
+        if done:
             say(f"{run.path} is there already: {len(ids)} labels of {judge.version}")
             run.remove_parts()
-            continue
-        write_text(run.mark, "dedpo label goes on from here\n")
-        tables = {path: read_part(path, run.stamp) for path in sorted(run.parts.glob("shard-*.parquet"))}
-        run.retried = {path: path.stat().st_mtime_ns for path, table in tables.items() if count_missing(table)}
-        runs.append(run)
     return runs
+
+
+def take_up(run: Run) -> None:
+    """Begin a judge's labels, or go on with them.
+
+    Raises:
+        UserError: another judge, dataset or shard size made what is there.
+    """
+    from dedpo_diffusion.annotators.work import check_stamp, count_missing, read_part
+    from dedpo_diffusion.files import write_json
+
+    if run.mark.is_file():
+        check_stamp(run.parts, json.loads(run.mark.read_text(encoding="utf-8")), run.stamp)
+    else:
+        write_json(run.mark, run.stamp)
+    tables = {path: read_part(path, run.stamp) for path in sorted(run.parts.glob("shard-*.parquet"))}
+    run.retried = {path: path.stat().st_mtime_ns for path, table in tables.items() if count_missing(table)}
 
 
 def stretches(settings: LabelSettings, pairs: int) -> list[range]:
@@ -191,13 +226,17 @@ def first_uses(settings: LabelSettings, reader: PairReader) -> FirstUses:
             np.save(file, keys)
         progress.advance(len(keys))
 
-    with Progress("looking for images in several pairs", len(reader)) as progress:
-        spread(
-            range(len(paths)),
-            pending=lambda shard: {} if paths[shard].is_file() else {"keys": paths[shard].with_suffix(".lock")},
-            work=work,
-        )
-    return FirstUses(np.concatenate([np.load(path, allow_pickle=False) for path in paths]))
+    while True:
+        with Progress("looking for images in several pairs", len(reader)) as progress:
+            spread(
+                range(len(paths)),
+                pending=lambda shard: {} if paths[shard].is_file() else {"keys": paths[shard].with_suffix(".lock")},
+                work=work,
+            )
+        try:
+            return FirstUses(np.concatenate([np.load(path, allow_pickle=False) for path in paths]))
+        except FileNotFoundError:  # another run was done with them and has removed them
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 def keys_folder(settings: LabelSettings, reader: PairReader) -> Path:
@@ -209,7 +248,7 @@ def keys_folder(settings: LabelSettings, reader: PairReader) -> Path:
 
 
 class Clock:
-    """How long the judges worked, and how long they waited for images."""
+    """How long the judges worked, and how long they waited for images to be read and decoded (scaling them is a judge's own work)."""
 
     def __init__(self) -> None:
         self.pairs, self.working, self.waiting = 0, 0.0, 0.0
@@ -227,10 +266,15 @@ class Clock:
             self.pairs += 1
             self.working += time.perf_counter() - arrived
 
-    def report(self) -> dict[str, float]:
-        """Pairs a second and the share of the time that the judges waited, of this process."""
+    def report(self, judges: list[str]) -> dict[str, Any]:
+        """Pairs a second and the share of the time spent waiting, of this process and of all `judges` of the run together."""
         spent = self.waiting + self.working
-        return {"pairs_per_second": self.pairs / spent, "waiting_share": self.waiting / spent} if spent else {}
+        return {"pairs_per_second": self.pairs / spent, "waiting_share": self.waiting / spent, "judged_with": judges} if spent else {}
+
+    def words(self) -> str:
+        """The same for people."""
+        spent = self.waiting + self.working
+        return f"{self.pairs / spent:.1f} pairs a second; the judges waited for images {self.waiting / spent:.0%} of the time"
 
 
 def judge_stretch(settings: LabelSettings, reader: PairReader, rows: range, works: Sequence[Work], clock: Clock) -> list[pa.Table]:
@@ -293,8 +337,16 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
 # ---- the label files
 
 
-def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> list[str]:
-    """Join all stretches into the label file; returns why answers are missing, one line a pair.
+@dataclass(frozen=True)
+class Outcome:
+    """Why answers are missing, one line a pair, and the tokens that all answers took, missing and repeated ones too."""
+
+    gone: list[str]
+    tokens: dict[str, int]
+
+
+def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> Outcome:
+    """Join all stretches into the label file.
 
     Raises:
         UserError: there is no answer at all.
@@ -303,7 +355,7 @@ def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: 
 
     from dedpo_diffusion.annotators import probability
     from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
-    from dedpo_diffusion.annotators.work import PART_COLUMNS, joined, read_part
+    from dedpo_diffusion.annotators.work import PART_COLUMNS, TOKENS, joined, read_part
     from dedpo_diffusion.labels import write_labels
     from dedpo_diffusion.records import Labels
 
@@ -322,43 +374,60 @@ def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: 
     columns |= {"judge_version": [run.judge.version] * len(rows)}
     columns |= {name: [values[row] for row in rows] for name, values in extra.items()}
     labels = Labels([ids[row] for row in rows], probability(scores[rows], run.judge.temperature), columns)
-    write_labels(run.folder.parent, run.judge.name, labels)
-    return gone
+    write_labels(run.folder.parent, run.judge.name, labels, origin=run.origin)
+    return Outcome(gone, {name: sum(count or 0 for count in table[name].to_pylist()) for name in TOKENS if name in table.column_names})
 
 
-def spending(judge: Judge, folder: Path) -> dict[str, Any]:
-    """Tokens that a judge's labels took, and their price; nothing where the judge counts none."""
-    from dedpo_diffusion.labels import read_labels
-
-    extra = read_labels(folder, judge.name).extra
-    if "prompt_tokens" not in extra:
-        return {}
-    asked, answered = (sum(count or 0 for count in extra[name]) for name in ("prompt_tokens", "answer_tokens"))
-    return {"prompt_tokens": asked, "answer_tokens": answered, "cost": judge.cost(asked, answered)}
-
-
-def finish(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> bool:
-    """Write the label file, unless another process does; whether it was this one."""
+def finish(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> Outcome | None:
+    """Write the label file, unless another process does."""
     from dedpo_diffusion.claims import spread
 
-    gone: list[str] | None = None
+    outcome: Outcome | None = None
 
     def work(_: Run, __: list[str]) -> None:
-        nonlocal gone
-        gone = write_label_file(run, ids, first, shards)
-        if not gone:
+        nonlocal outcome
+        outcome = write_label_file(run, ids, first, shards)
+        if not outcome.gone:
             run.remove_parts()
 
-    spread([run], pending=lambda _: {"join": run.parts / "join.lock"} if gone is None and run.mark.is_file() else {}, work=work)
-    if gone is None:
+    spread([run], pending=lambda _: {"join": run.joining} if outcome is None and run.mark.is_file() else {}, work=work)
+    if outcome is None:
         say(f"{run.path}: joined by another process")
-        return False
+        return None
+    gone = outcome.gone
     say(f"wrote {run.path}: {len(ids) - len(gone)} labels of {run.judge.version}")
     for line in gone[:SHOWN]:
         say(f"  no answer for {line}")
     if gone:
         say(f"{len(gone)} of {len(ids)} pairs have no answer of {run.judge.name}; the same command asks for them again")
-    return True
+    return outcome
+
+
+def finish_all(runs: Sequence[Run], ids: list[str], first: FirstUses | None, shards: int) -> dict[str, Outcome | None]:
+    """Write every judge's label file; None for those that another process writes.
+
+    Raises:
+        UserError: a judge without any answer, once the others' files are written.
+    """
+    outcomes: dict[str, Outcome | None] = {}
+    errors = []
+    for run in runs:
+        try:
+            outcomes[run.judge.name] = finish(run, ids, first, shards)
+        except UserError as error:
+            errors.append(error)
+    folder = runs[0].folder
+    if not any(folder.glob(".*.parts/unfinished")):  # nobody else needs them
+        for keys in folder.glob(".keys-*"):
+            shutil.rmtree(keys, ignore_errors=True)
+    if errors:
+        raise errors[0]
+    return outcomes
+
+
+def spending(judge: Judge, tokens: dict[str, int]) -> dict[str, Any]:
+    """Tokens that a judge's answers took, and their price; nothing where the judge counts none."""
+    return {**tokens, "cost": judge.cost(tokens["prompt_tokens"], tokens["answer_tokens"])} if tokens else {}
 
 
 def run(settings: LabelSettings) -> list[Path]:
@@ -370,23 +439,23 @@ def run(settings: LabelSettings) -> list[Path]:
     ids = reader.ids()
     judges = load_judges(on_this_process(settings))
     runs = open_runs(settings, judges, reader, ids)
-    clock, others = Clock(), set()
+    facts: dict[str, dict[str, Any]] = {judge.name: {} for judge in judges}
     if runs:
         first = first_uses(settings, reader) if any(isinstance(run.judge, BradleyTerry) for run in runs) else None
         clock = judge_pairs(settings, reader, runs, first)
-        shards = len(stretches(settings, len(reader)))
-        others = {run.judge.name for run in runs if not finish(run, ids, first, shards)}
-        for folder in (settings.pairs / "labels").glob(".keys-*"):
-            shutil.rmtree(folder, ignore_errors=True)
-    if clock.pairs:
-        speed = clock.report()
-        say(f"{speed['pairs_per_second']:.1f} pairs a second; the judges waited for images {speed['waiting_share']:.0%} of the time")
-    mine = [judge for judge in judges if judge.name not in others]
-    if settings.summary and mine:
+        outcomes = finish_all(runs, ids, first, len(stretches(settings, len(reader))))
+        for judge in judges:
+            outcome = outcomes.get(judge.name, Outcome([], {}))
+            if outcome is None:
+                del facts[judge.name]  # the other process tells of it
+            elif judge.name in outcomes:
+                facts[judge.name] = clock.report(list(outcomes)) | spending(judge, outcome.tokens)
+        if clock.pairs:
+            say(clock.words())
+    if settings.summary and facts:
         from dedpo_diffusion.pipelines.judge_summary import summarise
 
-        extra = {judge.name: clock.report() | spending(judge, settings.pairs) for judge in mine}
-        summarise(settings.pairs, list(extra), human=settings.human, extra=extra)
+        summarise(settings.pairs, list(facts), human=settings.human, extra=facts)
     return [settings.pairs / "labels" / f"{judge.name}.parquet" for judge in judges]
 
 

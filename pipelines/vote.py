@@ -88,9 +88,10 @@ def judge_labels(settings: VoteSettings, ids: list[str]) -> tuple[np.ndarray, di
     import numpy as np
 
     from dedpo_diffusion.files import file_digest
-    from dedpo_diffusion.labels import align, label_names, read_labels
+    from dedpo_diffusion.labels import CALIBRATED, align, label_names, label_origin, read_labels
 
-    names = sorted(set(settings.judges) or set(label_names(settings.pairs)) - {settings.name})
+    calibrated = {name for name in label_names(settings.pairs) if label_origin(settings.pairs, name) == CALIBRATED}
+    names = sorted(set(settings.judges) or set(label_names(settings.pairs)) - {settings.name} - calibrated)
     if not names:
         raise UserError(f"{settings.pairs / 'labels'} holds no judge, which --order disagreement needs; run `dedpo label`, or use random")
     try:

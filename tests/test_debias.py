@@ -102,7 +102,7 @@ def test_the_tuned_overshoot_is_bounded_and_unlabelled_targets_are_the_judges(la
     has = ~np.isnan(z)
     assert merged.report["overshoot"] <= bound + 1e-9
     assert (np.abs(merged.target - g)[has] <= bound * np.abs(z - g)[has] + 1e-9).all()
-    np.testing.assert_array_equal(merged.target[~has], g[~has])
+    np.testing.assert_array_equal(merged.target[~has], np.where(merged.weight > 0, g, 0.5)[~has])
     assert 0 <= merged.power <= 1
 
 
@@ -421,3 +421,11 @@ def test_human_only_and_naive_forgive_a_missing_judge_where_they_have_no_use_for
     merged = merge_labels([1.0, 0.0, NAN], [NAN, 1.0, NAN], method="human_only")
     assert merged.target.tolist() == [1.0, 0.0, 0.5] and merged.report["agreement"]["n"] == 1
     assert merge_labels([1.0, NAN], [NAN, 0.3], method="naive").target.tolist() == [1.0, 0.3]
+
+
+def test_targets_of_no_weight_are_the_same_whatever_judge_lies_there():
+    """So that human-only targets, and the runs that were trained on them, do not depend on label files that they never used."""
+    human, judge = np.array([1.0, np.nan, 0.0, np.nan]), np.array([0.2, 0.9, 0.4, 0.1])
+    alone, beside = merge_labels(human, None, method="human_only"), merge_labels(human, judge, method="human_only")
+    np.testing.assert_array_equal(alone.target, beside.target)
+    np.testing.assert_array_equal(alone.target, [1.0, 0.5, 0.0, 0.5])

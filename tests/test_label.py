@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,10 +171,64 @@ def test_missing_answers_are_left_out_said_and_asked_for_again(pairs, picky, cap
     assert [path.name for path in (pairs / "labels").iterdir()] == ["picky.parquet"]
 
 
-def test_a_judge_without_any_answer_is_an_error(pairs, picky, capsys):
+def test_a_judge_without_any_answer_is_an_error_and_does_not_hold_up_the_others(pairs, picky, capsys):
     Picky.least = 1000
-    assert label(pairs, "--with", "picky") == 2
+    assert label(pairs, "--with", "picky", "brightness") == 2
     assert "answered none of the 11 pairs (pair p0: too dark)" in capsys.readouterr().err
+    np.testing.assert_array_equal(scores(pairs), LEVELS)
+
+
+def test_the_summary_counts_the_tokens_of_missing_and_repeated_answers(pairs, picky, monkeypatch):
+    """11 pairs at 7 tokens, and those without an answer once more."""
+    from dedpo_diffusion.pipelines import judge_summary
+
+    told = []
+    monkeypatch.setattr(judge_summary, "summarise", lambda *_, extra, **__: told.append(extra["picky"]))
+    assert label(pairs, "--with", "picky", "--summary", "true") == 0
+    missing = int((LEVELS[:, 0] < 100).sum())
+    Picky.least = -1
+    assert label(pairs, "--with", "picky", "--summary", "true") == 0
+    assert [(extra["prompt_tokens"], extra["answer_tokens"]) for extra in told] == [(77, 11), (7 * (11 + missing), 11 + missing)]
+
+
+def test_missing_answers_without_their_parts_are_told_as_such(pairs, picky, capsys):
+    assert label(pairs, "--with", "picky") == 0
+    shutil.rmtree(pairs / "labels" / ".picky.parts")
+    assert label(pairs, "--with", "picky") == 2
+    assert "of 11 pairs, and .picky.parts, from which it would go on, is not there" in capsys.readouterr().err
+
+
+def test_labels_of_other_images_under_the_same_ids_are_not_taken_for_these(pairs, capsys):
+    assert label(pairs) == 0
+    (pairs / "pairs").rename(pairs / "old")
+    write(pairs, LEVELS[::-1], ["another prompt"] * COUNT)
+    assert label(pairs) == 2
+    assert "labels other pairs" in capsys.readouterr().err
+
+
+def test_runs_that_begin_at_once_with_other_judges_of_one_name_do_not_mix(pairs, capsys):
+    Watched.last = 0
+    assert label(pairs) == 130  # nothing is kept yet
+    Watched.last, Watched.version = float("inf"), "brightness-2"
+    assert label(pairs) == 2
+    assert "unfinished labels of another judge version" in capsys.readouterr().err
+
+
+def test_keys_that_another_run_removes_are_made_again(pairs, monkeypatch):
+    from dedpo_diffusion import claims
+
+    spread, removed = claims.spread, []
+
+    def interfere(tasks, **options):
+        spread(tasks, **options)
+        for folder in list((pairs / "labels").glob(".keys-*"))[: 1 - len(removed)]:
+            removed.append(folder)
+            shutil.rmtree(folder)
+
+    monkeypatch.setattr(claims, "spread", interfere)
+    assert label(pairs) == 0
+    assert len(removed) == 1
+    np.testing.assert_array_equal(scores(pairs), LEVELS)
 
 
 # ---- killed, resumed, shared
@@ -304,6 +359,8 @@ def test_finished_labels_of_another_judge_are_not_overwritten(pairs, capsys):
 def test_human_labels_are_never_overwritten(pairs, capsys):
     write_labels(pairs, "human", Labels(["p0"], np.array([1.0])))
     assert label(pairs, "--name", "human") == 2
+    assert "no judge may take it" in capsys.readouterr().err
+    assert label(pairs, "--name", "human", "--human", "people") == 2
     assert "holds labels of no judge" in capsys.readouterr().err
     assert read_labels(pairs, "human").pair_id == ["p0"]
 
@@ -349,7 +406,7 @@ def test_a_broken_image_is_named_by_file_row_and_column(tmp_path, capsys):
         (["--with", "nobody"], "known: pickscore, clip, hps, aesthetic, http, oracle_reward, brightness, vlm, openai, self"),
         (["--batch", "0"], "batch is 0"),
         (["--temperature", "0"], "temperature is 0"),
-        (["--name", "../out"], "cannot name a label file"),
+        (["--name", "../out"], "cannot name a file"),
         (["--shard", "0"], "shard is 0"),
         (["--with", "brightness", "hps=/no/such/file"], "/no/such/file"),
         (["--with", "brightness", "clip=/no/such/folder"], "/no/such/folder"),

@@ -161,6 +161,26 @@ def test_pickscore_takes_any_size_and_mode(judge):
     np.testing.assert_allclose(scorer.score(PROMPTS[:2], [grey, image]), [one, other], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("tower", "dtype", "remedy"),
+    [
+        ("vision_model", "float32", "lower --batch, or take --dtype bfloat16"),
+        ("text_model", "float32", "lower --batch, or take --dtype bfloat16"),
+        ("vision_model", "bfloat16", "lower --batch"),
+    ],
+)
+def test_too_little_memory_stops_the_run_with_a_remedy(judge, tower, dtype, remedy):
+    def fail(module, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    scorer, images = load(f"pickscore={judge}", batch=4, dtype=dtype), pictures()
+    getattr(scorer.model, tower).register_forward_pre_hook(fail)
+    for asked, count in ((images, 4), ([images[0], images[1]] * 2, 2)):  # never more than a batch, nor than there are
+        with pytest.raises(UserError) as caught:
+            scorer.score(PROMPTS[: len(asked)], asked)
+        assert str(caught.value) == f"pickscore: the GPU's memory is too small for {count} images at once; {remedy}"
+
+
 def test_oracle_reward_is_the_oracle():
     rng = np.random.default_rng(0)
     images = [world.render(world.sample_scene(rng, clutter=0.5)) for _ in PROMPTS]
@@ -174,11 +194,11 @@ def break_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
 
 
-def drop_a_weight(folder: Path) -> None:
+def change_weights(folder: Path, change) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
-    weights.pop("visual_projection.weight")
+    change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -189,7 +209,7 @@ def drop_a_weight(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "no CLIP folder"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"none"), "cannot be loaded"),
-        (drop_a_weight, "lack visual_projection"),
+        (lambda folder: change_weights(folder, lambda weights: weights.pop("visual_projection.weight")), "lack visual_projection"),
         (lambda folder: (folder / "config.json").write_text("{"), "no readable config.json"),
         (lambda folder: [path.unlink() for path in folder.glob("*token*")], "a tokenizer of 2 tokens"),
         (lambda folder: (folder / "processor_config.json").unlink(), "no CLIPProcessor"),
@@ -200,6 +220,15 @@ def test_folders_that_are_no_clip_model(judge, tmp_path, damage, message):
     damage(tmp_path / "bad")
     with pytest.raises(UserError, match=message):
         load(f"pickscore={tmp_path / 'bad'}")
+
+
+def test_weights_that_the_model_has_no_place_for_are_counted(judge, tmp_path, capsys):
+    load(f"pickscore={judge}")
+    assert capsys.readouterr().out == ""
+    shutil.copytree(judge, tmp_path / "more")
+    change_weights(tmp_path / "more", lambda weights: weights.update(stray=torch.zeros(1)))
+    load(f"pickscore={tmp_path / 'more'}")
+    assert "pickscore: 1 weights in" in (said := capsys.readouterr().out) and "(first: stray)" in said
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class Judge(ABC):
         """Raw answers to N questions; a pair that cannot be judged is missing, never invented.
 
         Raises:
-            UserError: no further pair can be judged either; what was answered before is kept.
+            UserError: no further pair can be judged either; these N are lost, earlier ones are not.
         """
 
     def cost(self, prompt_tokens: int, answer_tokens: int) -> float:

@@ -218,8 +218,9 @@ class PolicyRewards:
 
 def _check_alike(policies: Sequence[Policy], settings: SelfTrainingSettings) -> None:
     """One reference and one adapter must do for all."""
-    if settings.draws < 1:
-        raise UserError(f"self_training.draws is {settings.draws}; it must be at least 1")
+    for name in ("draws", "batch"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"self_training.{name} is {getattr(settings, name)}; it must be at least 1")
 
     def shared(policy: Policy) -> dict[str, Any]:
         lora = policy.trained["lora"]
@@ -284,6 +285,7 @@ class SelfTrainedJudge(Judge):
         self.pairs, self.rows = pairs, {pair_id: row for row, pair_id in enumerate(ids)}
         self.judges = who_judges(seen, reader.prompts())
         self.policies = PolicyRewards(policies, settings, device=device)
+        self.parallel = settings.batch
         super().__init__("self", f"self-{self.policies.digest}", 1.0 if temperature is None else temperature)
         for policy, judged in zip(policies, self.judges, strict=True):
             steps = f"step {policy.step} of {policy.trained['optim']['steps']}"

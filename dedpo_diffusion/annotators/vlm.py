@@ -7,7 +7,6 @@ once: a model that thinks first gives the two answers too little probability, so
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..console import UserError, say
+from ..console import UserError
 from ..files import file_digest
-from ..scorers import DTYPES
-from ..scorers.embedding import in_one_line, weights_digest
+from ..scorers.loading import check_options, folder_digest, in_one_line, load_whole, local_or_hub, model_type, usable, within_memory
 from ..settings import VlmSettings
 from . import Answers, Judge, Question
 from .question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
@@ -61,17 +59,15 @@ class VisionLanguageJudge(Judge):
     ) -> None:
         _check(vlm, batch, dtype)
         self.template = read_template(vlm.prompt)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with in_one_line(f"device {device} cannot be used here", "give another --device, or none"):
-            torch.empty(0, device=device)
-        folder = _folder(location)
+        place = usable(device)
+        folder = local_or_hub(location, FILES, name="vlm", ignored=DUPLICATES)
         _check_kind(folder)
-        parts = [weights_digest(_weight_files(folder)), _setup_digest(folder), self.template.digest, dtype, vlm.max_side, vlm.min_validity]
+        parts = [folder_digest(folder, name="vlm"), _setup_digest(folder), self.template.digest, dtype, vlm.max_side, vlm.min_validity]
         version = "-".join(["vlm", *map(str, parts)])
         super().__init__("vlm", version, TEMPERATURE if temperature is None else temperature)
         self.vlm, self.batch, self.parallel, self.dtype = vlm, batch, batch, dtype
         self.processor, self.chat = _load_processor(folder)
-        self.model = _load_model(folder, dtype, device)
+        self.model = _load_model(folder, dtype, place)
         self._prepare(folder)
 
     def _prepare(self, folder: Path) -> None:
@@ -135,11 +131,8 @@ class VisionLanguageJudge(Judge):
             if len(questions) == 1:
                 return [(OrderAnswer(missing=f"the model cannot be asked about it ({' '.join(str(error).split())})"),) * 2]
             return [answers for question in questions for answers in self._ask([question])]
-        try:
+        with within_memory("vlm", f"{len(questions)} pairs", "lower --vlm.batch or --vlm.max_side"):
             answers = self._answers(inputs)
-        except torch.OutOfMemoryError as error:
-            text = f"vlm: the GPU's memory is too small for {len(questions)} pairs at once; lower --vlm.batch or --vlm.max_side"
-            raise UserError(text) from error
         return list(zip(answers[: len(questions)], answers[len(questions) :], strict=True))
 
     def _inputs(self, questions: Sequence[Question]) -> Any:
@@ -186,31 +179,11 @@ class VisionLanguageJudge(Judge):
 
 
 def _check(vlm: VlmSettings, batch: int, dtype: str) -> None:
-    if batch < 1:
-        raise UserError(f"batch is {batch}; it must be at least 1")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+    check_options(batch, dtype)
     if not 0 <= vlm.min_validity <= 1:
         raise UserError(f"vlm.min_validity is {vlm.min_validity}; it must be a probability in [0, 1]")
     if vlm.max_side is not None and vlm.max_side < 1:
         raise UserError(f"vlm.max_side is {vlm.max_side}; it must be at least 1 pixel")
-
-
-def _folder(location: str) -> Path:
-    """The folder itself, or a hub repository's local copy."""
-    if Path(location).is_dir():
-        return Path(location)
-    from huggingface_hub import snapshot_download
-
-    with in_one_line(f"vlm: {location} is no folder here and cannot be had from the hub", "give vlm=FOLDER"):
-        return Path(snapshot_download(location, allow_patterns=FILES, ignore_patterns=DUPLICATES))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob("model*.safetensors"))
-    if not paths:
-        raise UserError(f"vlm: {folder} holds no weights (model.safetensors; other formats are not read); copy the folder again")
-    return paths
 
 
 def _setup_digest(folder: Path) -> str:
@@ -222,10 +195,7 @@ def _setup_digest(folder: Path) -> str:
 def _check_kind(folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"vlm: {folder} holds no readable config.json, so it is no model's folder; give vlm=FOLDER") from error
+    kind = model_type(folder, name="vlm", owner="model's")
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         text = f"vlm: {folder} holds a model of type {kind!r}, which this transformers does not know as one of images and text"
         raise UserError(f"{text}; take another model, or a newer transformers")
@@ -250,18 +220,9 @@ def _load_processor(folder: Path) -> tuple[Any, str]:
     return processor, DAY + chat
 
 
-def _load_model(folder: Path, dtype: str, device: str) -> Any:
+def _load_model(folder: Path, dtype: str, device: torch.device) -> Any:
     from transformers import AutoModelForImageTextToText
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of reading the weights: a second of noise
-    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    with in_one_line(f"vlm: {folder} cannot be loaded", "copy it again, or take another model"):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **options)
-    model, info = loaded
-    if info["missing_keys"]:  # these would be left random
-        raise UserError(f"vlm: {folder}: the weights lack {sorted(info['missing_keys'])[0]}; copy the folder again")
-    if info["unexpected_keys"]:
-        say(f"vlm: {len(info['unexpected_keys'])} weights in {folder} have no use here (first: {sorted(info['unexpected_keys'])[0]})")
+    model = load_whole(AutoModelForImageTextToText, folder, dtype, name="vlm", remedy="copy it again, or take another model")
     with in_one_line(f"vlm: {folder} does not fit on device {device}", "give another --device, or a smaller --dtype"):
         return model.eval().requires_grad_(False).to(device)

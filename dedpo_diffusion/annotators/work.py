@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PART_COLUMNS = ("score", "pair_id", "score_0", "score_1", "missing")  # whatever else a judge tells goes into the label file as it is
+TOKENS = ("prompt_tokens", "answer_tokens")
 KEY = "S32"  # an image under a prompt: 32 hexadecimal digits
 
 Images = tuple["Image | None", "Image | None"]
@@ -161,7 +162,10 @@ class PairWork:
     def _ask(self) -> None:
         answers = self.judge.answer([question for _, question in self._waiting])
         for k, (place, question) in enumerate(self._waiting):
-            self._rows[place] = _row(question.pair_id, answers, k)
+            earlier, self._rows[place] = self._rows[place], _row(question.pair_id, answers, k)
+            for count in TOKENS:  # those of earlier attempts were paid for too
+                if count in self._rows[place]:
+                    self._rows[place][count] += earlier.get(count) or 0
         self._waiting = []
 
     def finish(self) -> pa.Table:
@@ -190,18 +194,26 @@ def read_part(path: Path, stamp: dict[str, str]) -> pa.Table:
     """A finished stretch.
 
     Raises:
-        UserError: another judge, temperature or data set made it.
+        UserError: another judge, temperature or dataset made it.
     """
     with open_parquet(path) as file:
         table = file.read(use_threads=False)
-    held = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    check_stamp(path.parent, {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}, stamp)
+    return table
+
+
+def check_stamp(folder: Path, held: dict[str, str], stamp: dict[str, str]) -> None:
+    """The unfinished labels in `folder` are of this stamp.
+
+    Raises:
+        UserError: another judge, temperature, dataset or shard size made them.
+    """
     for key, value in stamp.items():
         if held.get(key) != value:
             raise UserError(
-                f"{path.parent} holds unfinished labels of another {key} ({held.get(key)}, now {value}): "
+                f"{folder} holds unfinished labels of another {key} ({held.get(key)}, now {value}): "
                 "finish them with the same settings, give another --name, or remove that folder"
             )
-    return table
 
 
 def count_missing(table: pa.Table) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..console import UserError
 from ..files import file_digest
 from .clip import OpenClipScorer, find_source, folder_source, only, weight_files
-from .embedding import in_one_line, normalised
+from .embedding import normalised
+from .loading import in_one_line
 
 MODEL = "ViT-L-14:openai"
 FILE = "sac+logos+ava1-l14-linearMSE.pth"

@@ -16,7 +16,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..console import UserError
-from .embedding import EmbeddingScorer, in_one_line, weights_digest
+from .embedding import EmbeddingScorer
+from .loading import in_one_line, weights_digest
 
 DEFAULT = "ViT-B-32:openai"  # the model of the CLIP score paper
 CONFIG = "open_clip_config.json"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +13,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..console import UserError, say
-from ..files import file_digest
+from ..console import say
+from .loading import in_one_line, usable, within_memory
 
 
 class EmbeddingScorer(ABC):
@@ -42,7 +38,7 @@ class EmbeddingScorer(ABC):
     model: Any
 
     def __init__(self, location: str | None = None, *, device: str | None = None, batch: int = 64, dtype: str = "float32") -> None:
-        self.device = _usable(device)
+        self.device = usable(device)
         self.batch = batch
         self.dtype = getattr(torch, dtype)
         weights = self.load(location)
@@ -87,13 +83,18 @@ class EmbeddingScorer(ABC):
 
         Returns:
             (N,) float64, computed in float32.
+
+        Raises:
+            UserError: the GPU's memory is too small.
         """
         if len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts, but {len(images)} images")
         if len(images) == 0:
             return np.empty(0)
-        with torch.inference_mode():
-            seen = self._once(images, [id(image) for image in images], self._image_batch)
+        keys = [id(image) for image in images]
+        remedy = "lower --batch" + (", or take --dtype bfloat16" if self.dtype == torch.float32 else "")
+        with torch.inference_mode(), within_memory(self.name, f"{min(self.batch, len(set(keys)))} images", remedy):
+            seen = self._once(images, keys, self._image_batch)
             return self.combine(seen, prompts).double().cpu().numpy()
 
     def cosine(self, seen: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -122,34 +123,3 @@ class EmbeddingScorer(ABC):
 def normalised(features: Tensor) -> Tensor:
     """Vectors (..., D) of norm 1."""
     return torch.nn.functional.normalize(features, dim=-1)
-
-
-def _usable(device: str | None) -> torch.device:
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with in_one_line(f"device {chosen} cannot be used here", "give another --device, or none"):
-        return torch.empty(0, device=chosen).device
-
-
-@contextmanager
-def in_one_line(what: str, remedy: str) -> Iterator[None]:
-    """Turn whatever another library trips over into one line, "WHAT (reason); REMEDY".
-
-    Raises:
-        UserError: with that line.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except pickle.UnpicklingError as error:
-        reason = "it is no checkpoint, or holds more than tensors, and nothing is unpickled here; save the tensors as .safetensors"
-        raise UserError(f"{what} ({reason}); {remedy}") from error
-    except Exception as error:  # of a library that reads a foreign file, or the network: there is no list of what it may be
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what} ({reason if len(reason) <= 300 else reason[:300] + ' ...'}); {remedy}") from error
-
-
-def weights_digest(paths: Sequence[Path]) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of a weight file (of the digests, where there are several)."""
-    digests = [file_digest(path) for path in paths]
-    return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:12]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..console import UserError
 from .clip import OpenClipScorer, Source, folder_source, only, weight_files
-from .embedding import in_one_line
+from .loading import in_one_line
 
 MODEL = "ViT-H-14"
 REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"

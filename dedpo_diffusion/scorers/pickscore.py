@@ -5,22 +5,20 @@ Any CLIPModel with a processor beside it can take PickScore's place.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from ..console import UserError
-from .embedding import EmbeddingScorer, in_one_line, weights_digest
+from .embedding import EmbeddingScorer
+from .loading import folder_digest, in_one_line, load_whole, local_or_hub, model_type
 
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the published weights come without a processor
 FILES = ["*.json", "*.txt", "*.safetensors"]  # nothing that would have to be unpickled
-REMEDY = "give pickscore=FOLDER"
 
 
 class PickScore(EmbeddingScorer):
@@ -36,12 +34,12 @@ class PickScore(EmbeddingScorer):
 
     def load(self, location: str | None) -> str:
         """The folder's model and processor."""
-        folder = _folder(location or MODEL)
+        folder = local_or_hub(location or MODEL, FILES, name=self.name)
         self.model = _load_model(folder)
         words = self.model.config.text_config.vocab_size
         self.processor = _load_processor(PROCESSOR if (location or MODEL) == MODEL else str(folder), words)
         self.scale = float(self.model.logit_scale.detach().float().exp())  # before the towers' precision rounds it
-        return weights_digest(_weight_files(folder))
+        return folder_digest(folder, name=self.name)
 
     def pixels(self, image: Image) -> Tensor:
         """As the model's own processor prepares it."""
@@ -69,31 +67,13 @@ def _tensor(features: Any) -> Tensor:
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
-def _folder(location: str) -> Path:
-    """The folder itself, or a hub repository's local copy."""
-    from huggingface_hub import snapshot_download
-
-    if Path(location).is_dir():
-        return Path(location)
-    with in_one_line(f"pickscore: {location} is no folder here and cannot be had from the hub", REMEDY):
-        return Path(snapshot_download(location, allow_patterns=FILES))
-
-
 def _load_model(folder: Path) -> Any:
     from transformers import CLIPModel
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of reading the weights: a second of noise
-    with in_one_line(f"pickscore: {folder} holds no readable config.json, so it is no CLIP folder", REMEDY):
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = model_type(folder, name="pickscore", owner="CLIP")
     if kind != "clip":
         raise UserError(f"pickscore: {folder} holds a model of type {kind!r}, not 'clip'; give the folder of a CLIPModel")
-    with in_one_line(f"pickscore: {folder} cannot be loaded", "copy it again"):
-        loaded: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    model, info = loaded
-    if info["missing_keys"]:  # these would be left random
-        raise UserError(f"pickscore: {folder}: the weights lack {sorted(info['missing_keys'])[0]}; copy the folder again")
-    return model
+    return load_whole(CLIPModel, folder, "float32", name="pickscore")
 
 
 def _load_processor(source: str, words: int) -> Any:
@@ -107,7 +87,3 @@ def _load_processor(source: str, words: int) -> Any:
         known = f"a tokenizer of {len(processor.tokenizer)} tokens, and the model has {words}"
         raise UserError(f"pickscore: {source} holds no CLIPProcessor of this model ({known}); {remedy}")
     return processor
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("model*.safetensors"))

@@ -33,8 +33,8 @@ class ServerSettings:
         key_variable: the environment variable that holds the key, if the server wants one; the key itself is never stored.
         logprobs: ask for token probabilities; auto falls back to sampled text where the server has none.
         samples: how often a pair is asked in each order where there are no token probabilities.
-        concurrency: requests under way at once.
-        per_minute: requests begun in a minute, at most; None has no limit.
+        concurrency: requests under way at once, of each process.
+        per_minute: requests begun in a minute, at most, of each process; None has no limit.
         retries: further attempts after a timeout, a lost connection, a busy or a failing server.
         timeout: seconds until an attempt counts as failed.
         failures: consecutive pairs that may fail for the server's sake before the run stops.
@@ -64,12 +64,14 @@ class SelfTrainingSettings:
         timesteps: range [first, last) of the timesteps, evenly spread; None takes the run's own.
         size: image side in pixels; None takes the run's own.
         seed: seed of the noises.
+        batch: pairs that go through the model at once.
     """
 
     draws: int = 16
     timesteps: tuple[int, int] | None = None
     size: int | None = None
     seed: int = 0
+    batch: int = 8
 
 
 @dataclass(frozen=True)

@@ -103,17 +103,6 @@ def label_in_sample(settings: SelfTrainingBenchmark, run: Path, pairs: Path, nam
     )
 
 
-def error_left(pairs: Path, targets: str, g: np.ndarray, p: np.ndarray) -> float:
-    """Share of the judge's error that the gradient at margin 0 still holds: 0 is unbiased, 1 is training on the judge alone.
-
-    The slope of weight * (target - 0.5) - (P - 0.5), what the targets add to the truth, on g - P.
-    """
-    from dedpo_diffusion.labels import read_targets
-
-    merged = read_targets(pairs, targets)
-    return float(np.sum((merged.weight * (merged.target - 0.5) - (p - 0.5)) * (g - p)) / np.sum((g - p) ** 2))
-
-
 def figures(pairs: Path, judge: str, z: np.ndarray, p: np.ndarray) -> dict[str, float]:
     """What one judge's labels look like against people's: `z` the answers trained on, `p` the probability of a fresh answer."""
     from dedpo_diffusion.labels import align, read_labels
@@ -130,7 +119,6 @@ def figures(pairs: Path, judge: str, z: np.ndarray, p: np.ndarray) -> dict[str, 
         "agreement_with_fresh_answers_unlabelled": float(fresh[~labelled].mean()),
         "power": report["power"],
         "effective_human_labels": report["effective_human_labels"]["value"],
-        "judge_error_left_in_targets": error_left(pairs, judge, g, p),
     }
 
 
