@@ -8,8 +8,8 @@ so every map from differences to P(image 0 is preferred) is odd here, P(-d) = 1 
     isotonic      P rises with d, in any way
 
 A map learns from people's labels, and merging is unbiased only for a judge that did not learn from the labels it is merged
-with. So `calibrate` cross-fits: a labelled pair gets a map that never saw its label. Scores are taken as given: a judge that
-itself trained on people's labels, as "self" does, may carry a pair's label into the scores of other pairs and so into its map.
+with. So `calibrate` cross-fits: a labelled pair gets a map that never saw its label. Of scores that were trained on people's
+labels this is not quite true: other pairs' scores of the judge "self" may have learned from that label, and fit the map.
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ PRIOR_SD = 5.0  # of a slope, for differences of RMS 1: weak, but separable answ
 HELD = 1e-6  # probabilities are held this far from 0 and 1 in a log loss, where a wrong sure answer would cost infinity
 MIN_CLUSTERS = 20  # fewer resampled prompts or pairs make intervals that are too narrow
 MIN_BIN = 10  # pairs in one bin of the calibration error
-
-
-# ---- maps
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,7 @@ class Linear:
 
     def describe(self) -> dict[str, Any]:
         """Slopes, and the weights slope * RMS, which compare between judges."""
-        weights = [slope * spread for slope, spread in zip(self.slopes, self.spreads, strict=True)]
-        return {"kind": "linear", "slopes": list(self.slopes), "weights": weights}
+        return {"kind": "linear", "slopes": list(self.slopes), "weights": np.multiply(self.slopes, self.spreads).tolist()}
 
 
 @dataclass(frozen=True)
@@ -132,8 +128,7 @@ def fit_isotonic(differences: np.ndarray, human: np.ndarray, *, weights: np.ndar
 
     Args:
         differences: (n,) or (n, 1).
-        human: (n,) labels in [0, 1].
-        weights: (n,) of the pairs, positive; only their ratios count.
+        human, weights: (n,) each, as of `fit_linear`.
     """
     from sklearn.isotonic import IsotonicRegression
 
@@ -274,19 +269,17 @@ def calibrate(
 
     The labelled pairs are split into folds, and each fold's map is fitted to the labels outside of it. A labelled pair gets
     its own fold's map; any other pair the mean of all maps' probabilities (cross-prediction; Zrnic and Candes, arXiv
-    2309.16598). This keeps the merged objective unbiased: of any one map, the labelled pairs of its fold and the unlabelled
-    pairs are equally fresh, so the judge's error that the labelled ones measure is the error that the unlabelled ones have.
-    With groups, an unlabelled pair that shares its group with a labelled one gets that fold's map alone, for the same reason:
-    the other maps saw labels of its group. All of this holds for scores that do not depend on the human labels.
+    2309.16598). If no score depends on the human labels, this keeps the merged objective unbiased: of any one map, the labelled
+    pairs of its fold and the unlabelled pairs are equally fresh, so the judge's error that the labelled ones measure is the
+    error that the unlabelled ones have. With groups, an unlabelled pair that shares its group with a labelled one gets that
+    fold's map alone, for the same reason: the other maps saw labels of its group.
 
     Args:
         differences: (N, J) raw score_0 - score_1 of J judges, NaN where there is no answer; J = 1 unless stacking.
         human: (N,) label_0 in [0, 1], NaN where nobody answered.
-        method: temperature, isotonic or stack.
-        folds: parts of the labelled pairs.
+        method, folds: temperature, isotonic or stack; and into how many parts the labelled pairs are split.
         groups: (N,) prompts, kept together; with fewer labelled ones than folds, or None, every pair is a group of its own.
-        invert: turn judges round that agree with people less than half of the time and whose slope is negative; else these
-            are undecided, as all others are that fail `judge_sign`.
+        invert: turn judges round that agree with people on less than half and whose slope is negative, not leave them undecided.
         seed: of folds and bootstrap.
         weights: (N,) inverse probability of being labelled, read at labelled pairs; None for labels at random.
         names: (J,) of the judges, for the report.
@@ -294,12 +287,11 @@ def calibrate(
 
     Returns:
         Calibrated. Its report holds counts (`n`, `n_human`, `n_missing` pairs without every judge's answer, `n_human_missing`
-        of these with a human label), `weighted` (whether the figures are, by `weights`), `judges` (`agreement`, `below_half`,
-        `backwards` if `invert` would turn it round, `used`, `folds_used`, `slope`, `temperature`, own `log_loss` and
-        `calibration_error`), the calibrated `log_loss` and `calibration_error`, held out, `differences` (calibrated log loss
-        less that of what it is compared with, negative is better), `map` (fitted to all labelled pairs, for pairs to come),
-        `fold_maps` (each fitted without its fold) and `sentences`. Intervals are 95 % bootstraps over groups, None for fewer
-        than 20; those of agreement are Wilson's.
+        of these with a human label), `weighted` (whether its figures are), `judges` (`agreement`, `below_half`, `backwards`: to
+        be turned round by `invert`, `used`, `folds_used`, `slope`, `temperature`, own `log_loss` and `calibration_error`), the
+        calibrated `log_loss` and `calibration_error`, held out, `differences` (calibrated log loss less that of what it is
+        compared with, negative is better), `map` (of all labelled pairs, for pairs to come), `fold_maps` and `sentences`.
+        Intervals are 95 % bootstraps over groups, None for fewer than 20, and Wilson's for agreement.
 
     Raises:
         ValueError: something that cannot be used, or too few labels; the message names the remedy.
@@ -428,15 +420,13 @@ class _Held:
         return [{"value": float(value), "ci": ci, "n": len(self.group)} for value, ci in zip(values, ends, strict=True)]
 
 
-def _report(
-    held: _Held, differences: np.ndarray, after: np.ndarray, came: Any, rivals: Any, names: list[str], maps: list[Map]
-) -> dict[str, Any]:
+def _report(held: _Held, d: np.ndarray, after: np.ndarray, came: Any, rivals: Any, names: list[str], maps: list[Map]) -> dict[str, Any]:
     """The judges as they came, the calibrated labels, and how these compare with their rivals; the last map is the overall one."""
     size = len(names)
     own, calibrated = [log_losses(p, held.human) for p in came], log_losses(after, held.human)
     errors = [calibration_error(p, held.human, weights=held.weights) for p in (*came, after)]
     stats = held.means([*own, *(calibrated - log_losses(p, held.human) for p in rivals), calibrated])
-    judges = [_judge(held, differences[j], name, j, maps) for j, name in enumerate(names)]
+    judges = [_judge(held, d[j], name, j, maps) for j, name in enumerate(names)]
     how = "calibrated alone" if size > 1 else "as it came"
     return {
         "judges": [judge | {"log_loss": stats[j], "calibration_error": errors[j]} for j, judge in enumerate(judges)],
@@ -448,19 +438,16 @@ def _report(
 
 def _judge(held: _Held, d: np.ndarray, name: str, j: int, maps: list[Map]) -> dict[str, Any]:
     """How judge j, with differences (n,), agrees with people and enters the maps."""
-    words = {1: "as it is", 0: "undecided", -1: "inverted"}
+    words, overall = {1: "as it is", 0: "undecided", -1: "inverted"}, maps[-1]
     agrees = score_agreement(d, held.human, held.weights)
-    slope = maps[-1].slopes[j] if isinstance(maps[-1], Linear) else None
+    slope = overall.slopes[j] if isinstance(overall, Linear) else None
+    below_half = agrees["value"] is not None and agrees["value"] < 0.5
+    backwards = judge_sign(d, held.human, weights=held.weights, invert=True) < 0
+    used, *of_folds = [words[fitted.signs()[j]] for fitted in (overall, *maps[:-1])]
     return {
-        "name": name,
-        "agreement": agrees,
-        "below_half": agrees["value"] is not None and agrees["value"] < 0.5,
-        "backwards": judge_sign(d, held.human, weights=held.weights, invert=True) < 0,
-        "used": words[maps[-1].signs()[j]],
-        "folds_used": [words[fitted.signs()[j]] for fitted in maps[:-1]],
-        "slope": slope,
-        "temperature": 1 / slope if slope else None,
-    }
+        "name": name, "agreement": agrees, "below_half": below_half, "backwards": backwards, "used": used, "folds_used": of_folds,
+        "slope": slope, "temperature": 1 / slope if slope else None,
+    }  # fmt: skip
 
 
 # ---- in words
@@ -472,9 +459,7 @@ def _judge_sentence(judge: dict[str, Any], *, stacked: bool, invert: bool) -> st
     if judge["agreement"]["value"] is not None:
         low, high = judge["agreement"]["ci"]
         share = f"{judge['agreement']['value']:.1%} of {judge['agreement']['n']} pairs (95 %: {low:.1%} to {high:.1%})"
-        agrees = f"agrees with people on {share}"
-    if judge["below_half"]:
-        agrees += ", less often than a coin would"
+        agrees = f"agrees with people on {share}" + (", less often than a coin would" if judge["below_half"] else "")
     if used == "inverted":
         return f"{name} {agrees}; as you asked, it counts the other way round."
     if used == "as it is":

@@ -47,7 +47,7 @@ def stage(
     """
     from jsonargparse import ArgumentParser
 
-    for library in ("DIFFUSERS", "TRANSFORMERS"):  # their notices are for programmers; their errors still show
+    for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):  # their notices are for programmers; their errors still show
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     flags = dict(flags or {})
     parser = ArgumentParser(prog=prog, description=(body.__doc__ or "").strip().split("\n\n")[0])

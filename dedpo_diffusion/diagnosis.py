@@ -7,88 +7,40 @@ of single shares do not. Nothing depends on which image of a pair is called imag
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.special import logit
 from scipy.stats import t as student
 
-from .calibration import MIN_BIN, calibrate, calibration_error
+from .agreement import share
+from .calibration import (
+    HELD,
+    MIN_BIN,
+    MIN_CLUSTERS,
+    calibrate,
+    calibration_error,
+    equal_bins,
+    log_losses,
+    percentile_intervals,
+    stated_confidence,
+)
 from .debias import NORMAL_975, agreement, judge_bias, wilson_interval
+from .image_statistics import WORDS
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-SIDE = 256  # pixels: side of the square copy that statistics are taken from, so that their cost and meaning do not grow with the image
-TILE = 8  # pixels: side of a tile of that copy
-FLAT = 0.03  # standard deviation of luma below which a tile is flat: 8 of 255 levels
-FAINTEST = 1e-6  # added to the variance of the Laplacian: a flat image is -6
-# the image with the higher value, and the one with the lower
-WORDS = {
-    "brightness": ("the brighter image", "the darker image"),
-    "contrast": ("the image with more contrast", "the image with less contrast"),
-    "saturation": ("the more saturated image", "the less saturated image"),
-    "sharpness": ("the sharper image", "the blurrier image"),
-    "detail": ("the busier image (more detail)", "the plainer image (less detail)"),
-    "warmth": ("the warmer image", "the colder image"),
-    "pixels": ("the image of more pixels", "the image of fewer pixels"),
-    "aspect": ("the wider image", "the narrower image"),
-}
 BINS = 10  # of the reliability diagram
-MIN_PROMPTS = 20  # fewer prompts tell too little of their own spread for an interval or a test
 MIN_CALIBRATED = 50  # pairs; fewer leave a fold too little to fit a temperature
 MIN_WORD, MOST_WORD = 20, 0.8  # a word is looked at that stands in this many pairs, and in no larger share of them
 MOST_VALUES = 12  # of a group column
-HELD = 1e-6  # probabilities are held this far from 0 and 1 in the log loss, where a wrong sure answer would cost infinity
 LEVEL = 0.05
 VISIBLE = 0.5  # of the root mean square difference: images that differ less are no fair question
 ALIKE = 0.3  # correlation from which one statistic can go along with another
 CHUNK = 1 << 20  # numbers drawn at once: bounds the memory
 DULL = set("and are for from has have her his into its not one the that their this two was were with".split())  # noqa: SIM905
-
-
-def image_statistics(image: Image) -> dict[str, float]:
-    """What can be said of an image at a glance.
-
-    Args:
-        image: any size and mode.
-
-    Returns:
-        `brightness` mean luma, 0 black to 1 white; `contrast` standard deviation of luma, 0 to 0.5; `saturation` mean HSV
-        saturation, 0 grey to 1; `sharpness` log10 of the variance of the Laplacian of luma, -6 for a flat image; `detail`
-        share of 8 x 8 tiles that are not flat, 0 plain to 1 busy; `warmth` mean red minus mean blue, -1 to 1; all on a
-        copy of 256 x 256 pixels. `pixels` millions of them, and `aspect` width over height, of the image itself.
-    """
-    from PIL.Image import Resampling
-
-    enlarged = image.width < SIDE or image.height < SIDE
-    copy = image.convert("RGB").resize((SIDE, SIDE), Resampling.BILINEAR if enlarged else Resampling.BOX)
-    rgb = np.asarray(copy, dtype=np.float32) / 255
-    red, green, blue = (np.ascontiguousarray(rgb[..., k]) for k in range(3))
-    high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]
-    return {
-        "brightness": float(luma.mean()),
-        "contrast": float(luma.std()),
-        "saturation": float(np.divide(high - low, high, out=np.zeros_like(high), where=high > 0).mean()),
-        "sharpness": math.log10(float(laplacian.var()) + FAINTEST),
-        "detail": float((_tile_means(luma**2) - _tile_means(luma) ** 2 > FLAT**2).mean()),
-        "warmth": float(red.mean() - blue.mean()),
-        "pixels": image.width * image.height / 1e6,
-        "aspect": image.width / image.height,
-    }
-
-
-def _tile_means(plane: np.ndarray) -> np.ndarray:
-    """(256, 256) -> (32, 32)."""
-    rows = plane.reshape(SIDE // TILE, TILE, SIDE).mean(axis=1)
-    return rows.reshape(len(rows), SIDE // TILE, TILE).mean(axis=2)
 
 
 def diagnose(
@@ -121,7 +73,9 @@ def diagnose(
         judge would show), mean `confidence`, `right` (mean human agreement with it), `histogram` of confidence (ten equal
         parts of 0.5 to 1), `reliability` (the bins); `order_consistency`; `side` (`bias` to image 0, agreement where people
         chose `image_0`, `image_1`); agreement `by_margin` (fifths of |label - 0.5|), `by_word` and `by_length` of the prompt,
-        `by_group`; `leans`, with `compared` (which labels they are of); and `sentences`.
+        `by_group`, and `by_statistic`, for each in which images differ (`by_difference`, fifths of the difference's size; where
+        people `chose_higher`, `chose_lower`, over the pairs that differ visibly: a lean sets the two apart); `leans`, with
+        `compared` (which labels they are of); and `sentences`.
 
     Raises:
         ValueError: no pair has both labels.
@@ -139,9 +93,12 @@ def diagnose(
     report: dict[str, Any] = {"n": len(z), "prompts": sample.units, "ties": int(((z == 0.5) | (g == 0.5)).sum())}
     report |= {"agreement": agreement(z, g), "auc": _auc(z, d, sample), "log_loss": _log_loss(z, g, sample)}
     report |= _confidence(z, g, sample) | {"order_consistency": _order(order_consistent, rows), "side": _side(z, g)}
+    x = {name: values[kept, 0] - values[kept, 1] for name, values in statistics.items()}
+    x = {name: apart for name, apart in x.items() if apart.any()}
+    report["by_statistic"] = {name: _by_difference(z, g, apart) for name, apart in x.items()}
     report |= _by(z, g, said, {name: np.array(values, dtype=object)[kept] for name, values in (groups or {}).items()}, sample)
     fair, report["compared"] = _comparable(z, g, d, said, report["agreement"]["value"], seed)
-    report["leans"] = _leans(z, fair, {name: np.asarray(values)[kept] for name, values in statistics.items()}, sample)
+    report["leans"] = _leans(z, fair, x, sample)
     return report | {"sentences": _sentences(report)}
 
 
@@ -169,11 +126,10 @@ class _Sample:
 
     def ratio_intervals(self, above: np.ndarray, below: np.ndarray) -> list[list[float] | None]:
         """Percentile intervals of K ratios of sums; `above`, `below` (N, K)."""
-        if self.units < MIN_PROMPTS:
+        if self.units < MIN_CLUSTERS:
             return [None] * above.shape[1]
         with np.errstate(invalid="ignore", divide="ignore"):
-            found = np.concatenate([(drawn @ above) / (drawn @ below) for drawn in self.draws()])
-        return [_percentiles(column) for column in found.T]
+            return percentile_intervals(np.concatenate([(drawn @ above) / (drawn @ below) for drawn in self.draws()]))
 
     def errors(self, influence: np.ndarray) -> np.ndarray:
         """Standard errors, (K,), of K sums of influences (N, K), prompts being independent."""
@@ -188,12 +144,7 @@ class _Sample:
         """Two-sided p, (K,), that values are 0, by Student's t on so many prompts (K,); 1 where they are too few."""
         with np.errstate(invalid="ignore", divide="ignore"):
             p = 2 * student.sf(np.abs(values) / self.errors(influence), np.maximum(prompts - 1, 1))
-        return np.where((prompts < MIN_PROMPTS) | np.isnan(p), 1.0, p)
-
-
-def _percentiles(drawn: np.ndarray) -> list[float] | None:
-    known = drawn[np.isfinite(drawn)]
-    return [float(x) for x in np.quantile(known, [0.025, 0.975])] if len(known) > 0.9 * len(drawn) else None
+        return np.where((prompts < MIN_CLUSTERS) | np.isnan(p), 1.0, p)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -202,13 +153,6 @@ def holm(p: np.ndarray) -> np.ndarray:
     corrected = np.empty(len(p))
     corrected[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return corrected
-
-
-def _bins(values: np.ndarray, wanted: int) -> list[np.ndarray]:
-    """Rows in bins of nearly equal size, lowest values first; equal values share a bin."""
-    values = np.round(values, 12)  # 1 - (1 - p) is not always p
-    place = np.searchsorted(np.quantile(values, np.linspace(0, 1, max(1, wanted) + 1)[1:-1]), values, side="left")
-    return [np.flatnonzero(place == k) for k in np.unique(place)]
 
 
 # ---- how good the labels are
@@ -233,28 +177,33 @@ def _auc(z: np.ndarray, d: np.ndarray, sample: _Sample) -> dict[str, Any]:
         with np.errstate(invalid="ignore"):
             return (weights * beaten).sum(axis=1) / below[:, -1] ** 2
 
-    ci = _percentiles(np.concatenate([area(drawn) for drawn in sample.draws()])) if sample.units >= MIN_PROMPTS else None
+    ci = None
+    if sample.units >= MIN_CLUSTERS:
+        ci = percentile_intervals(np.concatenate([area(drawn) for drawn in sample.draws()])[:, None])[0]
     return {"value": float(area(np.ones((1, len(z))))[0]), "ci": ci, "n": len(e)}
 
 
 def _log_loss(z: np.ndarray, g: np.ndarray, sample: _Sample) -> dict[str, Any]:
-    p = np.clip(g, HELD, 1 - HELD)
-    loss = -(z * np.log(p) + (1 - z) * np.log1p(-p))[:, None]
+    loss = log_losses(g, z)[:, None]
     ci = sample.ratio_intervals(loss, np.ones_like(loss))[0]
-    return {"value": float(loss.mean()), "ci": ci, "n": len(z), "held": int((p != g).sum())}
+    return {"value": float(loss.mean()), "ci": ci, "n": len(z), "held": int(((g < HELD) | (g > 1 - HELD)).sum())}
 
 
 def _confidence(z: np.ndarray, g: np.ndarray, sample: _Sample) -> dict[str, Any]:
-    """Stated confidence against people's answers; a human tie counts half."""
-    confidence = np.maximum(g, 1 - g)
-    right = np.where(g > 0.5, z, np.where(g < 0.5, 1 - z, 0.5))
-    bins = _bins(confidence, min(BINS, len(z) // MIN_BIN))
+    """Stated confidence against people's answers; a human tie counts half.
+
+    The calibration error is enlarged by chance, and resampling enlarges it once more. So its interval is the spread of its
+    resamples about their median, moved to its value: how far this figure might differ on other such prompts, chance included
+    (`by_chance` is what to hold it against), not where the error lies that endless pairs would show.
+    """
+    confidence, right = stated_confidence(g, z)
+    bins = equal_bins(confidence, min(BINS, len(z) // MIN_BIN))
     inside = np.stack([np.bincount(rows, minlength=len(z)) for rows in bins], axis=1).astype(np.float64)
     error = calibration_error(g, z, bins=BINS) | {"ci": None}
-    if sample.units >= MIN_PROMPTS:
-        # resampling adds as much upward bias again as the value has, so the interval is mirrored at the value
+    if sample.units >= MIN_CLUSTERS:
         drawn = [np.abs(drawn * (confidence - right) @ inside).sum(axis=1) / drawn.sum(axis=1) for drawn in sample.draws()]
-        error["ci"] = [max(0.0, 2 * error["value"] - float(x)) for x in np.quantile(np.concatenate(drawn), [0.975, 0.025])]
+        low, middle, high = np.quantile(np.concatenate(drawn), [0.025, 0.5, 0.975])
+        error["ci"] = [max(0.0, error["value"] - float(middle - low)), error["value"] + float(high - middle)]
     spread = [(float(confidence[rows].mean()), float(right[rows].sum()), len(rows)) for rows in bins]
     return {
         "calibration_error": error,
@@ -269,9 +218,7 @@ def _confidence(z: np.ndarray, g: np.ndarray, sample: _Sample) -> dict[str, Any]
 
 
 def _order(consistent: Sequence[bool | None] | None, rows: list[int]) -> dict[str, Any]:
-    known = [] if consistent is None else [bool(consistent[row]) for row in rows if consistent[row] is not None]
-    n, kept = len(known), sum(known)
-    return {"value": kept / n, "ci": wilson_interval(kept, n), "n": n} if n else {"value": None, "ci": None, "n": 0}
+    return share(np.array([consistent[row] for row in rows if consistent and consistent[row] is not None], dtype=bool))
 
 
 def _side(z: np.ndarray, g: np.ndarray) -> dict[str, Any]:
@@ -290,8 +237,8 @@ def _by(z: np.ndarray, g: np.ndarray, prompts: list[str], groups: dict[str, np.n
         name: {value: values == value for value, _ in Counter(values.tolist()).most_common(MOST_VALUES)} for name, values in groups.items()
     }
     return {
-        "by_margin": _ranges(z, g, margin, _bins(margin, 5)),
-        "by_length": _ranges(z, g, length, _bins(length, 4)),
+        "by_margin": _ranges(z, g, margin, equal_bins(margin, 5)),
+        "by_length": _ranges(z, g, length, equal_bins(length, 4)),
         "by_word": _split(z, g, {word: np.array([word in found for found in words]) for word in asked}, sample),
         "by_group": {name: _split(z, g, of_name, sample) for name, of_name in parts.items()},
     }
@@ -299,6 +246,21 @@ def _by(z: np.ndarray, g: np.ndarray, prompts: list[str], groups: dict[str, np.n
 
 def _ranges(z: np.ndarray, g: np.ndarray, values: np.ndarray, bins: list[np.ndarray]) -> list[dict[str, Any]]:
     return [{"low": float(values[rows].min()), "high": float(values[rows].max())} | agreement(z[rows], g[rows]) for rows in bins]
+
+
+def _by_difference(z: np.ndarray, g: np.ndarray, apart: np.ndarray) -> dict[str, Any]:
+    """Agreement by a statistic's difference s_0 - s_1, (N,)."""
+    towards = (z - 0.5) * _visible(apart)
+    return {
+        "by_difference": _ranges(z, g, np.abs(apart), equal_bins(np.abs(apart), 5)),
+        "chose_higher": agreement(z[towards > 0], g[towards > 0]),
+        "chose_lower": agreement(z[towards < 0], g[towards < 0]),
+    }
+
+
+def _visible(apart: np.ndarray) -> np.ndarray:
+    """Signs of differences (N,) or (N, K), 0 where they are too small to be seen."""
+    return np.where(np.abs(apart) >= VISIBLE * np.sqrt((apart**2).mean(axis=0)), np.sign(apart), 0.0)
 
 
 def _split(z: np.ndarray, g: np.ndarray, parts: dict[str, np.ndarray], sample: _Sample) -> list[dict[str, Any]]:
@@ -329,31 +291,30 @@ def _comparable(z: np.ndarray, g: np.ndarray, d: np.ndarray, prompts: list[str],
         return g, "its choices as they are, since hard answers state no confidence"
     if agrees is None or agrees <= 0.5:
         return g, "its labels as they are, since it agrees with people no more often than a coin"
-    if len(z) < MIN_CALIBRATED or len(set(prompts)) < MIN_PROMPTS:
+    if len(z) < MIN_CALIBRATED or len(set(prompts)) < MIN_CLUSTERS:
         return g, "its labels as they are, since there are too few pairs to calibrate them"
     fitted = calibrate(d[:, None], z, method="temperature", folds=5, groups=prompts, invert=False, seed=seed)
     return np.asarray(fitted.probability), "its labels after calibration by one temperature, fitted on other pairs"
 
 
-def _leans(z: np.ndarray, g: np.ndarray, statistics: dict[str, np.ndarray], sample: _Sample) -> list[dict[str, Any]]:
+def _leans(z: np.ndarray, g: np.ndarray, differences: dict[str, np.ndarray], sample: _Sample) -> list[dict[str, Any]]:
     """The judge's lean to the image with the higher value of each statistic, relative to people.
 
     Args:
         z, g: (N,) human and judge labels.
-        statistics: (N, 2) each.
+        differences: s_0 - s_1 of each statistic in which images differ, (N,).
 
     Returns:
-        For each statistic in which images differ: `value`, the mean of (g - z) * sign(s_0 - s_1) over the `n` pairs that differ
+        For each statistic: `value`, the mean of (g - z) * sign(s_0 - s_1) over the `n` pairs that differ
         visibly in it, with `ci`; `people` and `judge`, the mean label for the image with the higher value; `p`, corrected for
         all statistics; `joint`, the coefficient (per standard deviation) in a regression on all of them; `named`, whether p
         is below 0.05; `kind` of a named one: likes (the judge prefers that image itself), else overlooks (people dislike it
         more); `follows`, the named one that it goes along with, if its own coefficient adds nothing. Most telling first.
     """
-    used = {name: values[:, 0] - values[:, 1] for name, values in statistics.items() if (values[:, 0] != values[:, 1]).any()}
-    if not used:
+    if not differences:
         return []
-    x = np.stack(list(used.values()), axis=1)
-    sign = np.where(np.abs(x) >= VISIBLE * np.sqrt((x**2).mean(axis=0)), np.sign(x), 0.0)
+    x = np.stack(list(differences.values()), axis=1)
+    sign = _visible(x)
     differ = np.abs(sign)
     n = differ.sum(axis=0)
     error, preferred = (g - z)[:, None] * sign, (g - 0.5)[:, None] * sign
@@ -361,17 +322,17 @@ def _leans(z: np.ndarray, g: np.ndarray, statistics: dict[str, np.ndarray], samp
     intervals = sample.ratio_intervals(error, differ)
     prompts = sample.prompts(differ > 0)
     raw_p = sample.p_values(value, (error - value * differ) / n, prompts)
-    p, tested = np.ones(len(n)), prompts >= MIN_PROMPTS
+    p, tested = np.ones(len(n)), prompts >= MIN_CLUSTERS
     p[tested] = holm(raw_p[tested])
     likes = (judge * value > 0) & (sample.p_values(judge, (preferred - judge * differ) / n, prompts) < LEVEL)
     joint, own, alike = _joint(g - z, x, sample)
     follows = _followers(p < LEVEL, likes, own, joint, raw_p, alike * np.outer(np.sign(value), np.sign(value)))
     leans = []
-    for k, name in enumerate(used):
+    for k, name in enumerate(differences):
         lean = {"statistic": name, "value": float(value[k]), "ci": intervals[k] if tested[k] else None, "n": int(n[k])}
         lean |= {"people": float(0.5 + judge[k] - value[k]), "judge": float(0.5 + judge[k]), "p": float(p[k]), "joint": joint[k]}
         lean |= {"named": bool(p[k] < LEVEL), "kind": ("likes" if likes[k] else "overlooks") if p[k] < LEVEL else None}
-        leans.append(lean | {"follows": list(used)[follows[k]] if k in follows else None})
+        leans.append(lean | {"follows": list(differences)[follows[k]] if k in follows else None})
     return sorted(leans, key=_telling)
 
 
@@ -391,7 +352,7 @@ def _joint(error: np.ndarray, x: np.ndarray, sample: _Sample) -> tuple[list[dict
     slope = inverse @ (x.T @ error)
     influence = x * (error - x @ slope)[:, None] @ inverse
     half = NORMAL_975 * sample.errors(influence)
-    ends = np.stack([slope - half, slope + half], axis=1).tolist() if sample.units >= MIN_PROMPTS else [None] * len(slope)
+    ends = np.stack([slope - half, slope + half], axis=1).tolist() if sample.units >= MIN_CLUSTERS else [None] * len(slope)
     found = [{"value": float(b), "ci": ci, "n": len(x)} for b, ci in zip(slope, ends, strict=True)]
     return found, sample.p_values(slope, influence, np.full(len(slope), sample.units)) < LEVEL, x.T @ x / len(x)
 
@@ -426,7 +387,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
         return ["On no pair do both the judge and people name an image, so nothing can be said of the judge."]
     first = f"The judge agrees with people on {known['value']:.1%} of {known['n']} pairs{_interval(known, '.1%')}."
     if known["value"] < 0.5:
-        first = f"Warning: it agrees less often than a coin would; `dedpo calibrate --invert true` turns it round. {first}"
+        first = f"Warning: it agrees less often than a coin would; `dedpo calibrate --invert true` can turn it round. {first}"
     return [first, *_lean_sentences(report), *_part_sentences(report), *_confidence_sentences(report), *_side_sentences(report)]
 
 
@@ -441,20 +402,20 @@ def _lean_sentences(report: dict[str, Any]) -> list[str]:
     tested, named = ([lean for lean in report["leans"] if lean[key]] for key in ("ci", "named"))
     if not tested:
         return [
-            f"Whether the judge leans to a kind of image cannot be told: too few pairs differ visibly, or of under {MIN_PROMPTS} prompts."
+            f"Whether the judge leans to a kind of image cannot be told: too few pairs differ visibly, or of under {MIN_CLUSTERS} prompts."
         ]
     if not named:
         reach = np.median([(lean["ci"][1] - lean["ci"][0]) / 2 for lean in tested])
         found = f"No lean to a kind of image was found, relative to people ({len(tested)} statistics looked at)"
         return [f"{found}; on so many pairs a lean below about {1.5 * reach:.2f} may go unseen."]
     leaders = [lean for lean in named if lean["follows"] is None]
-    texts = [_lean_sentence(lean, [other for other in named if other["follows"] == lean["statistic"]]) for lean in leaders[:2]]
+    texts = [_lean_sentence(lean, [other for other in named if other["follows"] == lean["statistic"]], report) for lean in leaders[:2]]
     also = f"It leans to {', '.join(lean_phrase(lean) for lean in leaders[2:])} too. " if leaders[2:] else ""
     reading = "A lean means that it over-rates that image compared with people, by liking it or by overlooking what they dislike in it"
     return [*texts, f"{also}{reading}. Compared: {report['compared']}."]
 
 
-def _lean_sentence(lean: dict[str, Any], followers: list[dict[str, Any]]) -> str:
+def _lean_sentence(lean: dict[str, Any], followers: list[dict[str, Any]], report: dict[str, Any]) -> str:
     up = lean["value"] > 0
     people, judge = ((lean[who] if up else 1 - lean[who]) for who in ("people", "judge"))
     size = {"ci": lean["ci"] if up or lean["ci"] is None else [-lean["ci"][1], -lean["ci"][0]]}
@@ -462,7 +423,12 @@ def _lean_sentence(lean: dict[str, Any], followers: list[dict[str, Any]]) -> str
     why = "it likes it" if lean["kind"] == "likes" else "it overlooks what they dislike in it, or errs at random"
     along = ", ".join(f"{other['statistic']} ({other['value']:+.2f})" for other in followers)
     why += f". Along with it go {along}" if along else ""
-    return f"The judge leans to {lean_phrase(lean)}, relative to people: {by}. People give it {people:.2f}, the judge {judge:.2f}: {why}."
+    text = f"The judge leans to {lean_phrase(lean)}, relative to people: {by}. People give it {people:.2f}, the judge {judge:.2f}: {why}."
+    split = report["by_statistic"][lean["statistic"]]
+    chosen, other = (split[f"chose_{which}"]["value"] for which in (("higher", "lower") if up else ("lower", "higher")))
+    if chosen is None or other is None:
+        return text
+    return f"{text} Where people chose that image it agrees with them on {chosen:.0%}, where they chose the other on {other:.0%}."
 
 
 def _part_sentences(report: dict[str, Any]) -> list[str]:

@@ -7,8 +7,9 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.diagnosis import LEVEL, WORDS
+from dedpo_diffusion.diagnosis import LEVEL
 from dedpo_diffusion.files import atomic_file
+from dedpo_diffusion.image_statistics import WORDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +126,7 @@ def _leans(axes: Axes, leans: list[dict[str, Any]]) -> None:
         return
     for row, lean in enumerate(leans):
         _line(axes, row, lean, (BLUE, PALE) if lean["named"] else (SOFT, RULE), filled=lean["kind"] != "overlooks")
-        high, low = (_pole(words) for words in WORDS.get(lean["statistic"], (f"more {lean['statistic']}", f"less {lean['statistic']}")))
+        high, low = _poles(lean["statistic"])
         up, named = lean["value"] > 0, "bold" if lean["named"] else "normal"
         ends = ((-0.015, "right", low, not up), (1.015, "left", high, up))
         for x, side, words, bold in ends:
@@ -142,9 +143,13 @@ def _leans(axes: Axes, leans: list[dict[str, Any]]) -> None:
     axes.set(xlim=(-far, far), xlabel="mean label of the judge less that of people, for the image on the right\n" + LEGEND)
 
 
-def _pole(words: str) -> str:
-    """ "the image with more contrast" -> "more contrast"; "the busier image (more detail)" -> "busier"."""
-    return re.sub(r"^the |image (with|of) | image| \(.*\)", "", words)
+def _poles(name: str) -> tuple[str, str]:
+    """Words for the higher and the lower value of a statistic.
+
+    "the image with more contrast" -> "more contrast"; "the busier image (more detail)" -> "busier".
+    """
+    high, low = (re.sub(r"^the |image (with|of) | image| \(.*\)", "", words) for words in WORDS.get(name, (f"more {name}", f"less {name}")))
+    return high, low
 
 
 def _line(axes: Axes, row: int, stat: dict[str, Any], colours: tuple[str, str], *, filled: bool = True) -> None:
@@ -191,16 +196,18 @@ def _range(low: float, high: float, unit: str) -> str:
 
 
 def _other_parts(report: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]]], str]:
-    """The parts of the last panel: by the side that people chose, and by source columns or else the prompt's length."""
-    sides = [(f"chose image {k}", report["side"][f"image_{k}"]) for k in (0, 1)]
+    """The parts of the last panel: by the side that people chose, and by source columns or else by the image that they chose."""
+    sides = [(f"image {k}", report["side"][f"image_{k}"]) for k in (0, 1)]
     if report["by_group"]:
         parts = [(f"{column}: {entry['is']}", entry) for column, entries in report["by_group"].items() for entry in entries]
-        others, what = sorted(parts, key=lambda part: part[1]["value"]), "what made the pair"
+        sides = [(f"chose {name}", entry) for name, entry in sides]
+        others, title = sorted(parts, key=lambda part: part[1]["value"]), "Agreement by people's side and what made the pair"
     else:
-        others = [(_range(entry["low"], entry["high"], "words"), entry) for entry in report["by_length"]]
-        others, what = (others if len(others) > 1 else []), "the prompt's length"
-    known = [part for part in [*sides, *others] if part[1]["value"] is not None]
-    return known, f"Agreement by people's side and {what}" if others else "Agreement by the side people chose"
+        told = [lean["statistic"] for lean in report["leans"][: (MOST - len(sides)) // 2]]
+        both = [zip(_poles(name), ("chose_higher", "chose_lower"), strict=True) for name in told]
+        others = [(words, report["by_statistic"][name][key]) for name, poles in zip(told, both, strict=True) for words, key in poles]
+        title = "Agreement where people chose"
+    return [part for part in [*sides, *others] if part[1]["value"] is not None], title
 
 
 def _parts(axes: Axes, report: dict[str, Any], parts: list[tuple[str, dict[str, Any]]], title: str, why: str) -> None:

@@ -3,7 +3,8 @@
     dedpo calibrate pairs --judges pickscore clip --method stack
 
 Reads raw scores and human labels from `PAIRS/labels`. Writes a new label file `NAME.parquet`, which `dedpo merge` takes as it
-takes any judge's, its report `NAME.json` and picture `NAME.png`. A pair's label never learned from that pair's own human label.
+takes any judge's, its report `NAME.json` and picture `NAME.png`. A pair's map never learned from that pair's own human label;
+only scores of a judge that itself trained on people's labels, as "self" does, can carry it in. Such judges must be named.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.pipelines.judge_summary import Judge, judge_answers, stat_words, summarise
 from dedpo_diffusion.settings import CalibrateSettings, MergeSettings
 
 if TYPE_CHECKING:
@@ -22,21 +24,8 @@ if TYPE_CHECKING:
     from dedpo_diffusion.calibration import Calibrated
     from dedpo_diffusion.records import Labels
 
-ORIGIN = "dedpo calibrate"
 RAW = ("score_0", "score_1", "judge_version")
-
-
-@dataclass(frozen=True)
-class Raw:
-    """One judge's answers in the order of the N pairs, NaN where it gave none.
-
-    `difference` is score_0 - score_1 and `label_0` the judge's own probability, (N,) each.
-    """
-
-    name: str
-    version: str
-    difference: np.ndarray
-    label_0: np.ndarray
+TAUGHT = "self-"  # starts the version of a judge that trained on people's labels
 
 
 @dataclass(frozen=True)
@@ -55,13 +44,14 @@ class Asked:
 # ---- what is read
 
 
-def choose_judges(settings: CalibrateSettings) -> list[str]:
-    """The judges that are named, or all that hold raw scores and are not calibrated already.
+def choose_judges(settings: CalibrateSettings) -> dict[str, Labels]:
+    """The label files of the judges that are named, or of all that hold raw scores, are not calibrated already and never
+    trained on people's labels.
 
     Raises:
         UserError: none, the human file, one twice, or one that was calibrated.
     """
-    from dedpo_diffusion.labels import label_names, label_origin, read_labels
+    from dedpo_diffusion.labels import CALIBRATED, label_names, label_origin, read_labels
 
     if settings.judges:
         for name in settings.judges:
@@ -69,16 +59,34 @@ def choose_judges(settings: CalibrateSettings) -> list[str]:
                 raise UserError(f"--judges names {name!r}, the human label file; name judges alone")
             if settings.judges.count(name) > 1:
                 raise UserError(f"--judges names {name!r} twice; name it once")
-            if label_origin(settings.pairs, name) == ORIGIN:
+            if label_origin(settings.pairs, name) == CALIBRATED:
                 raise UserError(f"{label_path(settings, name)} was calibrated already; name the judge that it was made from")
-        return list(settings.judges)
-    others = [name for name in label_names(settings.pairs) if name != settings.human and label_origin(settings.pairs, name) != ORIGIN]
-    lack = [name for name in others if not set(RAW) <= set(read_labels(settings.pairs, name).extra)]
+        chosen = {name: read_labels(settings.pairs, name) for name in settings.judges}
+        taught = [name for name, labels in chosen.items() if is_taught(labels)]
+        if taught:
+            say(
+                f"warning: {', '.join(taught)} trained on people's labels, and through its scores of other pairs a pair's own label "
+                "can reach the map that the pair gets: merging with the calibrated labels is not quite unbiased"
+            )
+        return chosen
+    names = [name for name in label_names(settings.pairs) if name != settings.human and label_origin(settings.pairs, name) != CALIBRATED]
+    others = {name: read_labels(settings.pairs, name) for name in names}
+    lack = [name for name, labels in others.items() if not set(RAW) <= set(labels.extra)]
+    taught = [name for name, labels in others.items() if name not in lack and is_taught(labels)]
     if lack:
         say(f"left out, for lack of raw scores: {', '.join(lack)}")
-    if len(lack) == len(others):
-        raise UserError(f"{settings.pairs / 'labels'} holds no judge with raw scores; run `dedpo label` first")
-    return [name for name in others if name not in lack]
+    if taught:
+        say(f"left out, since they trained on people's labels: {', '.join(taught)}; --judges can name them")
+    chosen = {name: labels for name, labels in others.items() if name not in lack + taught}
+    if not chosen:
+        other = "other " if taught else ""
+        raise UserError(f"{settings.pairs / 'labels'} holds no {other}judge with raw scores; run `dedpo label` first")
+    return chosen
+
+
+def is_taught(labels: Labels) -> bool:
+    """Whether the judge behind these labels trained on people's labels, as "self" does."""
+    return any(str(version).startswith(TAUGHT) for version in labels.extra.get("judge_version", []))
 
 
 def label_path(settings: CalibrateSettings, name: str) -> Path:
@@ -86,31 +94,24 @@ def label_path(settings: CalibrateSettings, name: str) -> Path:
     return settings.pairs / "labels" / f"{name}.parquet"
 
 
-def read_judge(settings: CalibrateSettings, name: str, ids: list[str]) -> Raw:
-    """A judge's raw answers.
+def raw_answers(settings: CalibrateSettings, name: str, labels: Labels, ids: list[str]) -> Judge:
+    """A judge's answers, with raw scores wherever there is a label.
 
     Raises:
-        UserError: no such file, no raw scores in it, or one that is no finite number.
+        UserError: no raw scores, or one that is no finite number.
     """
     import numpy as np
 
-    from dedpo_diffusion.labels import align, read_labels
-
-    labels, path = read_labels(settings.pairs, name), label_path(settings, name)
-    label_0 = align(labels, ids, folder=settings.pairs, name=name)
+    path = label_path(settings, name)
     for column in RAW:
         if column not in labels.extra:
             raise UserError(
                 f"{path} has no column {column!r}, and calibration needs raw scores; run `dedpo label` again, or leave {name} out"
             )
-    scores = np.array([labels.extra["score_0"], labels.extra["score_1"]], dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(scores).all(axis=0))
+    bad = np.flatnonzero(~np.isfinite(np.array([labels.extra["score_0"], labels.extra["score_1"]], dtype=np.float64)).all(axis=0))
     if bad.size:
         raise UserError(f"{path} row {bad[0]}: a raw score is missing or infinite; remove the row, or run `dedpo label` again")
-    place = {pair_id: row for row, pair_id in enumerate(ids)}
-    difference = np.full(len(ids), np.nan)
-    difference[[place[pair_id] for pair_id in labels.pair_id]] = scores[0] - scores[1]
-    return Raw(name, ", ".join(sorted({str(version) for version in labels.extra["judge_version"]})), difference, label_0)
+    return judge_answers(labels, ids, folder=settings.pairs, name=name)
 
 
 def read_human(settings: CalibrateSettings) -> Asked:
@@ -138,13 +139,13 @@ def read_human(settings: CalibrateSettings) -> Asked:
 # ---- what is written
 
 
-def plan(settings: CalibrateSettings, judges: list[str]) -> dict[str, list[str]]:
+def plan(settings: CalibrateSettings, judges: Sequence[str]) -> dict[str, list[str]]:
     """The judges behind each new label file, by its name.
 
     Raises:
         UserError: a stack of one, one name for several files, or a file that something else made.
     """
-    from dedpo_diffusion.labels import label_names, label_origin
+    from dedpo_diffusion.labels import CALIBRATED, label_names, label_origin
 
     stack = settings.method == "stack"
     if stack and len(judges) < 2:
@@ -153,22 +154,22 @@ def plan(settings: CalibrateSettings, judges: list[str]) -> dict[str, list[str]]
         raise UserError(
             f"--name {settings.name} names one file, but {len(judges)} judges make one each; leave --name out, or name one judge"
         )
-    made = {settings.name or "stack": judges} if stack else {settings.name or f"{name}-{settings.method}": [name] for name in judges}
+    made = {settings.name or "stack": list(judges)} if stack else {settings.name or f"{name}-{settings.method}": [name] for name in judges}
     for name in made:
         held = label_origin(settings.pairs, name)  # this also refuses what cannot name a file
-        if name == settings.human or (name in label_names(settings.pairs) and held != ORIGIN):
+        if name == settings.human or (name in label_names(settings.pairs) and held != CALIBRATED):
             raise UserError(
                 f"{label_path(settings, name)} holds labels that calibration did not make; give another --name, or remove the file"
             )
     return made
 
 
-def calibrated_version(settings: CalibrateSettings, raws: Sequence[Raw]) -> str:
+def calibrated_version(settings: CalibrateSettings, judges: dict[str, Judge]) -> str:
     """What the new labels depend on, in one line."""
     from dedpo_diffusion.files import file_digest
 
     digest = file_digest(label_path(settings, settings.human))[:12]
-    versions = " + ".join(raw.version for raw in raws)
+    versions = " + ".join(judge.version or f"{name} of no version" for name, judge in judges.items())
     inverted = " inversion allowed" if settings.invert else ""
     return f"calibrated {settings.method} of {versions} on {settings.human} {digest} folds {settings.folds} seed {settings.seed}{inverted}"
 
@@ -185,42 +186,31 @@ def as_labels(made: Calibrated, ids: list[str], version: str) -> Labels:
     return Labels([ids[row] for row in rows], made.probability[rows], extra)
 
 
-def calibrate_file(settings: CalibrateSettings, name: str, raws: Sequence[Raw], asked: Asked) -> dict[str, Any]:
-    """Calibrate, write and tell one new label file; returns its report."""
+def calibrate_file(settings: CalibrateSettings, name: str, judges: dict[str, Judge], asked: Asked) -> dict[str, Any]:
+    """Calibrate, write and tell one new label file; returns what a summary of it does not know: where it is from, and how."""
     import numpy as np
 
     from dedpo_diffusion.calibration import calibrate
     from dedpo_diffusion.files import file_digest
-    from dedpo_diffusion.labels import write_labels
+    from dedpo_diffusion.labels import CALIBRATED, write_labels
 
-    differences, own = (np.stack([getattr(raw, key) for raw in raws], axis=1) for key in ("difference", "label_0"))
-    judges = [raw.name for raw in raws]
+    differences = np.stack([judge.scores[:, 0] - judge.scores[:, 1] for judge in judges.values()], axis=1)
     try:
         made = calibrate(
             differences, asked.human, method=settings.method, folds=settings.folds, groups=asked.prompts, invert=settings.invert,
-            seed=settings.seed, weights=asked.weights, names=judges, own=own,
+            seed=settings.seed, weights=asked.weights, names=list(judges),
+            own=np.stack([judge.label_0 for judge in judges.values()], axis=1),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"{settings.pairs / 'labels'} ({', '.join(judges)} and {settings.human}): {error}") from error
-    version = calibrated_version(settings, raws)
-    path = write_labels(settings.pairs, name, as_labels(made, asked.ids, version), origin=ORIGIN)
+    path = write_labels(settings.pairs, name, as_labels(made, asked.ids, calibrated_version(settings, judges)), origin=CALIBRATED)
     used = [label_path(settings, file) for file in (settings.human, *judges)]
-    files = [{"file": f"labels/{file.name}", "sha256": file_digest(file)} for file in used]
-    about = {"name": name, "judge_version": version, "human": settings.human, "label_files": files}
-    about["propensities"] = asked.weights is not None
     print_report(made.report, f"{name}: calibrated on {settings.human}")
     say(f"wrote {path}")
-    return about | {"calibration": made.report}
+    return {"label_files": [{"file": f"labels/{file.name}", "sha256": file_digest(file)} for file in used], "calibration": made.report}
 
 
 # ---- what is told
-
-
-def _stat(stat: dict[str, Any], digits: int) -> str:
-    if stat["value"] is None:
-        return "-"
-    ci = stat.get("ci")
-    return f"{stat['value']:.{digits}f}" + ("" if ci is None else f" ({ci[0]:.{digits}f} to {ci[1]:.{digits}f})")
 
 
 def print_report(report: dict[str, Any], title: str) -> None:
@@ -228,14 +218,15 @@ def print_report(report: dict[str, Any], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    title += ", weighted by the stored propensities" if report["weighted"] else ""
     table = Table("labels", "agreement", "used", "temperature", "log loss", "calibration error", title=title)
     for judge in report["judges"]:
         temperature = "-" if judge["temperature"] is None else f"{judge['temperature']:.4g}"
         table.add_row(
-            judge["name"], _stat(judge["agreement"], 3), judge["used"], temperature,
-            _stat(judge["log_loss"], 3), _stat(judge["calibration_error"], 3),
+            judge["name"], stat_words(judge["agreement"], ".3f"), judge["used"], temperature,
+            stat_words(judge["log_loss"], ".3f"), stat_words(judge["calibration_error"], ".3f"),
         )  # fmt: skip
-    table.add_row("calibrated, held out", "", "", "", _stat(report["log_loss"], 3), _stat(report["calibration_error"], 3))
+    table.add_row("calibrated, held out", "", "", "", *(stat_words(report[key], ".3f") for key in ("log_loss", "calibration_error")))
     Console().print(table)
     for sentence in report["sentences"]:
         say(sentence)
@@ -244,15 +235,17 @@ def print_report(report: dict[str, Any], title: str) -> None:
 def run(settings: CalibrateSettings) -> list[Path]:
     """Calibrate judges' labels on the human ones, or stack several judges into one."""
     from dedpo_diffusion.files import write_json
-    from dedpo_diffusion.pipelines.judge_summary import summarise
 
-    asked = read_human(settings)
-    made = plan(settings, choose_judges(settings))
-    raws = {judge: read_judge(settings, judge, asked.ids) for judges in made.values() for judge in judges}
-    reports = {name: calibrate_file(settings, name, [raws[judge] for judge in judges], asked) for name, judges in made.items()}
+    asked, files = read_human(settings), choose_judges(settings)
+    made = plan(settings, list(files))
+    answers = {judge: raw_answers(settings, judge, labels, asked.ids) for judge, labels in files.items()}
+    of = {name: {judge: answers[judge] for judge in judges} for name, judges in made.items()}
+    reports = {name: calibrate_file(settings, name, judges, asked) for name, judges in of.items()}
     summaries = summarise(settings.pairs, list(reports), human=settings.human, seed=settings.seed, extra=reports)
     for name in set(reports) - set(summaries):  # too few human labels for a summary
-        write_json(label_path(settings, name).with_suffix(".json"), reports[name])
+        about = {"name": name, "judge_version": calibrated_version(settings, of[name]), "human": reports[name]["label_files"][0]}
+        about["propensities"] = asked.weights is not None
+        write_json(label_path(settings, name).with_suffix(".json"), about | reports[name])
     for name, report in reports.items():
         missing = " --missing tie" if report["calibration"]["n_missing"] else ""
         say(f"next: dedpo merge {settings.pairs} --judge {name}{missing}")

@@ -6,6 +6,7 @@ No stage: `dedpo label` and `dedpo calibrate` call `summarise` when they are don
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dedpo_diffusion.pairs import PairReader
-    from dedpo_diffusion.records import Pair
+    from dedpo_diffusion.records import Labels, Pair
 
 LEAST = 10  # pairs with both labels; fewer say nothing
 VALUES = (2, 50)  # different values of a source column that pairs are split by
+PER_VALUE = 10  # pairs for each of them, on average
+KEPT = ("pairs_per_second", "waiting_share", "prompt_tokens", "answer_tokens", "cost")  # told once, by the run that made the labels
 WAITING = 32  # pairs in memory at once
 
 
@@ -43,13 +46,14 @@ def summarise(
         seed: of the draw of pairs and the bootstrap.
         resamples: of the bootstrap.
         most: pairs looked at; of more labelled ones, so many are drawn at random, the same for every judge.
-        extra: further entries of each judge's report.
+        extra: further entries of each judge's report. What it cost to make the labels is kept from an older report on labels
+            of the same version.
 
     Returns:
         Each judge's report (`diagnosis.diagnose`), with `name`, `judge_version`, `validity` (its mean), `human` (file and its
         sha256), `pairs` (counts: all, labelled by people, looked at, of these without the judge's answer; and the seed of the
         draw), `propensities` (whether people labelled with unequal probabilities) and what is in `extra`. Empty where fewer
-        than 10 pairs are labelled; a judge that shares fewer with people is left out.
+        than 10 pairs are labelled; a judge that shares fewer with people is left out, and its older JSON and picture removed.
 
     Raises:
         UserError: a label file or an image that cannot be read.
@@ -57,14 +61,16 @@ def summarise(
     import numpy as np
 
     from dedpo_diffusion.diagnosis import diagnose
+    from dedpo_diffusion.files import file_digest
     from dedpo_diffusion.labels import align, label_names, read_labels
     from dedpo_diffusion.pairs import PairReader
 
-    path = pairs / "labels" / f"{human}.parquet"
+    path, names = pairs / "labels" / f"{human}.parquet", [name for name in names if name != human]
     people = read_labels(pairs, human) if human in label_names(pairs) else None
     labelled = 0 if people is None else len(people.pair_id)
     if people is None or labelled < LEAST:
         say(f"no summary: {path} holds {labelled} labels, and {LEAST} are needed to see where judges err; run `dedpo vote {pairs}`")
+        _remove(pairs, names)
         return {}
     reader = PairReader(pairs)
     ids = reader.ids()
@@ -73,12 +79,13 @@ def summarise(
     if len(rows) > most:
         say(f"{len(rows)} pairs are labelled; judges are compared with people on {most} of them, drawn at random (seed {seed})")
         rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
-    judges = {name: _read_judge(pairs, name, ids) for name in names if name != human}
+    judges = {name: judge_answers(read_labels(pairs, name), ids, folder=pairs, name=name) for name in names}
     answered = {name: int((~np.isnan(judge.label_0[rows])).sum()) for name, judge in judges.items()}
     for name, shared in answered.items():
         if shared < LEAST:
             say(f"no summary of {name}: it shares {shared} pairs with {human}, and {LEAST} are needed; label more pairs")
             judges.pop(name)
+            _remove(pairs, [name])
     if not judges:
         return {}
     seen = _look(reader, rows)
@@ -90,28 +97,22 @@ def summarise(
             groups=seen.groups, order_consistent=consistent, resamples=resamples, seed=seed,
         )  # fmt: skip
         if "propensity" in people.extra:
-            found["sentences"].append("All figures are those on the labelled pairs, which were not drawn at random.")
+            found["sentences"].append("All figures are those on the labelled pairs, which were not drawn at random; they are not weighted.")
         counts = {"all": len(ids), "labelled": labelled, "looked_at": len(rows), "unanswered": len(rows) - answered[name], "seed": seed}
         about = {"name": name, "judge_version": judge.version, "validity": judge.validity, "pairs": counts}
-        about |= {"human": {"file": f"labels/{path.name}", "sha256": _digest(path)}, "propensities": "propensity" in people.extra}
-        reports[name] = about | found | (extra or {}).get(name, {})
+        about |= {"human": {"file": f"labels/{path.name}", "sha256": file_digest(path)}, "propensities": "propensity" in people.extra}
+        reports[name] = about | found | _kept(pairs, name, judge.version) | (extra or {}).get(name, {})
     _write(pairs, human, reports)
     _print(human, reports)
     return reports
-
-
-def _digest(path: Path) -> str:
-    from dedpo_diffusion.files import file_digest
-
-    return file_digest(path)
 
 
 # ---- what the judges said
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """One judge's answers to N pairs: `label_0` (N,) and `scores` (N, 2), NaN where there is none."""
+class Judge:
+    """One judge's answers to N pairs: `label_0` (N,) and raw `scores` (N, 2), NaN where there is none; None for what it lacks."""
 
     label_0: np.ndarray
     scores: np.ndarray
@@ -120,22 +121,53 @@ class _Judge:
     validity: float | None
 
 
-def _read_judge(pairs: Path, name: str, ids: list[str]) -> _Judge:
+def judge_answers(labels: Labels, ids: list[str], *, folder: Path, name: str) -> Judge:
+    """A judge's answers in the order of the pairs.
+
+    Args:
+        labels: read from `folder/labels/<name>.parquet`.
+        ids: the N pair_ids of the dataset.
+        folder, name: for messages.
+
+    Raises:
+        UserError: a label of an unknown pair.
+    """
     import numpy as np
 
-    from dedpo_diffusion.labels import align, read_labels
+    from dedpo_diffusion.labels import align
 
-    labels = read_labels(pairs, name)
-    label_0 = align(labels, ids, folder=pairs, name=name)
+    label_0 = align(labels, ids, folder=folder, name=name)
     place = {pair_id: row for row, pair_id in enumerate(labels.pair_id)}
-    column = {key: [values[place[pair_id]] if pair_id in place else None for pair_id in ids] for key, values in labels.extra.items()}
+    wanted = {key: labels.extra[key] for key in ("score_0", "score_1", "order_consistent") if key in labels.extra}
+    column = {key: [values[place[pair_id]] if pair_id in place else None for pair_id in ids] for key, values in wanted.items()}
     nothing = [None] * len(ids)
     scores = np.array([column.get(side, nothing) for side in ("score_0", "score_1")], dtype=np.float64).T
     versions = sorted({str(version) for version in labels.extra.get("judge_version", []) if version is not None})
     validity = [value for value in labels.extra.get("validity", []) if value is not None]
-    return _Judge(
+    return Judge(
         label_0, scores, column.get("order_consistent"), ", ".join(versions) or None, float(np.mean(validity)) if validity else None
     )
+
+
+# ---- older reports
+
+
+def _remove(pairs: Path, names: Sequence[str]) -> None:
+    """An older report would stand for labels that it does not know."""
+    for name in names:
+        for suffix in (".json", ".png"):
+            (pairs / "labels" / f"{name}{suffix}").unlink(missing_ok=True)
+
+
+def _kept(pairs: Path, name: str, version: str | None) -> dict[str, Any]:
+    """What making these labels took, as an older report on the same version tells it."""
+    path = pairs / "labels" / f"{name}.json"
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # one that is no JSON is about to be replaced
+        return {}
+    same = isinstance(old, dict) and version is not None and old.get("judge_version") == version
+    return {key: old[key] for key in KEPT if key in old} if same else {}
 
 
 # ---- what is to be seen
@@ -161,7 +193,8 @@ def _look(reader: PairReader, rows: np.ndarray) -> _Seen:
         both.append(found)
     statistics = {key: np.array([[one[key], other[key]] for one, other in both]) for key in both[0][0]}
     columns = {key: ["none" if source.get(key) is None else str(source[key]) for source in sources] for key in sources[0]}
-    groups = {key: values for key, values in columns.items() if VALUES[0] <= len(set(values)) <= VALUES[1]}
+    most = min(VALUES[1], len(rows) // PER_VALUE)
+    groups = {key: values for key, values in columns.items() if VALUES[0] <= len(set(values)) <= most}
     return _Seen(prompts, statistics, groups)
 
 
@@ -170,7 +203,7 @@ def _looks(reader: PairReader, rows: list[int]) -> Iterator[tuple[str, dict[str,
 
     from dedpo_diffusion.ahead import ahead
     from dedpo_diffusion.decoding import decode_image
-    from dedpo_diffusion.diagnosis import image_statistics
+    from dedpo_diffusion.image_statistics import image_statistics
 
     def look(item: tuple[int, Pair]) -> list[dict[str, float]]:
         row, pair = item
@@ -194,10 +227,12 @@ def _write(pairs: Path, human: str, reports: dict[str, dict[str, Any]]) -> None:
         draw(report, path.with_suffix(".png"), f"{name} against {human}")
 
 
-def _stat(stat: dict[str, Any], form: str) -> str:
+def stat_words(stat: dict[str, Any], form: str) -> str:
+    """A statistic for a table, with its interval if it has one."""
     if stat["value"] is None:
         return "-"
-    return format(stat["value"], form) + ("" if stat["ci"] is None else f" ({stat['ci'][0]:{form}} to {stat['ci'][1]:{form}})")
+    ci = stat.get("ci")
+    return format(stat["value"], form) + ("" if ci is None else f" ({ci[0]:{form}} to {ci[1]:{form}})")
 
 
 def _lean(report: dict[str, Any]) -> str:
@@ -212,8 +247,6 @@ def _print(human: str, reports: dict[str, dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    if not reports:
-        return
     table = Table("95 % intervals", *reports, title=f"judges against {human}")
     table.add_row("pairs", *(str(report["n"]) for report in reports.values()))
     lines = {
@@ -224,7 +257,7 @@ def _print(human: str, reports: dict[str, dict[str, Any]]) -> None:
         "same in both orders": ("order_consistency", ".1%"),
     }
     for words, (key, form) in lines.items():
-        table.add_row(words, *(_stat(report[key], form) for report in reports.values()))
+        table.add_row(words, *(stat_words(report[key], form) for report in reports.values()))
     table.add_row("leans most to", *map(_lean, reports.values()))
     Console().print(table)
     for name, report in reports.items():

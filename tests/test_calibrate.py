@@ -11,9 +11,10 @@ from scipy.special import expit
 
 from conftest import picture
 from dedpo_diffusion.calibration import calibrate
+from dedpo_diffusion.files import file_digest
 from dedpo_diffusion.labels import align, label_names, read_labels, read_targets, write_labels
 from dedpo_diffusion.pairs import PairWriter
-from dedpo_diffusion.pipelines.calibrate import main, run
+from dedpo_diffusion.pipelines.calibrate import choose_judges, main, run
 from dedpo_diffusion.pipelines.merge import main as merge
 from dedpo_diffusion.records import Labels, Pair
 from dedpo_diffusion.settings import CalibrateSettings
@@ -62,6 +63,9 @@ def test_the_command_writes_what_calibrate_returns(folder, capsys, method, judge
     report = json.loads((folder / "labels" / f"{name}.json").read_text())
     assert report["calibration"]["judges"][0]["name"] == judges[0]
     assert report["calibration"]["map"] == made.report["map"]
+    human = {"file": "labels/human.parquet", "sha256": file_digest(folder / "labels" / "human.parquet")}
+    assert report["human"] == report["label_files"][0] == human and report["name"] == name and not report["propensities"]
+    assert [file["file"] for file in report["label_files"][1:]] == [f"labels/{judge}.parquet" for judge in judges]
     printed = capsys.readouterr().out
     assert all(sentence in printed for sentence in report["calibration"]["sentences"])
     assert printed.splitlines()[-1] == f"next: dedpo merge {folder} --judge {name}"
@@ -120,6 +124,29 @@ def test_pairs_without_every_judges_answer_are_left_out_and_counted(folder, caps
     assert printed.splitlines()[-1].endswith("--judge stack --missing tie")
 
 
+def test_too_few_labels_for_a_summary_still_make_a_report(folder):
+    write_labels(folder, "human", Labels([IDS[i] for i in LABELLED[:8]], HUMAN[LABELLED[:8]]))
+    assert main([str(folder), "--judges", "clip", "--folds", "2"]) == 0
+    report = json.loads((folder / "labels" / "clip-temperature.json").read_text())
+    assert set(report) == {"name", "judge_version", "human", "propensities", "label_files", "calibration"}
+    assert report["human"] == {"file": "labels/human.parquet", "sha256": file_digest(folder / "labels" / "human.parquet")}
+    assert {report["judge_version"]} == set(read_labels(folder, "clip-temperature").extra["judge_version"])
+    assert not (folder / "labels" / "clip-temperature.png").exists()
+
+
+def test_a_judge_that_trained_on_peoples_labels_must_be_named(folder, capsys):
+    write_judge(folder, "mine", DIFFERENCES[:, 0], judge_version=["self-0123"] * N)
+    assert list(choose_judges(CalibrateSettings(folder))) == ["clip", "vlm"]
+    assert "left out, since they trained on people's labels: mine; --judges can name them" in capsys.readouterr().out
+    assert main([str(folder), "--judges", "mine"]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: mine trained on people's labels")]
+    assert len(warnings) == 1 and "not quite unbiased" in warnings[0]
+    for name in ("clip", "vlm"):
+        (folder / "labels" / f"{name}.parquet").unlink()
+    assert main([str(folder)]) == 2
+    assert "holds no other judge with raw scores" in capsys.readouterr().err
+
+
 def test_stored_propensities_reach_the_fit(folder, capsys):
     propensity = np.random.default_rng(1).uniform(0.1, 0.9, N_HUMAN)
     write_labels(folder, "human", Labels([IDS[i] for i in LABELLED], HUMAN[LABELLED], {"propensity": propensity.tolist()}))
@@ -129,7 +156,9 @@ def test_stored_propensities_reach_the_fit(folder, capsys):
     made = calibrate((DIFFERENCES[:, :1] + 1) - 1, HUMAN_COLUMN, groups=PROMPTS, weights=weights)
     np.testing.assert_allclose(labels_of(folder, "clip-temperature"), made.probability, atol=1e-9)
     assert not np.allclose(made.probability, calibrate(DIFFERENCES[:, :1], HUMAN_COLUMN, groups=PROMPTS).probability, atol=1e-6)
-    assert "the stored propensities make up for it" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the stored propensities make up for it" in printed and "All figures are weighted by the stored propensities" in printed
+    assert "calibrated on human, weighted by" in " ".join(printed.split())
 
 
 def test_a_judge_below_half_is_told_and_turned_round_only_on_request(folder, capsys):

@@ -21,8 +21,9 @@ from dedpo_diffusion.calibration import (
     fit_linear,
     fit_map,
     judge_sign,
+    score_agreement,
 )
-from dedpo_diffusion.debias import merge_labels
+from dedpo_diffusion.debias import agreement, merge_labels
 
 METHODS = ("temperature", "isotonic", "stack")
 SOLVED = 1e-6  # relative; the gradient of the mean loss is at most 1e-12 or as small as rounding lets it be
@@ -139,7 +140,7 @@ def test_who_gets_which_map():
     d, z = answers(n=100)
     human, groups = partly(z, 40), [f"prompt {i // 2}" for i in range(100)]
     found = calibrate(d[:, 0], human, groups=groups)
-    each = np.stack([fitted(d[:, 0]) for fitted in found.fold_maps])
+    each = np.stack([expit(fitted["slopes"][0] * d[:, 0]) for fitted in found.report["fold_maps"]])
     known = {groups[i]: found.fold[i] for i in np.flatnonzero(~np.isnan(human))}
     assert 0 < (found.fold == -1).sum() < 60
     for i in range(100):
@@ -183,7 +184,8 @@ def test_merging_cross_fitted_labels_is_unbiased_and_labels_that_saw_themselves_
         human = partly(z, 12, seed)
         found = calibrate(d, human, method="stack", folds=3, groups=[str(i // 2) for i in range(48)], seed=seed)
         known = merge_labels(human, expit(d @ [0.25, 0.2]), method="dedpo")
-        for how, labels in (("cross-fitted", found.probability), ("in sample", found.overall(d))):
+        in_sample = expit(d @ np.array(found.report["map"]["slopes"]))
+        for how, labels in (("cross-fitted", found.probability), ("in sample", in_sample)):
             merged = merge_labels(human, labels, method="dedpo")
             moved = merged.weight * merged.target - known.weight * known.target
             errors[how].append(np.mean((np.tanh(d[:, 0]) + 2 * x) * moved))
@@ -299,13 +301,58 @@ def test_a_judge_below_half_is_undecided_and_turned_round_only_on_request(method
     assert last["used"] == "undecided" and set(last["folds_used"]) == {"undecided"}
     assert any("less often than a coin" in sentence and "undecided" in sentence for sentence in left.report["sentences"])
     if method == "stack":
-        assert left.overall.slopes[0] > 0 and left.overall.slopes[1] == 0
+        slopes = left.report["map"]["slopes"]
+        assert slopes[0] > 0 and slopes[1] == 0
     else:
         np.testing.assert_array_equal(left.probability, np.full(150, 0.5))
     turned = calibrate(contrary, human, method=method, invert=True)
     assert turned.report["judges"][-1]["used"] == "inverted"
     assert any("as you asked, it counts the other way round" in sentence for sentence in turned.report["sentences"])
     np.testing.assert_allclose(turned.probability, calibrate(columns(method, d), human, method=method).probability, rtol=SOLVED)
+
+
+def four_pairs(differences, labels):
+    """Pairs of four kinds, 30 of each; the folds hold all kinds."""
+    return np.tile(differences, 30).astype(float), np.tile(labels, 30).astype(float)
+
+
+def test_weights_decide_whether_a_judge_is_below_half():
+    """Of five pairs a judge is right on two, which stand for many more: 10 / 13 = 77 % of the weight, 40 % of the pairs."""
+    d, z = four_pairs([1, -1, 1, 1, -1], [1, 0, 0, 0, 1])
+    w = np.tile([5.0, 5.0, 1.0, 1.0, 1.0], 30)
+    assert (judge_sign(d, z), judge_sign(d, z, weights=w), judge_sign(d, z, weights=w, invert=True)) == (0, 1, 1)
+    found = calibrate(d, z, weights=w)
+    judge = found.report["judges"][0]
+    assert judge["used"] == "as it is" and judge["agreement"]["value"] == pytest.approx(10 / 13) and judge["agreement"]["n"] == 150
+    assert found.report["weighted"] and any("weighted by the stored propensities" in text for text in found.report["sentences"])
+    assert not calibrate(d, z).report["weighted"]
+
+
+def test_a_judge_is_turned_round_only_if_it_is_below_half_and_its_slope_is_negative():
+    mostly_right, mostly_wrong = four_pairs([1, 1, 1, 5, 5], [1, 1, 1, 0, 0]), four_pairs([1, 1, 1, 5, 5], [0, 0, 0, 1, 1])
+    for (d, z), words in ((mostly_right, "says nothing of their answers"), (mostly_wrong, "it does not run the other way")):
+        assert judge_sign(d, z) == judge_sign(d, z, invert=True) == 0
+        for invert in (False, True):
+            sentence = calibrate(d, z, invert=invert).report["sentences"][0]
+            assert words in sentence and "use invert" not in sentence and "as you asked" not in sentence
+    d, z = four_pairs([1, 1, 1, 5, 5], [0, 0, 1, 0, 0])
+    assert judge_sign(d, z) == 0 and judge_sign(d, z, invert=True) == -1
+
+
+def test_a_judge_turned_round_that_adds_nothing_is_said_to_and_has_slope_0():
+    d, z = answers(n=2000, slopes=(0.5,))
+    d = np.stack([d[:, 0], -0.05 * np.sign(d[:, 0]) * np.abs(np.random.default_rng(1).normal(0, 1, 2000))], axis=1)
+    report = calibrate(d, z, method="stack", invert=True).report
+    slope = report["map"]["slopes"][1]
+    assert slope == 0 and not np.signbit(slope) and report["judges"][1]["backwards"]
+    assert any("turned round as you asked, it adds nothing to the other judges" in text for text in report["sentences"])
+
+
+def test_agreement_with_equal_weights_is_that_of_the_merge():
+    d, z = answers(n=90, soft=True)
+    d[:9] = 0
+    found, known = score_agreement(d[:, 0], z, np.full(90, 3.0)), agreement(z, 0.5 + 0.5 * np.sign(d[:, 0]))
+    assert found == known | {"value": pytest.approx(known["value"]), "ci": pytest.approx(known["ci"])}
 
 
 def test_judges_that_say_nothing_are_undecided():
@@ -340,7 +387,6 @@ def test_the_report_counts_and_is_ready_for_json(method):
     assert (report["n"], report["n_missing"]) == (150, 6)
     assert report["n_human"] == (~np.isnan(human[~np.isnan(d[:, 0])])).sum()
     assert report["n_human_missing"] == (~np.isnan(human[3:9])).sum()
-    assert report["n_ties"] == 2
     assert len(report["differences"]) == len(report["judges"]) and len(report["fold_maps"]) == 5
     low, high = report["differences"][0]["ci"]
     assert low < report["differences"][0]["value"] < high

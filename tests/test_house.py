@@ -27,6 +27,7 @@ FLOORS = {
         "balance",
         "losses",
         "images",
+        "image_statistics",
         "metrics",
         "shapes",
         "tables",

@@ -13,9 +13,9 @@ from scipy.special import expit
 from test_diagnosis import scenes
 
 from dedpo_diffusion.console import UserError
-from dedpo_diffusion.diagnosis import image_statistics
 from dedpo_diffusion.files import file_digest
-from dedpo_diffusion.labels import write_labels
+from dedpo_diffusion.image_statistics import image_statistics
+from dedpo_diffusion.labels import read_labels, write_labels
 from dedpo_diffusion.pairs import PairWriter
 from dedpo_diffusion.pipelines.judge_summary import summarise
 from dedpo_diffusion.records import Labels, Pair
@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     prompts, images = scenes(COUNT, 7)
     with PairWriter(tmp_path / "pairs", shard_pairs=40) as writer:
         for k, (prompt, (one, other)) in enumerate(zip(prompts, images, strict=True)):
-            source = {"model": ("sd15", "sdxl")[k % 2], "row": k, "constant": 1}
+            source = {"model": ("sd15", "sdxl")[k % 2], "row": k, "constant": 1, "seed": k % 40}
             writer.add(Pair(f"p{k}", prompt, encoded(one), encoded(other), source))
     rewards = np.stack([oracle.reward(prompts, [two[side] for two in images]) for side in (0, 1)], axis=1)
     truth = expit((rewards[:, 0] - rewards[:, 1]) / human.TEMPERATURE)
@@ -69,7 +69,7 @@ def test_each_judge_gets_a_json_and_a_picture(pairs, capsys):
     assert light["pairs"] == {"all": 170, "labelled": 160, "looked_at": 160, "unanswered": 0, "seed": 0}
     assert (light["n"], light["judge_version"], light["tokens"]) == (160, "light-1", 7) and light["validity"] == pytest.approx(0.9)
     assert light["order_consistency"]["value"] == 0.9 and light["leans"][0]["statistic"] == "brightness" and light["leans"][0]["named"]
-    assert set(light["by_group"]) == {"model"}  # row has too many values, constant only one
+    assert set(light["by_group"]) == {"model"}  # row and seed have too many values, constant only one
     assert light["human"] == {"file": "labels/human.parquet", "sha256": file_digest(pairs / "labels" / "human.parquet")}
     assert hard["pairs"]["unanswered"] == 5 and hard["n"] == 155 and "no answer to 5" in said
     assert hard["order_consistency"]["value"] is None and hard["judge_version"] is None
@@ -94,6 +94,36 @@ def test_too_few_labels_make_no_summary(pairs, capsys):
     assert summarise(pairs, ["few", "human"], human="human") == {}
     assert "no summary of few: it shares 2 pairs with human" in capsys.readouterr().out
     assert not (pairs / "labels" / "few.json").exists()
+
+
+def test_no_older_report_stays_beside_labels_that_cannot_be_summarised(pairs):
+    labels = pairs / "labels"
+
+    def there():
+        return sorted(path.name for path in labels.iterdir() if path.suffix in (".json", ".png"))
+
+    summarise(pairs, ["light", "hard"], human="human", most=30, resamples=5)
+    assert there() == ["hard.json", "hard.png", "light.json", "light.png"]
+    write_labels(pairs, "light", Labels(["p0", "p1"], np.array([0.0, 1.0])))
+    assert set(summarise(pairs, ["light", "hard"], human="human", most=30, resamples=5)) == {"hard"}
+    assert there() == ["hard.json", "hard.png"]
+    write_labels(pairs, "human", Labels(["p0", "p1"], np.array([0.0, 1.0])))
+    assert summarise(pairs, ["light"], human="human") == {}
+    assert there() == ["hard.json", "hard.png"]  # it was not asked about
+    assert summarise(pairs, ["hard"], human="human") == {}
+    assert there() == []
+
+
+def test_what_the_labels_took_to_make_is_kept_while_they_are_the_same(pairs):
+    told = {"pairs_per_second": 5.0, "waiting_share": 0.1, "prompt_tokens": 70, "answer_tokens": 10, "cost": None}
+    first = summarise(pairs, ["light"], human="human", most=19, resamples=5, extra={"light": told})["light"]
+    again = summarise(pairs, ["light"], human="human", most=19, resamples=5, extra={"light": {"prompt_tokens": 71}})["light"]
+    assert first["by_group"] == {}  # even two values are too many for 19 pairs
+    assert again == first | {"prompt_tokens": 71} and again["pairs_per_second"] == 5.0
+    labels = read_labels(pairs, "light")
+    labels.extra["judge_version"] = ["light-2"] * COUNT
+    write_labels(pairs, "light", labels)
+    assert not set(told) & set(summarise(pairs, ["light"], human="human", most=19, resamples=5)["light"])
 
 
 def test_pairs_not_labelled_at_random_are_said_to_be(pairs, capsys):

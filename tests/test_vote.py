@@ -16,8 +16,8 @@ import httpx
 import numpy as np
 
 from conftest import picture
-from dedpo_diffusion.labels import label_origin, read_labels, read_votes, write_labels
-from dedpo_diffusion.pipelines.vote import allowed_hosts, listen, main, open_booth
+from dedpo_diffusion.labels import CALIBRATED, label_origin, read_labels, read_votes, write_labels
+from dedpo_diffusion.pipelines.vote import allowed_hosts, judge_labels, listen, main, open_booth
 from dedpo_diffusion.records import Labels
 from dedpo_diffusion.settings import VoteSettings
 from voting import PAIRS, client_of, command, connect, finish, make_pairs, post
@@ -124,6 +124,15 @@ def test_a_label_file_of_another_origin_is_never_overwritten(tmp_path, capsys):
     assert code == 2 and "made by somebody" in err
     assert main([str(folder)]) == 2 and "made by somebody" in capsys.readouterr().err
     assert read_labels(folder, "human").label_0.tolist() == [0.75]
+
+
+def test_calibrated_copies_of_a_judge_do_not_count_as_further_judges(tmp_path):
+    folder = make_pairs(tmp_path / "d")
+    ids = [f"p{k}" for k in range(PAIRS)]
+    for name, origin in (("clip", None), ("clip-temperature", CALIBRATED)):
+        write_labels(folder, name, Labels(ids, np.full(PAIRS, 0.4)), origin=origin)
+    assert list(judge_labels(VoteSettings(folder), ids)[1]) == ["clip"]
+    assert list(judge_labels(VoteSettings(folder, judges=["clip-temperature"]), ids)[1]) == ["clip-temperature"]
 
 
 def test_propensities_of_the_disagreement_order_reach_the_label_file(tmp_path):

@@ -83,8 +83,7 @@ def load_scorer(spec: str, *, device: str | None, batch: int, dtype: str = "floa
     name, _, location = spec.partition("=")
     if name not in SCORERS:
         raise UserError(f"there is no scorer {name!r}; known: {', '.join(SCORERS)} (as name or name=location)")
-    if batch < 1:
-        raise UserError(f"batch is {batch}; it must be at least 1")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+    from .loading import check_options  # late: it imports from here
+
+    check_options(batch, dtype)
     return SCORERS[name](location or None, device=device, batch=batch, dtype=dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..console import UserError
 from .embedding import EmbeddingScorer
-from .loading import in_one_line, weights_digest
+from .loading import fetching, in_one_line, weights_digest
 
 DEFAULT = "ViT-B-32:openai"  # the model of the CLIP score paper
 CONFIG = "open_clip_config.json"
@@ -118,10 +118,9 @@ def find_source(name: str, location: str) -> Source:
     open_clip = import_open_clip(name)
     if Path(location).is_dir():
         return folder_source(name, Path(location))
-    unreachable = f"{name}: {location} cannot be had from the hub"
     remedy = f"give {name}=FOLDER"
     if location.startswith(HUB):
-        with quiet(), in_one_line(unreachable, remedy):
+        with quiet(), fetching(name, location, remedy):
             return Source(location, Path(open_clip.pretrained.download_pretrained_from_hf(location.removeprefix(HUB))))
     written, _, weights = location.partition(":")
     model = written.replace("/", "-")
@@ -130,7 +129,7 @@ def find_source(name: str, location: str) -> Source:
         raise UserError(f"{what}; give MODEL:TAG, MODEL:FILE, FOLDER or {HUB}OWNER/NAME")
     settings = open_clip.get_pretrained_cfg(model, weights)
     if settings:
-        with quiet(), in_one_line(unreachable, remedy):
+        with quiet(), fetching(name, location, remedy):
             path = Path(open_clip.download_pretrained(settings))
         kept = {f"image_{key}": settings.get(key) for key in ("mean", "std", "interpolation", "resize_mode")}
         return Source(model, path, {**kept, "force_quick_gelu": bool(settings.get("quick_gelu"))})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..console import UserError
 from .clip import OpenClipScorer, Source, folder_source, only, weight_files
-from .loading import in_one_line
+from .loading import fetching
 
 MODEL = "ViT-H-14"
 REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
@@ -46,8 +46,7 @@ def _source(location: str | None) -> Source:
     if location is None:
         from huggingface_hub import hf_hub_download
 
-        what = f"hps: {FILE} of {REPOSITORY} cannot be had from the hub"
-        with in_one_line(what, f"give hps=FILE, your copy of {FILE}"):
+        with fetching("hps", f"{FILE} of {REPOSITORY}", f"give hps=FILE, your copy of {FILE}"):
             return Source(MODEL, Path(hf_hub_download(REPOSITORY, FILE)))
     path = Path(location)
     if path.is_dir():  # a base model's file may lie there too, so none is preferred

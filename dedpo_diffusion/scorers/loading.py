@@ -59,8 +59,20 @@ def local_or_hub(location: str, patterns: Sequence[str], *, name: str, ignored: 
         return Path(location)
     from huggingface_hub import snapshot_download
 
-    with in_one_line(f"{name}: {location} is no folder here and cannot be had from the hub", f"give {name}=FOLDER"):
+    with fetching(name, location, f"give {name}=FOLDER", found="is no folder here and"):
         return Path(snapshot_download(location, allow_patterns=list(patterns), ignore_patterns=list(ignored)))
+
+
+@contextmanager
+def fetching(name: str, what: str, remedy: str, *, found: str = "") -> Iterator[None]:
+    """Say that `what` comes from the hub, which may take long, and turn what goes wrong with that into one line.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    say(f"{name}: taking {what} from the hub, or from the copy of it that is here")
+    with in_one_line(" ".join(filter(None, (f"{name}: {what}", found, "cannot be had from the hub"))), remedy):
+        yield
 
 
 def model_type(folder: Path, *, name: str, owner: str) -> str | None:

@@ -118,7 +118,8 @@ class CalibrateSettings:
 
     Args:
         pairs: the pair dataset.
-        judges: label files to use; empty takes all that hold raw scores.
+        judges: label files to use; empty takes all that hold raw scores, but calibrated ones and those of judge self, which learned
+            from people's labels already.
         method: temperature or isotonic makes one label file for each judge, stack one of all judges.
         name: name of the new label file, for one judge or a stack; None takes JUDGE-METHOD, or stack.
         human: name of the human label file.
