@@ -90,7 +90,10 @@ class VisionLanguageJudge(Judge):
         self.controls = {*special, *tokenizer.all_special_tokens, getattr(self.processor, "image_token", None)} - {None, ""}
         grey = Image.new("RGB", (64, 64), (128, 128, 128))
         with in_one_line(f"vlm: {folder} cannot be asked about two images", "take another model"):
-            self._inputs([Question("", "a grey square", grey, grey)])
+            inputs = self._inputs([Question("", "a grey square", grey, grey)])
+            mark = getattr(self.processor, "image_token_id", None) or getattr(self.model.config, "image_token_id", None)
+            if mark is not None and int((inputs["input_ids"] == mark).sum(-1).min()) < 2:  # not every release complains by itself
+                raise ValueError("its chat template leaves the images out")
         self.first, self.second = (self._spellings(folder, answer) for answer in (FIRST, SECOND))
 
     def _spellings(self, folder: Path, answer: str) -> list[int]:
