@@ -14,7 +14,7 @@ from typing import Any
 
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
-WRITER = f"{platform.node()}.{os.getpid()}"  # machines that share a folder may give out the same process number
+HOST = platform.node()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -32,11 +32,16 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that is this process's own; machines that share a folder may give out the same process number."""
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on an error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{WRITER}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         _sync_file(temporary)
@@ -56,7 +61,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.is_file():
         raise FileExistsError(f"{path} is a file, not a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{WRITER}.tmp")
+    temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
