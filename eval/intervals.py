@@ -7,6 +7,8 @@ seed, every quantity sees the same resamples.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,21 @@ def mean_interval(values: np.ndarray, clusters: np.ndarray, *, resamples: int = 
     means = _resampled_means(sums, counts, resamples, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+
+
+def seed_interval(values: Sequence[float], *, level: float = LEVEL) -> Interval:
+    """The mean of independent values, such as one a seed, and Student's interval.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    from scipy.stats import t
+
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2:
+        raise ValueError(f"an interval needs at least two values, and there are {len(x)}")
+    half = float(t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1)) / math.sqrt(len(x))
+    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, clusters: np.ndarray, **options: Any) -> Interval:

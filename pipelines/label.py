@@ -208,15 +208,15 @@ def stretches(settings: LabelSettings, pairs: int) -> list[range]:
 # ---- which images come first
 
 
-def first_uses(settings: LabelSettings, reader: PairReader) -> FirstUses:
-    """Where each image under its prompt comes first in the dataset; the shards' keys are kept until the labels are done."""
+def first_uses(reader: PairReader, fingerprint: str) -> FirstUses:
+    """Where each image under its prompt comes first in the dataset of this fingerprint; keys are kept until the labels are done."""
     import numpy as np
 
     from dedpo_diffusion.annotators.work import FirstUses, item_keys
     from dedpo_diffusion.claims import spread
     from dedpo_diffusion.files import atomic_file
 
-    folder = keys_folder(settings, reader)
+    folder = reader.folder / "labels" / f".keys-{fingerprint[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{path.stem}.npy" for path in reader.shards]
 
@@ -237,11 +237,6 @@ def first_uses(settings: LabelSettings, reader: PairReader) -> FirstUses:
             return FirstUses(np.concatenate([np.load(path, allow_pickle=False) for path in paths]))
         except FileNotFoundError:  # another run was done with them and has removed them
             folder.mkdir(parents=True, exist_ok=True)
-
-
-def keys_folder(settings: LabelSettings, reader: PairReader) -> Path:
-    """Where the images' keys are kept while labels are made."""
-    return settings.pairs / "labels" / f".keys-{reader.fingerprint()[:12]}"
 
 
 # ---- judging
@@ -441,7 +436,8 @@ def run(settings: LabelSettings) -> list[Path]:
     runs = open_runs(settings, judges, reader, ids)
     facts: dict[str, dict[str, Any]] = {judge.name: {} for judge in judges}
     if runs:
-        first = first_uses(settings, reader) if any(isinstance(run.judge, BradleyTerry) for run in runs) else None
+        scored = any(isinstance(run.judge, BradleyTerry) for run in runs)
+        first = first_uses(reader, runs[0].stamp["dataset"]) if scored else None
         clock = judge_pairs(settings, reader, runs, first)
         outcomes = finish_all(runs, ids, first, len(stretches(settings, len(reader))))
         for judge in judges:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dedpo_diffusion.evaluation.intervals import mean_interval, paired_difference, win_rate
+from dedpo_diffusion.evaluation.intervals import mean_interval, paired_difference, seed_interval, win_rate
 
 FEW = {"resamples": 400, "seed": 0}
 
@@ -107,3 +107,12 @@ def test_ignoring_the_clusters_covers_far_too_little():
 def test_refusals(a, b, clusters, message):
     with pytest.raises(ValueError, match=message):
         paired_difference(np.array(a), np.array(b), np.array(clusters))
+
+
+def test_the_interval_over_seeds_is_students():
+    """1, 2, 3: mean 2, standard error 1 / sqrt(3), t of 2 degrees of freedom 4.30265."""
+    found = seed_interval([3.0, 1.0, 2.0])
+    assert found.mean == pytest.approx(2.0)
+    np.testing.assert_allclose([2 - found.low, found.high - 2], 4.302652729911 / np.sqrt(3), rtol=1e-10)
+    with pytest.raises(ValueError, match="at least two values, and there are 1"):
+        seed_interval([1.0])

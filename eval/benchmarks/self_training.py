@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.console import say, stage, track
+from dedpo_diffusion.evaluation.intervals import seed_interval
 
 JUDGES = {"in_sample": "self-in-sample", "cross_fitted": "self"}
 
@@ -147,12 +148,8 @@ def one_seed(settings: SelfTrainingBenchmark, seed: int) -> dict[str, Any]:
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
-    """Mean and Student's 95 % interval over seeds."""
-    from scipy.stats import t
-
-    found = np.array(values)
-    half = float(t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else None
-    return {"mean": float(found.mean()), "ci": None if half is None else [float(found.mean()) - half, float(found.mean()) + half]}
+    """Mean and Student's 95 % interval over seeds; one seed has none."""
+    return seed_interval(values).as_dict() if len(values) > 1 else {"mean": values[0], "ci": None}
 
 
 def run(settings: SelfTrainingBenchmark) -> None:

@@ -12,7 +12,6 @@ seen. A stopped run goes on: seeds that the file holds are kept.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.evaluation.intervals import seed_interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,20 +102,15 @@ def planted_score(prompts: Sequence[str], images: Sequence[Image], sees: Sequenc
     return np.array(found)
 
 
-def log_loss(p: np.ndarray, z: np.ndarray) -> float:
-    """Mean log loss of probabilities (n,) on hard answers (n,)."""
-    return float(-np.mean(np.log(np.where(z > 0.5, p, 1 - p))))
-
-
 def held_out(settings: StackingSettings, seed: int, prompts: list[str], d: np.ndarray, human: np.ndarray, z: np.ndarray) -> dict[str, Any]:
     """Of judges with differences (N, 2): log loss, agreement and weights on the pairs where `human` is NaN, with answers z."""
-    from dedpo_diffusion.calibration import calibrate
+    from dedpo_diffusion.calibration import calibrate, log_losses
 
     fresh = np.isnan(human)
     arms: dict[str, Any] = {"stack": ("stack", d)} | {name: ("temperature", d[:, [j]]) for j, name in enumerate(JUDGES)}
     made = {arm: calibrate(x, human, method=how, folds=settings.folds, groups=prompts, seed=seed) for arm, (how, x) in arms.items()}
     return {
-        "log_loss": {arm: log_loss(done.probability[fresh], z[fresh]) for arm, done in made.items()},
+        "log_loss": {arm: float(log_losses(done.probability[fresh], z[fresh]).mean()) for arm, done in made.items()},
         "agreement": {name: float(np.mean((d[fresh, j] > 0) == (z[fresh] > 0.5))) for j, name in enumerate(JUDGES)},
         "weights": dict(zip(JUDGES, made["stack"].report["map"]["weights"], strict=True)),
         "correlation": float(np.corrcoef(d.T)[0, 1]),
@@ -145,13 +140,10 @@ def one_seed(settings: StackingSettings, scorer: Any, seed: int) -> dict[str, An
     return found
 
 
-def t_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of independent values with Student's 95 % interval."""
-    from scipy.stats import t
-
-    x = np.array(values)
-    half = float(t.ppf(0.975, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
-    return {"value": float(x.mean()), "ci": [float(x.mean()) - half, float(x.mean()) + half], "n": len(x)}
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of one value a seed, with Student's 95 % interval."""
+    found = seed_interval(values)
+    return {"value": found.mean, "ci": [found.low, found.high], "n": len(values)}
 
 
 def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -161,8 +153,8 @@ def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "mean_log_loss": mean,
         "better_judge": min(JUDGES, key=mean.__getitem__),
-        "stack_less_judge": {name: t_interval(np.subtract(losses["stack"], losses[name])) for name in JUDGES},
-        "stack_less_better_of_each_seed": t_interval(np.subtract(losses["stack"], np.minimum(*(losses[name] for name in JUDGES)))),
+        "stack_less_judge": {name: over_seeds(np.subtract(losses["stack"], losses[name])) for name in JUDGES},
+        "stack_less_better_of_each_seed": over_seeds(np.subtract(losses["stack"], np.minimum(*(losses[name] for name in JUDGES)))),
     }
 
 
