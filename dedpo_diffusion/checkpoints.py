@@ -6,21 +6,24 @@ Randomness needs no state here: every draw of a run is a function of (seed, step
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from .files import atomic_folder, write_json
+from .sharding import part, whole
 
 QUANTISED = "__bnb_optimizer_quant_state__"  # where bitsandbytes nests its moments; it reads them without the nest too
 INTEGER = "#int"  # marks the name of a state that was no tensor
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Flatten an optimizer's state to tensors named "<parameter index>.<state name>".
+def optimizer_tensors(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Flatten an optimizer's state to whole tensors named "<parameter index>.<state name>"; `keep` as in `sharding.whole`.
 
     Raises:
         TypeError: the optimizer keeps something that is neither a tensor nor an integer.
@@ -33,15 +36,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
                 name, value = f"{name}{INTEGER}", torch.tensor(value)
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"optimizer state {name!r} is a {type(value).__name__}; only tensors and integers can be checkpointed")
-            flat[f"{index}.{name}"] = value.detach().cpu().contiguous()
-    return flat
+            flat[f"{index}.{name}"] = value
+    return whole(flat, keep=keep)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, torch.Tensor]) -> None:
     """Put back what `optimizer_tensors` took; the parameter groups (learning rates and the like) stay the optimizer's own."""
     state: dict[int, dict[str, torch.Tensor | int]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in flat.items():
         index, name = key.split(".", 1)
+        if value.shape == parameters[int(index)].shape:  # a moment, which lies as its parameter does
+            value = part(value, parameters[int(index)])
         state.setdefault(int(index), {})[name.removesuffix(INTEGER)] = int(value) if name.endswith(INTEGER) else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -53,15 +59,24 @@ def save_checkpoint(
     meta: Mapping[str, Any],
     anchor: Mapping[str, torch.Tensor] | None = None,
     average: Mapping[str, torch.Tensor] | None = None,
+    *,
+    write: bool = True,
 ) -> None:
     """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json` and, if the reference is no longer the base,
-    `reference.safetensors`, if there is a moving average, `average.safetensors`, into `folder`, atomically."""
-    with atomic_folder(folder) as temporary:
+    `reference.safetensors`, if there is a moving average, `average.safetensors`, into `folder`, atomically.
+
+    Where processes hold parts of the tensors, all of them call it, and all but one with `write` False.
+    """
+    with atomic_folder(folder) if write else nullcontext(folder) as temporary:
         for name, tensors in (("parameters", parameters), ("reference", anchor), ("average", average)):
             if tensors is not None:
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
-        save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", dict(meta))
+                found = whole(tensors, keep=write)
+                if write:
+                    save_file(found, temporary / f"{name}.safetensors")
+        found = optimizer_tensors(optimizer, keep=write)
+        if write:
+            save_file(found, temporary / "optimizer.safetensors")
+            write_json(temporary / "state.json", dict(meta))
 
 
 def load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -70,20 +85,38 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor], optimi
     Raises:
         ValueError: names or shapes differ from the live parameters.
     """
-    stored = load_file(folder / "parameters.safetensors")
+    stored = _Stored(folder / "parameters.safetensors")
     if set(stored) != set(parameters):
         odd = sorted(set(stored) ^ set(parameters))[0]
         raise ValueError(f"{folder}: its parameters are not this model's (first difference: {odd!r})")
     with torch.no_grad():
         for name, value in parameters.items():
-            if value.shape != stored[name].shape:
-                raise ValueError(f"{folder}: {name} has shape {tuple(stored[name].shape)}, the model {tuple(value.shape)}")
-            value.copy_(stored[name])
-    restore_optimizer(optimizer, load_file(folder / "optimizer.safetensors"))
+            found = stored[name]
+            if value.shape != found.shape:
+                raise ValueError(f"{folder}: {name} has shape {tuple(found.shape)}, the model {tuple(value.shape)}")
+            value.copy_(part(found, value))
+    restore_optimizer(optimizer, _Stored(folder / "optimizer.safetensors"))
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-def load_part(folder: Path, name: str, device: torch.device) -> dict[str, torch.Tensor] | None:
-    """The parameters of a checkpoint's "reference" or "average", None where it has none."""
+class _Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a file, each read when it is asked for: every process of a machine reads all of them and keeps its parts."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = safe_open(path, "pt")
+        self.names = list(self.file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def load_part(folder: Path, name: str) -> Mapping[str, torch.Tensor] | None:
+    """The parameters of a checkpoint's "reference" or "average", whole and on the CPU, None where it has none."""
     file = folder / f"{name}.safetensors"
-    return load_file(file, device=str(device)) if file.is_file() else None
+    return _Stored(file) if file.is_file() else None

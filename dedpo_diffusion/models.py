@@ -16,6 +16,7 @@ from .bases import load_pipeline
 from .console import UserError
 from .noising import ForwardProcess, image_errors
 from .records import Conditioning
+from .sharding import part, reshard
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the UNet's attention projections, the customary LoRA targets
 TIMES = 6  # numbers that SDXL's base is told of an image's size; its refiner is told others
@@ -161,6 +162,7 @@ class Backbone:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by their name in the UNet."""
+        reshard(self.unet)
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad or "lora_" in name}
 
     @contextmanager
@@ -203,10 +205,17 @@ class Backbone:
 
     def anchor_at(self, values: Mapping[str, Tensor]) -> None:
         """Make these trained parameters, by name, the reference's."""
+        live = self.trainable() if self.frozen is None else self._frozen_parameters()
+        values = {name: part(values[name], value) for name, value in live.items()}
         if self.frozen is not None:
             self.frozen.load_state_dict(values)
-            values = dict(self.frozen.named_parameters())
+            values = self._frozen_parameters()
         self.anchor = {name: value.detach() for name, value in values.items()}
+
+    def _frozen_parameters(self) -> dict[str, nn.Parameter]:
+        assert self.frozen is not None
+        reshard(self.frozen)
+        return dict(self.frozen.named_parameters())
 
     @torch.no_grad()
     def end_round(self, extrapolation: float) -> None:
@@ -215,7 +224,7 @@ class Backbone:
         theta + extrapolation (theta - theta_reference), on the trained parameters. While the reference is the base, theta_reference
         of an adapter is the adapter with its output set to zero: the same A, B = 0.
         """
-        before = self.anchor if self.frozen is None else dict(self.frozen.named_parameters())
+        before = self.anchor if self.frozen is None else self._frozen_parameters()
         for name, parameter in self.trainable().items():
             if before is not None:
                 start = before[name]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .console import UserError
+from .sharding import part
 
 
 def build_optimizer(
@@ -76,4 +77,4 @@ class Average:
         """
         if set(values) != set(self.values):
             raise ValueError(f"the average is of other parameters (first difference: {sorted(set(values) ^ set(self.values))[0]!r})")
-        self.values = {name: values[name].to(value.device) for name, value in self.values.items()}
+        self.values = {name: part(values[name], value) for name, value in self.values.items()}

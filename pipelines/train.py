@@ -64,7 +64,7 @@ def resume(session: Session) -> int:
         return 0
     (step, folder), model, scaler = found[-1], session.model, session.accelerator.scaler
     state = load_checkpoint(folder, model.trainable(), session.optimizer.optimizer)
-    anchor, averaged = load_part(folder, "reference", model.device), load_part(folder, "average", model.device)
+    anchor, averaged = load_part(folder, "reference"), load_part(folder, "average")
     if anchor is not None:
         model.anchor_at(anchor)
     if session.average is not None and averaged is not None:
@@ -78,17 +78,17 @@ def resume(session: Session) -> int:
 
 
 def save(session: Session, step: int) -> None:
-    """Write a checkpoint on the main process, while the others wait."""
+    """Write a checkpoint on the main process; the others give it their parts of the tensors, and wait."""
     from dedpo_diffusion.checkpoints import save_checkpoint
     from dedpo_diffusion.runs import checkpoint_folder, prune_checkpoints
 
     accelerator, model, out = session.accelerator, session.model, session.settings.out
-    if accelerator.is_main_process:
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        state = {"step": step, "scaler": scaler, "follow": None if session.follow is None else session.follow.state()}
-        averaged = None if session.average is None else session.average.values
-        folder = checkpoint_folder(out, step)
-        save_checkpoint(folder, model.trainable(), session.optimizer.optimizer, state, model.anchor, averaged)
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    state = {"step": step, "scaler": scaler, "follow": None if session.follow is None else session.follow.state()}
+    averaged, main = None if session.average is None else session.average.values, accelerator.is_main_process
+    folder = checkpoint_folder(out, step)
+    save_checkpoint(folder, model.trainable(), session.optimizer.optimizer, state, model.anchor, averaged, write=main)
+    if main:
         prune_checkpoints(out, session.settings.keep_checkpoints)
     accelerator.wait_for_everyone()
 

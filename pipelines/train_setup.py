@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,28 +44,23 @@ def set_up(settings: TrainSettings) -> Session:
     Raises:
         UserError: settings, data or model that cannot be used; nothing is written before that.
     """
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
     from dedpo_diffusion.optimizers import Average, build_optimizer
+    from dedpo_diffusion.pipelines.train_sharding import build_accelerator, hand_over
     from dedpo_diffusion.runs import open_run
 
     settings = resolve(settings)
     optim = settings.optim
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))  # others wait while the main process encodes
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=optim.accumulation, cpu=settings.device == "cpu",
-        kwargs_handlers=[patient],
-    )  # fmt: skip
+    accelerator = build_accelerator(settings)
     model, feed, shape, identity = prepare(settings, accelerator)
     timesteps, follow = timestep_draw(settings.objective, len(model.process)), follow_power(settings.objective, feed)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
-    average = None if optim.average is None else Average(model.trainable(), optim.average)
     if accelerator.is_main_process:
         open_run(settings.out, settings, identity)
     accelerator.wait_for_everyone()
-    model.policy, prepared = accelerator.prepare(model.unet, optimizer)
+    prepared = hand_over(accelerator, model, optimizer)
+    average = None if optim.average is None else Average(model.trainable(), optim.average)
     return Session(settings, accelerator, model, feed, shape, timesteps, prepared, average, follow)
 
 

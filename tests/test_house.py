@@ -42,6 +42,7 @@ FLOORS = {
         "stopping",
         "health",
         "optimizers",
+        "sharding",
     ],
     1: [
         "pairs",
@@ -61,7 +62,7 @@ FLOORS = {
     3: ["cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-GROUND_HELPERS = {"records", "console", "files", "tables", "stopping"}  # plain words that every ground-floor file may use
+GROUND_HELPERS = {"records", "console", "files", "tables", "stopping", "sharding"}  # plain words that every ground-floor file may use
 SOURCES = {"dedpo_diffusion": "dedpo_diffusion", "pipelines": "dedpo_diffusion.pipelines", "eval": "dedpo_diffusion.evaluation"}
 
 
