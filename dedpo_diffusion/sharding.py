@@ -28,7 +28,9 @@ def whole(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tens
         if isinstance(value, DTensor):
             value = value.full_tensor()
         if keep:
-            found[name] = value.cpu().contiguous()
+            value = value.cpu().contiguous()
+            cut = value.untyped_storage().nbytes() > value.nbytes  # from a larger tensor, which no file can share
+            found[name] = value.clone() if cut else value
     return found
 
 

@@ -57,13 +57,14 @@ def describe(session: Session) -> None:
 def resume(session: Session) -> int:
     """Load the newest checkpoint, if there is one; returns the steps done."""
     from dedpo_diffusion.checkpoints import load_checkpoint, load_part
+    from dedpo_diffusion.pipelines.train_sharding import stored_optimizer
     from dedpo_diffusion.runs import checkpoints
 
     found = checkpoints(session.settings.out)
     if not found:
         return 0
     (step, folder), model, scaler = found[-1], session.model, session.accelerator.scaler
-    state = load_checkpoint(folder, model.trainable(), session.optimizer.optimizer)
+    state = load_checkpoint(folder, model.trainable(), stored_optimizer(session.accelerator, model, session.optimizer))
     anchor, averaged = load_part(folder, "reference"), load_part(folder, "average")
     if anchor is not None:
         model.anchor_at(anchor)
@@ -80,14 +81,15 @@ def resume(session: Session) -> int:
 def save(session: Session, step: int) -> None:
     """Write a checkpoint on the main process; the others give it their parts of the tensors, and wait."""
     from dedpo_diffusion.checkpoints import save_checkpoint
+    from dedpo_diffusion.pipelines.train_sharding import stored_optimizer
     from dedpo_diffusion.runs import checkpoint_folder, prune_checkpoints
 
     accelerator, model, out = session.accelerator, session.model, session.settings.out
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     state = {"step": step, "scaler": scaler, "follow": None if session.follow is None else session.follow.state()}
     averaged, main = None if session.average is None else session.average.values, accelerator.is_main_process
-    folder = checkpoint_folder(out, step)
-    save_checkpoint(folder, model.trainable(), session.optimizer.optimizer, state, model.anchor, averaged, write=main)
+    folder, optimizer = checkpoint_folder(out, step), stored_optimizer(accelerator, model, session.optimizer)
+    save_checkpoint(folder, model.trainable(), optimizer, state, model.anchor, averaged, write=main)
     if main:
         prune_checkpoints(out, session.settings.keep_checkpoints)
     accelerator.wait_for_everyone()
