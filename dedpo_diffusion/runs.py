@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def open_run(folder: Path, settings: Any, identity: Mapping[str, str]) -> None:
+def open_run(folder: Path, settings: Any, identity: Mapping[str, str], free: Sequence[str] = ()) -> None:
     """Claim a run folder, or recognise it as this very run's, to be resumed.
 
     Writes `settings.yaml` and `identity.json` before anything else is written there.
@@ -34,7 +34,8 @@ def open_run(folder: Path, settings: Any, identity: Mapping[str, str]) -> None:
     Args:
         folder: the run folder.
         settings: the stage's dataclass.
-        identity: fingerprints of the inputs (base model, targets, ...), by name.
+        identity: fingerprints of the inputs (base model, targets, ...), by name; a run of an earlier version may know fewer of them.
+        free: settings, as "optim.batch", that may change while the run goes on.
 
     Raises:
         UserError: the folder holds another run, other things, or this run on inputs that have changed since.
@@ -46,12 +47,17 @@ def open_run(folder: Path, settings: Any, identity: Mapping[str, str]) -> None:
             raise UserError(f"{folder}: not empty and not a run folder; choose another --out")
         write_text(settings_file, yaml.safe_dump(wanted["settings"], sort_keys=False))
     held = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
+    for name in free:
+        room, key = name.split(".")
+        if isinstance(held.get(room), dict):
+            held[room][key] = wanted["settings"][room][key]
     difference = first_difference(held, wanted["settings"])
     if difference:
         raise UserError(f"{folder}: holds another run ({difference}); choose another --out, or remove the folder")
     if not identity_file.is_file():
         write_text(identity_file, json.dumps(wanted["identity"], indent=2) + "\n")
-    changed = first_difference(json.loads(identity_file.read_text(encoding="utf-8")), wanted["identity"])
+    known = {**wanted["identity"], **json.loads(identity_file.read_text(encoding="utf-8"))}
+    changed = first_difference(known, wanted["identity"])
     if changed:
         raise UserError(f"{folder}: cannot go on, its inputs have changed since it began ({changed}); choose another --out")
 

@@ -57,7 +57,9 @@ def set_up(settings: TrainSettings) -> Session:
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
     if accelerator.is_main_process:
-        open_run(settings.out, settings, identity)
+        # what a step visits depends on their product alone, so that a run can go on with another number of processes
+        identity["pairs_of_a_step"] = str(optim.batch * optim.accumulation * accelerator.num_processes)
+        open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)

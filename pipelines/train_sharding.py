@@ -80,6 +80,10 @@ def _prepare_fsdp(accelerator: Accelerator) -> None:
 
 
 def _check_deepspeed(settings: TrainSettings) -> None:
+    from accelerate.utils import is_deepspeed_available
+
+    if not is_deepspeed_available():
+        raise UserError("the launcher asks for DeepSpeed, which is not installed; `pip install deepspeed`, or use FSDP2")
     if settings.mixed_precision == "fp16":
         raise UserError("mixed_precision=fp16 does not go with DeepSpeed here; take bf16")
     if settings.optim.optimizer != "adamw":
@@ -129,10 +133,12 @@ class SharedMoments:
         return self.optimizer.state[flat]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state by number of the parameter; all processes call it together."""
+        """The state by number of the parameter, none before the first step; all processes call it together."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         found: dict[int, dict[str, torch.Tensor]] = {}
+        if not self._held():
+            return {"state": found, "param_groups": []}
         for number, parameter in enumerate(self.parameters):
             for name in self.NAMES:
                 value = safe_get_full_optimizer_state(parameter, name)

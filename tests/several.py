@@ -1,0 +1,75 @@
+"""What the tests of several processes share: training commands run one after another by the same processes, over gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
+}  # what `accelerate launch` makes of configs/accelerate/fsdp2.yaml
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+DEEPSPEED |= {"ACCELERATE_TORCH_DEVICE": "cpu"}
+
+
+def launch(processes: int, job: Path) -> list[str]:
+    """The command that runs this file on a job."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), __file__, str(job)]
+
+
+def write_job(folder: Path, runs: list[dict], *, visits: bool = False) -> Path:
+    """A job: runs with "arguments" and, if need be, "env"; `visits` writes each process's to FOLDER/visits-RANK.json."""
+    job = folder / "job.json"
+    job.write_text(json.dumps({"runs": runs, "visits": str(folder) if visits else None}))
+    return job
+
+
+def together(processes: int, folder: Path, runs: list[dict], *, visits: bool = False) -> subprocess.CompletedProcess:
+    """Do all runs."""
+    return subprocess.run(launch(processes, write_job(folder, runs, visits=visits)), capture_output=True, text=True, timeout=400)
+
+
+def main() -> int:
+    """Do the job as one of its processes."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    from dedpo_diffusion.feed import Feed
+    from dedpo_diffusion.pipelines import train
+
+    PartialState.destroy_process_group = lambda self, group=None: None  # the next run goes on with it
+    seen: list[list[tuple[int, int]]] = []
+    batch = Feed.batch
+
+    def noting(self, first_visit, draws, *rest):
+        visits = range(first_visit, first_visit + len(draws.timesteps))
+        seen[-1] += zip(visits, self.places(first_visit, len(visits)), strict=True)
+        return batch(self, first_visit, draws, *rest)
+
+    Feed.batch = noting
+    if any("DS_ACCELERATOR" in run.get("env", {}) for run in job["runs"]):  # accelerate starts it on accelerators alone
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+    for run in job["runs"]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        for name in (*FSDP, *DEEPSPEED):
+            os.environ.pop(name, None)
+        os.environ.update(run.get("env", {}))
+        seen.append([])
+        if code := train.main(run["arguments"]):
+            return code
+    if job["visits"]:
+        (Path(job["visits"]) / f"visits-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
