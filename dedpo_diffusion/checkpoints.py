@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .files import atomic_folder, write_json
-from .sharding import part, whole
+from .sharding import own_part, whole
 
 QUANTISED = "__bnb_optimizer_quant_state__"  # where bitsandbytes nests its moments; it reads them without the nest too
 INTEGER = "#int"  # marks the name of a state that was no tensor
@@ -47,7 +47,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, torch
     for key, value in flat.items():
         index, name = key.split(".", 1)
         if value.shape == parameters[int(index)].shape:  # a moment, which lies as its parameter does
-            value = part(value, parameters[int(index)])
+            value = own_part(value, parameters[int(index)])
         state.setdefault(int(index), {})[name.removesuffix(INTEGER)] = int(value) if name.endswith(INTEGER) else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -94,7 +94,7 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor], optimi
             found = stored[name]
             if value.shape != found.shape:
                 raise ValueError(f"{folder}: {name} has shape {tuple(found.shape)}, the model {tuple(value.shape)}")
-            value.copy_(part(found, value))
+            value.copy_(own_part(found, value))
     restore_optimizer(optimizer, _Stored(folder / "optimizer.safetensors"))
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 

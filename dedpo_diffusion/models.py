@@ -16,7 +16,7 @@ from .bases import load_pipeline
 from .console import UserError
 from .noising import ForwardProcess, image_errors
 from .records import Conditioning
-from .sharding import part, reshard
+from .sharding import own_part, reshard
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the UNet's attention projections, the customary LoRA targets
 TIMES = 6  # numbers that SDXL's base is told of an image's size; its refiner is told others
@@ -206,7 +206,7 @@ class Backbone:
     def anchor_at(self, values: Mapping[str, Tensor]) -> None:
         """Make these trained parameters, by name, the reference's."""
         live = self.trainable() if self.frozen is None else self._frozen_parameters()
-        values = {name: part(values[name], value) for name, value in live.items()}
+        values = {name: own_part(values[name], value) for name, value in live.items()}
         if self.frozen is not None:
             self.frozen.load_state_dict(values)
             values = self._frozen_parameters()

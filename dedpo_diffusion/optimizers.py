@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .console import UserError
-from .sharding import part
+from .sharding import own_part
 
 
 def build_optimizer(
@@ -77,4 +77,4 @@ class Average:
         """
         if set(values) != set(self.values):
             raise ValueError(f"the average is of other parameters (first difference: {sorted(set(values) ^ set(self.values))[0]!r})")
-        self.values = {name: part(values[name], value) for name, value in self.values.items()}
+        self.values = {name: own_part(values[name], value) for name, value in self.values.items()}

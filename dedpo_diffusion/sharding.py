@@ -34,7 +34,7 @@ def whole(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tens
     return found
 
 
-def part(value: Tensor, like: Tensor) -> Tensor:
+def own_part(value: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a whole tensor that lies as `like` does, on its device; nothing is communicated."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -37,8 +37,8 @@ def build_accelerator(settings: TrainSettings) -> Accelerator:
     accumulation = GradientAccumulationPlugin(num_steps=settings.optim.accumulation, sync_each_batch=fsdp)
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))  # others wait while the main process encodes
     accelerator = Accelerator(
-        mixed_precision="no" if deepspeed else settings.mixed_precision, gradient_accumulation_plugin=accumulation, cpu=settings.device == "cpu",
-        kwargs_handlers=[patient],
+        mixed_precision="no" if deepspeed else settings.mixed_precision, gradient_accumulation_plugin=accumulation,
+        cpu=settings.device == "cpu", kwargs_handlers=[patient],
     )  # fmt: skip
     if fsdp:
         _prepare_fsdp(accelerator)
@@ -67,6 +67,7 @@ def _prepare_fsdp(accelerator: Accelerator) -> None:
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import OffloadPolicy
 
     if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate knows FSDP on accelerators alone, torch everywhere
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -74,8 +75,13 @@ def _prepare_fsdp(accelerator: Accelerator) -> None:
             state.distributed_type = DistributedType.FSDP
     if accelerator.distributed_type != DistributedType.FSDP:
         raise UserError("FSDP2 needs several processes; give `accelerate launch --num_processes N`")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.activation_checkpointing:
+        raise UserError("leave FSDP's activation checkpointing off, which renames weights; give the run's gradient_checkpointing")
+    if type(plugin.cpu_offload) is not OffloadPolicy:
+        raise UserError("FSDP2's offloading is not supported; give `accelerate launch --fsdp_offload_params false`")
     # Weights are gathered in float32 and rounded by autocast, as without FSDP: a policy here would also round norms and the images' sizes.
-    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    plugin.mixed_precision_policy = None
     torch.set_autocast_cache_enabled(False)  # it would keep a rounded copy of every gathered weight
 
 

@@ -19,7 +19,7 @@ from conftest import write_pairs
 from dedpo_diffusion.bases import load_pipeline
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.runs import checkpoints
-from dedpo_diffusion.sharding import part, reshard, whole
+from dedpo_diffusion.sharding import own_part, reshard, whole
 from several import DEEPSPEED, FSDP, launch, together, write_job
 from training import arguments, deviation, final, fresh_accelerate_state, metrics  # noqa: F401 - one is a fixture
 
@@ -92,7 +92,7 @@ def test_plain_tensors_pass_through(tmp_path):
     assert all(torch.equal(found[name], values[name]) and found[name].is_contiguous() for name in values)
     assert found["b"].untyped_storage().nbytes() == 8  # a file holds no cut of a larger tensor
     assert whole(values, keep=False) == {}
-    assert part(values["a"], torch.zeros(3, 2)) is values["a"]
+    assert own_part(values["a"], torch.zeros(3, 2)) is values["a"]
     reshard(torch.nn.Linear(1, 1))
 
 
@@ -106,9 +106,9 @@ def test_parts_make_the_whole(world):
     live = dict(layer.named_parameters())
     assert all(isinstance(value, DTensor) for value in live.values())
     assert all(torch.equal(value, before[name]) for name, value in whole(live).items())
-    own = part(before["weight"] + 1, live["weight"])
+    own = own_part(before["weight"] + 1, live["weight"])
     assert isinstance(own, DTensor) and own.placements == live["weight"].placements
-    assert part(own, live["weight"]).full_tensor().equal(before["weight"] + 1)
+    assert own_part(own, live["weight"]).full_tensor().equal(before["weight"] + 1)
     with torch.no_grad():
         layer(torch.ones(1, 3))
     assert not isinstance(layer.weight, DTensor)  # a forward pass leaves the whole there
@@ -165,7 +165,8 @@ def test_a_run_goes_on_with_other_processes_if_its_steps_stay_the_same(tiny_mode
     "changes", [{"mixed_precision": "bf16", "gradient_checkpointing": "true"}, {"optim__rounds": 2, "optim__extrapolation": 0.3}]
 )
 def test_a_sharded_run_resumes_to_the_bit_and_exports(folders, pairs, tmp_path, changes):
-    changes = FULL | {"optim__steps": 4, "checkpoint_every": 2, "optim__average": 0.9, "optim__batch": 1, "optim__accumulation": 2} | changes
+    changes = FULL | {"optim__steps": 4, "checkpoint_every": 2, "optim__average": 0.9} | changes
+    changes |= {"optim__batch": 1, "optim__accumulation": 2}
     job = {"arguments": arguments(folders["sdxl"], pairs, tmp_path / "run", **changes), "env": FSDP}
     done = together(2, tmp_path, [job])
     assert done.returncode == 0, done.stderr[-3000:]
