@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,25 +45,50 @@ class Encoded:
     std: Tensor
     conditioning: Conditioning
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Encoded:
+        """The same with `change` made to every tensor."""
+        return Encoded(change(self.mean), change(self.std), self.conditioning.map(change))
 
-class Source(Protocol):
-    """Where encoded pairs come from."""
 
-    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
-        """Encode the pairs at these dataset rows, each in the view that its visit's number picks.
+@dataclass(frozen=True)
+class Pictures:
+    """Pairs that are not encoded yet: `pixels` (B, 2, 3, H, W), `sizes` (B, 2, 6), prompts, None for the absent one."""
+
+    pixels: Tensor
+    sizes: Tensor
+    prompts: list[str | None]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Pictures:
+        """The same with `change` made to every tensor."""
+        return Pictures(change(self.pixels), change(self.sizes), self.prompts)
+
+
+class Source(ABC):
+    """Where encoded pairs come from, in two parts: `load` may run in another thread while the model computes."""
+
+    @abstractmethod
+    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded | Pictures:
+        """The pairs at these dataset rows, in host memory, each in the view that its visit's number picks.
 
         `drop_caption` (B,) bool replaces prompts by the absent one.
         """
-        ...
+
+    @abstractmethod
+    def encode(self, loaded: Any) -> Encoded:
+        """What the model's encoders make of what was loaded."""
+
+    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
+        """Both parts, one after the other."""
+        return self.encode(self.load(rows, visits, drop_caption))
 
 
-class CachedSource:
+class CachedSource(Source):
     """Encoded pairs from a filled cache."""
 
     def __init__(self, cache: PairCache) -> None:
         self.cache = cache
 
-    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
+    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
         """See `Source`."""
         views = [step_generator(0, visit, VIEWS).initial_seed() % self.cache.views for visit in visits]
         mean, std, sizes = zip(*(self.cache.posterior(row, view) for row, view in zip(rows, views, strict=True)), strict=True)
@@ -70,20 +96,28 @@ class CachedSource:
         conditioning = replace(Conditioning.stack(text), sizes=torch.stack(sizes))
         return Encoded(torch.stack(mean), torch.stack(std), conditioning)
 
+    def encode(self, loaded: Encoded) -> Encoded:
+        """It is encoded already."""
+        return loaded
 
-class LiveSource:
+
+class LiveSource(Source):
     """Pairs decoded and encoded in every step, mirrored and cropped anew at every visit."""
 
     def __init__(self, reader: PairReader, model: Backbone, data: DataSettings, *, size: int, seed: int) -> None:
         self.reader, self.model, self.data, self.size, self.seed = reader, model, data, size, seed
 
-    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
+    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Pictures:
         """See `Source`."""
         pairs = [self.reader.pair(row) for row in rows]
         pixels, sizes = zip(*(self._view(pair, row, visit) for pair, row, visit in zip(pairs, rows, visits, strict=True)), strict=True)
-        mean, std = self.model.encode_images(torch.stack(pixels).flatten(0, 1))
         prompts = [None if drop else pair.prompt for pair, drop in zip(pairs, drop_caption, strict=True)]
-        conditioning = replace(self.model.encode_prompts(prompts), sizes=torch.stack(sizes))
+        return Pictures(torch.stack(pixels), torch.stack(sizes), prompts)
+
+    def encode(self, loaded: Pictures) -> Encoded:
+        """See `Source`."""
+        mean, std = self.model.encode_images(loaded.pixels.flatten(0, 1))
+        conditioning = replace(self.model.encode_prompts(loaded.prompts), sizes=loaded.sizes)
         return Encoded(mean.unflatten(0, (-1, 2)), std.unflatten(0, (-1, 2)), conditioning)
 
     def _view(self, pair: Pair, row: int, visit: int) -> tuple[Tensor, Tensor]:
@@ -124,7 +158,7 @@ class ReferenceGrid:
         timesteps: how they are drawn.
         shape: (C, h, w) of a latent.
         caption_dropout: share of draws with the empty prompt.
-        batch: draws predicted at once.
+        batch: draws predicted at once: the pairs of a forward pass of the run.
     """
 
     SHARD = 64
@@ -146,10 +180,10 @@ class ReferenceGrid:
         if missing:
             with Progress("reference errors", len(missing) * self.SHARD) as progress:
                 for shard in missing:
-                    first = int(shard) * self.SHARD
-                    errors = torch.stack([self._errors(row, source, model) for row in range(first, min(first + self.SHARD, pairs))])
+                    there = range(int(shard) * self.SHARD, min((int(shard) + 1) * self.SHARD, pairs))
+                    errors = self._errors([(row, number) for row in there for number in range(draws)], source, model)
                     with atomic_file(self._file(shard)) as temporary:
-                        save_file({"errors": errors}, temporary)
+                        save_file({"errors": errors.view(len(there), draws, 2)}, temporary)
                     progress.advance(self.SHARD)
         self.errors = torch.full((pairs, draws, 2), torch.nan)
         for shard in shards:
@@ -161,22 +195,46 @@ class ReferenceGrid:
     def _draw(self, row: int, number: int) -> Draws:
         return draw(row, number, 1, self.shape, timesteps=self.timesteps, caption_dropout=self.caption_dropout, stream=GRID)
 
-    def _errors(self, row: int, source: Source, model: Backbone) -> Tensor:
-        """The reference's errors at the draws of one pair, (K, 2), a batch of draws at a time."""
+    def _errors(self, wanted: Sequence[tuple[int, int]], source: Source, model: Backbone) -> Tensor:
+        """The reference's errors (N, 2) at N draws, (pair, its number): `batch` at a time, so that they round as in a step of the run."""
         found = []
-        for first in range(0, self.draws, self.batch):
-            numbers = range(first, min(first + self.batch, self.draws))
-            part = Draws.join([self._draw(row, number) for number in numbers])
-            encoded = source.fetch([row] * len(numbers), numbers, part.drop_caption)
-            part, given = part.to(model.device), encoded.conditioning.to(model.device)
-            latents = model.latents(encoded.mean.to(model.device), encoded.std.to(model.device), part.posterior)
-            found.append(model.errors(latents, part.noise[:, None], part.timesteps, given, reference=True).cpu())
+        for first in range(0, len(wanted), self.batch):
+            part = wanted[first : first + self.batch]
+            rows, numbers = zip(*(*part, *[part[-1]] * (self.batch - len(part))), strict=True)
+            draws = Draws.join([self._draw(row, number) for row, number in zip(rows, numbers, strict=True)])
+            encoded = source.fetch(rows, numbers, draws.drop_caption)
+            draws, given = draws.to(model.device), encoded.conditioning.to(model.device)
+            latents = model.latents(encoded.mean.to(model.device), encoded.std.to(model.device), draws.posterior)
+            errors = model.errors(latents, draws.noise[:, None], draws.timesteps, given, reference=True)
+            found.append(errors[: len(part)].cpu())
         return torch.cat(found)
 
     def at(self, rows: Sequence[int], numbers: Sequence[int]) -> tuple[Draws, Tensor]:
         """The draws with these numbers of these pairs, and the reference's errors (B, 2) at them."""
         draws = Draws.join([self._draw(row, number) for row, number in zip(rows, numbers, strict=True)])
         return draws, self.errors[list(rows), list(numbers)]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """B consecutive visits before the model sees them.
+
+    `places` of the visited pairs, `draws`, `encoded` as the source loads it, `target`, `weight` and `doubt` (B,), `known`: the
+    reference's errors (B, 2), if they are.
+    """
+
+    places: list[int]
+    draws: Draws
+    encoded: Encoded | Pictures
+    target: Tensor
+    weight: Tensor
+    doubt: Tensor | None
+    known: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Loaded:
+        """The same with `change` made to every tensor."""
+        doubt, known = (None if part is None else change(part) for part in (self.doubt, self.known))
+        return Loaded(self.places, self.draws.map(change), self.encoded.map(change), change(self.target), change(self.weight), doubt, known)
 
 
 def cache_identity(model: Backbone, data: DataSettings, *, pairs: str, size: int) -> dict[str, Any]:
@@ -277,35 +335,27 @@ class Feed:
         if idle:
             say(f"{idle} of {pool} pairs carry no weight in {targets!r} and are not visited")
 
-    def pin(self, first_visit: int, draws: Draws) -> tuple[Draws, Tensor | None]:
-        """The draws of consecutive visits and the reference's errors (B, 2) at them; with a grid, those that were drawn beforehand."""
-        if self.grid is None:
-            return draws, None
+    def load(self, first_visit: int, draws: Draws) -> Loaded:
+        """Consecutive visits that begin at `first_visit`, as many as `draws` holds, in host memory; nothing asks for the device.
+
+        With a grid, its draws take the place of those given.
+        """
         visits = range(first_visit, first_visit + len(draws.timesteps))
-        rows = [int(self.rows[place]) for place in self.places(first_visit, len(visits))]
-        return self.grid.at(rows, self._numbers(visits))
+        places, known = self.visits.rows(visits.start, visits.stop), None
+        rows, numbers = [int(self.rows[place]) for place in places], list(visits)
+        if self.grid is not None:  # the view is that of the noise, whose reference errors are of that view
+            numbers = [int(step_generator(self.seed, visit, CHOICE).initial_seed()) % self.grid.draws for visit in visits]
+            draws, known = self.grid.at(rows, numbers)
+        doubt = None if self.doubt is None else self.doubt[places]
+        encoded = self.source.load(rows, numbers, draws.drop_caption)
+        return Loaded(places, draws, encoded, self.target[places], self.weight[places], doubt, known)
 
-    def _numbers(self, visits: Sequence[int]) -> Sequence[int]:
-        """What picks each visit's view: its own number, or that of its pre-drawn noise, whose reference errors are of that view."""
-        if self.grid is None:
-            return visits
-        return [int(step_generator(self.seed, visit, CHOICE).initial_seed()) % self.grid.draws for visit in visits]
-
-    def batch(self, first_visit: int, draws: Draws, model: Backbone, reference_errors: Tensor | None = None) -> PairBatch:
-        """The batch of consecutive visits that begins at `first_visit`, as many as `draws` holds, on the model's device."""
-        visits = range(first_visit, first_visit + len(draws.timesteps))
-        places = self.places(first_visit, len(visits))
-        encoded = self.source.fetch([int(self.rows[place]) for place in places], self._numbers(visits), draws.drop_caption)
-        device = model.device
-        latents = model.latents(encoded.mean.to(device), encoded.std.to(device), draws.posterior.to(device))
-        target, weight = self.target[places].to(device), self.weight[places].to(device)
-        doubt = None if self.doubt is None else self.doubt[places].to(device)
-        known = None if reference_errors is None else reference_errors.to(device)
-        return PairBatch(latents, encoded.conditioning.to(device), target, weight, doubt, known)
-
-    def places(self, first_visit: int, count: int) -> list[int]:
-        """Which of the visited pairs, as places in `rows`, consecutive visits are of."""
-        return self.visits.rows(first_visit, first_visit + count)
+    def batch(self, loaded: Loaded, model: Backbone) -> tuple[PairBatch, Draws]:
+        """The batch of what was loaded, and its draws, on the model's device."""
+        given = loaded.map(lambda value: value.to(model.device, non_blocking=True))
+        encoded = self.source.encode(given.encoded)
+        latents = model.latents(encoded.mean, encoded.std, given.draws.posterior)
+        return PairBatch(latents, encoded.conditioning, given.target, given.weight, given.doubt, given.known), given.draws
 
 
 def _labelled(merged: Targets, path: Path) -> np.ndarray:

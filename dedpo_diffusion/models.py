@@ -7,10 +7,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .bases import load_pipeline
 from .console import UserError
@@ -18,6 +20,8 @@ from .noising import ForwardProcess, image_errors
 from .records import Conditioning
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the UNet's attention projections, the customary LoRA targets
+SMALL = 256 * 256  # pixels up to which images are encoded by SMALL_AT_ONCE, beyond by LARGE_AT_ONCE
+SMALL_AT_ONCE, LARGE_AT_ONCE, PROMPTS_AT_ONCE = 8, 2, 4
 TIMES = 6  # numbers that SDXL's base is told of an image's size; its refiner is told others
 
 
@@ -54,6 +58,7 @@ class Backbone:
         self.encoders_fingerprint = _fingerprint(pipe.vae, *encoders, facts=told)
         schedule = {"alphas": self.process.alphas_cumprod}
         self.fingerprint = _fingerprint(pipe.unet, schedule, facts=[_facts(pipe.unet), self.process.prediction]) + self.encoders_fingerprint
+        self.process = self.process.to(device)
         self.vae = pipe.vae.requires_grad_(False).eval()  # float32: half precision overflows in some VAEs
         self.text_encoders = [part.requires_grad_(False).eval() for part in encoders]
         self.unet = pipe.unet.requires_grad_(False).eval()
@@ -85,6 +90,29 @@ class Backbone:
         except (ImportError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"attention=xformers needs a CUDA device and `pip install dedpo_diffusion[xformers]` ({reason})") from error
+
+    def checkpoint(self, *, selective: bool = False) -> None:
+        """Compute activations again in the backward pass rather than keep them.
+
+        Args:
+            selective: keep what matrix products, convolutions and attention gave, and compute only what lies between them again.
+        """
+        self.unet.enable_gradient_checkpointing(_selective if selective else None)
+
+    def compile_blocks(self) -> None:
+        """Compile the UNet's transformer blocks, one graph for all blocks of a shape, so that it takes a minute rather than ten.
+
+        The adapter may be switched off and on: that is a graph of its own.
+        """
+        for unet in (self.unet, self.frozen):
+            if unet is not None:
+                unet.compile_repeated_blocks()  # type: ignore[operator]
+
+    def channels_last(self) -> None:
+        """Keep images with their channels last, which convolutions in half precision are fastest with."""
+        for unet in (self.unet, self.frozen):
+            if unet is not None:
+                unet.to(memory_format=torch.channels_last)
 
     def place(self, dtype: torch.dtype | None = None) -> None:
         """Move the UNet to the device, in the compute precision or another; until then it leaves the device to the encoders."""
@@ -276,6 +304,10 @@ class Backbone:
         For SD1.x and SD2.x that is the empty prompt, for SDXL zeros where its pipeline says so. Prompts beyond the encoders' context are
         cut, as everywhere in this family.
         """
+        return Conditioning.cat([self._encode_words(part, count) for part, count in _chunks(list(prompts), PROMPTS_AT_ONCE)])
+
+    def _encode_words(self, prompts: Sequence[str | None], count: int) -> Conditioning:
+        """As `encode_prompts`, of one chunk of prompts, of which the first `count` are asked for."""
         words = ["" if prompt is None else prompt for prompt in prompts]
         parts, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
@@ -284,7 +316,7 @@ class Backbone:
                 words, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
             ).input_ids
             if not self.told_sizes:
-                return Conditioning(encoder(ids.to(self.device))[0].float())
+                return Conditioning(encoder(ids.to(self.device))[0][:count].float())
             found = encoder(ids.to(self.device), output_hidden_states=True)
             parts.append(found.hidden_states[-2].float())  # SDXL takes the last but one layer of both, without the final norm
             pooled = found[0].float()  # of the second encoder, its projection of the whole prompt
@@ -292,13 +324,18 @@ class Backbone:
         if self.no_caption_is_zero and pooled is not None:
             said = torch.tensor([float(prompt is not None) for prompt in prompts], device=text.device)
             text, pooled = text * said[:, None, None], pooled * said[:, None]
-        return Conditioning(text, pooled)
+        return Conditioning(text, pooled).at(slice(count))
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's posterior, (N, 3, H, W) in [-1, 1] -> (N, C, h, w) twice, unscaled."""
-        posterior = self.vae.to(self.device).encode(pixels.to(self.device)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        self.vae.to(self.device)
+        found = []
+        for part, count in _chunks(pixels.contiguous(), SMALL_AT_ONCE if pixels[0, 0].numel() <= SMALL else LARGE_AT_ONCE):
+            posterior = self.vae.encode(part.to(self.device)).latent_dist
+            found.append((posterior.mean[:count].float(), posterior.std[:count].float()))
+        mean, std = (torch.cat(parts).contiguous() for parts in zip(*found, strict=True))  # the UNet rounds by the layout it is given
+        return mean, std
 
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """Scaled latents, a draw of the posterior; all of one shape."""
@@ -309,9 +346,35 @@ class Backbone:
         del self.vae, self.text_encoders
 
 
+def _chunks(values: Any, size: int) -> Iterator[tuple[Any, int]]:
+    """Chunks of a tensor's rows or a list, with the number of rows that count: the last is filled up to `size` with its last one.
+
+    Chunks of one size make an encoding the same to the bit, whatever it is encoded with: what a cache holds and what a step encodes.
+    """
+    for start in range(0, len(values), size):
+        part = values[start : start + size]
+        count = len(part)
+        if count < size:
+            rest = size - count
+            part = torch.cat([part, part[-1:].expand(rest, *part.shape[1:])]) if isinstance(part, Tensor) else part + part[-1:] * rest
+        yield part, count
+
+
 def _twice(values: Tensor) -> Tensor:
     """(B, ...) -> (2 B, ...), each entry for both images of its pair."""
     return values[:, None].expand(len(values), 2, *values.shape[1:]).flatten(0, 1)
+
+
+KEPT = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}  # and attention of every kind
+
+
+def _keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
+    name = operation.overloadpacket.__name__
+    return CheckpointPolicy.MUST_SAVE if name in KEPT or "scaled_dot_product" in name else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective(module: nn.Module, *args: Any) -> Any:
+    return checkpoint(module, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _keep))
 
 
 def _told_sizes(pipe: Any, name: str) -> bool:

@@ -100,10 +100,15 @@ class Conditioning:
     @classmethod
     def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:
         """B entries, each without the axis B, as one."""
+        return cls.cat([part.map(lambda values: values[None]) for part in parts])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """The entries of several, one after the other."""
         import torch
 
         names = [name for name in ("text", "pooled", "sizes") if getattr(parts[0], name) is not None]
-        return cls(**{name: torch.stack([getattr(part, name) for part in parts]) for name in names})
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dedpo_diffusion.settings import LoraSettings, ObjectiveSettings, TrainSetti
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
+    from torch.distributed import ProcessGroup
 
     from dedpo_diffusion.feed import Feed, ReferenceGrid, Source
     from dedpo_diffusion.following import FollowedPower
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with; `shape` is (C, h, w) of a latent, `average` and `follow` are None where they were not asked for."""
+    """What a run works with.
+
+    `shape` is (C, h, w) of a latent, `average` and `follow` are None where they were not asked for.
+
+    `hosts` is a group of the processes that talk without their devices, None for a single process.
+    """
 
     settings: TrainSettings
     accelerator: Accelerator
@@ -37,6 +43,7 @@ class Session:
     optimizer: AcceleratedOptimizer
     average: Average | None
     follow: FollowedPower | None
+    hosts: ProcessGroup | None
 
 
 def set_up(settings: TrainSettings) -> Session:
@@ -45,6 +52,7 @@ def set_up(settings: TrainSettings) -> Session:
     Raises:
         UserError: settings, data or model that cannot be used; nothing is written before that.
     """
+    import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     from dedpo_diffusion.optimizers import Average, build_optimizer
@@ -67,7 +75,8 @@ def set_up(settings: TrainSettings) -> Session:
         open_run(settings.out, settings, identity)
     accelerator.wait_for_everyone()
     model.policy, prepared = accelerator.prepare(model.unet, optimizer)
-    return Session(settings, accelerator, model, feed, shape, timesteps, prepared, average, follow)
+    hosts = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    return Session(settings, accelerator, model, feed, shape, timesteps, prepared, average, follow, hosts)
 
 
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
@@ -135,7 +144,11 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
         asked = needs_reference(settings.objective.kind, settings.objective.balance or "none") or settings.optim.extrapolation > 0
         model.train_all(reference=feed.grid is None and asked, exact=settings.optim.rounds > 1)
     if settings.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+        model.checkpoint(selective=settings.gradient_checkpointing == "selective")
+    if settings.channels_last:
+        model.channels_last()
+    if settings.compile:
+        model.compile_blocks()
     targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
     identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
     if settings.lora.start is not None:

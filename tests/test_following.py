@@ -137,7 +137,7 @@ def test_at_the_power_of_the_merge_a_power_that_follows_visits_and_weighs_the_sa
     fixed, follow = feeds(folds, "scaled", sampling)
     assert 0 < len(fixed.rows) < 24 and follow.power == 0.4
     assert fixed.rows.tolist() == follow.rows.tolist()
-    assert fixed.places(0, 60) == follow.places(0, 60)
+    assert fixed.visits.rows(0, 60) == follow.visits.rows(0, 60)
     nothing = torch.zeros(len(fixed.rows))
     batch = PairBatch(torch.zeros(len(nothing), 2, 1, 1, 1), Conditioning(torch.zeros(len(nothing), 1, 1)), nothing, nothing)
     found = FollowedPower(follow.parts, power=0.4, cap=1.0, decay=0.9).apply(batch, list(range(len(nothing))))

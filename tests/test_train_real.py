@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -33,14 +34,13 @@ def run(base, pairs, out, **changes) -> None:
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_cached_equals_uncached_and_cached_again_is_the_same_to_the_bit(folders, pairs, tmp_path, kind):
+def test_cached_equals_uncached_to_the_bit(folders, pairs, tmp_path, kind):
     run(folders[kind], pairs, tmp_path / "live")
     run(folders[kind], pairs, tmp_path / "one", data__cache=tmp_path / "cache")
     run(folders[kind], pairs, tmp_path / "two", data__cache=tmp_path / "cache")
     assert deviation(final(tmp_path / "one"), final(tmp_path / "two")) == (0, 0)
-    for live, cached in zip(metrics(tmp_path / "live"), metrics(tmp_path / "one"), strict=True):
-        assert live["loss"] == pytest.approx(cached["loss"], abs=1e-3)  # a batch of 2 and one of 16 round apart in the VAE
-        assert live["gradient_norm"] == pytest.approx(cached["gradient_norm"], rel=1e-2)
+    assert deviation(final(tmp_path / "live"), final(tmp_path / "one")) == (0, 0)
+    assert metrics(tmp_path / "live") == metrics(tmp_path / "one")
     assert metrics(tmp_path / "one")[0]["margin_abs_max"] == 0
     assert metrics(tmp_path / "one")[-1]["margin_abs_max"] > 0
 
@@ -52,13 +52,11 @@ def test_stored_reference_errors_change_nothing(folders, pairs, tmp_path, kind, 
 
     changes = {"data__cache": tmp_path / "cache", "data__reference_draws": 3, "data__flip": "true", "data__views": 2}
     run(folders[kind], pairs, tmp_path / "stored", **changes)
-    real = feed.Feed.pin
-    monkeypatch.setattr(feed.Feed, "pin", lambda self, *given: (real(self, *given)[0], None))
+    real = feed.Feed.load
+    monkeypatch.setattr(feed.Feed, "load", lambda self, *given: dataclasses.replace(real(self, *given), known=None))
     run(folders[kind], pairs, tmp_path / "predicted", **changes)
-    largest, mean = deviation(final(tmp_path / "stored"), final(tmp_path / "predicted"))
-    assert mean < 1e-5, (largest, mean)
-    for one, other in zip(metrics(tmp_path / "stored"), metrics(tmp_path / "predicted"), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert deviation(final(tmp_path / "stored"), final(tmp_path / "predicted")) == (0, 0)
+    assert metrics(tmp_path / "stored") == metrics(tmp_path / "predicted")
 
 
 def test_views_of_a_cache_are_several_and_another_cache_is_named(folders, pairs, tmp_path, capsys):

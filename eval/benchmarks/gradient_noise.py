@@ -55,7 +55,7 @@ def gradients(settings: NoiseSettings, model: Any, feed: Any, shape: tuple[int, 
     for step in range(settings.draws):
         draws = draw(settings.seed, step, settings.batch, shape, timesteps=everywhere, caption_dropout=0.0)
         # epochs far apart, so that steps are independent draws of pairs
-        batch = feed.batch(step * len(feed.rows), draws, model)
+        batch, draws = feed.batch(feed.load(step * len(feed.rows), draws), model)
         result = preference_step(model, batch, timesteps=draws.timesteps, noise=draws.noise, beta=settings.beta)
         grads = torch.autograd.grad(result.loss.mean(), list(model.trainable().values()))
         found.append(torch.cat([g.flatten() for g in grads]).double().numpy())
