@@ -30,6 +30,7 @@ from .pairs import PairReader
 from .records import Conditioning, Pair, PairBatch, Targets
 from .runs import first_difference
 from .settings import DataSettings
+from .text import TextEncoders
 from .visits import StratifiedVisits, Visits, visit_probability
 
 VIEWS = 1  # stream of `step_generator` for flips and crops
@@ -83,10 +84,15 @@ class Source(ABC):
 
 
 class CachedSource(Source):
-    """Encoded pairs from a filled cache."""
+    """Encoded pairs from a filled cache.
 
-    def __init__(self, cache: PairCache) -> None:
-        self.cache = cache
+    Args:
+        cache: the cache.
+        words: text encoders that are adapted, and the prompt of every pair, of which they then need the tokens; None for neither.
+    """
+
+    def __init__(self, cache: PairCache, *, words: tuple[TextEncoders, Sequence[str]] | None = None) -> None:
+        self.cache, self.words = cache, words
 
     def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
         """See `Source`."""
@@ -94,6 +100,10 @@ class CachedSource(Source):
         mean, std, sizes = zip(*(self.cache.posterior(row, view) for row, view in zip(rows, views, strict=True)), strict=True)
         text = [self.cache.embedding(row, empty=bool(drop)) for row, drop in zip(rows, drop_caption, strict=True)]
         conditioning = replace(Conditioning.stack(text), sizes=torch.stack(sizes))
+        if self.words is not None:
+            encoders, prompts = self.words
+            said = [None if drop else prompts[row] for row, drop in zip(rows, drop_caption, strict=True)]
+            conditioning = replace(conditioning, tokens=encoders.tokens(said))
         return Encoded(torch.stack(mean), torch.stack(std), conditioning)
 
     def encode(self, loaded: Encoded) -> Encoded:
@@ -117,7 +127,9 @@ class LiveSource(Source):
     def encode(self, loaded: Pictures) -> Encoded:
         """See `Source`."""
         mean, std = self.model.encode_images(loaded.pixels.flatten(0, 1))
-        conditioning = replace(self.model.encode_prompts(loaded.prompts), sizes=loaded.sizes)
+        text = self.model.text
+        tokens = text.tokens(loaded.prompts).to(self.model.device) if text.adapted else None
+        conditioning = replace(self.model.encode_prompts(loaded.prompts), sizes=loaded.sizes, tokens=tokens)
         return Encoded(mean.unflatten(0, (-1, 2)), std.unflatten(0, (-1, 2)), conditioning)
 
     def _view(self, pair: Pair, row: int, visit: int) -> tuple[Tensor, Tensor]:

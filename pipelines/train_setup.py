@@ -74,7 +74,7 @@ def set_up(settings: TrainSettings) -> Session:
     if accelerator.is_main_process:
         open_run(settings.out, settings, identity)
     accelerator.wait_for_everyone()
-    model.policy, prepared = accelerator.prepare(model.unet, optimizer)
+    model.policy, prepared = accelerator.prepare(model.policy, optimizer)
     hosts = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     return Session(settings, accelerator, model, feed, shape, timesteps, prepared, average, follow, hosts)
 
@@ -123,8 +123,9 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     pairs_fingerprint = reader.fingerprint()
     if data.cache is not None:
         with accelerator.main_process_first():
-            source = CachedSource(open_cache(reader, model, data, root=data.cache, fingerprint=pairs_fingerprint, size=size))
-        model.drop_encoders()
+            cache = open_cache(reader, model, data, root=data.cache, fingerprint=pairs_fingerprint, size=size)
+        model.drop_encoders(keep_text=settings.lora.text_encoders)
+        source: Source = CachedSource(cache, words=(model.text, reader.prompts()) if settings.lora.text_encoders else None)
     else:
         source = LiveSource(reader, model, data, size=size, seed=settings.seed)
     feed = Feed(
@@ -176,7 +177,7 @@ def add_lora(settings: TrainSettings, model: Backbone) -> None:
     torch.manual_seed(settings.seed)  # of the adapter's first weights
     model.add_lora(
         rank=lora.rank, alpha=lora.alpha, targets=lora.targets or list(ATTENTION), dropout=lora.dropout, rslora=lora.rslora,
-        dora=lora.dora, start=start,
+        dora=lora.dora, text=lora.text_encoders, start=start,
     )  # fmt: skip
 
 

@@ -104,17 +104,18 @@ def test_a_damaged_cache_stops_the_run_by_the_files_name(folders, pairs, tmp_pat
         assert not checkpoints(tmp_path / "bad") or load_file(checkpoints(tmp_path / "bad")[-1][1] / "parameters.safetensors")
 
 
-SLOW = ([], pytest.mark.slow, pytest.mark.slow, pytest.mark.slow)
+SLOW = ([], pytest.mark.slow, pytest.mark.slow, pytest.mark.slow, [])
 ADAPTERS = [
     {},
     {"lora.rslora": "true", "lora.alpha": 3},
     {"lora.dora": "true"},
     {"lora.targets": '["to_q","to_v","proj_in","ff.net.2"]', "lora.alpha": 5},
+    {"lora.text_encoders": "true", "lora.alpha": 5},
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"), [("sdxl", changes) for changes in ADAPTERS] + [pytest.param("sd15", ADAPTERS[k], marks=SLOW[k]) for k in range(4)]
+    ("kind", "changes"), [("sdxl", changes) for changes in ADAPTERS] + [pytest.param("sd15", ADAPTERS[k], marks=SLOW[k]) for k in range(5)]
 )
 def test_an_exported_adapter_samples_what_was_trained(folders, pairs, tmp_path, kind, changes):
     """`load_lora_weights` on a fresh pipeline, and the merged folder, predict what the training UNet predicts."""
@@ -138,17 +139,36 @@ def test_an_exported_adapter_samples_what_was_trained(folders, pairs, tmp_path, 
     assert max(abs(a - b) for a, b in zip(images["base"], images["merged"], strict=True)) > 2
 
 
-def test_a_run_goes_on_from_an_exported_adapter_at_another_alpha(folders, pairs, tmp_path):
-    run(folders["sdxl"], pairs, tmp_path / "first", lora__alpha=6)
+@pytest.mark.parametrize("text", ["false", "true"])
+def test_a_run_goes_on_from_an_exported_adapter_at_another_alpha(folders, pairs, tmp_path, text):
+    run(folders["sdxl"], pairs, tmp_path / "first", lora__alpha=6, lora__text_encoders=text)
     file = tmp_path / "first.safetensors"
     assert export.main([str(tmp_path / "first"), "--out", str(file)]) == 0
-    run(folders["sdxl"], pairs, tmp_path / "second", lora__alpha=2, lora__start=file, optim__steps=2, optim__learning_rate=1e-12)
+    changes = {"lora__alpha": 2, "lora__start": file, "optim__steps": 2, "optim__learning_rate": 1e-12, "lora__text_encoders": text}
+    run(folders["sdxl"], pairs, tmp_path / "second", **changes)
     before, after = final(tmp_path / "first"), final(tmp_path / "second")
     for a in (name for name in before if "lora_A" in name):
         b = a.replace("lora_A", "lora_B")
         torch.testing.assert_close(3 * before[b] @ before[a], after[b] @ after[a], rtol=1e-4, atol=1e-7)  # 6 / 2 against 2 / 2
     assert metrics(tmp_path / "second")[0]["margin_abs_max"] == 0
     assert (checkpoints(tmp_path / "second")[-1][1] / "reference.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_adapted_text_encoders_train_with_and_without_a_cache_and_resume(folders, pairs, tmp_path, monkeypatch, kind):
+    changes = {"lora__text_encoders": "true", "data__caption_dropout": 0.4}
+    run(folders[kind], pairs, tmp_path / "live", **changes)
+    run(folders[kind], pairs, tmp_path / "cached", data__cache=tmp_path / "cache", **changes)
+    assert deviation(final(tmp_path / "live"), final(tmp_path / "cached")) == (0, 0)
+    stop_after(monkeypatch, 2)
+    assert train.main(arguments(folders[kind], pairs, tmp_path / "part", **SHORT | changes)) == 130
+    run(folders[kind], pairs, tmp_path / "part", **changes)
+    assert deviation(final(tmp_path / "live"), final(tmp_path / "part")) == (0, 0)
+    assert metrics(tmp_path / "live")[0]["margin_abs_max"] == 0
+    trained = {name: value for name, value in final(tmp_path / "live").items() if "lora_B" in name}
+    layers = {"sd15": 3, "sdxl": 2 + 3}[kind]  # of SDXL's first encoder the last is not used
+    assert sum(name.startswith("text_encoder") for name in trained) == 4 * layers
+    assert all(value.abs().max() > 0 for value in trained.values())
 
 
 @pytest.mark.parametrize("content", [{"lora_unet_x.alpha": 1.0}, {}, None])

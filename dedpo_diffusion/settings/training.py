@@ -23,6 +23,7 @@ class LoraSettings:
         dropout: dropout on the adapter's input.
         rslora: scale by alpha / sqrt(rank) instead (arXiv 2312.03732).
         dora: train the magnitudes of the weights' rows apart from their directions (arXiv 2402.09353).
+        text_encoders: adapt the text encoders too, on their attention projections; with a cache, they then stay in memory.
         start: an adapter's file to go on from, of the same rank and layers; the reference is then the base with it.
     """
 
@@ -32,6 +33,7 @@ class LoraSettings:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
+    text_encoders: bool = False
     start: Path | None = None
 
 
