@@ -11,6 +11,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .console import UserError
-from .files import atomic_file, write_json
+from .files import atomic_file, remove_leftovers, write_json
 from .records import Conditioning
 
 LAYOUT = 3  # of the files, and the rules images are decoded by; a cache of another layout gets another name
 PROMPTS = 256  # in one file
 PIXELS = 1 << 20  # encoded at once, in either image of the pairs
+REMEDY = "the model's files may be damaged or overflow: check or replace them"
 
 
 def cache_folder(root: Path, identity: Mapping[str, Any]) -> Path:
@@ -133,6 +135,7 @@ def fill(
     encode_images: Callable[[Tensor], tuple[Tensor, Tensor]],
     encode_prompts: Callable[[Sequence[str | None]], Conditioning],
     advance: Callable[[int], object] = lambda count: None,
+    locate: Callable[[int], str] = "pair {}".format,
 ) -> None:
     """Encode every pair; files that are there already are kept, so a killed run goes on.
 
@@ -145,15 +148,19 @@ def fill(
         encode_images: (N, 3, H, W) -> posterior mean and standard deviation, (N, C, h, w) each.
         encode_prompts: N prompts, None for the absent one.
         advance: told how many views were just done.
+        locate: where in the dataset the pair of a row is, to be named.
+
+    Raises:
+        UserError: an image or a prompt whose encoding is not finite, or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "index.json").is_file():
         return
+    remove_leftovers(folder)
     views = int(identity.get("views", 1))
     for shard, count in enumerate(shards):
         path = folder / f"shard-{shard:05d}.safetensors"
         if not path.is_file():
-            _write(path, _encode_shard(read_shard(shard), encode_images, advance))
+            _write(path, _encode_shard(read_shard(shard), encode_images, advance, partial(_locate, locate, sum(shards[:shard]), views)))
         else:
             advance(count * views)
     rows: dict[str | None, int] = {prompt: row for row, prompt in enumerate([None, *dict.fromkeys(prompts)])}
@@ -164,7 +171,12 @@ def fill(
             part = unique[start : start + PROMPTS]
             found = [encode_prompts(part[k : k + 16]) for k in range(0, len(part), 16)]
             names = [name for name in ("text", "pooled") if getattr(found[0], name) is not None]
-            _write(path, {name: torch.cat([getattr(one, name).cpu() for one in found]) for name in names})
+            tensors = {name: torch.cat([getattr(one, name).cpu() for one in found]) for name in names}
+            for name in names:
+                bad = _not_finite(tensors[name])
+                if bad is not None:
+                    raise UserError(f"the prompt {part[bad] or ''!r}: the text encoder's numbers of it are not finite; {REMEDY}")
+            _write(path, tensors)
     index = {"identity": dict(identity), "counts": list(shards), "text_row": [rows[prompt] for prompt in prompts]}
     write_json(folder / "index.json", index)
 
@@ -177,8 +189,21 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file({name: value.contiguous() for name, value in tensors.items()} | {"checksum": torch.tensor(sums)}, temporary)
 
 
+def _locate(locate: Callable[[int], str], first: int, views: int, view: int) -> str:
+    return locate(first + view // views)
+
+
+def _not_finite(rows: Tensor) -> int | None:
+    """The first row that holds NaN or infinity, None if none does."""
+    good = rows.flatten(1).isfinite().all(dim=1)
+    return None if good.all() else int((~good).nonzero()[0])
+
+
 def _encode_shard(
-    views: Iterable[tuple[Tensor, Tensor]], encode: Callable[[Tensor], tuple[Tensor, Tensor]], advance: Callable[[int], object]
+    views: Iterable[tuple[Tensor, Tensor]],
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    advance: Callable[[int], object],
+    locate: Callable[[int], str],
 ) -> dict[str, Tensor]:
     """Of one shard: posteriors (n, 2, 2 C, h, w), mean and standard deviation one after the other, and sizes (n, 2, 6)."""
     done: list[Tensor] = []
@@ -188,7 +213,12 @@ def _encode_shard(
     def flush() -> None:
         stacked = torch.stack(waiting)
         mean, std = encode(stacked.flatten(0, 1))
-        done.append(torch.cat([mean, std], dim=1).cpu().unflatten(0, (len(waiting), 2)))
+        encoded = torch.cat([mean, std], dim=1).cpu().unflatten(0, (len(waiting), 2))
+        bad = _not_finite(encoded)
+        if bad is not None:
+            where = locate(len(sizes) - len(waiting) + bad)
+            raise UserError(f"{where}: the VAE's numbers of its images are not finite; {REMEDY}, or remove the pair")
+        done.append(encoded)
         advance(len(waiting))
         waiting.clear()
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .files import atomic_folder, write_json
+from .console import UserError
+from .files import atomic_folder, file_checksum, write_json
 
+CHECKSUMS = "checksums.json"  # of the other files of a checkpoint; those of earlier versions have none
 QUANTISED = "__bnb_optimizer_quant_state__"  # where bitsandbytes nests its moments; it reads them without the nest too
 INTEGER = "#int"  # marks the name of a state that was no tensor
 
@@ -55,13 +58,58 @@ def save_checkpoint(
     average: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json` and, if the reference is no longer the base,
-    `reference.safetensors`, if there is a moving average, `average.safetensors`, into `folder`, atomically."""
+    `reference.safetensors`, if there is a moving average, `average.safetensors`, and the `checksums.json` of these, into `folder`,
+    atomically.
+
+    Raises:
+        UserError: a parameter is no longer finite, or the disk is full; nothing is written.
+    """
+    _check_finite(folder, parameters)
+    _check_finite(folder, average or {})
     with atomic_folder(folder) as temporary:
         for name, tensors in (("parameters", parameters), ("reference", anchor), ("average", average)):
             if tensors is not None:
                 save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
         save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", dict(meta))
+        write_json(temporary / CHECKSUMS, {file.name: [file.stat().st_size, file_checksum(file)] for file in sorted(temporary.iterdir())})
+
+
+def _check_finite(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
+    for name, value in parameters.items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"{folder}: not written, since {name} is no longer finite; the checkpoint before it is kept. "
+                "Lower optim.learning_rate, or train with mixed_precision bf16 in place of fp16"
+            )
+
+
+def check_checkpoint(folder: Path) -> None:
+    """See to it that a checkpoint's files are as they were written; of one without checksums, that they are whole.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    try:
+        listed = folder / CHECKSUMS
+        known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{listed}: damaged ({error})") from error
+    for name in sorted(
+        {"parameters.safetensors", "optimizer.safetensors", "state.json", *known, *(p.name for p in folder.glob("*.safetensors"))}
+    ):
+        file = folder / name
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            else:
+                safe_open(file, "pt")  # compares the header's lengths with the file's
+            if name in known and [file.stat().st_size, file_checksum(file)] != known[name]:
+                raise ValueError("it is not what was written")
+        except FileNotFoundError as error:
+            raise UserError(f"{file}: missing") from error
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{file}: damaged ({error})") from error
 
 
 def load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def open_cache(reader: PairReader, model: Backbone, data: DataSettings, *, root:
         with Progress("encoding pairs", len(reader) * data.views) as progress:
             fill(
                 folder, identity=identity, prompts=reader.prompts(), shards=reader.counts, read_shard=views,
-                encode_images=model.encode_images, encode_prompts=model.encode_prompts, advance=progress.advance,
+                encode_images=model.encode_images, encode_prompts=model.encode_prompts, advance=progress.advance, locate=reader.location,
             )  # fmt: skip
     return PairCache(folder)
 

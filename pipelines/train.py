@@ -60,12 +60,13 @@ def describe(session: Session) -> None:
 def resume(session: Session) -> int:
     """Load the newest checkpoint, if there is one; returns the steps done."""
     from dedpo_diffusion.checkpoints import load_checkpoint, load_part
-    from dedpo_diffusion.runs import checkpoints
+    from dedpo_diffusion.runs import newest_checkpoint
 
-    found = checkpoints(session.settings.out)
-    if not found:
+    with session.accelerator.main_process_first():  # which sets damaged ones aside
+        found = newest_checkpoint(session.settings.out)
+    if found is None:
         return 0
-    (step, folder), model, scaler = found[-1], session.model, session.accelerator.scaler
+    (step, folder), model, scaler = found, session.model, session.accelerator.scaler
     state = load_checkpoint(folder, model.trainable(), session.optimizer.optimizer)
     anchor, averaged = load_part(folder, "reference", model.device), load_part(folder, "average", model.device)
     if anchor is not None:
