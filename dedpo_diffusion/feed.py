@@ -22,7 +22,7 @@ from .console import Progress, UserError, say
 from .decoding import decode_image
 from .files import atomic_file
 from .following import LEAST_POWER, Parts, followed, retarget, visited_pairs
-from .images import pair_views
+from .images import nearest_shape, pair_views
 from .labels import read_targets
 from .models import Backbone
 from .noising import Draws, TimestepDraw, draw, step_generator
@@ -31,7 +31,7 @@ from .records import Conditioning, Pair, PairBatch, Targets
 from .runs import first_difference
 from .settings import DataSettings
 from .text import TextEncoders
-from .visits import StratifiedVisits, Visits, visit_probability
+from .visits import BucketedVisits, Order, StratifiedVisits, Visits, visit_probability
 
 VIEWS = 1  # stream of `step_generator` for flips and crops
 CHOICE = 1001  # for which of a pair's pre-drawn noises a visit gets
@@ -75,6 +75,10 @@ class Source(ABC):
         """
 
     @abstractmethod
+    def shapes(self, rows: np.ndarray) -> np.ndarray:
+        """(C, h, w) of the latents of the pairs at dataset rows: (n, 3)."""
+
+    @abstractmethod
     def encode(self, loaded: Any) -> Encoded:
         """What the model's encoders make of what was loaded."""
 
@@ -88,11 +92,17 @@ class CachedSource(Source):
 
     Args:
         cache: the cache.
+        channels: C of a latent.
         words: text encoders that are adapted, and the prompt of every pair, of which they then need the tokens; None for neither.
     """
 
-    def __init__(self, cache: PairCache, *, words: tuple[TextEncoders, Sequence[str]] | None = None) -> None:
-        self.cache, self.words = cache, words
+    def __init__(self, cache: PairCache, channels: int, *, words: tuple[TextEncoders, Sequence[str]] | None = None) -> None:
+        self.cache, self.channels, self.words = cache, channels, words
+
+    def shapes(self, rows: np.ndarray) -> np.ndarray:
+        """See `Source`."""
+        found = self.cache.shapes[torch.from_numpy(rows)].numpy()
+        return np.column_stack([np.full(len(rows), self.channels), found])
 
     def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
         """See `Source`."""
@@ -115,7 +125,13 @@ class LiveSource(Source):
     """Pairs decoded and encoded in every step, mirrored and cropped anew at every visit."""
 
     def __init__(self, reader: PairReader, model: Backbone, data: DataSettings, *, size: int, seed: int) -> None:
+        if data.buckets:
+            raise UserError("data.buckets needs data.cache, which knows the shape of every pair before the first step")
         self.reader, self.model, self.data, self.size, self.seed = reader, model, data, size, seed
+
+    def shapes(self, rows: np.ndarray) -> np.ndarray:
+        """See `Source`."""
+        return np.tile(self.model.latent_shape(self.size), (len(rows), 1))
 
     def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Pictures:
         """See `Source`."""
@@ -134,22 +150,30 @@ class LiveSource(Source):
 
     def _view(self, pair: Pair, row: int, visit: int) -> tuple[Tensor, Tensor]:
         generator = step_generator(self.seed, visit, VIEWS)
-        return view_pair(pair, self.reader.location(row), self.size, self.data, generator)
+        return view_pair(pair, self.reader.location(row), [(self.size, self.size)], self.data, generator)
 
 
 def view_pair(
-    pair: Pair, where: str, size: int, data: DataSettings, generator: torch.Generator, *, mirrored: bool | None = None
+    pair: Pair,
+    where: str,
+    shapes: Sequence[tuple[int, int]],
+    data: DataSettings,
+    generator: torch.Generator,
+    *,
+    mirrored: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Decode one pair, found at `where`, mirrored and cropped as the settings say: pixels (2, 3, size, size) and sizes (2, 6).
+    """Decode one pair, found at `where`, mirrored and cropped as the settings say: pixels (2, 3, height, width) and sizes (2, 6).
 
-    `mirrored` decides what is otherwise drawn.
+    Height and width are those of `shapes` that are nearest to the pair's; `mirrored` decides what is otherwise drawn.
 
     Raises:
         UserError: an image cannot be decoded.
     """
     across, down, mirror = torch.rand(3, generator=generator).tolist()
     place = (across, down) if data.crop == "random" else (0.5, 0.5)
-    return pair_views(decode_pair(pair, where), size, place=place, flip=data.flip and (mirror < 0.5 if mirrored is None else mirrored))
+    images = decode_pair(pair, where)
+    flip = data.flip and (mirror < 0.5 if mirrored is None else mirrored)
+    return pair_views(images, nearest_shape(images, shapes), place=place, flip=flip)
 
 
 def decode_pair(pair: Pair, where: str) -> tuple[Image.Image, Image.Image]:
@@ -168,7 +192,6 @@ class ReferenceGrid:
         rows: those that will be visited; only their shards are computed, with progress, and only once.
         draws: K, draws of each pair.
         timesteps: how they are drawn.
-        shape: (C, h, w) of a latent.
         caption_dropout: share of draws with the empty prompt.
         batch: draws predicted at once: the pairs of a forward pass of the run.
     """
@@ -177,14 +200,14 @@ class ReferenceGrid:
 
     def __init__(
         self, folder: Path, source: Source, model: Backbone, rows: np.ndarray, *, pairs: int, draws: int,
-        timesteps: TimestepDraw, shape: tuple[int, int, int], caption_dropout: float, batch: int = 8,
+        timesteps: TimestepDraw, caption_dropout: float, batch: int = 8,
     ) -> None:  # fmt: skip
         if draws < 1:
             raise UserError(f"data.reference_draws is {draws}; it must be at least 1")
         drawn = {name: getattr(timesteps, name) for name in ("first", "last", "sampling", "location", "spread")}
         precision = [str(model.dtype), str(next(model.unet.parameters()).dtype)]
-        key = json.dumps([model.reference_fingerprint(), precision, drawn, draws, list(shape), caption_dropout], sort_keys=True)
-        self.draws, self.timesteps, self.shape, self.caption_dropout, self.batch = draws, timesteps, shape, caption_dropout, batch
+        key = json.dumps([model.reference_fingerprint(), precision, drawn, draws, caption_dropout], sort_keys=True)
+        self.draws, self.timesteps, self.source, self.caption_dropout, self.batch = draws, timesteps, source, caption_dropout, batch
         self.folder = folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.folder.mkdir(exist_ok=True)
         shards = np.unique(rows // self.SHARD)
@@ -193,9 +216,12 @@ class ReferenceGrid:
             with Progress("reference errors", len(missing) * self.SHARD) as progress:
                 for shard in missing:
                     there = range(int(shard) * self.SHARD, min((int(shard) + 1) * self.SHARD, pairs))
-                    errors = self._errors([(row, number) for row in there for number in range(draws)], source, model)
+                    errors = torch.empty(len(there), draws, 2)
+                    for _, some in _alike(source.shapes(np.array(there))):
+                        found = self._errors([(there[place], number) for place in some for number in range(draws)], model)
+                        errors[some] = found.view(len(some), draws, 2)
                     with atomic_file(self._file(shard)) as temporary:
-                        save_file({"errors": errors.view(len(there), draws, 2)}, temporary)
+                        save_file({"errors": errors}, temporary)
                     progress.advance(self.SHARD)
         self.errors = torch.full((pairs, draws, 2), torch.nan)
         for shard in shards:
@@ -205,16 +231,20 @@ class ReferenceGrid:
         return self.folder / f"shard-{int(shard):05d}.safetensors"
 
     def _draw(self, row: int, number: int) -> Draws:
-        return draw(row, number, 1, self.shape, timesteps=self.timesteps, caption_dropout=self.caption_dropout, stream=GRID)
+        shape = self.source.shapes(np.array([row]))[0].tolist()
+        return draw(row, number, 1, shape, timesteps=self.timesteps, caption_dropout=self.caption_dropout, stream=GRID)
 
-    def _errors(self, wanted: Sequence[tuple[int, int]], source: Source, model: Backbone) -> Tensor:
-        """The reference's errors (N, 2) at N draws, (pair, its number): `batch` at a time, so that they round as in a step of the run."""
+    def _errors(self, wanted: Sequence[tuple[int, int]], model: Backbone) -> Tensor:
+        """The reference's errors (N, 2) at N draws, (pair, its number), of one shape.
+
+        `batch` are predicted at a time, so that they round as in a step of the run.
+        """
         found = []
         for first in range(0, len(wanted), self.batch):
             part = wanted[first : first + self.batch]
             rows, numbers = zip(*(*part, *[part[-1]] * (self.batch - len(part))), strict=True)
             draws = Draws.join([self._draw(row, number) for row, number in zip(rows, numbers, strict=True)])
-            encoded = source.fetch(rows, numbers, draws.drop_caption)
+            encoded = self.source.fetch(rows, numbers, draws.drop_caption)
             draws, given = draws.to(model.device), encoded.conditioning.to(model.device)
             latents = model.latents(encoded.mean.to(model.device), encoded.std.to(model.device), draws.posterior)
             errors = model.errors(latents, draws.noise[:, None], draws.timesteps, given, reference=True)
@@ -268,6 +298,7 @@ def cache_identity(model: Backbone, data: DataSettings, *, pairs: str, size: int
         raise UserError("data.views keeps several mirrored or cropped versions of each pair; give data.flip or data.crop=random with it")
     return {
         "encoders": model.encoders_fingerprint, "pairs": pairs, "size": size, "views": data.views, "flip": data.flip, "crop": data.crop,
+        "buckets": model.shapes(size) if data.buckets else None,
     }  # fmt: skip
 
 
@@ -280,13 +311,14 @@ def open_cache(reader: PairReader, model: Backbone, data: DataSettings, *, root:
             held = (read_index(other.parent) or {}).get("identity", {})
             if held.get("pairs") == fingerprint:
                 say(f"{other.parent} does not fit ({first_difference(held, identity)})")
+        shapes = model.shapes(size) if data.buckets else [(size, size)]
         starts = [sum(reader.counts[:k]) for k in range(len(reader.counts))]
 
         def views(shard: int) -> Iterator[tuple[Tensor, Tensor]]:
             for row, pair in enumerate(reader.shard_pairs(shard), starts[shard]):
                 for view in range(data.views):
                     generator, where = step_generator(row, view, VIEWS), reader.location(row)
-                    yield view_pair(pair, where, size, data, generator, mirrored=view % 2 == 1)  # half of them, whatever their number
+                    yield view_pair(pair, where, shapes, data, generator, mirrored=view % 2 == 1)  # half of them, whatever their number
 
         with Progress("encoding pairs", len(reader) * data.views) as progress:
             fill(
@@ -307,11 +339,13 @@ class Feed:
         source: where encoded pairs come from.
         targets: name of the targets in the dataset's folder.
         seed: the run's seed.
+        together: visits in a step, over all its micro-batches and processes; they are of one shape.
         sampling: "uniform" or "importance", see `visit_probability`; "stratified", see `StratifiedVisits`.
         follow: the power will change: pairs that weigh nothing at the present one are visited too, see `visited_pairs`.
 
     Attributes:
         rows: the dataset's rows that are visited.
+        shapes: (C, h, w) of the latents of each bucket; a single one without buckets.
         grid: pre-drawn timesteps and noises with the reference's errors, if there are any.
         parts, power: what the rows' targets are made of, and the power they were merged with, for one that follows; else None and NaN.
 
@@ -319,7 +353,9 @@ class Feed:
         UserError: targets that are not this dataset's or lack a column, or no pair that carries weight.
     """
 
-    def __init__(self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, follow: bool = False) -> None:
+    def __init__(
+        self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, together: int, follow: bool = False
+    ) -> None:  # fmt: skip
         merged, path = read_targets(reader.folder, targets), reader.folder / "targets" / f"{targets}.parquet"
         if merged.pair_id != reader.ids():
             raise UserError(f"{path}: its pairs are not the dataset's; run `dedpo merge` again")
@@ -332,11 +368,9 @@ class Feed:
         planned = (target, weight) if self.parts is None else _planned(self.parts, max(self.power, LEAST_POWER))
         self.source, self.seed = source, seed
         self.grid: ReferenceGrid | None = None
-        self.visits: Visits | StratifiedVisits
-        if sampling == "stratified":
-            self.visits = StratifiedVisits(seed, *planned, _labelled(merged, path)[self.rows])
-        else:
-            self.visits = Visits(seed, visit_probability(*planned, sampling))
+        self.together = together
+        labelled = _labelled(merged, path)[self.rows] if sampling == "stratified" else None
+        self.visits: Order = self._order(*planned, labelled, sampling)
         visit = 1 / (pool * self.visits.probability)
         self.target = torch.tensor(target, dtype=torch.float32)
         self.weight = torch.tensor(weight * visit, dtype=torch.float32)
@@ -346,6 +380,28 @@ class Feed:
         idle = pool - len(self.rows)
         if idle:
             say(f"{idle} of {pool} pairs carry no weight in {targets!r} and are not visited")
+
+    def _order(self, target: np.ndarray, weight: np.ndarray, labelled: np.ndarray | None, sampling: str) -> Order:
+        """In which order the visited pairs come: those of one shape together, if there are several shapes."""
+
+        def order(some: np.ndarray) -> Order:
+            if labelled is not None:
+                return StratifiedVisits(self.seed, target[some], weight[some], labelled[some])
+            return Visits(self.seed, visit_probability(target[some], weight[some], sampling))
+
+        alike = _alike(self.source.shapes(self.rows))
+        self.shapes = [shape for shape, _ in alike]
+        if len(alike) == 1:
+            return order(np.arange(len(self.rows)))
+        each = visit_probability(target, weight, "uniform" if labelled is not None else sampling)
+        share = np.array([each[some].sum() for _, some in alike])
+        say("pairs by height x width of their latents: " + ", ".join(f"{len(some)} of {shape[1]} x {shape[2]}" for shape, some in alike))
+        places = [some for _, some in alike]
+        return BucketedVisits(self.seed, places, [order(some) for some in places], share / share.sum(), self.together)
+
+    def shape(self, step: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a step's pairs."""
+        return self.shapes[self.visits.bucket(step) if isinstance(self.visits, BucketedVisits) else 0]
 
     def load(self, first_visit: int, draws: Draws) -> Loaded:
         """Consecutive visits that begin at `first_visit`, as many as `draws` holds, in host memory; nothing asks for the device.
@@ -368,6 +424,12 @@ class Feed:
         encoded = self.source.encode(given.encoded)
         latents = model.latents(encoded.mean, encoded.std, given.draws.posterior)
         return PairBatch(latents, encoded.conditioning, given.target, given.weight, given.doubt, given.known), given.draws
+
+
+def _alike(shapes: np.ndarray) -> list[tuple[tuple[int, int, int], np.ndarray]]:
+    """Every shape among (n, 3), with the places that have it."""
+    found, which = np.unique(shapes, axis=0, return_inverse=True)
+    return [((int(c), int(h), int(w)), np.flatnonzero(which.reshape(-1) == k)) for k, (c, h, w) in enumerate(found)]
 
 
 def _labelled(merged: Targets, path: Path) -> np.ndarray:

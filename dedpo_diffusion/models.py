@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from .bases import load_pipeline
 from .console import UserError
+from .images import bucket_shapes
 from .noising import ForwardProcess, image_errors
 from .records import Conditioning
 from .text import TextEncoders, chunks
@@ -74,10 +75,18 @@ class Backbone:
         Raises:
             UserError: the size is no multiple of what the VAE and UNet shrink it by.
         """
-        whole = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if size % whole:
-            raise UserError(f"size {size} is no multiple of {whole} pixels, which this model needs")
+        if size % self.whole:
+            raise UserError(f"size {size} is no multiple of {self.whole} pixels, which this model needs")
         return self.channels, size // self.factor, size // self.factor
+
+    @property
+    def whole(self) -> int:
+        """Pixels that the sides of an image must be a multiple of."""
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def shapes(self, size: int) -> list[tuple[int, int]]:
+        """Heights and widths in pixels that images of about size x size pixels may have, see `bucket_shapes`."""
+        return bucket_shapes(size, self.whole * max(1, size // 16 // self.whole))
 
     def use_xformers(self) -> None:
         """Compute the UNet's attention with xformers.

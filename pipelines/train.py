@@ -45,7 +45,7 @@ def describe(session: Session) -> None:
     """Say what is about to be trained, in the units of other scripts too."""
     optim, objective, feed = session.settings.optim, session.settings.objective, session.feed
     processes = session.accelerator.num_processes
-    together = optim.batch * optim.accumulation * processes
+    together = feed.together
     say(
         f"{len(feed.rows)} pairs, {together} a step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
         f"{optim.steps * together / len(feed.rows):.1f} epochs; "
@@ -53,7 +53,7 @@ def describe(session: Session) -> None:
     )
     half = 0.5 * objective.beta
     say(f"objective {objective.kind}, balance {objective.balance}, power {objective.power}")
-    summed = half / math.prod(session.shape)
+    summed = half / math.prod(feed.shapes[0])
     say(f"beta {objective.beta:g} on mean errors with the factor 0.5; without it {half:g}; on summed errors {summed:.3g}")
 
 
@@ -151,14 +151,14 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
 
     settings, feed, accelerator = session.settings, session.feed, session.accelerator
     optim, processes, rank = settings.optim, accelerator.num_processes, accelerator.process_index
-    together, dropout = optim.batch * optim.accumulation * processes, settings.data.caption_dropout
+    together, dropout = feed.together, settings.data.caption_dropout
     drawn: dict[int, Draws] = {}
 
     def load(job: tuple[int, int]) -> Loaded:
         step, micro = job
         if step not in drawn:  # the draws are those of the whole step, whoever computes them
             drawn.clear()
-            drawn[step] = draw(settings.seed, step, together, session.shape, timesteps=session.timesteps, caption_dropout=dropout)
+            drawn[step] = draw(settings.seed, step, together, feed.shape(step), timesteps=session.timesteps, caption_dropout=dropout)
         first = (micro * processes + rank) * optim.batch
         loaded = feed.load(step * together + first, drawn[step].part(first, first + optim.batch))
         return loaded.map(torch.Tensor.pin_memory) if accelerator.device.type == "cuda" else loaded

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Session:
     """What a run works with.
 
-    `shape` is (C, h, w) of a latent, `average` and `follow` are None where they were not asked for.
+    `average` and `follow` are None where they were not asked for.
 
     `hosts` is a group of the processes that talk without their devices, None for a single process.
     """
@@ -38,7 +38,6 @@ class Session:
     accelerator: Accelerator
     model: Backbone
     feed: Feed
-    shape: tuple[int, int, int]
     timesteps: TimestepDraw
     optimizer: AcceleratedOptimizer
     average: Average | None
@@ -65,7 +64,7 @@ def set_up(settings: TrainSettings) -> Session:
         mixed_precision=settings.mixed_precision, gradient_accumulation_steps=optim.accumulation, cpu=settings.device == "cpu",
         kwargs_handlers=[patient],
     )  # fmt: skip
-    model, feed, shape, identity = prepare(settings, accelerator)
+    model, feed, identity = prepare(settings, accelerator)
     timesteps, follow = timestep_draw(settings.objective, len(model.process)), follow_power(settings.objective, feed)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
@@ -76,7 +75,7 @@ def set_up(settings: TrainSettings) -> Session:
     accelerator.wait_for_everyone()
     model.policy, prepared = accelerator.prepare(model.policy, optimizer)
     hosts = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    return Session(settings, accelerator, model, feed, shape, timesteps, prepared, average, follow, hosts)
+    return Session(settings, accelerator, model, feed, timesteps, prepared, average, follow, hosts)
 
 
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
@@ -104,8 +103,8 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     )  # fmt: skip
 
 
-def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, Feed, tuple[int, int, int], dict[str, str]]:
-    """Load the model, encode the pairs or get ready to, and read the targets; also: latent shape, identity of the inputs."""
+def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, Feed, dict[str, str]]:
+    """Load the model, encode the pairs or get ready to, and read the targets; also: identity of the inputs."""
     import torch
 
     from dedpo_diffusion.feed import CachedSource, Feed, LiveSource, open_cache
@@ -119,18 +118,20 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
     model = Backbone(settings.model, device=accelerator.device, dtype=dtype, config=settings.model_config)
     size = data.size or model.size
-    shape = model.latent_shape(size)
+    model.latent_shape(size)  # or the size is refused
     pairs_fingerprint = reader.fingerprint()
     if data.cache is not None:
         with accelerator.main_process_first():
             cache = open_cache(reader, model, data, root=data.cache, fingerprint=pairs_fingerprint, size=size)
         model.drop_encoders(keep_text=settings.lora.text_encoders)
-        source: Source = CachedSource(cache, words=(model.text, reader.prompts()) if settings.lora.text_encoders else None)
+        source: Source = CachedSource(cache, model.channels, words=(model.text, reader.prompts()) if settings.lora.text_encoders else None)
     else:
         source = LiveSource(reader, model, data, size=size, seed=settings.seed)
+    together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
     feed = Feed(
-        reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, follow=settings.objective.power == "follow"
-    )
+        reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
+        follow=settings.objective.power == "follow",
+    )  # fmt: skip
     check(settings, feed)
     if settings.attention == "xformers":
         model.use_xformers()
@@ -140,7 +141,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
         model.place(torch.float32)
     if data.reference_draws is not None:
         with accelerator.main_process_first():
-            feed.grid = open_grid(settings, reader, source, model, feed, shape, pairs_fingerprint, size)
+            feed.grid = open_grid(settings, reader, source, model, feed, pairs_fingerprint, size)
     if settings.weights == "full":
         asked = needs_reference(settings.objective.kind, settings.objective.balance or "none") or settings.optim.extrapolation > 0
         model.train_all(reference=feed.grid is None and asked, exact=settings.optim.rounds > 1)
@@ -154,7 +155,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
-    return model, feed, shape, identity
+    return model, feed, identity
 
 
 def add_lora(settings: TrainSettings, model: Backbone) -> None:
@@ -273,7 +274,6 @@ def open_grid(
     source: Source,
     model: Backbone,
     feed: Feed,
-    shape: tuple[int, int, int],
     pairs: str,
     size: int,
 ) -> ReferenceGrid:
@@ -293,7 +293,7 @@ def open_grid(
     folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs, size=size))
     return ReferenceGrid(
         folder, source, model, feed.rows, pairs=len(reader), draws=data.reference_draws or 0,
-        timesteps=timestep_draw(settings.objective, len(model.process)), shape=shape, caption_dropout=data.caption_dropout,
+        timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
         batch=settings.optim.batch,
     )  # fmt: skip
 

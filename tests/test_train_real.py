@@ -237,3 +237,22 @@ def test_every_recipe_can_be_tried_and_leaves_nothing(recipe, tmp_path, capsys):
     text = recipe.read_text()
     assert text.startswith(f"# dedpo train --config configs/{recipe.name} ")
     assert "Memory" in text
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("how", ["true", "selective"])
+def test_activations_that_are_computed_again_change_nothing(folders, pairs, tmp_path, kind, how):
+    run(folders[kind], pairs, tmp_path / "kept", data__cache=tmp_path / "cache")
+    run(folders[kind], pairs, tmp_path / "again", data__cache=tmp_path / "cache", gradient_checkpointing=how)
+    assert deviation(final(tmp_path / "kept"), final(tmp_path / "again")) == (0, 0)
+    assert metrics(tmp_path / "kept") == metrics(tmp_path / "again")
+
+
+@pytest.mark.parametrize("changes", [{"channels_last": "true"}, pytest.param({"compile": "true"}, marks=pytest.mark.slow)])
+def test_layout_and_compilation_round_and_do_no_more(folders, pairs, tmp_path, changes):
+    run(folders["sdxl"], pairs, tmp_path / "plain", data__cache=tmp_path / "cache")
+    run(folders["sdxl"], pairs, tmp_path / "fast", data__cache=tmp_path / "cache", **changes)
+    assert metrics(tmp_path / "fast")[0]["margin_abs_max"] == 0  # the reference is computed as the policy is
+    for one, other in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "fast"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-3)
+    assert metrics(tmp_path / "fast")[-1]["margin_abs_max"] > 0

@@ -49,6 +49,8 @@ class DataSettings:
         flip: mirror both images of a pair alike, half of the time.
         crop: centre, or random: both images of a pair at the same relative place.
         views: how many mirrored or cropped versions of a pair a cache keeps; without a cache they are drawn anew at every visit.
+        buckets: keep the shape of each pair's images, up to 2 : 1, at about size x size pixels, rather than crop a square; each step then
+            takes pairs of one shape. It needs a cache.
         sampling: how often each pair is visited: uniform; importance, in proportion to its gradient at margin 0; or stratified, a fixed
             share of every batch with human labels (Neyman's, from the gradients at margin 0), uniform within. The weights make
             up for it, so all three estimate the same loss.
@@ -64,6 +66,7 @@ class DataSettings:
     flip: bool = False
     crop: Literal["centre", "random"] = "centre"
     views: int = 1
+    buckets: bool = False
     sampling: Literal["uniform", "importance", "stratified"] = "importance"
     caption_dropout: float = 0.0
     reference_draws: int | None = None
