@@ -1,8 +1,8 @@
 """Encoded pairs on disk: VAE posteriors, sizes and text embeddings, made once and shared between runs.
 
 One folder per (VAE and text encoders, pair dataset, size, views), named by their digest. Pictures lie in one safetensors file per
-shard of the pair dataset, prompts in files of 256, each once. Files are memory-mapped and read by row, so memory does not grow
-with the number of pairs; every row carries a checksum that is looked at whenever it is read.
+shard of the pair dataset, those of one shape as rows of one tensor, prompts in files of 256, each once. Files are memory-mapped and
+read by row, so memory does not grow with the number of pairs; every row carries a checksum that is looked at whenever it is read.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .console import UserError
-from .files import atomic_file, write_json
+from .files import atomic_file, remove_leftovers, write_json
 from .records import Conditioning
 
-LAYOUT = 3  # of the files, and the rules images are decoded by; a cache of another layout gets another name
+LAYOUT = 4  # of the files, and the rules images are decoded by; a cache of another layout gets another name
 PROMPTS = 256  # in one file
 PIXELS = 1 << 20  # encoded at once, in either image of the pairs
+SHAPES = "shapes"  # tensor of a shard's file: height and width of the latents of each of its pairs
+REMEDY = "the model's files may be damaged or overflow: check or replace them"
 
 
 def cache_folder(root: Path, identity: Mapping[str, Any]) -> Path:
@@ -58,7 +61,7 @@ def _checksum(*rows: Tensor) -> int:
 
 
 class _Rows:
-    """Rows of the tensors of one file, memory-mapped and checked."""
+    """Rows of the tensors of one file, memory-mapped and checked; tensors whose names begin alike ("16x16.sizes") go together."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,16 +74,16 @@ class _Rows:
     def _damaged(self, why: str) -> UserError:
         return UserError(f"{self.path}: damaged ({why}); remove this file and {self.path.parent / 'index.json'}, and it is made anew")
 
-    def at(self, row: int) -> dict[str, Tensor]:
-        """The tensors' row.
+    def at(self, row: int, group: str) -> dict[str, Tensor]:
+        """The row of the tensors of a group, by the rest of their names.
 
         Raises:
             UserError: it is not what was written.
         """
-        found = {name: part[row] for name, part in self.parts.items()}
+        found = {name.removeprefix(f"{group}."): part[row] for name, part in self.parts.items() if name.startswith(f"{group}.")}
         known = int(found.pop("checksum"))
         if _checksum(*(found[name] for name in sorted(found))) != known:
-            raise self._damaged(f"row {row} is not what was written")
+            raise self._damaged(f"row {row} of {group} is not what was written")
         return found
 
 
@@ -89,6 +92,9 @@ class PairCache:
 
     Args:
         folder: as `cache_folder` names it, filled.
+
+    Attributes:
+        shapes: (N, 2) int64, height and width of the latents of every pair of the dataset.
 
     Raises:
         ValueError: the folder is not complete.
@@ -102,6 +108,8 @@ class PairCache:
         self.folder, self.counts, self.views = folder, index["counts"], int(index["identity"].get("views", 1))
         self.starts = torch.tensor([0, *self.counts]).cumsum(0)
         self.text_row = torch.tensor(index["text_row"])
+        shapes = torch.tensor(index["shapes"])
+        self.shapes = shapes[torch.tensor(index["shape"])]
         self._open: dict[str, _Rows] = {}
 
     def _rows(self, name: str) -> _Rows:
@@ -112,15 +120,22 @@ class PairCache:
     def posterior(self, pair: int, view: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and standard deviation, each (2, C, h, w), and sizes (2, 6), float32, of a view of the pair at this row of the dataset."""
         shard = int(torch.searchsorted(self.starts, pair, right=True)) - 1
-        found = self._rows(f"shard-{shard:05d}.safetensors").at((pair - int(self.starts[shard])) * self.views + view)
+        before = self.shapes[int(self.starts[shard]) : pair]
+        alike = int((before == self.shapes[pair]).all(dim=1).sum())  # pairs of the shard that come before it in its tensor
+        found = self._rows(f"shard-{shard:05d}.safetensors").at(alike * self.views + view, _group(*self.shapes[pair].tolist()))
         mean, std = found["posterior"].chunk(2, dim=1)
         return mean, std, found["sizes"]
 
     def embedding(self, pair: int, *, empty: bool = False) -> Conditioning:
         """Text (L, D), and pooled (P,) where the model has it, of the pair's prompt or of the absent one."""
         row = 0 if empty else int(self.text_row[pair])
-        found = self._rows(f"text-{row // PROMPTS:05d}.safetensors").at(row % PROMPTS)
+        found = self._rows(f"text-{row // PROMPTS:05d}.safetensors").at(row % PROMPTS, "text")
         return Conditioning(found["text"], found.get("pooled"))
+
+
+def _group(height: int, width: int) -> str:
+    """Where the pictures of a shape lie in a file."""
+    return f"{height}x{width}"
 
 
 def fill(
@@ -133,6 +148,7 @@ def fill(
     encode_images: Callable[[Tensor], tuple[Tensor, Tensor]],
     encode_prompts: Callable[[Sequence[str | None]], Conditioning],
     advance: Callable[[int], object] = lambda count: None,
+    locate: Callable[[int], str] = "pair {}".format,
 ) -> None:
     """Encode every pair; files that are there already are kept, so a killed run goes on.
 
@@ -145,58 +161,110 @@ def fill(
         encode_images: (N, 3, H, W) -> posterior mean and standard deviation, (N, C, h, w) each.
         encode_prompts: N prompts, None for the absent one.
         advance: told how many views were just done.
+        locate: where in the dataset the pair of a row is, to be named.
+
+    Raises:
+        UserError: an image or a prompt whose encoding is not finite, or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "index.json").is_file():
         return
+    remove_leftovers(folder)
     views = int(identity.get("views", 1))
+    found_shapes: list[tuple[int, int]] = []
     for shard, count in enumerate(shards):
         path = folder / f"shard-{shard:05d}.safetensors"
         if not path.is_file():
-            _write(path, _encode_shard(read_shard(shard), encode_images, advance))
+            where = partial(_locate, locate, sum(shards[:shard]), views)
+            _write(path, *_encode_shard(read_shard(shard), views, encode_images, advance, where))
         else:
             advance(count * views)
+        found_shapes += _read_shapes(path)
     rows: dict[str | None, int] = {prompt: row for row, prompt in enumerate([None, *dict.fromkeys(prompts)])}
     unique = list(rows)
     for start in range(0, len(unique), PROMPTS):
         path = folder / f"text-{start // PROMPTS:05d}.safetensors"
         if not path.is_file():
             part = unique[start : start + PROMPTS]
-            found = [encode_prompts(part[k : k + 16]) for k in range(0, len(part), 16)]
-            names = [name for name in ("text", "pooled") if getattr(found[0], name) is not None]
-            _write(path, {name: torch.cat([getattr(one, name).cpu() for one in found]) for name in names})
-    index = {"identity": dict(identity), "counts": list(shards), "text_row": [rows[prompt] for prompt in prompts]}
+            found = Conditioning.cat([encode_prompts(part[k : k + 16]).to(torch.device("cpu")) for k in range(0, len(part), 16)])
+            tensors = {name: value for name in ("text", "pooled") if (value := getattr(found, name)) is not None}
+            for value in tensors.values():
+                bad = _not_finite(value)
+                if bad is not None:
+                    raise UserError(f"the prompt {part[bad] or ''!r}: the text encoder's numbers of it are not finite; {REMEDY}")
+            _write(path, {"text": tensors})
+    shapes = sorted(set(found_shapes))
+    index = {
+        "identity": dict(identity), "counts": list(shards), "text_row": [rows[prompt] for prompt in prompts],
+        "shapes": shapes, "shape": [shapes.index(shape) for shape in found_shapes],
+    }  # fmt: skip
     write_json(folder / "index.json", index)
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors with a checksum of each row."""
-    names = sorted(tensors)
-    sums = [_checksum(*(tensors[name][row] for name in names)) for row in range(len(tensors[names[0]]))]
+def _write(path: Path, groups: Mapping[str, Mapping[str, Tensor]], shapes: Sequence[tuple[int, int]] | None = None) -> None:
+    """Write groups of tensors with a checksum of each of their rows, and the shape of every pair of a shard."""
+    tensors = {} if shapes is None else {SHAPES: torch.tensor(shapes)}
+    for group, members in groups.items():
+        names = sorted(members)
+        sums = [_checksum(*(members[name][row] for name in names)) for row in range(len(members[names[0]]))]
+        tensors |= {f"{group}.{name}": value.contiguous() for name, value in members.items()}
+        tensors[f"{group}.checksum"] = torch.tensor(sums)
     with atomic_file(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()} | {"checksum": torch.tensor(sums)}, temporary)
+        save_file(tensors, temporary)
+
+
+def _read_shapes(path: Path) -> list[tuple[int, int]]:
+    """The shapes of a shard's pairs, for the index."""
+    with safe_open(path, "pt") as file:
+        return [(height, width) for height, width in file.get_tensor(SHAPES).tolist()]
+
+
+def _locate(locate: Callable[[int], str], first: int, views: int, view: int) -> str:
+    return locate(first + view // views)
+
+
+def _not_finite(rows: Tensor) -> int | None:
+    """The first row that holds NaN or infinity, None if none does."""
+    good = rows.flatten(1).isfinite().all(dim=1)
+    return None if good.all() else int((~good).nonzero()[0])
 
 
 def _encode_shard(
-    views: Iterable[tuple[Tensor, Tensor]], encode: Callable[[Tensor], tuple[Tensor, Tensor]], advance: Callable[[int], object]
-) -> dict[str, Tensor]:
-    """Of one shard: posteriors (n, 2, 2 C, h, w), mean and standard deviation one after the other, and sizes (n, 2, 6)."""
+    read: Iterable[tuple[Tensor, Tensor]],
+    views: int,
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    advance: Callable[[int], object],
+    locate: Callable[[int], str],
+) -> tuple[dict[str, dict[str, Tensor]], list[tuple[int, int]]]:
+    """Of one shard: posteriors (n, 2, 2 C, h, w), mean and standard deviation one after the other, and sizes (n, 2, 6), for each shape.
+
+    Returns:
+        Those, and the shape (h, w) of every pair.
+    """
     done: list[Tensor] = []
     sizes: list[Tensor] = []
     waiting: list[Tensor] = []
 
     def flush() -> None:
-        stacked = torch.stack(waiting)
-        mean, std = encode(stacked.flatten(0, 1))
-        done.append(torch.cat([mean, std], dim=1).cpu().unflatten(0, (len(waiting), 2)))
+        if not waiting:
+            return
+        mean, std = encode(torch.stack(waiting).flatten(0, 1))
+        encoded = torch.cat([mean, std], dim=1).cpu().unflatten(0, (len(waiting), 2))
+        bad = _not_finite(encoded)
+        if bad is not None:
+            raise UserError(f"{locate(len(done) + bad)}: the VAE's numbers of its images are not finite; {REMEDY}, or remove the pair")
+        done.extend(encoded)
         advance(len(waiting))
         waiting.clear()
 
-    for pixels, told in views:
+    for pixels, told in read:
+        if waiting and (waiting[0].shape != pixels.shape or len(waiting) >= min(16, max(1, PIXELS // pixels[0, 0].numel()))):
+            flush()
         waiting.append(pixels)
         sizes.append(told)
-        if len(waiting) >= min(16, max(1, PIXELS // pixels[0, 0].numel())):
-            flush()
-    if waiting:
-        flush()
-    return {"posterior": torch.cat(done), "sizes": torch.stack(sizes)}
+    flush()
+    shapes = [(values.shape[-2], values.shape[-1]) for values in done]
+    groups = {}
+    for shape in dict.fromkeys(shapes):
+        rows = [row for row, other in enumerate(shapes) if other == shape]
+        groups[_group(*shape)] = {"posterior": torch.stack([done[row] for row in rows]), "sizes": torch.stack([sizes[row] for row in rows])}
+    return groups, shapes[::views]

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import atomic_folder, write_json
+from .console import UserError
+from .files import atomic_folder, file_checksum, write_json
 from .sharding import own_part, whole
 
+CHECKSUMS = "checksums.json"  # of the other files of a checkpoint; those of earlier versions have none
 QUANTISED = "__bnb_optimizer_quant_state__"  # where bitsandbytes nests its moments; it reads them without the nest too
 INTEGER = "#int"  # marks the name of a state that was no tensor
 
@@ -63,20 +65,64 @@ def save_checkpoint(
     write: bool = True,
 ) -> None:
     """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json` and, if the reference is no longer the base,
-    `reference.safetensors`, if there is a moving average, `average.safetensors`, into `folder`, atomically.
+    `reference.safetensors`, if there is a moving average, `average.safetensors`, and the `checksums.json` of these, into `folder`,
+    atomically.
 
     Where processes hold parts of the tensors, all of them call it, and all but one with `write` False.
+
+    Raises:
+        UserError: a parameter is no longer finite, or the disk is full; nothing is written.
     """
     with atomic_folder(folder) if write else nullcontext(folder) as temporary:
-        for name, tensors in (("parameters", parameters), ("reference", anchor), ("average", average)):
+        for name, tensors in (("parameters", parameters), ("average", average), ("reference", anchor)):
             if tensors is not None:
                 found = whole(tensors, keep=write)
                 if write:
+                    _check_finite(folder, found)
                     save_file(found, temporary / f"{name}.safetensors")
         found = optimizer_tensors(optimizer, keep=write)
         if write:
             save_file(found, temporary / "optimizer.safetensors")
             write_json(temporary / "state.json", dict(meta))
+            sums = {file.name: [file.stat().st_size, file_checksum(file)] for file in sorted(temporary.iterdir())}
+            write_json(temporary / CHECKSUMS, sums)
+
+
+def _check_finite(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
+    for name, value in parameters.items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"{folder}: not written, since {name} is no longer finite; the checkpoint before it is kept. "
+                "Lower optim.learning_rate, or train with mixed_precision bf16 in place of fp16"
+            )
+
+
+def check_checkpoint(folder: Path) -> None:
+    """See to it that a checkpoint's files are as they were written; of one without checksums, that they are whole.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    try:
+        listed = folder / CHECKSUMS
+        known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{listed}: damaged ({error})") from error
+    for name in sorted(
+        {"parameters.safetensors", "optimizer.safetensors", "state.json", *known, *(p.name for p in folder.glob("*.safetensors"))}
+    ):
+        file = folder / name
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            else:
+                safe_open(file, "pt")  # compares the header's lengths with the file's
+            if name in known and [file.stat().st_size, file_checksum(file)] != known[name]:
+                raise ValueError("it is not what was written")
+        except FileNotFoundError as error:
+            raise UserError(f"{file}: missing") from error
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{file}: damaged ({error})") from error
 
 
 def load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sys
+import threading
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +20,21 @@ S = TypeVar("S")
 
 class UserError(Exception):
     """A mistake that the user can mend; its text names the file, the row where there is one, and the remedy."""
+
+
+class NoSpace(UserError):
+    """The disk, or the user's share of it, is full; its text names the file that was being written."""
+
+    def __init__(self, what: object) -> None:
+        super().__init__(f"{what}: no space left on its disk; make some room there, then give the same command again")
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a write failed because a disk or a quota is full; safetensors says so in words alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in full
+    return any(f"(os error {code})" in str(error) for code in full)
 
 
 def say(text: str) -> None:
@@ -69,10 +86,16 @@ def stage(
     parser.add_class_arguments(settings, skip={*positional, *flags.values()}, fail_untyped=True)
     parsed = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
     values = {flags.get(name, name): value for name, value in vars(parsed).items() if name not in ("config", "__default_config__")}
+    threading.excepthook = _thread_error
     try:
         body(settings(**values))
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if not is_full(error):
+            raise
+        print(f"{prog}: error: {NoSpace(error.filename or 'a file')}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
@@ -81,6 +104,12 @@ def stage(
         print(f"{prog}: asked to end; {error}; the same command goes on from there", file=sys.stderr, flush=True)
         return 143
     return 0
+
+
+def _thread_error(found: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a library's thread, unless the disk was full, which its caller meets as well."""
+    if not is_full(found.exc_value):
+        threading.__excepthook__(found)
 
 
 def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:

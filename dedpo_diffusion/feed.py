@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from .console import Progress, UserError, say
 from .decoding import decode_image
 from .files import atomic_file
 from .following import LEAST_POWER, Parts, followed, retarget, visited_pairs
-from .images import pair_views
+from .images import nearest_shape, pair_views
 from .labels import read_targets
 from .models import Backbone
 from .noising import Draws, TimestepDraw, draw, step_generator
@@ -29,7 +30,8 @@ from .pairs import PairReader
 from .records import Conditioning, Pair, PairBatch, Targets
 from .runs import first_difference
 from .settings import DataSettings
-from .visits import StratifiedVisits, Visits, visit_probability
+from .text import TextEncoders
+from .visits import BucketedVisits, Order, StratifiedVisits, Visits, visit_probability
 
 VIEWS = 1  # stream of `step_generator` for flips and crops
 CHOICE = 1001  # for which of a pair's pre-drawn noises a visit gets
@@ -44,66 +46,134 @@ class Encoded:
     std: Tensor
     conditioning: Conditioning
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Encoded:
+        """The same with `change` made to every tensor."""
+        return Encoded(change(self.mean), change(self.std), self.conditioning.map(change))
 
-class Source(Protocol):
-    """Where encoded pairs come from."""
 
-    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
-        """Encode the pairs at these dataset rows, each in the view that its visit's number picks.
+@dataclass(frozen=True)
+class Pictures:
+    """Pairs that are not encoded yet: `pixels` (B, 2, 3, H, W), `sizes` (B, 2, 6), prompts, None for the absent one."""
+
+    pixels: Tensor
+    sizes: Tensor
+    prompts: list[str | None]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Pictures:
+        """The same with `change` made to every tensor."""
+        return Pictures(change(self.pixels), change(self.sizes), self.prompts)
+
+
+class Source(ABC):
+    """Where encoded pairs come from, in two parts: `load` may run in another thread while the model computes."""
+
+    @abstractmethod
+    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded | Pictures:
+        """The pairs at these dataset rows, in host memory, each in the view that its visit's number picks.
 
         `drop_caption` (B,) bool replaces prompts by the absent one.
         """
-        ...
 
+    @abstractmethod
+    def shapes(self, rows: np.ndarray) -> np.ndarray:
+        """(C, h, w) of the latents of the pairs at dataset rows: (n, 3)."""
 
-class CachedSource:
-    """Encoded pairs from a filled cache."""
-
-    def __init__(self, cache: PairCache) -> None:
-        self.cache = cache
+    @abstractmethod
+    def encode(self, loaded: Any) -> Encoded:
+        """What the model's encoders make of what was loaded."""
 
     def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
+        """Both parts, one after the other."""
+        return self.encode(self.load(rows, visits, drop_caption))
+
+
+class CachedSource(Source):
+    """Encoded pairs from a filled cache.
+
+    Args:
+        cache: the cache.
+        channels: C of a latent.
+        words: text encoders that are adapted, and the prompt of every pair, of which they then need the tokens; None for neither.
+    """
+
+    def __init__(self, cache: PairCache, channels: int, *, words: tuple[TextEncoders, Sequence[str]] | None = None) -> None:
+        self.cache, self.channels, self.words = cache, channels, words
+
+    def shapes(self, rows: np.ndarray) -> np.ndarray:
+        """See `Source`."""
+        found = self.cache.shapes[torch.from_numpy(rows)].numpy()
+        return np.column_stack([np.full(len(rows), self.channels), found])
+
+    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
         """See `Source`."""
         views = [step_generator(0, visit, VIEWS).initial_seed() % self.cache.views for visit in visits]
         mean, std, sizes = zip(*(self.cache.posterior(row, view) for row, view in zip(rows, views, strict=True)), strict=True)
         text = [self.cache.embedding(row, empty=bool(drop)) for row, drop in zip(rows, drop_caption, strict=True)]
         conditioning = replace(Conditioning.stack(text), sizes=torch.stack(sizes))
+        if self.words is not None:
+            encoders, prompts = self.words
+            said = [None if drop else prompts[row] for row, drop in zip(rows, drop_caption, strict=True)]
+            conditioning = replace(conditioning, tokens=encoders.tokens(said))
         return Encoded(torch.stack(mean), torch.stack(std), conditioning)
 
+    def encode(self, loaded: Encoded) -> Encoded:
+        """It is encoded already."""
+        return loaded
 
-class LiveSource:
+
+class LiveSource(Source):
     """Pairs decoded and encoded in every step, mirrored and cropped anew at every visit."""
 
     def __init__(self, reader: PairReader, model: Backbone, data: DataSettings, *, size: int, seed: int) -> None:
+        if data.buckets:
+            raise UserError("data.buckets needs data.cache, which knows the shape of every pair before the first step")
         self.reader, self.model, self.data, self.size, self.seed = reader, model, data, size, seed
 
-    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
+    def shapes(self, rows: np.ndarray) -> np.ndarray:
+        """See `Source`."""
+        return np.tile(self.model.latent_shape(self.size), (len(rows), 1))
+
+    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Pictures:
         """See `Source`."""
         pairs = [self.reader.pair(row) for row in rows]
         pixels, sizes = zip(*(self._view(pair, row, visit) for pair, row, visit in zip(pairs, rows, visits, strict=True)), strict=True)
-        mean, std = self.model.encode_images(torch.stack(pixels).flatten(0, 1))
         prompts = [None if drop else pair.prompt for pair, drop in zip(pairs, drop_caption, strict=True)]
-        conditioning = replace(self.model.encode_prompts(prompts), sizes=torch.stack(sizes))
+        return Pictures(torch.stack(pixels), torch.stack(sizes), prompts)
+
+    def encode(self, loaded: Pictures) -> Encoded:
+        """See `Source`."""
+        mean, std = self.model.encode_images(loaded.pixels.flatten(0, 1))
+        text = self.model.text
+        tokens = text.tokens(loaded.prompts).to(self.model.device) if text.adapted else None
+        conditioning = replace(self.model.encode_prompts(loaded.prompts), sizes=loaded.sizes, tokens=tokens)
         return Encoded(mean.unflatten(0, (-1, 2)), std.unflatten(0, (-1, 2)), conditioning)
 
     def _view(self, pair: Pair, row: int, visit: int) -> tuple[Tensor, Tensor]:
         generator = step_generator(self.seed, visit, VIEWS)
-        return view_pair(pair, self.reader.location(row), self.size, self.data, generator)
+        return view_pair(pair, self.reader.location(row), [(self.size, self.size)], self.data, generator)
 
 
 def view_pair(
-    pair: Pair, where: str, size: int, data: DataSettings, generator: torch.Generator, *, mirrored: bool | None = None
+    pair: Pair,
+    where: str,
+    shapes: Sequence[tuple[int, int]],
+    data: DataSettings,
+    generator: torch.Generator,
+    *,
+    mirrored: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Decode one pair, found at `where`, mirrored and cropped as the settings say: pixels (2, 3, size, size) and sizes (2, 6).
+    """Decode one pair, found at `where`, mirrored and cropped as the settings say: pixels (2, 3, height, width) and sizes (2, 6).
 
-    `mirrored` decides what is otherwise drawn.
+    Height and width are those of `shapes` that are nearest to the pair's; `mirrored` decides what is otherwise drawn.
 
     Raises:
         UserError: an image cannot be decoded.
     """
     across, down, mirror = torch.rand(3, generator=generator).tolist()
     place = (across, down) if data.crop == "random" else (0.5, 0.5)
-    return pair_views(decode_pair(pair, where), size, place=place, flip=data.flip and (mirror < 0.5 if mirrored is None else mirrored))
+    images = decode_pair(pair, where)
+    flip = data.flip and (mirror < 0.5 if mirrored is None else mirrored)
+    return pair_views(images, nearest_shape(images, shapes), place=place, flip=flip)
 
 
 def decode_pair(pair: Pair, where: str) -> tuple[Image.Image, Image.Image]:
@@ -122,23 +192,22 @@ class ReferenceGrid:
         rows: those that will be visited; only their shards are computed, with progress, and only once.
         draws: K, draws of each pair.
         timesteps: how they are drawn.
-        shape: (C, h, w) of a latent.
         caption_dropout: share of draws with the empty prompt.
-        batch: draws predicted at once.
+        batch: draws predicted at once: the pairs of a forward pass of the run.
     """
 
     SHARD = 64
 
     def __init__(
         self, folder: Path, source: Source, model: Backbone, rows: np.ndarray, *, pairs: int, draws: int,
-        timesteps: TimestepDraw, shape: tuple[int, int, int], caption_dropout: float, batch: int = 8,
+        timesteps: TimestepDraw, caption_dropout: float, batch: int = 8,
     ) -> None:  # fmt: skip
         if draws < 1:
             raise UserError(f"data.reference_draws is {draws}; it must be at least 1")
         drawn = {name: getattr(timesteps, name) for name in ("first", "last", "sampling", "location", "spread")}
         precision = [str(model.dtype), str(next(model.unet.parameters()).dtype)]
-        key = json.dumps([model.reference_fingerprint(), precision, drawn, draws, list(shape), caption_dropout], sort_keys=True)
-        self.draws, self.timesteps, self.shape, self.caption_dropout, self.batch = draws, timesteps, shape, caption_dropout, batch
+        key = json.dumps([model.reference_fingerprint(), precision, drawn, draws, caption_dropout], sort_keys=True)
+        self.draws, self.timesteps, self.source, self.caption_dropout, self.batch = draws, timesteps, source, caption_dropout, batch
         self.folder = folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.folder.mkdir(exist_ok=True)
         shards = np.unique(rows // self.SHARD)
@@ -146,8 +215,11 @@ class ReferenceGrid:
         if missing:
             with Progress("reference errors", len(missing) * self.SHARD) as progress:
                 for shard in missing:
-                    first = int(shard) * self.SHARD
-                    errors = torch.stack([self._errors(row, source, model) for row in range(first, min(first + self.SHARD, pairs))])
+                    there = range(int(shard) * self.SHARD, min((int(shard) + 1) * self.SHARD, pairs))
+                    errors = torch.empty(len(there), draws, 2)
+                    for _, some in _alike(source.shapes(np.array(there))):
+                        found = self._errors([(there[place], number) for place in some for number in range(draws)], model)
+                        errors[some] = found.view(len(some), draws, 2)
                     with atomic_file(self._file(shard)) as temporary:
                         save_file({"errors": errors}, temporary)
                     progress.advance(self.SHARD)
@@ -159,24 +231,52 @@ class ReferenceGrid:
         return self.folder / f"shard-{int(shard):05d}.safetensors"
 
     def _draw(self, row: int, number: int) -> Draws:
-        return draw(row, number, 1, self.shape, timesteps=self.timesteps, caption_dropout=self.caption_dropout, stream=GRID)
+        shape = self.source.shapes(np.array([row]))[0].tolist()
+        return draw(row, number, 1, shape, timesteps=self.timesteps, caption_dropout=self.caption_dropout, stream=GRID)
 
-    def _errors(self, row: int, source: Source, model: Backbone) -> Tensor:
-        """The reference's errors at the draws of one pair, (K, 2), a batch of draws at a time."""
+    def _errors(self, wanted: Sequence[tuple[int, int]], model: Backbone) -> Tensor:
+        """The reference's errors (N, 2) at N draws, (pair, its number), of one shape.
+
+        `batch` are predicted at a time, so that they round as in a step of the run.
+        """
         found = []
-        for first in range(0, self.draws, self.batch):
-            numbers = range(first, min(first + self.batch, self.draws))
-            part = Draws.join([self._draw(row, number) for number in numbers])
-            encoded = source.fetch([row] * len(numbers), numbers, part.drop_caption)
-            part, given = part.to(model.device), encoded.conditioning.to(model.device)
-            latents = model.latents(encoded.mean.to(model.device), encoded.std.to(model.device), part.posterior)
-            found.append(model.errors(latents, part.noise[:, None], part.timesteps, given, reference=True).cpu())
+        for first in range(0, len(wanted), self.batch):
+            part = wanted[first : first + self.batch]
+            rows, numbers = zip(*(*part, *[part[-1]] * (self.batch - len(part))), strict=True)
+            draws = Draws.join([self._draw(row, number) for row, number in zip(rows, numbers, strict=True)])
+            encoded = self.source.fetch(rows, numbers, draws.drop_caption)
+            draws, given = draws.to(model.device), encoded.conditioning.to(model.device)
+            latents = model.latents(encoded.mean.to(model.device), encoded.std.to(model.device), draws.posterior)
+            errors = model.errors(latents, draws.noise[:, None], draws.timesteps, given, reference=True)
+            found.append(errors[: len(part)].cpu())
         return torch.cat(found)
 
     def at(self, rows: Sequence[int], numbers: Sequence[int]) -> tuple[Draws, Tensor]:
         """The draws with these numbers of these pairs, and the reference's errors (B, 2) at them."""
         draws = Draws.join([self._draw(row, number) for row, number in zip(rows, numbers, strict=True)])
         return draws, self.errors[list(rows), list(numbers)]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """B consecutive visits before the model sees them.
+
+    `places` of the visited pairs, `draws`, `encoded` as the source loads it, `target`, `weight` and `doubt` (B,), `known`: the
+    reference's errors (B, 2), if they are.
+    """
+
+    places: list[int]
+    draws: Draws
+    encoded: Encoded | Pictures
+    target: Tensor
+    weight: Tensor
+    doubt: Tensor | None
+    known: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Loaded:
+        """The same with `change` made to every tensor."""
+        doubt, known = (None if part is None else change(part) for part in (self.doubt, self.known))
+        return Loaded(self.places, self.draws.map(change), self.encoded.map(change), change(self.target), change(self.weight), doubt, known)
 
 
 def cache_identity(model: Backbone, data: DataSettings, *, pairs: str, size: int) -> dict[str, Any]:
@@ -198,6 +298,7 @@ def cache_identity(model: Backbone, data: DataSettings, *, pairs: str, size: int
         raise UserError("data.views keeps several mirrored or cropped versions of each pair; give data.flip or data.crop=random with it")
     return {
         "encoders": model.encoders_fingerprint, "pairs": pairs, "size": size, "views": data.views, "flip": data.flip, "crop": data.crop,
+        "buckets": model.shapes(size) if data.buckets else None,
     }  # fmt: skip
 
 
@@ -210,18 +311,19 @@ def open_cache(reader: PairReader, model: Backbone, data: DataSettings, *, root:
             held = (read_index(other.parent) or {}).get("identity", {})
             if held.get("pairs") == fingerprint:
                 say(f"{other.parent} does not fit ({first_difference(held, identity)})")
+        shapes = model.shapes(size) if data.buckets else [(size, size)]
         starts = [sum(reader.counts[:k]) for k in range(len(reader.counts))]
 
         def views(shard: int) -> Iterator[tuple[Tensor, Tensor]]:
             for row, pair in enumerate(reader.shard_pairs(shard), starts[shard]):
                 for view in range(data.views):
                     generator, where = step_generator(row, view, VIEWS), reader.location(row)
-                    yield view_pair(pair, where, size, data, generator, mirrored=view % 2 == 1)  # half of them, whatever their number
+                    yield view_pair(pair, where, shapes, data, generator, mirrored=view % 2 == 1)  # half of them, whatever their number
 
         with Progress("encoding pairs", len(reader) * data.views) as progress:
             fill(
                 folder, identity=identity, prompts=reader.prompts(), shards=reader.counts, read_shard=views,
-                encode_images=model.encode_images, encode_prompts=model.encode_prompts, advance=progress.advance,
+                encode_images=model.encode_images, encode_prompts=model.encode_prompts, advance=progress.advance, locate=reader.location,
             )  # fmt: skip
     return PairCache(folder)
 
@@ -237,11 +339,13 @@ class Feed:
         source: where encoded pairs come from.
         targets: name of the targets in the dataset's folder.
         seed: the run's seed.
+        together: visits in a step, over all its micro-batches and processes; they are of one shape.
         sampling: "uniform" or "importance", see `visit_probability`; "stratified", see `StratifiedVisits`.
         follow: the power will change: pairs that weigh nothing at the present one are visited too, see `visited_pairs`.
 
     Attributes:
         rows: the dataset's rows that are visited.
+        shapes: (C, h, w) of the latents of each bucket; a single one without buckets.
         grid: pre-drawn timesteps and noises with the reference's errors, if there are any.
         parts, power: what the rows' targets are made of, and the power they were merged with, for one that follows; else None and NaN.
 
@@ -249,7 +353,9 @@ class Feed:
         UserError: targets that are not this dataset's or lack a column, or no pair that carries weight.
     """
 
-    def __init__(self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, follow: bool = False) -> None:
+    def __init__(
+        self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, together: int, follow: bool = False
+    ) -> None:  # fmt: skip
         merged, path = read_targets(reader.folder, targets), reader.folder / "targets" / f"{targets}.parquet"
         if merged.pair_id != reader.ids():
             raise UserError(f"{path}: its pairs are not the dataset's; run `dedpo merge` again")
@@ -262,11 +368,9 @@ class Feed:
         planned = (target, weight) if self.parts is None else _planned(self.parts, max(self.power, LEAST_POWER))
         self.source, self.seed = source, seed
         self.grid: ReferenceGrid | None = None
-        self.visits: Visits | StratifiedVisits
-        if sampling == "stratified":
-            self.visits = StratifiedVisits(seed, *planned, _labelled(merged, path)[self.rows])
-        else:
-            self.visits = Visits(seed, visit_probability(*planned, sampling))
+        self.together = together
+        labelled = _labelled(merged, path)[self.rows] if sampling == "stratified" else None
+        self.visits: Order = self._order(*planned, labelled, sampling)
         visit = 1 / (pool * self.visits.probability)
         self.target = torch.tensor(target, dtype=torch.float32)
         self.weight = torch.tensor(weight * visit, dtype=torch.float32)
@@ -277,35 +381,55 @@ class Feed:
         if idle:
             say(f"{idle} of {pool} pairs carry no weight in {targets!r} and are not visited")
 
-    def pin(self, first_visit: int, draws: Draws) -> tuple[Draws, Tensor | None]:
-        """The draws of consecutive visits and the reference's errors (B, 2) at them; with a grid, those that were drawn beforehand."""
-        if self.grid is None:
-            return draws, None
+    def _order(self, target: np.ndarray, weight: np.ndarray, labelled: np.ndarray | None, sampling: str) -> Order:
+        """In which order the visited pairs come: those of one shape together, if there are several shapes."""
+
+        def order(some: np.ndarray) -> Order:
+            if labelled is not None:
+                return StratifiedVisits(self.seed, target[some], weight[some], labelled[some])
+            return Visits(self.seed, visit_probability(target[some], weight[some], sampling))
+
+        alike = _alike(self.source.shapes(self.rows))
+        self.shapes = [shape for shape, _ in alike]
+        if len(alike) == 1:
+            return order(np.arange(len(self.rows)))
+        each = visit_probability(target, weight, "uniform" if labelled is not None else sampling)
+        share = np.array([each[some].sum() for _, some in alike])
+        say("pairs by height x width of their latents: " + ", ".join(f"{len(some)} of {shape[1]} x {shape[2]}" for shape, some in alike))
+        places = [some for _, some in alike]
+        return BucketedVisits(self.seed, places, [order(some) for some in places], share / share.sum(), self.together)
+
+    def shape(self, step: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a step's pairs."""
+        return self.shapes[self.visits.bucket(step) if isinstance(self.visits, BucketedVisits) else 0]
+
+    def load(self, first_visit: int, draws: Draws) -> Loaded:
+        """Consecutive visits that begin at `first_visit`, as many as `draws` holds, in host memory; nothing asks for the device.
+
+        With a grid, its draws take the place of those given.
+        """
         visits = range(first_visit, first_visit + len(draws.timesteps))
-        rows = [int(self.rows[place]) for place in self.places(first_visit, len(visits))]
-        return self.grid.at(rows, self._numbers(visits))
+        places, known = self.visits.rows(visits.start, visits.stop), None
+        rows, numbers = [int(self.rows[place]) for place in places], list(visits)
+        if self.grid is not None:  # the view is that of the noise, whose reference errors are of that view
+            numbers = [int(step_generator(self.seed, visit, CHOICE).initial_seed()) % self.grid.draws for visit in visits]
+            draws, known = self.grid.at(rows, numbers)
+        doubt = None if self.doubt is None else self.doubt[places]
+        encoded = self.source.load(rows, numbers, draws.drop_caption)
+        return Loaded(places, draws, encoded, self.target[places], self.weight[places], doubt, known)
 
-    def _numbers(self, visits: Sequence[int]) -> Sequence[int]:
-        """What picks each visit's view: its own number, or that of its pre-drawn noise, whose reference errors are of that view."""
-        if self.grid is None:
-            return visits
-        return [int(step_generator(self.seed, visit, CHOICE).initial_seed()) % self.grid.draws for visit in visits]
+    def batch(self, loaded: Loaded, model: Backbone) -> tuple[PairBatch, Draws]:
+        """The batch of what was loaded, and its draws, on the model's device."""
+        given = loaded.map(lambda value: value.to(model.device, non_blocking=True))
+        encoded = self.source.encode(given.encoded)
+        latents = model.latents(encoded.mean, encoded.std, given.draws.posterior)
+        return PairBatch(latents, encoded.conditioning, given.target, given.weight, given.doubt, given.known), given.draws
 
-    def batch(self, first_visit: int, draws: Draws, model: Backbone, reference_errors: Tensor | None = None) -> PairBatch:
-        """The batch of consecutive visits that begins at `first_visit`, as many as `draws` holds, on the model's device."""
-        visits = range(first_visit, first_visit + len(draws.timesteps))
-        places = self.places(first_visit, len(visits))
-        encoded = self.source.fetch([int(self.rows[place]) for place in places], self._numbers(visits), draws.drop_caption)
-        device = model.device
-        latents = model.latents(encoded.mean.to(device), encoded.std.to(device), draws.posterior.to(device))
-        target, weight = self.target[places].to(device), self.weight[places].to(device)
-        doubt = None if self.doubt is None else self.doubt[places].to(device)
-        known = None if reference_errors is None else reference_errors.to(device)
-        return PairBatch(latents, encoded.conditioning.to(device), target, weight, doubt, known)
 
-    def places(self, first_visit: int, count: int) -> list[int]:
-        """Which of the visited pairs, as places in `rows`, consecutive visits are of."""
-        return self.visits.rows(first_visit, first_visit + count)
+def _alike(shapes: np.ndarray) -> list[tuple[tuple[int, int, int], np.ndarray]]:
+    """Every shape among (n, 3), with the places that have it."""
+    found, which = np.unique(shapes, axis=0, return_inverse=True)
+    return [((int(c), int(h), int(w)), np.flatnonzero(which.reshape(-1) == k)) for k, (c, h, w) in enumerate(found)]
 
 
 def _labelled(merged: Targets, path: Path) -> np.ndarray:

@@ -7,18 +7,24 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .bases import load_pipeline
 from .console import UserError
+from .images import bucket_shapes
 from .noising import ForwardProcess, image_errors
 from .records import Conditioning
 from .sharding import own_part, reshard
+from .text import TextEncoders, chunks
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the UNet's attention projections, the customary LoRA targets
+SMALL = 256 * 256  # pixels up to which images are encoded by SMALL_AT_ONCE, beyond by LARGE_AT_ONCE
+SMALL_AT_ONCE, LARGE_AT_ONCE = 8, 2
 TIMES = 6  # numbers that SDXL's base is told of an image's size; its refiner is told others
 
 
@@ -27,7 +33,8 @@ class Backbone:
 
     Attributes:
         unet: the UNet, with its adapter once `add_lora` was called.
-        policy: what `predict` calls: `unet`, or what accelerate made of it.
+        text: its text encoders.
+        policy: what `predict` calls: a module that holds all that is trained, or what accelerate made of it.
         frozen: the reference of a UNet that is trained as a whole; None while there is an adapter, or no need of it.
         anchor: the reference's trained parameters, by name; None takes the base model as the reference.
         process: the forward process of its noise schedule.
@@ -39,8 +46,6 @@ class Backbone:
         """Load and freeze; `dtype` is the compute precision of the UNet. Raises as `load_pipeline`."""
         pipe = load_pipeline(name, config=config)
         self.device, self.dtype = device, dtype
-        self.tokenizers = [part for part in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if part is not None]
-        encoders = [part for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if part is not None]
         self.scale, self.channels, self.factor = (
             float(pipe.vae.config.scaling_factor),
             pipe.vae.config.latent_channels,
@@ -49,16 +54,17 @@ class Backbone:
         self.size = int(pipe.unet.config.sample_size) * self.factor
         self.process = _process(pipe, name)
         self.told_sizes = _told_sizes(pipe, name)
-        self.no_caption_is_zero = self.told_sizes and bool(pipe.config.get("force_zeros_for_empty_prompt", True))
-        words = [[token.get_vocab(), token.pad_token_id, token.model_max_length] for token in self.tokenizers]
-        told = [words, self.no_caption_is_zero, *(_facts(part) for part in (pipe.vae, *encoders))]
+        self.text = TextEncoders(pipe, two=self.told_sizes)
+        encoders = list(self.text.encoders)
+        words = [[token.get_vocab(), token.pad_token_id, token.model_max_length] for token in self.text.tokenizers]
+        told = [words, self.text.absent_is_zero, *(_facts(part) for part in (pipe.vae, *encoders))]
         self.encoders_fingerprint = _fingerprint(pipe.vae, *encoders, facts=told)
         schedule = {"alphas": self.process.alphas_cumprod}
         self.fingerprint = _fingerprint(pipe.unet, schedule, facts=[_facts(pipe.unet), self.process.prediction]) + self.encoders_fingerprint
+        self.process = self.process.to(device)
         self.vae = pipe.vae.requires_grad_(False).eval()  # float32: half precision overflows in some VAEs
-        self.text_encoders = [part.requires_grad_(False).eval() for part in encoders]
         self.unet = pipe.unet.requires_grad_(False).eval()
-        self.policy: nn.Module = self.unet
+        self.policy: nn.Module = Network(self.unet, dtype)
         self.frozen: nn.Module | None = None
         self.anchor: dict[str, Tensor] | None = None
         self._initial: dict[str, Tensor] = {}  # of DoRA's magnitudes, which do not begin at 0
@@ -70,10 +76,18 @@ class Backbone:
         Raises:
             UserError: the size is no multiple of what the VAE and UNet shrink it by.
         """
-        whole = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if size % whole:
-            raise UserError(f"size {size} is no multiple of {whole} pixels, which this model needs")
+        if size % self.whole:
+            raise UserError(f"size {size} is no multiple of {self.whole} pixels, which this model needs")
         return self.channels, size // self.factor, size // self.factor
+
+    @property
+    def whole(self) -> int:
+        """Pixels that the sides of an image must be a multiple of."""
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def shapes(self, size: int) -> list[tuple[int, int]]:
+        """Heights and widths in pixels that images of about size x size pixels may have, see `bucket_shapes`."""
+        return bucket_shapes(size, self.whole * max(1, size // 16 // self.whole))
 
     def use_xformers(self) -> None:
         """Compute the UNet's attention with xformers.
@@ -87,6 +101,29 @@ class Backbone:
             reason = str(error).splitlines()[0]
             raise UserError(f"attention=xformers needs a CUDA device and `pip install dedpo_diffusion[xformers]` ({reason})") from error
 
+    def checkpoint(self, *, selective: bool = False) -> None:
+        """Compute activations again in the backward pass rather than keep them.
+
+        Args:
+            selective: keep what matrix products, convolutions and attention gave, and compute only what lies between them again.
+        """
+        self.unet.enable_gradient_checkpointing(_selective if selective else None)
+
+    def compile_blocks(self) -> None:
+        """Compile the UNet's transformer blocks, one graph for all blocks of a shape, so that it takes a minute rather than ten.
+
+        The adapter may be switched off and on: that is a graph of its own.
+        """
+        for unet in (self.unet, self.frozen):
+            if unet is not None:
+                unet.compile_repeated_blocks()  # type: ignore[operator]
+
+    def channels_last(self) -> None:
+        """Keep images with their channels last, which convolutions in half precision are fastest with."""
+        for unet in (self.unet, self.frozen):
+            if unet is not None:
+                unet.to(memory_format=torch.channels_last)
+
     def place(self, dtype: torch.dtype | None = None) -> None:
         """Move the UNet to the device, in the compute precision or another; until then it leaves the device to the encoders."""
         self.unet.to(device=self.device, dtype=dtype or self.dtype)
@@ -94,7 +131,7 @@ class Backbone:
 
     def add_lora(
         self, *, rank: int, alpha: float, targets: Sequence[str] | None = None, dropout: float = 0.0, rslora: bool = False,
-        dora: bool = False, start: Mapping[str, Tensor] | None = None,
+        dora: bool = False, text: bool = False, start: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Give the UNet an adapter in float32, fresh (its output is exactly 0 until it is trained) or one to go on from.
 
@@ -104,7 +141,8 @@ class Backbone:
             targets: names of the layers; None takes the attention projections.
             dropout: on the adapter's input.
             rslora, dora: variants of the adapter; DoRA (arXiv 2402.09353) trains the magnitudes of the weights' rows apart.
-            start: an adapter's parameters, by their name in the UNet; the reference is then the base with that adapter.
+            text: adapt the text encoders too, on their attention projections.
+            start: an adapter's parameters, by the names of `trainable`; the reference is then the base with that adapter.
 
         Raises:
             UserError: none of the target names is a layer of the UNet, or `start` is of another shape.
@@ -114,14 +152,18 @@ class Backbone:
         self.place()
         options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}  # peft computes alpha / r: any number does
         options |= {"use_rslora": rslora, "use_dora": dora}
-        config = LoraConfig(target_modules=list(targets or ATTENTION), init_lora_weights="gaussian", **options)
+        options["init_lora_weights"] = "gaussian"
+        config = LoraConfig(target_modules=list(targets or ATTENTION), **options)
         try:
             self.unet.add_adapter(config)
         except ValueError as error:
             raise UserError(f"lora.targets {list(targets or ATTENTION)}: {error}") from error
+        if text:
+            self.text.to(self.device).add_lora(options)
+            self.policy = Network(self.unet, self.dtype, self.text)
         for name, parameter in self.trainable().items():
             parameter.data = parameter.data.float()
-            if "magnitude" in name:  # of the weights as they are, which the compute precision would round
+            if "magnitude" in name and not name.startswith("text_"):  # of the weights as they are, which the compute precision would round
                 base = self.unet.get_submodule(name.split(".lora_")[0]).base_layer.weight
                 parameter.data.copy_(base.float().flatten(1).norm(dim=1).view(parameter.shape))
         self._initial = {name: p.detach().clone() for name, p in self.trainable().items() if "magnitude" in name}
@@ -161,9 +203,9 @@ class Backbone:
         self.unet.requires_grad_(True)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by their name in the UNet."""
+        """The parameters that are trained, by their name in the UNet, or as "text_encoder.<name>"."""
         reshard(self.unet)
-        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad or "lora_" in name}
+        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad or "lora_" in name} | self.text.adapters()
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
@@ -186,6 +228,7 @@ class Backbone:
             self._point(self.anchor)
         elif adapted:
             self.unet.disable_adapters()
+            self.text.switch(False)
         try:
             yield self.unet
         finally:
@@ -193,6 +236,7 @@ class Backbone:
                 self._point(live)
             elif adapted:
                 self.unet.enable_adapters()
+                self.text.switch(True)
             self.unet.train(training)
 
     def _point(self, values: Mapping[str, Tensor]) -> None:
@@ -247,21 +291,15 @@ class Backbone:
         """
         if not self._placed:
             self.place()
-        pairs = noisy.shape[0]
-        flat = noisy.flatten(0, 1).to(self.dtype)
-        t = timesteps[:, None].expand(pairs, 2).reshape(-1)
-        added = None
-        if self.told_sizes:
-            if conditioning.pooled is None or conditioning.sizes is None:
-                raise ValueError("this model is also conditioned on the pooled prompt and the images' sizes")
-            added = {"text_embeds": _twice(conditioning.pooled).to(self.dtype), "time_ids": conditioning.sizes.flatten(0, 1)}
-        text = _twice(conditioning.text).to(self.dtype)
-        # the same precision in and out of the loop, for policy and reference: their errors are subtracted
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            if reference:
-                with torch.no_grad(), self.reference() as unet:
-                    return unet(flat, t, text, added_cond_kwargs=added).sample.view(noisy.shape)
-            return self.policy(flat, t, text, added_cond_kwargs=added).sample.view(noisy.shape)
+        if self.told_sizes and (conditioning.pooled is None or conditioning.sizes is None):
+            raise ValueError("this model is also conditioned on the pooled prompt and the images' sizes")
+        given = (noisy, timesteps, conditioning.text, conditioning.pooled, conditioning.sizes if self.told_sizes else None)
+        if not reference:
+            return self.policy(*given, conditioning.tokens)
+        with torch.no_grad(), self.reference() as unet:
+            if self.anchor is not None and self.text.adapted:  # the base's embeddings are not the reference's
+                return self.policy(*given, conditioning.tokens)
+            return Network(unet, self.dtype)(*given)
 
     @torch.no_grad()
     def errors(self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning, *, reference: bool = False) -> Tensor:
@@ -283,44 +321,75 @@ class Backbone:
         """Embeddings of N prompts, float32, without sizes; None is the absent prompt that classifier-free guidance starts from.
 
         For SD1.x and SD2.x that is the empty prompt, for SDXL zeros where its pipeline says so. Prompts beyond the encoders' context are
-        cut, as everywhere in this family.
+        cut, as everywhere in this family. An adapter of the encoders is left out.
         """
-        words = ["" if prompt is None else prompt for prompt in prompts]
-        parts, pooled = [], None
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            encoder.to(self.device)  # once; with a filled cache it is never needed there
-            ids = tokenizer(
-                words, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-            ).input_ids
-            if not self.told_sizes:
-                return Conditioning(encoder(ids.to(self.device))[0].float())
-            found = encoder(ids.to(self.device), output_hidden_states=True)
-            parts.append(found.hidden_states[-2].float())  # SDXL takes the last but one layer of both, without the final norm
-            pooled = found[0].float()  # of the second encoder, its projection of the whole prompt
-        text = torch.cat(parts, dim=-1)
-        if self.no_caption_is_zero and pooled is not None:
-            said = torch.tensor([float(prompt is not None) for prompt in prompts], device=text.device)
-            text, pooled = text * said[:, None, None], pooled * said[:, None]
-        return Conditioning(text, pooled)
+        self.text.switch(False)
+        found = self.text.to(self.device)(self.text.tokens(prompts).to(self.device))  # with a filled cache they are never needed there
+        self.text.switch(True)
+        return found
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's posterior, (N, 3, H, W) in [-1, 1] -> (N, C, h, w) twice, unscaled."""
-        posterior = self.vae.to(self.device).encode(pixels.to(self.device)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        self.vae.to(self.device)
+        found = []
+        for part, count in chunks(pixels.contiguous(), SMALL_AT_ONCE if pixels[0, 0].numel() <= SMALL else LARGE_AT_ONCE):
+            posterior = self.vae.encode(part.to(self.device)).latent_dist
+            found.append((posterior.mean[:count].float(), posterior.std[:count].float()))
+        mean, std = (torch.cat(parts).contiguous() for parts in zip(*found, strict=True))  # the UNet rounds by the layout it is given
+        return mean, std
 
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """Scaled latents, a draw of the posterior; all of one shape."""
         return (mean + std * noise) * self.scale
 
-    def drop_encoders(self) -> None:
-        """Free VAE and text encoders, once everything they are for is cached."""
-        del self.vae, self.text_encoders
+    def drop_encoders(self, *, keep_text: bool = False) -> None:
+        """Free the VAE and, unless they will be adapted, the text encoders, once everything they are for is cached."""
+        del self.vae
+        if not keep_text:
+            self.text.encoders = nn.ModuleList()
+
+
+class Network(nn.Module):
+    """What is trained as one module: the UNet, in its compute precision, and the text encoders if they are adapted."""
+
+    def __init__(self, unet: nn.Module, dtype: torch.dtype, text: TextEncoders | None = None) -> None:
+        super().__init__()
+        self.unet, self.dtype, self.text = unet, dtype, text
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, text: Tensor, pooled: Tensor | None, sizes: Tensor | None, tokens: Tensor | None = None
+    ) -> Tensor:
+        """Predictions (B, 2, C, h, w) for both images of each pair, in one batch, of x_t of that shape and what `Conditioning` holds."""
+        if self.text is not None:
+            if tokens is None:
+                raise ValueError("the text encoders are adapted, so the prompts' tokens are needed")
+            given = self.text(tokens)
+            text, pooled = given.text, given.pooled
+        added = None
+        if sizes is not None and pooled is not None:
+            added = {"text_embeds": _twice(pooled).to(self.dtype), "time_ids": sizes.flatten(0, 1)}
+        flat, t = noisy.flatten(0, 1).to(self.dtype), _twice(timesteps)
+        # the same precision in and out of the loop, for policy and reference: their errors are subtracted
+        with torch.autocast(flat.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.unet(flat, t, _twice(text).to(self.dtype), added_cond_kwargs=added).sample.view(noisy.shape)
 
 
 def _twice(values: Tensor) -> Tensor:
     """(B, ...) -> (2 B, ...), each entry for both images of its pair."""
     return values[:, None].expand(len(values), 2, *values.shape[1:]).flatten(0, 1)
+
+
+KEPT = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}  # and attention of every kind
+
+
+def _keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
+    name = operation.overloadpacket.__name__
+    return CheckpointPolicy.MUST_SAVE if name in KEPT or "scaled_dot_product" in name else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective(module: nn.Module, *args: Any) -> Any:
+    return checkpoint(module, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _keep))
 
 
 def _told_sizes(pipe: Any, name: str) -> bool:

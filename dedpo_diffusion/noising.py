@@ -6,7 +6,7 @@ any split of a step into micro-batches or processes sees the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,10 @@ class ForwardProcess:
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
+
+    def to(self, device: torch.device) -> ForwardProcess:
+        """The same with its schedule on a device, where no step has to wait for it."""
+        return ForwardProcess(self.alphas_cumprod.to(device), self.prediction)
 
     def scales(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t of shape (B, 1, ..., 1), in the dtype of `like` (B, ...)."""
@@ -159,10 +163,13 @@ class Draws:
         """Several draws as one, in this order."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("timesteps", "noise", "posterior", "drop_caption")))
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Draws:
+        """The same with `change` made to every tensor."""
+        return Draws(*(change(getattr(self, name)) for name in ("timesteps", "noise", "posterior", "drop_caption")))
+
     def to(self, device: torch.device) -> Draws:
         """The same draws on another device."""
-        moved = (getattr(self, name).to(device) for name in ("timesteps", "noise", "posterior", "drop_caption"))
-        return Draws(*moved)
+        return self.map(lambda values: values.to(device))
 
 
 def draw(

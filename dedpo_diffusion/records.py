@@ -78,16 +78,18 @@ class Conditioning:
 
     `text` is (B, L, D). SDXL also takes `pooled` (B, P), its second encoder's embedding of the whole prompt, and `sizes` (B, 2, 6),
     which differ between the images: height and width of the original, top and left of the crop, height and width of the crop, in pixels.
+    `tokens` (B, encoders, L) are there where the text encoders are adapted; `text` and `pooled` are then those without the adapter.
     """
 
     text: Tensor
     pooled: Tensor | None = None
     sizes: Tensor | None = None
+    tokens: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         """The same with `change` made to every tensor there is."""
-        pooled, sizes = (None if part is None else change(part) for part in (self.pooled, self.sizes))
-        return Conditioning(change(self.text), pooled, sizes)
+        pooled, sizes, tokens = (None if part is None else change(part) for part in (self.pooled, self.sizes, self.tokens))
+        return Conditioning(change(self.text), pooled, sizes, tokens)
 
     def at(self, rows: Any) -> Conditioning:
         """Some of the entries."""
@@ -100,10 +102,15 @@ class Conditioning:
     @classmethod
     def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:
         """B entries, each without the axis B, as one."""
+        return cls.cat([part.map(lambda values: values[None]) for part in parts])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """The entries of several, one after the other."""
         import torch
 
-        names = [name for name in ("text", "pooled", "sizes") if getattr(parts[0], name) is not None]
-        return cls(**{name: torch.stack([getattr(part, name) for part in parts]) for name in names})
+        names = [name for name in ("text", "pooled", "sizes", "tokens") if getattr(parts[0], name) is not None]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .console import UserError
-from .files import is_leftover, write_text
+from .checkpoints import check_checkpoint
+from .console import UserError, say
+from .files import is_leftover, remove_folder, remove_leftovers, write_text, writing
 
 
 def plain(value: Any) -> Any:
@@ -40,6 +42,8 @@ def open_run(folder: Path, settings: Any, identity: Mapping[str, str], free: Seq
     Raises:
         UserError: the folder holds another run, other things, or this run on inputs that have changed since.
     """
+    for place in (folder, folder / "checkpoints"):
+        remove_leftovers(place)
     wanted = {"settings": plain(settings), "identity": dict(identity)}
     settings_file, identity_file = folder / "settings.yaml", folder / "identity.json"
     if not settings_file.is_file():
@@ -84,10 +88,36 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(file.parent.name.removeprefix("step-")), file.parent) for file in found)
 
 
+def newest_checkpoint(run: Path) -> tuple[int, Path] | None:
+    """(step, folder) of the newest checkpoint that is as it was written, None where none was ever written.
+
+    Newer ones that are damaged are set aside under another name, and said.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            check_checkpoint(folder)
+        except UserError as error:
+            damaged.append((folder, str(error)))
+            continue
+        for bad, why in damaged:
+            names = (bad.with_name(f"damaged-{bad.name}" + (f"-{k}" if k else "")) for k in itertools.count())
+            aside = next(path for path in names if not path.exists())
+            bad.rename(aside)
+            say(f"Warning: {why}; this checkpoint is set aside as {aside}, and the run goes on from {folder.name}")
+        return int(folder.name.removeprefix("step-")), folder
+    if damaged:
+        raise UserError(f"{damaged[0][1]}, and no other checkpoint is whole; put back a copy of one, or remove {run} to begin anew")
+    return None
+
+
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     for _, folder in checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
+        remove_folder(folder)
 
 
 def read_settings(run: Path) -> dict[str, Any]:
@@ -127,18 +157,28 @@ class MetricsLog:
         self.path = run / "metrics.jsonl"
         if self.path.is_file():
             write_text(self.path, "".join(_kept_lines(self.path, done)))
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
+        with writing(self.path):
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        with writing(run / "tensorboard"):
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line; nested values go to the file alone."""
-        self.file.write(json.dumps(dict(record), allow_nan=False) + "\n")
-        self.file.flush()
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
-                self.board.add_scalar(name, value, record["step"])
+        """Append one line; nested values go to the file alone. Raises NoSpace where the disk is full."""
+        with writing(self.path):
+            try:
+                self.file.write(json.dumps(dict(record), allow_nan=False) + "\n")
+                self.file.flush()
+            except OSError:
+                with suppress(OSError):  # else it tries, and complains, once more when it is collected
+                    self.file.close()
+                raise
+        with writing(self.path.with_name("tensorboard")):
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Flush and close both."""
         self.file.close()
-        self.board.close()
+        with writing(self.path.with_name("tensorboard")):
+            self.board.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -67,6 +69,59 @@ def labelled_share(target: np.ndarray, weight: np.ndarray, labelled: np.ndarray)
         return float(labelled.any())
     share = sizes[0] / sum(sizes) if sum(sizes) > 0 else labelled.mean()
     return float(np.clip(share, 0.05, 0.95))  # no kind is ever left out; the weights follow
+
+
+class Order(Protocol):
+    """An order of visits."""
+
+    probability: np.ndarray
+
+    def rows(self, start: int, stop: int) -> list[int]:
+        """The places of visits start to stop - 1."""
+        ...
+
+
+class BucketedVisits:
+    """All visits of one step are of pairs of one bucket, whose images have one shape.
+
+    Which bucket a step takes is drawn as `Visits` draws pairs, with the probability of all its pairs together.
+
+    Args:
+        seed: the run's seed.
+        buckets: for each bucket, the places of its pairs.
+        orders: for each bucket, the order of visits within it.
+        share: for each bucket, the share of steps that take it, summing to 1.
+        together: visits in a step.
+
+    Attributes:
+        probability: of being visited, for every place, summing to 1.
+    """
+
+    def __init__(self, seed: int, buckets: Sequence[np.ndarray], orders: Sequence[Order], share: np.ndarray, together: int) -> None:
+        self.buckets, self.orders, self.together = buckets, orders, together
+        self.probability = np.empty(sum(len(bucket) for bucket in buckets))
+        for bucket, order, part in zip(buckets, orders, share, strict=True):
+            self.probability[bucket] = part * order.probability
+        self._steps = Visits(seed * 2 + 1, share)
+        self._taken: list[int] = []  # the bucket of every step so far
+        self._before: list[int] = []  # how many steps before took the same
+        self._count = [0] * len(buckets)
+
+    def bucket(self, step: int) -> int:
+        """The bucket that a step takes."""
+        for new in range(len(self._taken), step + 1):
+            [taken] = self._steps.rows(new, new + 1)
+            self._taken.append(taken)
+            self._before.append(self._count[taken])
+            self._count[taken] += 1
+        return self._taken[step]
+
+    def rows(self, start: int, stop: int) -> list[int]:
+        """The places of visits start to stop - 1, which lie in one step."""
+        step, first = divmod(start, self.together)
+        taken = self.bucket(step)
+        number = self._before[step] * self.together + first
+        return [int(self.buckets[taken][place]) for place in self.orders[taken].rows(number, number + stop - start)]
 
 
 class StratifiedVisits:

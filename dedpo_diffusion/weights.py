@@ -14,22 +14,24 @@ from torch import Tensor
 
 from .console import UserError
 from .files import atomic_file
+from .text import NAMES
 
 
 def diffusers_lora(
     parameters: Mapping[str, Tensor], *, rank: int, alpha: float, targets: list[str], rslora: bool = False, dora: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Rename a UNet's adapter parameters to the keys that `load_lora_weights` reads.
+    """Rename adapter parameters to the keys that `load_lora_weights` reads.
 
     Args:
-        parameters: "<layer>.lora_A.default.weight" (r, in) and "<layer>.lora_B.default.weight" (out, r).
+        parameters: "<layer>.lora_A.default.weight" (r, in) and "<layer>.lora_B.default.weight" (out, r), of the UNet or, as
+            "text_encoder.<layer>..." and "text_encoder_2.<layer>...", of the text encoders.
         rank: r.
         alpha: lora_alpha; without it a reader assumes alpha = rank and the adapter loads at another strength.
         targets: names of the adapted layers.
         rslora, dora: variants of the adapter.
 
     Returns:
-        The tensors, "unet.<layer>.lora_A.weight" and so on, float32, and the adapter's configuration.
+        The tensors, "unet.<layer>.lora_A.weight" and so on, float32, and the configuration of each part's adapter.
 
     Raises:
         ValueError: a parameter that is no part of the default adapter.
@@ -38,9 +40,18 @@ def diffusers_lora(
     for name, value in parameters.items():
         if ".default." not in name:
             raise ValueError(f"{name} is not a parameter of the default adapter")
-        renamed["unet." + name.replace(".default.", ".")] = value.detach().float().cpu().contiguous()
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(targets), "use_dora": dora, "use_rslora": rslora}
-    return renamed, {f"unet.{key}": value for key, value in config.items()}
+        part, _, layer = name.partition(".")
+        # whatever a version of transformers calls its layers, files have the name that all of them read
+        key = f"{part}.text_model.{layer}" if part in NAMES else f"unet.{name}"
+        renamed[key.replace(".default.", ".")] = value.detach().float().cpu().contiguous()
+    config = {"r": rank, "lora_alpha": alpha, "use_dora": dora, "use_rslora": rslora}
+    metadata = {f"unet.{key}": value for key, value in (config | {"target_modules": sorted(targets)}).items()}
+    for part in NAMES:
+        layers = sorted({layer for layer in (key.rpartition(".lora_")[0] for key in renamed if key.startswith(f"{part}.")) if layer})
+        if layers:
+            own = config | {"target_modules": [layer.removeprefix(f"{part}.text_model.") for layer in layers]}
+            metadata |= {f"{part}.{key}": value for key, value in own.items()}
+    return renamed, metadata
 
 
 def save_lora(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -55,34 +66,37 @@ def save_lora(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, An
 
 
 def read_lora(path: Path, *, scale: float) -> dict[str, Tensor]:
-    """The adapter parameters, by their name in the UNet, of a file in the layout of diffusers.
+    """The adapter parameters, named as `diffusers_lora` takes them, of a file in the layout of diffusers.
 
     Args:
         path: the file.
         scale: what the adapter's output will be multiplied by, alpha / r; the file's own is worked into lora_B.
 
     Raises:
-        UserError: the file cannot be read, or holds other things than a UNet's adapter of one alpha and rank.
+        UserError: the file cannot be read, or holds other things than adapters of UNet and text encoders, each of one alpha and rank.
     """
     try:
         tensors = load_file(path)
         config = read_metadata(path).get("lora_adapter_metadata", {})
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a LoRA file ({error}); `dedpo export` writes such files") from error
-    odd = [name for name in tensors if not name.startswith("unet.") or ".lora_" not in name]
+    parts = {"unet", *NAMES}
+    odd = [name for name in tensors if name.partition(".")[0] not in parts or ".lora_" not in name]
     if odd or not tensors:
-        what = f"{odd[0]!r} is none of a UNet's adapter in the layout of diffusers" if odd else "it is empty"
+        what = f"{odd[0]!r} is no part of an adapter in the layout of diffusers" if odd else "it is empty"
         raise UserError(f"{path}: {what}; give a file as `dedpo export RUN --format diffusers` writes it")
-    if config.get("unet.rank_pattern") or config.get("unet.alpha_pattern"):
+    if any(config.get(f"{part}.{kind}_pattern") for part in parts for kind in ("rank", "alpha")):
         raise UserError(f"{path}: its layers have ranks or alphas of their own, which cannot be trained on; give a LoRA of one rank")
-    rank = next(len(value) for name, value in tensors.items() if ".lora_A." in name)
-    alpha = float(config.get("unet.lora_alpha", rank))  # without metadata readers take alpha = rank
-    own = alpha / (math.sqrt(rank) if config.get("unet.use_rslora") else rank)
     found = {}
     for name, value in tensors.items():
-        layer, _, part = name.removeprefix("unet.").rpartition(".lora_")
-        kind, _, rest = part.partition(".")
-        found[".".join([f"{layer}.lora_{kind}.default", *([rest] if rest else [])])] = value.float() * (own / scale if kind == "B" else 1)
+        part, _, inside = name.partition(".")
+        layer, _, rest = inside.partition(".lora_")
+        kind, _, tail = rest.partition(".")
+        rank = next(len(one) for key, one in tensors.items() if key.startswith(f"{part}.") and ".lora_A." in key)
+        alpha = float(config.get(f"{part}.lora_alpha", rank))  # without metadata readers take alpha = rank
+        own = alpha / (math.sqrt(rank) if config.get(f"{part}.use_rslora") else rank)
+        where = layer if part == "unet" else f"{part}.{layer.removeprefix('text_model.')}"
+        found[".".join([f"{where}.lora_{kind}.default", *([tail] if tail else [])])] = value.float() * (own / scale if kind == "B" else 1)
     return found
 
 

@@ -23,6 +23,7 @@ def run(settings: ExportSettings) -> Path:
     """Write what a run trained, so that other programs load it."""
     from safetensors.torch import load_file
 
+    from dedpo_diffusion.checkpoints import check_checkpoint
     from dedpo_diffusion.runs import checkpoints, read_settings
 
     trained = read_settings(settings.run)
@@ -37,6 +38,10 @@ def run(settings: ExportSettings) -> Path:
     if not found:
         raise UserError(f"{settings.run}: no checkpoint yet; train at least checkpoint_every steps")
     step, folder = found[-1]
+    try:
+        check_checkpoint(folder)
+    except UserError as error:
+        raise UserError(f"{error}; give the run's `dedpo train` command again, which goes on from the checkpoint before it") from error
     averaged = settings.average and (folder / "average.safetensors").is_file()
     parameters = load_file(folder / ("average.safetensors" if averaged else "parameters.safetensors"))
     if averaged:

@@ -20,9 +20,12 @@ STEP_OPTIONS = ("beta", "kind", "options", "margin_cap", "balance", "balance_cli
 NOTED = {"loss": "loss", "implicit accuracy": "implicit_accuracy"}  # beside the progress, by their key in a line of metrics
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from accelerate import Accelerator
     from torch import Tensor
 
+    from dedpo_diffusion.feed import Loaded
     from dedpo_diffusion.health import Watch
     from dedpo_diffusion.noising import Draws
     from dedpo_diffusion.pipelines.train_setup import Session
@@ -42,7 +45,7 @@ def describe(session: Session) -> None:
     """Say what is about to be trained, in the units of other scripts too."""
     optim, objective, feed = session.settings.optim, session.settings.objective, session.feed
     processes = session.accelerator.num_processes
-    together = optim.batch * optim.accumulation * processes
+    together = feed.together
     say(
         f"{len(feed.rows)} pairs, {together} a step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
         f"{optim.steps * together / len(feed.rows):.1f} epochs; "
@@ -50,7 +53,7 @@ def describe(session: Session) -> None:
     )
     half = 0.5 * objective.beta
     say(f"objective {objective.kind}, balance {objective.balance}, power {objective.power}")
-    summed = half / math.prod(session.shape)
+    summed = half / math.prod(feed.shapes[0])
     say(f"beta {objective.beta:g} on mean errors with the factor 0.5; without it {half:g}; on summed errors {summed:.3g}")
 
 
@@ -58,12 +61,13 @@ def resume(session: Session) -> int:
     """Load the newest checkpoint, if there is one; returns the steps done."""
     from dedpo_diffusion.checkpoints import load_checkpoint, load_part
     from dedpo_diffusion.pipelines.train_sharding import stored_optimizer
-    from dedpo_diffusion.runs import checkpoints
+    from dedpo_diffusion.runs import newest_checkpoint
 
-    found = checkpoints(session.settings.out)
-    if not found:
+    with session.accelerator.main_process_first():  # which sets damaged ones aside
+        found = newest_checkpoint(session.settings.out)
+    if found is None:
         return 0
-    (step, folder), model, scaler = found[-1], session.model, session.accelerator.scaler
+    (step, folder), model, scaler = found, session.model, session.accelerator.scaler
     state = load_checkpoint(folder, model.trainable(), stored_optimizer(session.accelerator, model, session.optimizer))
     anchor, averaged = load_part(folder, "reference"), load_part(folder, "average")
     if anchor is not None:
@@ -95,13 +99,14 @@ def save(session: Session, step: int) -> None:
     accelerator.wait_for_everyone()
 
 
-def asked_to_leave(stop: StopSignal, accelerator: Accelerator) -> bool:
+def asked_to_leave(stop: StopSignal, session: Session) -> bool:
     """Whether any process was asked to end; several processes look for it together, and leave together."""
     import torch
 
-    if accelerator.num_processes == 1:
-        return stop.asked
-    return bool(accelerator.reduce(torch.tensor(float(stop.asked), device=accelerator.device)).item())
+    asked = torch.tensor(int(stop.asked))
+    if session.hosts is not None:
+        torch.distributed.all_reduce(asked, group=session.hosts)
+    return bool(asked)
 
 
 def record(pairs: dict[str, Any], accelerator: Accelerator, *, step: int, schedule: int, **numbers: float) -> dict[str, Any]:
@@ -139,27 +144,50 @@ def attend(watch: Watch, line: dict[str, Any], session: Session) -> None:
             say(f"Warning: step {line['step']}: {words}")
 
 
-def learn(session: Session, visit: int, draws: Draws) -> tuple[StepResult, PairBatch, Tensor, Tensor | None]:
-    """Losses and gradients of consecutive visits from this one on, as many as there are draws.
+def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
+    """This process's micro-batches from step `done` on, loaded in another thread while the device computes, pinned where there is a GPU."""
+    import torch
+
+    from dedpo_diffusion.ahead import ahead
+    from dedpo_diffusion.noising import draw
+
+    settings, feed, accelerator = session.settings, session.feed, session.accelerator
+    optim, processes, rank = settings.optim, accelerator.num_processes, accelerator.process_index
+    together, dropout = feed.together, settings.data.caption_dropout
+    drawn: dict[int, Draws] = {}
+
+    def load(job: tuple[int, int]) -> Loaded:
+        step, micro = job
+        if step not in drawn:  # the draws are those of the whole step, whoever computes them
+            drawn.clear()
+            drawn[step] = draw(settings.seed, step, together, feed.shape(step), timesteps=session.timesteps, caption_dropout=dropout)
+        first = (micro * processes + rank) * optim.batch
+        loaded = feed.load(step * together + first, drawn[step].part(first, first + optim.batch))
+        return loaded.map(torch.Tensor.pin_memory) if accelerator.device.type == "cuda" else loaded
+
+    jobs = ((step, micro) for step in range(done, optim.steps) for micro in range(optim.accumulation))
+    for _, loaded in ahead(jobs, load, workers=1, depth=2):
+        yield loaded
+
+
+def learn(session: Session, loaded: Loaded) -> tuple[StepResult, PairBatch, Tensor, Tensor | None]:
+    """Losses and gradients of one micro-batch.
 
     Returns:
         The step's result, its pairs, their timesteps (B,), and what a power that follows is measured by, else None.
     """
     from dedpo_diffusion.step import preference_step
 
-    accelerator, model, feed, follow = session.accelerator, session.model, session.feed, session.follow
-    draws, known = feed.pin(visit, draws)
-    batch = feed.batch(visit, draws, model, known)
-    places = [] if follow is None else feed.places(visit, len(draws.timesteps))
+    accelerator, model, follow = session.accelerator, session.model, session.follow
+    batch, draws = session.feed.batch(loaded, model)
     if follow is not None:
-        batch = follow.apply(batch, places)
-    draws = draws.to(accelerator.device)
+        batch = follow.apply(batch, loaded.places)
     options = {name: getattr(session.settings.objective, name) for name in STEP_OPTIONS}
     with accelerator.accumulate(model.policy):
         factor = session.timesteps.weights(model.process, draws.timesteps)
         result = preference_step(model, batch, timesteps=draws.timesteps, noise=draws.noise, timestep_weight=factor, **options)
         accelerator.backward(result.loss.mean())
-    return result, batch, draws.timesteps, None if follow is None else follow.measure(result.margin, places)
+    return result, batch, draws.timesteps, None if follow is None else follow.measure(result.margin, loaded.places)
 
 
 def try_out(settings: TrainSettings) -> Path:
@@ -182,7 +210,7 @@ def run(settings: TrainSettings) -> Path:
         return try_out(settings)
     from dedpo_diffusion.health import Watch
     from dedpo_diffusion.metrics import step_metrics
-    from dedpo_diffusion.noising import draw, step_generator
+    from dedpo_diffusion.noising import step_generator
     from dedpo_diffusion.pipelines.train_setup import set_up
     from dedpo_diffusion.runs import MetricsLog, read_metrics
     from dedpo_diffusion.stopping import StopSignal, Terminated
@@ -195,21 +223,15 @@ def run(settings: TrainSettings) -> Path:
         describe(session)
     watch = Watch(read_metrics(settings.out, done))
     log = MetricsLog(settings.out, done) if accelerator.is_main_process else None
-    schedule, processes, rank = len(model.process), accelerator.num_processes, accelerator.process_index
-    together = optim.batch * optim.accumulation * processes  # pairs of one step
-    dropout, note = settings.data.caption_dropout, ""
+    schedule, loads, note = len(model.process), micro_batches(session, done), ""
 
     with StopSignal() as stop, Progress("training", optim.steps, start=done) as progress:
         for step in range(done, optim.steps):
             rate = learning_rate(optim, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            draws = draw(settings.seed, step, together, session.shape, timesteps=session.timesteps, caption_dropout=dropout)
-            torch.manual_seed(step_generator(settings.seed, step, 2 + rank).initial_seed())  # of the adapter's dropout
-            parts = []
-            for micro in range(optim.accumulation):
-                first = (micro * processes + rank) * optim.batch
-                parts.append(learn(session, step * together + first, draws.part(first, first + optim.batch)))
+            torch.manual_seed(step_generator(settings.seed, step, 2 + accelerator.process_index).initial_seed())  # of the adapter's dropout
+            parts = [learn(session, next(loads)) for _ in range(optim.accumulation)]
             results, batches, timesteps, measured = zip(*parts, strict=True)
             norm = accelerator.clip_grad_norm_(model.trainable().values(), optim.clip)
             optimizer.step()
@@ -222,7 +244,7 @@ def run(settings: TrainSettings) -> Path:
                 follow.update(accelerator.reduce(torch.stack(measured).sum(dim=0).to(accelerator.device)).cpu())
             if optim.rounds > 1 and now % (optim.steps // optim.rounds) == 0:
                 model.end_round(optim.extrapolation)
-            leave = asked_to_leave(stop, accelerator) and not last
+            leave = asked_to_leave(stop, session) and not last
             due = now % settings.checkpoint_every == 0 or last
             logged = due or now % settings.log_every == 0 or now == 1
             if logged or leave:  # elsewhere nothing waits for the device

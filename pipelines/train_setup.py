@@ -14,6 +14,7 @@ from dedpo_diffusion.settings import LoraSettings, ObjectiveSettings, TrainSetti
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
+    from torch.distributed import ProcessGroup
 
     from dedpo_diffusion.feed import Feed, ReferenceGrid, Source
     from dedpo_diffusion.following import FollowedPower
@@ -25,17 +26,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with; `shape` is (C, h, w) of a latent, `average` and `follow` are None where they were not asked for."""
+    """What a run works with.
+
+    `average` and `follow` are None where they were not asked for.
+
+    `hosts` is a group of the processes that talk without their devices, None for a single process.
+    """
 
     settings: TrainSettings
     accelerator: Accelerator
     model: Backbone
     feed: Feed
-    shape: tuple[int, int, int]
     timesteps: TimestepDraw
     optimizer: AcceleratedOptimizer
     average: Average | None
     follow: FollowedPower | None
+    hosts: ProcessGroup | None
 
 
 def set_up(settings: TrainSettings) -> Session:
@@ -44,6 +50,8 @@ def set_up(settings: TrainSettings) -> Session:
     Raises:
         UserError: settings, data or model that cannot be used; nothing is written before that.
     """
+    import torch
+
     from dedpo_diffusion.optimizers import Average, build_optimizer
     from dedpo_diffusion.pipelines.train_sharding import build_accelerator, hand_over
     from dedpo_diffusion.runs import open_run
@@ -51,19 +59,20 @@ def set_up(settings: TrainSettings) -> Session:
     settings = resolve(settings)
     optim = settings.optim
     accelerator = build_accelerator(settings)
-    model, feed, shape, identity = prepare(settings, accelerator)
+    model, feed, identity = prepare(settings, accelerator)
     timesteps, follow = timestep_draw(settings.objective, len(model.process)), follow_power(settings.objective, feed)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
     if accelerator.is_main_process:
         # what a step visits depends on their product alone, so that a run can go on with another number of processes
-        identity["pairs_of_a_step"] = str(optim.batch * optim.accumulation * accelerator.num_processes)
+        identity["pairs_of_a_step"] = str(feed.together)
         open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
-    return Session(settings, accelerator, model, feed, shape, timesteps, prepared, average, follow)
+    hosts = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    return Session(settings, accelerator, model, feed, timesteps, prepared, average, follow, hosts)
 
 
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
@@ -91,8 +100,8 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     )  # fmt: skip
 
 
-def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, Feed, tuple[int, int, int], dict[str, str]]:
-    """Load the model, encode the pairs or get ready to, and read the targets; also: latent shape, identity of the inputs."""
+def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, Feed, dict[str, str]]:
+    """Load the model, encode the pairs or get ready to, and read the targets; also: identity of the inputs."""
     import torch
 
     from dedpo_diffusion.feed import CachedSource, Feed, LiveSource, open_cache
@@ -106,17 +115,20 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
     model = Backbone(settings.model, device=accelerator.device, dtype=dtype, config=settings.model_config)
     size = data.size or model.size
-    shape = model.latent_shape(size)
+    model.latent_shape(size)  # or the size is refused
     pairs_fingerprint = reader.fingerprint()
     if data.cache is not None:
         with accelerator.main_process_first():
-            source = CachedSource(open_cache(reader, model, data, root=data.cache, fingerprint=pairs_fingerprint, size=size))
-        model.drop_encoders()
+            cache = open_cache(reader, model, data, root=data.cache, fingerprint=pairs_fingerprint, size=size)
+        model.drop_encoders(keep_text=settings.lora.text_encoders)
+        source: Source = CachedSource(cache, model.channels, words=(model.text, reader.prompts()) if settings.lora.text_encoders else None)
     else:
         source = LiveSource(reader, model, data, size=size, seed=settings.seed)
+    together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
     feed = Feed(
-        reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, follow=settings.objective.power == "follow"
-    )
+        reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
+        follow=settings.objective.power == "follow",
+    )  # fmt: skip
     check(settings, feed)
     if settings.attention == "xformers":
         model.use_xformers()
@@ -126,17 +138,21 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
         model.place(torch.float32)
     if data.reference_draws is not None:
         with accelerator.main_process_first():
-            feed.grid = open_grid(settings, reader, source, model, feed, shape, pairs_fingerprint, size)
+            feed.grid = open_grid(settings, reader, source, model, feed, pairs_fingerprint, size)
     if settings.weights == "full":
         asked = needs_reference(settings.objective.kind, settings.objective.balance or "none") or settings.optim.extrapolation > 0
         model.train_all(reference=feed.grid is None and asked, exact=settings.optim.rounds > 1)
     if settings.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+        model.checkpoint(selective=settings.gradient_checkpointing == "selective")
+    if settings.channels_last:
+        model.channels_last()
+    if settings.compile:
+        model.compile_blocks()
     targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
     identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
-    return model, feed, shape, identity
+    return model, feed, identity
 
 
 def add_lora(settings: TrainSettings, model: Backbone) -> None:
@@ -159,7 +175,7 @@ def add_lora(settings: TrainSettings, model: Backbone) -> None:
     torch.manual_seed(settings.seed)  # of the adapter's first weights
     model.add_lora(
         rank=lora.rank, alpha=lora.alpha, targets=lora.targets or list(ATTENTION), dropout=lora.dropout, rslora=lora.rslora,
-        dora=lora.dora, start=start,
+        dora=lora.dora, text=lora.text_encoders, start=start,
     )  # fmt: skip
 
 
@@ -255,7 +271,6 @@ def open_grid(
     source: Source,
     model: Backbone,
     feed: Feed,
-    shape: tuple[int, int, int],
     pairs: str,
     size: int,
 ) -> ReferenceGrid:
@@ -275,7 +290,7 @@ def open_grid(
     folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs, size=size))
     return ReferenceGrid(
         folder, source, model, feed.rows, pairs=len(reader), draws=data.reference_draws or 0,
-        timesteps=timestep_draw(settings.objective, len(model.process)), shape=shape, caption_dropout=data.caption_dropout,
+        timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
         batch=settings.optim.batch,
     )  # fmt: skip
 

@@ -58,6 +58,8 @@ def _check_fsdp(settings: TrainSettings) -> None:
         raise UserError("FSDP2 is for weights=full; an adapter is small, so launch without --use_fsdp, for plain data parallel training")
     if settings.mixed_precision == "fp16":
         raise UserError("mixed_precision=fp16 does not go with FSDP2; take bf16")
+    if settings.compile or settings.channels_last:
+        raise UserError(f"{'compile' if settings.compile else 'channels_last'}=true does not go with FSDP2; leave it out")
     if settings.optim.optimizer != "adamw":
         raise UserError(f"optim.optimizer={settings.optim.optimizer} does not go with FSDP2; take adamw, whose moments are shared out")
 
@@ -114,8 +116,6 @@ def _prepare_deepspeed(accelerator: Accelerator, settings: TrainSettings) -> Non
             raise UserError(f"the DeepSpeed configuration enables {name}, which would round the weights; give the run's mixed_precision")
     held["train_micro_batch_size_per_gpu"], held["gradient_accumulation_steps"] = optim.batch, optim.accumulation
     held["gradient_clipping"] = optim.clip
-    if settings.mixed_precision == "bf16":  # the engine switches off an autocast that it was not told of; gradients stay float32
-        held["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 class SharedMoments:
@@ -173,7 +173,7 @@ class SharedMoments:
 
 def hand_over(accelerator: Accelerator, model: Backbone, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
     """Give accelerate what is trained, and its reference where that is shared out too; returns the optimizer as the loop uses it."""
-    model.policy, prepared = accelerator.prepare(model.unet, optimizer)
+    model.policy, prepared = accelerator.prepare(model.policy, optimizer)
     if accelerator.is_fsdp2 and model.frozen is not None:
         from accelerate.utils import fsdp2_prepare_model
 

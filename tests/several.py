@@ -47,14 +47,14 @@ def main() -> int:
 
     PartialState.destroy_process_group = lambda self, group=None: None  # the next run goes on with it
     seen: list[list[tuple[int, int]]] = []
-    batch = Feed.batch
+    load = Feed.load
 
-    def noting(self, first_visit, draws, *rest):
-        visits = range(first_visit, first_visit + len(draws.timesteps))
-        seen[-1] += zip(visits, self.places(first_visit, len(visits)), strict=True)
-        return batch(self, first_visit, draws, *rest)
+    def noting(self, first_visit, draws):
+        loaded = load(self, first_visit, draws)
+        seen[-1] += zip(range(first_visit, first_visit + len(draws.timesteps)), loaded.places, strict=True)
+        return loaded
 
-    Feed.batch = noting
+    Feed.load = noting
     if any("DS_ACCELERATOR" in run.get("env", {}) for run in job["runs"]):  # accelerate starts it on accelerators alone
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
     for run in job["runs"]:

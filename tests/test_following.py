@@ -13,7 +13,7 @@ from conftest import write_pairs
 from dedpo_diffusion import merge_labels
 from dedpo_diffusion.console import UserError
 from dedpo_diffusion.debias import power_cap
-from dedpo_diffusion.feed import Feed
+from dedpo_diffusion.feed import Feed, Source
 from dedpo_diffusion.following import FollowedPower, Parts, followed, retarget, visited_pairs
 from dedpo_diffusion.labels import read_targets, write_labels, write_targets
 from dedpo_diffusion.pairs import PairReader
@@ -123,9 +123,22 @@ def folds(tmp_path_factory) -> Path:
     return pairs
 
 
+class OneShape(Source):
+    """Pairs of one shape that are never asked for."""
+
+    def shapes(self, rows):
+        return np.tile((4, 8, 8), (len(rows), 1))
+
+    def load(self, rows, visits, drop_caption):
+        raise NotImplementedError
+
+    encode = load
+
+
 def feeds(pairs: Path, name: str, sampling: str) -> tuple[Feed, Feed]:
-    """With the power of the merge, and with one that follows; nothing is encoded, so no source is needed."""
-    fixed, follow = (Feed(PairReader(pairs), None, targets=name, seed=0, sampling=sampling, follow=kind) for kind in (False, True))  # type: ignore[arg-type]
+    """With the power of the merge, and with one that follows; nothing is encoded."""
+    options = {"targets": name, "seed": 0, "sampling": sampling, "together": 4}
+    fixed, follow = (Feed(PairReader(pairs), OneShape(), follow=kind, **options) for kind in (False, True))
     return fixed, follow
 
 
@@ -137,7 +150,7 @@ def test_at_the_power_of_the_merge_a_power_that_follows_visits_and_weighs_the_sa
     fixed, follow = feeds(folds, "scaled", sampling)
     assert 0 < len(fixed.rows) < 24 and follow.power == 0.4
     assert fixed.rows.tolist() == follow.rows.tolist()
-    assert fixed.places(0, 60) == follow.places(0, 60)
+    assert fixed.visits.rows(0, 60) == follow.visits.rows(0, 60)
     nothing = torch.zeros(len(fixed.rows))
     batch = PairBatch(torch.zeros(len(nothing), 2, 1, 1, 1), Conditioning(torch.zeros(len(nothing), 1, 1)), nothing, nothing)
     found = FollowedPower(follow.parts, power=0.4, cap=1.0, decay=0.9).apply(batch, list(range(len(nothing))))

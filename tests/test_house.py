@@ -30,6 +30,7 @@ FLOORS = {
         "visits",
         "following",
         "images",
+        "text",
         "image_statistics",
         "metrics",
         "shapes",

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from scipy.special import log_expit, logsumexp
 from torch import Tensor
 
+from ..checkpoints import check_checkpoint
 from ..console import UserError, say
 from ..files import file_digest
 from ..following import visited_pairs
@@ -97,6 +98,7 @@ def read_policy(run: Path, reader: PairReader, fingerprint: str) -> Policy:
     if not found:
         raise UserError(f"{run}: no checkpoint yet; run its `dedpo train` until the end")
     step, folder = found[-1]
+    check_checkpoint(folder)
     seen = visited_pairs(targets, path, follow=trained["objective"].get("power") == "follow")
     return Policy(run, trained, identity, step, folder / "parameters.safetensors", seen)
 

@@ -23,6 +23,7 @@ class LoraSettings:
         dropout: dropout on the adapter's input.
         rslora: scale by alpha / sqrt(rank) instead (arXiv 2312.03732).
         dora: train the magnitudes of the weights' rows apart from their directions (arXiv 2402.09353).
+        text_encoders: adapt the text encoders too, on their attention projections; with a cache, they then stay in memory.
         start: an adapter's file to go on from, of the same rank and layers; the reference is then the base with it.
     """
 
@@ -32,6 +33,7 @@ class LoraSettings:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
+    text_encoders: bool = False
     start: Path | None = None
 
 
@@ -47,6 +49,8 @@ class DataSettings:
         flip: mirror both images of a pair alike, half of the time.
         crop: centre, or random: both images of a pair at the same relative place.
         views: how many mirrored or cropped versions of a pair a cache keeps; without a cache they are drawn anew at every visit.
+        buckets: keep the shape of each pair's images, up to 2 : 1, at about size x size pixels, rather than crop a square; each step then
+            takes pairs of one shape. It needs a cache.
         sampling: how often each pair is visited: uniform; importance, in proportion to its gradient at margin 0; or stratified, a fixed
             share of every batch with human labels (Neyman's, from the gradients at margin 0), uniform within. The weights make
             up for it, so all three estimate the same loss.
@@ -62,6 +66,7 @@ class DataSettings:
     flip: bool = False
     crop: Literal["centre", "random"] = "centre"
     views: int = 1
+    buckets: bool = False
     sampling: Literal["uniform", "importance", "stratified"] = "importance"
     caption_dropout: float = 0.0
     reference_draws: int | None = None
@@ -166,7 +171,9 @@ class TrainSettings:
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
         seed: seed of every draw.
         mixed_precision: compute precision; trained weights, errors and losses stay float32.
-        gradient_checkpointing: trade compute for memory.
+        gradient_checkpointing: trade compute for memory; selective computes less again and saves less.
+        compile: compile the UNet's transformer blocks; the first steps then take minutes.
+        channels_last: lay images out with their channels last, which convolutions on a GPU in half precision are fastest with.
         attention: torch's own attention, or that of xformers (CUDA only).
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of the newest checkpoints are kept.
@@ -187,7 +194,9 @@ class TrainSettings:
     model_config: str | None = None
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
+    compile: bool = False
+    channels_last: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     checkpoint_every: int = 100
     keep_checkpoints: int = 2

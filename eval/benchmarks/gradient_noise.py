@@ -55,7 +55,7 @@ def gradients(settings: NoiseSettings, model: Any, feed: Any, shape: tuple[int, 
     for step in range(settings.draws):
         draws = draw(settings.seed, step, settings.batch, shape, timesteps=everywhere, caption_dropout=0.0)
         # epochs far apart, so that steps are independent draws of pairs
-        batch = feed.batch(step * len(feed.rows), draws, model)
+        batch, draws = feed.batch(feed.load(step * len(feed.rows), draws), model)
         result = preference_step(model, batch, timesteps=draws.timesteps, noise=draws.noise, beta=settings.beta)
         grads = torch.autograd.grad(result.loss.mean(), list(model.trainable().values()))
         found.append(torch.cat([g.flatten() for g in grads]).double().numpy())
@@ -88,9 +88,8 @@ def run(settings: NoiseSettings) -> dict[str, Any]:
     from dedpo_diffusion.settings import DataSettings
 
     model, reader = Backbone(settings.model, device=torch.device("cpu")), PairReader(settings.pairs)
-    source = CachedSource(
-        open_cache(reader, model, DataSettings(settings.pairs), root=settings.cache, fingerprint=reader.fingerprint(), size=model.size)
-    )
+    cache = open_cache(reader, model, DataSettings(settings.pairs), root=settings.cache, fingerprint=reader.fingerprint(), size=model.size)
+    source = CachedSource(cache, model.channels)
     torch.manual_seed(settings.seed)
     model.add_lora(rank=8, alpha=8)
     results: dict[str, Any] = {"batch": settings.batch, "draws": settings.draws, "seed": settings.seed, "torch": torch.__version__}
@@ -98,7 +97,7 @@ def run(settings: NoiseSettings) -> dict[str, Any]:
         for name in settings.targets:
             noises = {}
             for sampling in ("uniform", "importance"):
-                feed = Feed(reader, source, targets=name, seed=settings.seed, sampling=sampling)
+                feed = Feed(reader, source, targets=name, seed=settings.seed, sampling=sampling, together=settings.batch)
                 noises[sampling] = noise(gradients(settings, model, feed, model.latent_shape(model.size), progress))
             results[name] = ratio_interval(noises["importance"], noises["uniform"], settings.seed)
             low, high = results[name]["ci"]
