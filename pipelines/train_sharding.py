@@ -157,11 +157,12 @@ class SharedMoments:
         import torch
         from deepspeed.utils import safe_set_full_fp32_param
 
-        [flat], held = self.optimizer.param_groups[0]["params"], self._held()
+        [group], held = self.optimizer.param_groups, self._held()
+        [flat] = group["params"]
         held |= {name: torch.zeros_like(flat) for name in self.NAMES}
         for number, parameter in enumerate(self.parameters):
             safe_set_full_fp32_param(parameter, parameter.detach())
-            held["step"] = stored["state"][number]["step"]
+            held["step"] = stored["state"][number]["step"].to(flat.device if group["fused"] else "cpu")  # where AdamW looks for it
             where = parameter._hp_mapping
             if where is None:  # another process's
                 continue
@@ -173,10 +174,13 @@ class SharedMoments:
 
 def hand_over(accelerator: Accelerator, model: Backbone, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
     """Give accelerate what is trained, and its reference where that is shared out too; returns the optimizer as the loop uses it."""
-    model.policy, prepared = accelerator.prepare(model.policy, optimizer)
-    if accelerator.is_fsdp2 and model.frozen is not None:
-        from accelerate.utils import fsdp2_prepare_model
+    if not accelerator.is_fsdp2:
+        model.policy, prepared = accelerator.prepare(model.policy, optimizer)
+        return prepared
+    from accelerate.utils import fsdp2_prepare_model
 
+    _, prepared = accelerator.prepare(model.unet, optimizer)  # in place, where `policy` holds it
+    if model.frozen is not None:
         fsdp2_prepare_model(accelerator, model.frozen)
     return prepared
 
