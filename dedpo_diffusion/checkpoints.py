@@ -57,11 +57,24 @@ def save_checkpoint(
     """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json` and, if the reference is no longer the base,
     `reference.safetensors`, if there is a moving average, `average.safetensors`, into `folder`, atomically."""
     with atomic_folder(folder) as temporary:
-        for name, tensors in (("parameters", parameters), ("reference", anchor), ("average", average)):
-            if tensors is not None:
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+        _save_parts(temporary, {"parameters": parameters, "reference": anchor, "average": average})
         save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", dict(meta))
+
+
+def save_best(
+    folder: Path, parameters: Mapping[str, torch.Tensor], meta: Mapping[str, Any], average: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write what can be exported of a moment of training, and `state.json`, into `folder`, atomically; nothing resumes from it."""
+    with atomic_folder(folder) as temporary:
+        _save_parts(temporary, {"parameters": parameters, "average": average})
+        write_json(temporary / "state.json", dict(meta))
+
+
+def _save_parts(folder: Path, parts: Mapping[str, Mapping[str, torch.Tensor] | None]) -> None:
+    for name, tensors in parts.items():
+        if tensors is not None:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
 
 
 def load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -243,6 +243,7 @@ class Feed:
     Attributes:
         rows: the dataset's rows that are visited.
         grid: pre-drawn timesteps and noises with the reference's errors, if there are any.
+        labelled: (n,) bool, which of the rows people labelled, None where the targets do not say.
         parts, power: what the rows' targets are made of, and the power they were merged with, for one that follows; else None and NaN.
 
     Raises:
@@ -270,6 +271,7 @@ class Feed:
         visit = 1 / (pool * self.visits.probability)
         self.target = torch.tensor(target, dtype=torch.float32)
         self.weight = torch.tensor(weight * visit, dtype=torch.float32)
+        self.labelled = None if merged.human is None else torch.tensor(~np.isnan(merged.human[self.rows]))
         self.doubt = None if merged.doubt is None else torch.tensor(merged.doubt[self.rows], dtype=torch.float32)
         if self.parts is not None:
             self.parts = replace(self.parts, visit=self.parts.visit * torch.tensor(visit))
@@ -301,7 +303,8 @@ class Feed:
         target, weight = self.target[places].to(device), self.weight[places].to(device)
         doubt = None if self.doubt is None else self.doubt[places].to(device)
         known = None if reference_errors is None else reference_errors.to(device)
-        return PairBatch(latents, encoded.conditioning.to(device), target, weight, doubt, known)
+        labelled = None if self.labelled is None else self.labelled[places].to(device)
+        return PairBatch(latents, encoded.conditioning.to(device), target, weight, doubt, known, labelled)
 
     def places(self, first_visit: int, count: int) -> list[int]:
         """Which of the visited pairs, as places in `rows`, consecutive visits are of."""

@@ -38,6 +38,7 @@ class Backbone:
         """Load and freeze; `dtype` is the compute precision of the UNet. Raises as `load_pipeline`."""
         pipe = load_pipeline(name, config=config)
         self.device, self.dtype = device, dtype
+        self.pipeline, self.scheduler = type(pipe), pipe.scheduler  # of what samples from it
         self.tokenizers = [part for part in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if part is not None]
         encoders = [part for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if part is not None]
         self.scale, self.channels, self.factor = (

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from dedpo_diffusion.noising import TimestepDraw
     from dedpo_diffusion.optimizers import Average
     from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pipelines.train_validation import Validation
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with; `shape` is (C, h, w) of a latent, `average` and `follow` are None where they were not asked for."""
+    """What a run works with; `shape` is (C, h, w) of a latent; `average`, `follow` and `validation` may be None."""
 
     settings: TrainSettings
     accelerator: Accelerator
@@ -37,6 +38,7 @@ class Session:
     optimizer: AcceleratedOptimizer
     average: Average | None
     follow: FollowedPower | None
+    validation: Validation | None
 
 
 def set_up(settings: TrainSettings) -> Session:
@@ -57,7 +59,7 @@ def set_up(settings: TrainSettings) -> Session:
         mixed_precision=settings.mixed_precision, gradient_accumulation_steps=optim.accumulation, cpu=settings.device == "cpu",
         kwargs_handlers=[patient],
     )  # fmt: skip
-    model, feed, shape, identity = prepare(settings, accelerator)
+    model, feed, shape, identity, validation = prepare(settings, accelerator)
     timesteps, follow = timestep_draw(settings.objective, len(model.process)), follow_power(settings.objective, feed)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
@@ -67,11 +69,15 @@ def set_up(settings: TrainSettings) -> Session:
         open_run(settings.out, settings, identity)
     accelerator.wait_for_everyone()
     model.policy, prepared = accelerator.prepare(model.unet, optimizer)
-    return Session(settings, accelerator, model, feed, shape, timesteps, prepared, average, follow)
+    session = Session(settings, accelerator, model, feed, shape, timesteps, prepared, average, follow, validation)
+    if validation is not None:
+        validation.begin(session)
+    return session
 
 
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     """The same settings, for three steps on a tiny random model and random pairs in a folder, on the CPU."""
+    from dedpo_diffusion.pipelines.train_validation import shrink_validation
     from dedpo_diffusion.tiny import SIDE, build, write_pairs
 
     kind, optim, data = str(settings.smoke), settings.optim, settings.data
@@ -92,17 +98,21 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
             optim, steps=3 * optim.rounds, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)
         ),
         lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
+        validation=shrink_validation(settings.validation, folder),
     )  # fmt: skip
 
 
-def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, Feed, tuple[int, int, int], dict[str, str]]:
-    """Load the model, encode the pairs or get ready to, and read the targets; also: latent shape, identity of the inputs."""
+def prepare(
+    settings: TrainSettings, accelerator: Accelerator
+) -> tuple[Backbone, Feed, tuple[int, int, int], dict[str, str], Validation | None]:
+    """Load the model, encode the pairs or get ready to, and read the targets; also: latent shape, identity of the inputs, validation."""
     import torch
 
     from dedpo_diffusion.feed import CachedSource, Feed, LiveSource, open_cache
     from dedpo_diffusion.files import file_digest
     from dedpo_diffusion.models import Backbone
     from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pipelines.train_validation import open_validation
     from dedpo_diffusion.step import needs_reference
 
     data = settings.data
@@ -115,13 +125,17 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     if data.cache is not None:
         with accelerator.main_process_first():
             source = CachedSource(open_cache(reader, model, data, root=data.cache, fingerprint=pairs_fingerprint, size=size))
-        model.drop_encoders()
     else:
         source = LiveSource(reader, model, data, size=size, seed=settings.seed)
+    validation = open_validation(settings, model, accelerator, size=size)
+    if data.cache is not None:
+        model.drop_encoders()
     feed = Feed(
         reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, follow=settings.objective.power == "follow"
     )
     check(settings, feed)
+    if validation is not None and validation.held_out is not None:
+        validation.held_out.keep_apart(feed, reader, accelerator)
     if settings.attention == "xformers":
         model.use_xformers()
     if settings.weights == "lora":
@@ -140,7 +154,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
-    return model, feed, shape, identity
+    return model, feed, shape, identity | ({} if validation is None else validation.identity()), validation
 
 
 def add_lora(settings: TrainSettings, model: Backbone) -> None:
@@ -174,7 +188,9 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         UserError: an option that cannot be used, or does not go with the objective.
     """
     from dedpo_diffusion.objectives import OBJECTIVES
+    from dedpo_diffusion.pipelines.train_validation import check_validation
 
+    check_validation(settings)
     objective, optim = settings.objective, settings.optim
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap"):
         value = getattr(objective, name)
