@@ -64,15 +64,7 @@ def save_checkpoint(
     Raises:
         UserError: a parameter is no longer finite, or the disk is full; nothing is written.
     """
-    _check_finite(folder, parameters)
-    _check_finite(folder, average or {})
-    with atomic_folder(folder) as temporary:
-        for name, tensors in (("parameters", parameters), ("reference", anchor), ("average", average)):
-            if tensors is not None:
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
-        save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", dict(meta))
-        write_json(temporary / CHECKSUMS, {file.name: [file.stat().st_size, file_checksum(file)] for file in sorted(temporary.iterdir())})
+    _save(folder, {"parameters": parameters, "reference": anchor, "average": average, "optimizer": optimizer_tensors(optimizer)}, meta)
 
 
 def _check_finite(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -95,9 +87,13 @@ def check_checkpoint(folder: Path) -> None:
         known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
     except ValueError as error:
         raise UserError(f"{listed}: damaged ({error})") from error
-    for name in sorted(
-        {"parameters.safetensors", "optimizer.safetensors", "state.json", *known, *(p.name for p in folder.glob("*.safetensors"))}
-    ):
+    wanted = known or {
+        "parameters.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        *(file.name for file in folder.glob("*.safetensors")),
+    }
+    for name in sorted(wanted):
         file = folder / name
         try:
             if file.suffix == ".json":
@@ -110,6 +106,25 @@ def check_checkpoint(folder: Path) -> None:
             raise UserError(f"{file}: missing") from error
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{file}: damaged ({error})") from error
+
+
+def save_best(
+    folder: Path, parameters: Mapping[str, torch.Tensor], meta: Mapping[str, Any], average: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write what can be exported of a moment of training, `state.json` and `checksums.json`, into `folder`, atomically; nothing resumes
+    from it. Raises as `save_checkpoint`."""
+    _save(folder, {"parameters": parameters, "average": average}, meta)
+
+
+def _save(folder: Path, parts: Mapping[str, Mapping[str, torch.Tensor] | None], meta: Mapping[str, Any]) -> None:
+    for name in ("parameters", "average"):
+        _check_finite(folder, parts.get(name) or {})
+    with atomic_folder(folder) as temporary:
+        for name, tensors in parts.items():
+            if tensors is not None:
+                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+        write_json(temporary / "state.json", dict(meta))
+        write_json(temporary / CHECKSUMS, {file.name: [file.stat().st_size, file_checksum(file)] for file in sorted(temporary.iterdir())})
 
 
 def load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

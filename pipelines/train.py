@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.health import Watch
     from dedpo_diffusion.noising import Draws
     from dedpo_diffusion.pipelines.train_setup import Session
+    from dedpo_diffusion.pipelines.train_validation import Validation
     from dedpo_diffusion.records import PairBatch, StepResult
     from dedpo_diffusion.stopping import StopSignal
 
@@ -126,7 +127,7 @@ def record(pairs: dict[str, Any], accelerator: Accelerator, *, step: int, schedu
     return line
 
 
-def attend(watch: Watch, line: dict[str, Any], session: Session) -> None:
+def attend(watch: Watch | Validation, line: dict[str, Any], session: Session) -> None:
     """Tell what the curves show.
 
     Raises:
@@ -221,6 +222,8 @@ def run(settings: TrainSettings) -> Path:
         describe(session)
     watch = Watch(read_metrics(settings.out, done))
     log = MetricsLog(settings.out, done) if accelerator.is_main_process else None
+    if session.validation is not None:
+        session.validation.go_on(session, done)
     schedule, loads, note = len(model.process), micro_batches(session, done), ""
 
     with StopSignal() as stop, Progress("training", optim.steps, start=done) as progress:
@@ -257,9 +260,12 @@ def run(settings: TrainSettings) -> Path:
                 save(session, now)
             if leave:
                 raise Terminated(f"saved after step {now}")
+            if session.validation is not None and session.validation.due(now):
+                attend(session.validation, session.validation.measure(session, now), session)
             progress.advance(note=note)
-    if log is not None:
-        log.close()
+    for opened in (log, session.validation):
+        if opened is not None:
+            opened.close()
     accelerator.end_training()
     return settings.out
 
