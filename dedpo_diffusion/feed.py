@@ -359,7 +359,8 @@ class Feed:
         self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, together: int, follow: bool = False
     ) -> None:  # fmt: skip
         merged, path = read_targets(reader.folder, targets), reader.folder / "targets" / f"{targets}.parquet"
-        if merged.pair_id != reader.ids():
+        if not reader.has_ids(merged.pair_id):
+            reader.ids()  # which tells of one that comes twice
             raise UserError(f"{path}: its pairs are not the dataset's; run `dedpo merge` again")
         self.rows = np.flatnonzero(visited_pairs(merged, path, follow=follow))
         if not len(self.rows):
