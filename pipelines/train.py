@@ -108,8 +108,10 @@ def asked_to_leave(stop: StopSignal, session: Session) -> bool:
     return bool(asked)
 
 
-def record(pairs: dict[str, Any], accelerator: Accelerator, *, step: int, schedule: int, **numbers: float) -> dict[str, Any]:
-    """One line of metrics over all processes' pairs.
+def record(
+    pairs: dict[str, Any], encoded: Tensor, accelerator: Accelerator, *, step: int, schedule: int, **numbers: float
+) -> dict[str, Any]:
+    """One line of metrics over all processes' pairs; `encoded` are this process's latents.
 
     Raises:
         UserError: the loss or the gradient is no longer finite.
@@ -120,6 +122,11 @@ def record(pairs: dict[str, Any], accelerator: Accelerator, *, step: int, schedu
     if accelerator.optimizer_step_was_skipped and math.isfinite(line["loss"]):  # how a scaler finds what fp16 can hold
         return line | {"gradient_norm": None}
     if not math.isfinite(line["loss"]) or not math.isfinite(line["gradient_norm"]):
+        if not encoded.isfinite().all():
+            raise UserError(
+                f"step {step}: the VAE's numbers of an image are not finite; its files may be damaged or overflow: check or replace them. "
+                "With data.cache such a pair is named"
+            )
         raise UserError(
             f"step {step}: the loss is {line['loss']}, the gradient's norm {line['gradient_norm']}; the last checkpoint is kept. "
             "Lower optim.learning_rate, or train with mixed_precision bf16 in place of fp16"
@@ -250,7 +257,8 @@ def run(settings: TrainSettings) -> Path:
             logged = due or now % settings.log_every == 0 or now == 1
             if logged or leave:  # elsewhere nothing waits for the device
                 pairs = step_metrics(results, batches, torch.cat(timesteps), schedule=schedule)
-                line = record(pairs, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), **numbers)
+                encoded = torch.cat([batch.latents for batch in batches])
+                line = record(pairs, encoded, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), **numbers)
                 note = ", ".join(f"{name} {line[key]:.3f}" for name, key in NOTED.items() if line[key] is not None)
                 if log is not None and logged:
                     log.write(line)

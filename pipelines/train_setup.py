@@ -207,6 +207,11 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"objective.{name} is {value}; it must be a positive number")
+    counts = {f"optim.{name}": getattr(optim, name) for name in ("steps", "batch", "accumulation")}
+    counts |= {name: getattr(settings, name) for name in ("checkpoint_every", "keep_checkpoints", "log_every")}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
     for name, value in objective.options.items():
         if not math.isfinite(value):
             raise UserError(f"objective.options: {name} is {value}; give a finite number")

@@ -29,8 +29,8 @@ def read(folder: Path) -> tuple[int, int, int]:
     tracemalloc.start()
     reader = PairReader(folder)
     reader.fingerprint()
-    source = CachedSource(PairCache(folder / "cache"))
-    feed = Feed(reader, source, targets="all", seed=0, sampling="importance")
+    source = CachedSource(PairCache(folder / "cache"), 4)
+    feed = Feed(reader, source, targets="all", seed=0, sampling="importance", together=4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     for row in feed.rows[::5].tolist():
@@ -63,4 +63,4 @@ def test_a_pair_that_comes_twice_is_still_named(tmp_path):
     shard = tmp_path / "pairs" / "pairs-00000.parquet"
     (tmp_path / "pairs" / "pairs-00001.parquet").write_bytes(shard.read_bytes())
     with pytest.raises(UserError, match="'pair-000000000' stands in"):
-        Feed(PairReader(tmp_path), CachedSource(PairCache(tmp_path / "cache")), targets="all", seed=0, sampling="uniform")
+        Feed(PairReader(tmp_path), CachedSource(PairCache(tmp_path / "cache"), 4), targets="all", seed=0, sampling="uniform", together=4)

@@ -122,11 +122,14 @@ def read(settings: FeedMemorySettings) -> None:
     stations["reader"] = memory()
     cache = PairCache(settings.read / "cache")
     stations["cache"] = memory()
-    feed, timesteps = Feed(reader, CachedSource(cache), targets="all", seed=0, sampling="importance"), TimestepDraw(0, 1000)
+    feed, timesteps = (
+        Feed(reader, CachedSource(cache, 4), targets="all", seed=0, sampling="importance", together=settings.batch),
+        TimestepDraw(0, 1000),
+    )
     stations["feed"] = memory()
     for step in range(settings.batches):
         draws = draw(0, step, settings.batch, SHAPE, timesteps=timesteps, caption_dropout=0.1)
-        feed.batch(step * settings.batch, draws, Plain())  # type: ignore[arg-type]
+        feed.batch(feed.load(step * settings.batch, draws), Plain())  # type: ignore[arg-type]
     stations["batches"] = memory()
     say(json.dumps({"stations": stations, "open_files": len(os.listdir("/proc/self/fd"))}))
 
