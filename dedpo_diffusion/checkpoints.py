@@ -24,12 +24,16 @@ QUANTISED = "__bnb_optimizer_quant_state__"  # where bitsandbytes nests its mome
 INTEGER = "#int"  # marks the name of a state that was no tensor
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Flatten an optimizer's state to whole tensors named "<parameter index>.<state name>"; `keep` as in `sharding.whole`.
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Flatten an optimizer's state to tensors named "<parameter index>.<state name>".
 
     Raises:
         TypeError: the optimizer keeps something that is neither a tensor nor an integer.
     """
+    return whole(_state_tensors(optimizer))
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     flat: dict[str, torch.Tensor] = {}
     for index, state in optimizer.state_dict()["state"].items():
         nested = state.get(QUANTISED, {})
@@ -39,7 +43,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, *, keep: bool = True) ->
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"optimizer state {name!r} is a {type(value).__name__}; only tensors and integers can be checkpointed")
             flat[f"{index}.{name}"] = value
-    return whole(flat, keep=keep)
+    return flat
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, torch.Tensor]) -> None:
@@ -76,19 +80,8 @@ def save_checkpoint(
     Raises:
         UserError: a parameter is no longer finite, or the disk is full; nothing is written.
     """
-    with atomic_folder(folder) if write else nullcontext(folder) as temporary:
-        for name, tensors in (("parameters", parameters), ("average", average), ("reference", anchor)):
-            if tensors is not None:
-                found = whole(tensors, keep=write)
-                if write:
-                    _check_finite(folder, found)
-                    save_file(found, temporary / f"{name}.safetensors")
-        found = optimizer_tensors(optimizer, keep=write)
-        if write:
-            save_file(found, temporary / "optimizer.safetensors")
-            write_json(temporary / "state.json", dict(meta))
-            sums = {file.name: [file.stat().st_size, file_checksum(file)] for file in sorted(temporary.iterdir())}
-            write_json(temporary / CHECKSUMS, sums)
+    parts = {"parameters": parameters, "reference": anchor, "average": average, "optimizer": _state_tensors(optimizer)}
+    _save(folder, parts, meta, write=write)
 
 
 def _check_finite(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -111,9 +104,13 @@ def check_checkpoint(folder: Path) -> None:
         known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
     except ValueError as error:
         raise UserError(f"{listed}: damaged ({error})") from error
-    for name in sorted(
-        {"parameters.safetensors", "optimizer.safetensors", "state.json", *known, *(p.name for p in folder.glob("*.safetensors"))}
-    ):
+    wanted = known or {
+        "parameters.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        *(file.name for file in folder.glob("*.safetensors")),
+    }
+    for name in sorted(wanted):
         file = folder / name
         try:
             if file.suffix == ".json":
@@ -126,6 +123,28 @@ def check_checkpoint(folder: Path) -> None:
             raise UserError(f"{file}: missing") from error
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{file}: damaged ({error})") from error
+
+
+def save_best(
+    folder: Path, parameters: Mapping[str, torch.Tensor], meta: Mapping[str, Any], average: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write what can be exported of a moment of training, `state.json` and `checksums.json`, into `folder`, atomically; nothing resumes
+    from it. Raises as `save_checkpoint`."""
+    _save(folder, {"parameters": parameters, "average": average}, meta)
+
+
+def _save(folder: Path, parts: Mapping[str, Mapping[str, torch.Tensor] | None], meta: Mapping[str, Any], *, write: bool = True) -> None:
+    with atomic_folder(folder) if write else nullcontext(folder) as temporary:
+        for name, tensors in parts.items():
+            found = None if tensors is None else whole(tensors, keep=write)
+            if found is not None and write:
+                if name in ("parameters", "average"):
+                    _check_finite(folder, found)
+                save_file(found, temporary / f"{name}.safetensors")
+        if write:
+            write_json(temporary / "state.json", dict(meta))
+            sums = {file.name: [file.stat().st_size, file_checksum(file)] for file in sorted(temporary.iterdir())}
+            write_json(temporary / CHECKSUMS, sums)
 
 
 def load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -262,7 +262,7 @@ class Loaded:
     """B consecutive visits before the model sees them.
 
     `places` of the visited pairs, `draws`, `encoded` as the source loads it, `target`, `weight` and `doubt` (B,), `known`: the
-    reference's errors (B, 2), if they are.
+    reference's errors (B, 2), if they are, `labelled` (B,) bool.
     """
 
     places: list[int]
@@ -272,11 +272,12 @@ class Loaded:
     weight: Tensor
     doubt: Tensor | None
     known: Tensor | None
+    labelled: Tensor | None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Loaded:
         """The same with `change` made to every tensor."""
-        doubt, known = (None if part is None else change(part) for part in (self.doubt, self.known))
-        return Loaded(self.places, self.draws.map(change), self.encoded.map(change), change(self.target), change(self.weight), doubt, known)
+        rest = (None if part is None else change(part) for part in (self.doubt, self.known, self.labelled))
+        return Loaded(self.places, self.draws.map(change), self.encoded.map(change), change(self.target), change(self.weight), *rest)
 
 
 def cache_identity(model: Backbone, data: DataSettings, *, pairs: str, size: int) -> dict[str, Any]:
@@ -347,6 +348,7 @@ class Feed:
         rows: the dataset's rows that are visited.
         shapes: (C, h, w) of the latents of each bucket; a single one without buckets.
         grid: pre-drawn timesteps and noises with the reference's errors, if there are any.
+        labelled: (n,) bool, which of the rows people labelled, None where the targets do not say.
         parts, power: what the rows' targets are made of, and the power they were merged with, for one that follows; else None and NaN.
 
     Raises:
@@ -357,7 +359,8 @@ class Feed:
         self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, together: int, follow: bool = False
     ) -> None:  # fmt: skip
         merged, path = read_targets(reader.folder, targets), reader.folder / "targets" / f"{targets}.parquet"
-        if merged.pair_id != reader.ids():
+        if not reader.has_ids(merged.pair_id):
+            reader.ids()  # which tells of one that comes twice
             raise UserError(f"{path}: its pairs are not the dataset's; run `dedpo merge` again")
         self.rows = np.flatnonzero(visited_pairs(merged, path, follow=follow))
         if not len(self.rows):
@@ -374,6 +377,7 @@ class Feed:
         visit = 1 / (pool * self.visits.probability)
         self.target = torch.tensor(target, dtype=torch.float32)
         self.weight = torch.tensor(weight * visit, dtype=torch.float32)
+        self.labelled = None if merged.human is None else torch.tensor(~np.isnan(merged.human[self.rows]))
         self.doubt = None if merged.doubt is None else torch.tensor(merged.doubt[self.rows], dtype=torch.float32)
         if self.parts is not None:
             self.parts = replace(self.parts, visit=self.parts.visit * torch.tensor(visit))
@@ -414,16 +418,17 @@ class Feed:
         if self.grid is not None:  # the view is that of the noise, whose reference errors are of that view
             numbers = [int(step_generator(self.seed, visit, CHOICE).initial_seed()) % self.grid.draws for visit in visits]
             draws, known = self.grid.at(rows, numbers)
-        doubt = None if self.doubt is None else self.doubt[places]
+        doubt, labelled = (None if values is None else values[places] for values in (self.doubt, self.labelled))
         encoded = self.source.load(rows, numbers, draws.drop_caption)
-        return Loaded(places, draws, encoded, self.target[places], self.weight[places], doubt, known)
+        return Loaded(places, draws, encoded, self.target[places], self.weight[places], doubt, known, labelled)
 
     def batch(self, loaded: Loaded, model: Backbone) -> tuple[PairBatch, Draws]:
         """The batch of what was loaded, and its draws, on the model's device."""
         given = loaded.map(lambda value: value.to(model.device, non_blocking=True))
         encoded = self.source.encode(given.encoded)
         latents = model.latents(encoded.mean, encoded.std, given.draws.posterior)
-        return PairBatch(latents, encoded.conditioning, given.target, given.weight, given.doubt, given.known), given.draws
+        batch = PairBatch(latents, encoded.conditioning, given.target, given.weight, given.doubt, given.known, given.labelled)
+        return batch, given.draws
 
 
 def _alike(shapes: np.ndarray) -> list[tuple[tuple[int, int, int], np.ndarray]]:

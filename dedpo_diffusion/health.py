@@ -13,6 +13,8 @@ RISE = 0.05  # of the reference's error: runs that end well reach a few hundredt
 WIDE = 8.0  # mean |margin|: the sigmoid's slope is then below a thousandth of what it was
 STILL = 1e-3  # largest |margin| of a policy that does not move
 STEPS = 100  # after which one that does not move is a symptom
+AGAIN = 2  # validations in a row that must show a rise of the held-out loss: the best one was picked for its low value
+FEW = 10  # held-out pairs below which their mean says too little
 
 NAMES = ("reference_error", "winner_drift", "loser_drift", "margin_abs_mean", "margin_abs_max", "implicit_accuracy")
 
@@ -55,6 +57,32 @@ def symptoms(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
             "Raise optim.learning_rate or objective.beta"
         )
     return found
+
+
+def held_out_symptom(lines: Sequence[Mapping[str, Any]], start: Sequence[float]) -> str | None:
+    """In words, that the held-out loss surely rises; None where it does not, or too little is known.
+
+    Validations have their pairs and draws in common, so they are compared pair by pair: the mean rise above the best of the earlier
+    ones, or of the loss before training, must lie SURE standard errors beyond 0 in each of the last AGAIN.
+
+    Args:
+        lines: of `validation.jsonl`, oldest first, with `step`, `loss` and `pair_loss`.
+        start: the loss of each held-out pair before training.
+    """
+    known = [line for line in lines if line.get("loss") is not None]
+    if len(known) < AGAIN or len(start) < FEW:
+        return None
+    earlier = [{"step": 0, "loss": float(np.mean(start)), "pair_loss": list(start)}, *known[:-AGAIN]]
+    best = min(earlier, key=lambda line: line["loss"])
+    if not all(_beyond(np.subtract(line["pair_loss"], best["pair_loss"]), 0.0) for line in known[-AGAIN:]):
+        return None
+    seen = f"held-out loss rises: {known[-1]['loss']:.4f} on the pairs and draws that gave {best['loss']:.4f} "
+    if best["step"] == 0:
+        return seen + "before training: what is learned does not carry over to them. Lower optim.learning_rate, or look at the targets"
+    return seen + (
+        f"after step {best['step']}: the model now learns the training pairs by heart. Stop earlier; "
+        "`dedpo export RUN --checkpoint best` takes the best step"
+    )
 
 
 def _beyond(values: np.ndarray, bound: float) -> bool:

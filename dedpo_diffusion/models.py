@@ -34,7 +34,8 @@ class Backbone:
     Attributes:
         unet: the UNet, with its adapter once `add_lora` was called.
         text: its text encoders.
-        policy: what `predict` calls: a module that holds all that is trained, or what accelerate made of it.
+        network: the module that holds all that is trained.
+        policy: what `predict` calls: `network`, or what accelerate made of it.
         frozen: the reference of a UNet that is trained as a whole; None while there is an adapter, or no need of it.
         anchor: the reference's trained parameters, by name; None takes the base model as the reference.
         process: the forward process of its noise schedule.
@@ -46,6 +47,7 @@ class Backbone:
         """Load and freeze; `dtype` is the compute precision of the UNet. Raises as `load_pipeline`."""
         pipe = load_pipeline(name, config=config)
         self.device, self.dtype = device, dtype
+        self.pipeline, self.scheduler = type(pipe), pipe.scheduler  # of what samples from it
         self.scale, self.channels, self.factor = (
             float(pipe.vae.config.scaling_factor),
             pipe.vae.config.latent_channels,
@@ -64,7 +66,8 @@ class Backbone:
         self.process = self.process.to(device)
         self.vae = pipe.vae.requires_grad_(False).eval()  # float32: half precision overflows in some VAEs
         self.unet = pipe.unet.requires_grad_(False).eval()
-        self.policy: nn.Module = Network(self.unet, dtype)
+        self.network = Network(self.unet, dtype)
+        self.policy: nn.Module = self.network
         self.frozen: nn.Module | None = None
         self.anchor: dict[str, Tensor] | None = None
         self._initial: dict[str, Tensor] = {}  # of DoRA's magnitudes, which do not begin at 0
@@ -160,7 +163,7 @@ class Backbone:
             raise UserError(f"lora.targets {list(targets or ATTENTION)}: {error}") from error
         if text:
             self.text.to(self.device).add_lora(options)
-            self.policy = Network(self.unet, self.dtype, self.text)
+            self.policy = self.network = Network(self.unet, self.dtype, self.text)
         for name, parameter in self.trainable().items():
             parameter.data = parameter.data.float()
             if "magnitude" in name and not name.startswith("text_"):  # of the weights as they are, which the compute precision would round

@@ -219,7 +219,9 @@ class PairReader:
         digest = hashlib.sha256()
         for path in self.shards:
             digest.update(shard_digest(path).encode())
-        digest.update("\0".join([*self.column("pair_id"), *self.column("prompt")]).encode())
+        pieces = (piece for name in ("pair_id", "prompt") for piece in self._pieces(name) if piece)
+        for number, piece in enumerate(pieces):  # as if all were joined at once, which would hold them all
+            digest.update(("\0" * (number > 0) + "\0".join(piece)).encode())
         return digest.hexdigest()
 
     def ids(self) -> list[str]:
@@ -231,19 +233,30 @@ class PairReader:
             raise UserError(f"{self.folder / 'pairs'}: pair_id {ids[rows[0]]!r} stands in {places}; make it unique")
         return ids
 
+    def has_ids(self, ids: Sequence[str]) -> bool:
+        """Whether these are the pairs' ids, in order; only a shard's are in memory."""
+        start = 0
+        for piece in self._pieces("pair_id"):
+            if list(ids[start : start + len(piece)]) != piece:
+                return False
+            start += len(piece)
+        return start == len(ids)
+
     def prompts(self) -> list[str]:
         """Every prompt in order."""
         return self.column("prompt")
 
     def column(self, name: str) -> list[str]:
         """Every value of `pair_id` or `prompt` in order; UserError where one is missing."""
-        values: list[str] = []
+        return [value for piece in self._pieces(name) for value in piece]
+
+    def _pieces(self, name: str) -> Iterator[list[str]]:
+        """A column, shard by shard."""
         for path in self.shards:
             with open_parquet(path) as file:
                 found = file.read(columns=[name], use_threads=False).column(0).to_pylist()
             check_no_nulls(path, name, found)
-            values += found
-        return values
+            yield found
 
     def sources(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
         """Source columns by their name without source_, each (N,); null where a shard lacks it, text where shards differ in type."""

@@ -118,7 +118,8 @@ class PairBatch:
     """B pairs, ready for the step.
 
     `latents` (B, 2, C, h, w) scaled VAE latents; `target` and `weight` (B,) float32; `doubt` (B,), how far the judges
-    disagree, where an objective asks for it; `reference_errors` (B, 2) where they are known beforehand.
+    disagree, where an objective asks for it; `reference_errors` (B, 2) where they are known beforehand; `labelled` (B,) bool, whether
+    people labelled the pair, where the targets say so.
     """
 
     latents: Tensor
@@ -127,15 +128,17 @@ class PairBatch:
     weight: Tensor
     doubt: Tensor | None = None
     reference_errors: Tensor | None = None
+    labelled: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one preference step leaves behind; only `loss` carries a graph.
 
-    `loss`, `margin`, `cosine` (B,); `policy_errors`, `reference_errors`, `coefficients` (B, 2), float32.
+    `loss`, `margin`, `cosine`, `pull` (B,); `policy_errors`, `reference_errors`, `coefficients` (B, 2), float32.
     `margin` and `reference_errors` are NaN where no reference was needed. `coefficients` are the gradient factors of balance and
-    guard; `cosine` is that of the angle between the policy's residuals on the two images, prediction minus target.
+    guard; `cosine` is that of the angle between the policy's residuals on the two images, prediction minus target. `pull` is what the
+    pair puts into the gradient: the sum over its images of |d loss / d policy error|, balance, guard and weights included.
     """
 
     loss: Tensor
@@ -144,3 +147,4 @@ class StepResult:
     policy_errors: Tensor
     reference_errors: Tensor
     coefficients: Tensor
+    pull: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,11 @@ def newest_checkpoint(run: Path) -> tuple[int, Path] | None:
     return None
 
 
+def best_folder(run: Path) -> Path:
+    """Where what was trained at the best validation lies, if there was one."""
+    return run / "best"
+
+
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     for _, folder in checkpoints(run)[:-keep]:
@@ -132,9 +137,9 @@ def read_settings(run: Path) -> dict[str, Any]:
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
-def read_metrics(run: Path, last: int) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl` up to a step; [] where there is none."""
-    return [json.loads(text) for text in _kept_lines(run / "metrics.jsonl", last)]
+def read_metrics(run: Path, last: int, name: str = "metrics") -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, or of another log, up to a step; [] where there is none."""
+    return [json.loads(text) for text in _kept_lines(run / f"{name}.jsonl", last)]
 
 
 def _kept_lines(file: Path, last: int) -> list[str]:
@@ -149,21 +154,22 @@ class MetricsLog:
     Args:
         run: the run folder.
         done: steps that the resumed run has behind it; later lines are removed, they will be written again.
+        name: of another log, whose numbers TensorBoard shows as a run of its own.
     """
 
-    def __init__(self, run: Path, done: int) -> None:
+    def __init__(self, run: Path, done: int, name: str = "metrics") -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = run / "metrics.jsonl"
+        self.path, board = run / f"{name}.jsonl", run / "tensorboard"
         if self.path.is_file():
             write_text(self.path, "".join(_kept_lines(self.path, done)))
         with writing(self.path):
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
-        with writing(run / "tensorboard"):
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
+        with writing(board):
+            self.board = SummaryWriter(str(board if name == "metrics" else board / name), purge_step=done + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line; nested values go to the file alone. Raises NoSpace where the disk is full."""
+        """Append one line; lists go to the file alone. Raises NoSpace where the disk is full."""
         with writing(self.path):
             try:
                 self.file.write(json.dumps(dict(record), allow_nan=False) + "\n")
@@ -173,8 +179,8 @@ class MetricsLog:
                     self.file.close()
                 raise
         with writing(self.path.with_name("tensorboard")):
-            for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
+            for name, value in _numbers(record):
+                if name != "step":
                     self.board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
@@ -182,3 +188,12 @@ class MetricsLog:
         self.file.close()
         with writing(self.path.with_name("tensorboard")):
             self.board.close()
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a line by name, nested ones as "outer/inner"."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, value

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .bases import load_pipeline
+from .bases import LEFT_OUT, load_pipeline
 from .console import Progress, UserError, say
 from .files import atomic_file, file_digest
+from .models import Backbone
+from .records import Conditioning
 from .runs import open_run
 
 
@@ -59,6 +61,49 @@ def sample(
     return result.images
 
 
+def sampler_around(model: Backbone, vae: Any) -> Any:
+    """A pipeline around a model that is being trained, as it is, without text encoders; `vae` decodes, and needs no encoder."""
+    tokenizers = {name: None for name in ("tokenizer", "tokenizer_2", "text_encoder_2") if name == "tokenizer" or model.told_sizes}
+    pipe = model.pipeline(
+        vae=vae, unet=model.unet, scheduler=model.scheduler, text_encoder=None, **tokenizers, **LEFT_OUT[model.pipeline.__name__]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def sample_encoded(
+    pipe: Any, prompts: Conditioning, absent: Conditioning, seeds: Sequence[int], *, steps: int, guidance: float,
+    shape: tuple[int, int, int],
+) -> list[Image.Image]:  # fmt: skip
+    """As `sample`, for encoded prompts, within the autocast of the caller; the sampler and the VAE compute in float32.
+
+    Args:
+        pipe: of `sampler_around`.
+        prompts: N prompts, as `Backbone.encode_prompts` gives them.
+        absent: the absent prompt, one entry.
+        seeds: N seeds.
+        steps, guidance: as in `sample`.
+        shape: (C, h, w) of a latent.
+    """
+    device, count = pipe.unet.device, len(seeds)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators])
+    side = shape[1] * pipe.vae_scale_factor
+    words: dict[str, Any] = {"prompt_embeds": prompts.text.to(device)}
+    words["negative_prompt_embeds"] = absent.text.to(device).expand(count, -1, -1)
+    if prompts.pooled is not None and absent.pooled is not None:
+        words["pooled_prompt_embeds"] = prompts.pooled.to(device)
+        words["negative_pooled_prompt_embeds"] = absent.pooled.to(device).expand(count, -1)
+    found = pipe(
+        **words, latents=noise.to(device), generator=generators, num_inference_steps=steps, guidance_scale=guidance, height=side,
+        width=side, output_type="latent",
+    )  # fmt: skip
+    with torch.autocast(device.type, enabled=False):  # half precision overflows in some VAEs
+        pixels = pipe.vae.decode(found.images.float() / pipe.vae.config.scaling_factor).sample
+    return pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
 @dataclass(frozen=True)
 class Job:
     """One image to sample; `file` is its name in the sample folder."""
@@ -100,8 +145,13 @@ def sample_folder(
             if not all((folder / job.file).is_file() for job in part):
                 images = sample(pipe, [j.prompt for j in part], [j.seed for j in part], steps=steps, guidance=guidance, size=size)
                 for job, image in zip(part, images, strict=True):
-                    _save_png(folder / job.file, image, job, model)
+                    save_png(folder / job.file, image, job, model)
             progress.advance(len(part))
+    write_index(folder, work)
+
+
+def write_index(folder: Path, work: Sequence[Job]) -> None:
+    """Write `index.parquet`, which says what the images of a folder are."""
     columns = {name: [getattr(job, name) for job in work] for name in ("file", "prompt", "prompt_index", "seed")}
     with atomic_file(folder / "index.parquet") as temporary:
         pq.write_table(pa.table(columns), temporary)
@@ -112,7 +162,8 @@ def _batches(work: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
         yield work[start : start + size]
 
 
-def _save_png(path: Path, image: Image.Image, job: Job, model: str) -> None:
+def save_png(path: Path, image: Image.Image, job: Job, model: str) -> None:
+    """Write an image with its prompt, seed and model in its metadata, atomically."""
     text = PngInfo()
     for key, value in (("prompt", job.prompt), ("seed", str(job.seed)), ("model", model)):
         text.add_itxt(key, value)

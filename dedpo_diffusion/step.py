@@ -98,4 +98,6 @@ def preference_step(
     if reference_errors is None:
         reference_errors = torch.full_like(policy_errors, torch.nan, requires_grad=False)
     m = margin(implicit_rewards(policy_errors.detach(), reference_errors, beta=beta))
-    return StepResult(loss, m, cosine, policy_errors.detach(), reference_errors, factors)
+    # from the losses to the errors only, which costs next to nothing; the model's own graph stays as it is
+    pull = torch.autograd.grad(loss.sum(), policy_errors, retain_graph=True)[0] if loss.requires_grad else torch.zeros_like(policy_errors)
+    return StepResult(loss, m, cosine, policy_errors.detach(), reference_errors, factors, pull.abs().sum(dim=1))

@@ -98,9 +98,9 @@ def single_file(folder: Path, path: Path) -> Path:
     return path
 
 
-def write_pairs(folder: Path, targets: str, count: int = 6) -> Path:
+def write_pairs(folder: Path, targets: str, count: int = 6, *, seed: int = 0) -> Path:
     """A pair dataset of random pictures with merged targets of this name, as `dedpo merge` writes them."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def picture() -> bytes:
         buffer = io.BytesIO()

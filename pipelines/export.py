@@ -3,11 +3,13 @@
     dedpo export runs/tuned --out tuned.safetensors
     dedpo export runs/tuned --format merged --out models/tuned
 
-The newest checkpoint is taken; true alpha and the run's settings are stored in the file's metadata, or beside the merged model.
+The newest checkpoint is taken, or with --checkpoint best what was trained at the best validation. True alpha and the run's settings
+are stored in the file's metadata, or beside the merged model.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ def run(settings: ExportSettings) -> Path:
     from safetensors.torch import load_file
 
     from dedpo_diffusion.checkpoints import check_checkpoint
-    from dedpo_diffusion.runs import checkpoints, read_settings
+    from dedpo_diffusion.runs import read_settings
 
     trained = read_settings(settings.run)
     full = trained.get("weights", "lora") == "full"
@@ -34,10 +36,7 @@ def run(settings: ExportSettings) -> Path:
         raise UserError(f"{settings.out}: give a file name that ends in .safetensors")
     if settings.format == "merged" and (settings.out.suffix == ".safetensors" or settings.out.exists()):
         raise UserError(f"{settings.out}: a merged model is a folder that does not exist yet; choose another --out")
-    found = checkpoints(settings.run)
-    if not found:
-        raise UserError(f"{settings.run}: no checkpoint yet; train at least checkpoint_every steps")
-    step, folder = found[-1]
+    step, folder = chosen(settings)
     try:
         check_checkpoint(folder)
     except UserError as error:
@@ -53,6 +52,28 @@ def run(settings: ExportSettings) -> Path:
     else:
         write_lora(settings, trained, parameters, step)
     return settings.out
+
+
+def chosen(settings: ExportSettings) -> tuple[int, Path]:
+    """The step to export, and the folder of its parameters.
+
+    Raises:
+        UserError: the run has no such checkpoint.
+    """
+    from dedpo_diffusion.runs import best_folder, checkpoints
+
+    file, found = best_folder(settings.run) / "state.json", checkpoints(settings.run)
+    best = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if best is not None and (settings.checkpoint == "best" or (found and found[-1][0] != best["step"])):
+        other = "" if settings.checkpoint == "best" else ", which --checkpoint best takes"
+        say(f"{settings.run}: step {best['step']} was best{other} ({best['by']} {best['value']:.4f})")
+    if settings.checkpoint == "best":
+        if best is None:
+            raise UserError(f"{settings.run}: no best step is known; train with validation.every, and with held-out pairs or scorers")
+        return best["step"], file.parent
+    if not found:
+        raise UserError(f"{settings.run}: no checkpoint yet; train at least checkpoint_every steps")
+    return found[-1]
 
 
 def write_lora(settings: ExportSettings, trained: dict[str, Any], parameters: Mapping[str, Tensor], step: int) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.health import Watch
     from dedpo_diffusion.noising import Draws
     from dedpo_diffusion.pipelines.train_setup import Session
+    from dedpo_diffusion.pipelines.train_validation import Validation
     from dedpo_diffusion.records import PairBatch, StepResult
     from dedpo_diffusion.stopping import StopSignal
 
@@ -109,8 +110,10 @@ def asked_to_leave(stop: StopSignal, session: Session) -> bool:
     return bool(asked)
 
 
-def record(pairs: dict[str, Any], accelerator: Accelerator, *, step: int, schedule: int, **numbers: float) -> dict[str, Any]:
-    """One line of metrics over all processes' pairs.
+def record(
+    pairs: dict[str, Any], encoded: Tensor, accelerator: Accelerator, *, step: int, schedule: int, **numbers: float
+) -> dict[str, Any]:
+    """One line of metrics over all processes' pairs; `encoded` are this process's latents.
 
     Raises:
         UserError: the loss or the gradient is no longer finite.
@@ -121,6 +124,11 @@ def record(pairs: dict[str, Any], accelerator: Accelerator, *, step: int, schedu
     if accelerator.optimizer_step_was_skipped and math.isfinite(line["loss"]):  # how a scaler finds what fp16 can hold
         return line | {"gradient_norm": None}
     if not math.isfinite(line["loss"]) or not math.isfinite(line["gradient_norm"]):
+        if not encoded.isfinite().all():
+            raise UserError(
+                f"step {step}: the VAE's numbers of an image are not finite; its files may be damaged or overflow: check or replace them. "
+                "With data.cache such a pair is named"
+            )
         raise UserError(
             f"step {step}: the loss is {line['loss']}, the gradient's norm {line['gradient_norm']}; the last checkpoint is kept. "
             "Lower optim.learning_rate, or train with mixed_precision bf16 in place of fp16"
@@ -128,7 +136,7 @@ def record(pairs: dict[str, Any], accelerator: Accelerator, *, step: int, schedu
     return line
 
 
-def attend(watch: Watch, line: dict[str, Any], session: Session) -> None:
+def attend(watch: Watch | Validation, line: dict[str, Any], session: Session) -> None:
     """Tell what the curves show.
 
     Raises:
@@ -223,6 +231,8 @@ def run(settings: TrainSettings) -> Path:
         describe(session)
     watch = Watch(read_metrics(settings.out, done))
     log = MetricsLog(settings.out, done) if accelerator.is_main_process else None
+    if session.validation is not None:
+        session.validation.go_on(session, done)
     schedule, loads, note = len(model.process), micro_batches(session, done), ""
 
     with StopSignal() as stop, Progress("training", optim.steps, start=done) as progress:
@@ -249,7 +259,8 @@ def run(settings: TrainSettings) -> Path:
             logged = due or now % settings.log_every == 0 or now == 1
             if logged or leave:  # elsewhere nothing waits for the device
                 pairs = step_metrics(results, batches, torch.cat(timesteps), schedule=schedule)
-                line = record(pairs, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), **numbers)
+                encoded = torch.cat([batch.latents for batch in batches])
+                line = record(pairs, encoded, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), **numbers)
                 note = ", ".join(f"{name} {line[key]:.3f}" for name, key in NOTED.items() if line[key] is not None)
                 if log is not None and logged:
                     log.write(line)
@@ -259,9 +270,12 @@ def run(settings: TrainSettings) -> Path:
                 save(session, now)
             if leave:
                 raise Terminated(f"saved after step {now}")
+            if session.validation is not None and session.validation.due(now):
+                attend(session.validation, session.validation.measure(session, now), session)
             progress.advance(note=note)
-    if log is not None:
-        log.close()
+    for opened in (log, session.validation):
+        if opened is not None:
+            opened.close()
     accelerator.end_training()
     return settings.out
 

@@ -22,13 +22,12 @@ if TYPE_CHECKING:
     from dedpo_diffusion.noising import TimestepDraw
     from dedpo_diffusion.optimizers import Average
     from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pipelines.train_validation import Validation
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with.
-
-    `average` and `follow` are None where they were not asked for.
+    """What a run works with; `average`, `follow` and `validation` are None where they were not asked for.
 
     `hosts` is a group of the processes that talk without their devices, None for a single process.
     """
@@ -41,6 +40,7 @@ class Session:
     optimizer: AcceleratedOptimizer
     average: Average | None
     follow: FollowedPower | None
+    validation: Validation | None
     hosts: ProcessGroup | None
 
 
@@ -59,7 +59,7 @@ def set_up(settings: TrainSettings) -> Session:
     settings = resolve(settings)
     optim = settings.optim
     accelerator = build_accelerator(settings)
-    model, feed, identity = prepare(settings, accelerator)
+    model, feed, identity, validation = prepare(settings, accelerator)
     timesteps, follow = timestep_draw(settings.objective, len(model.process)), follow_power(settings.objective, feed)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
@@ -72,11 +72,15 @@ def set_up(settings: TrainSettings) -> Session:
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
     hosts = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    return Session(settings, accelerator, model, feed, timesteps, prepared, average, follow, hosts)
+    session = Session(settings, accelerator, model, feed, timesteps, prepared, average, follow, validation, hosts)
+    if validation is not None:
+        validation.begin(session)
+    return session
 
 
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     """The same settings, for three steps on a tiny random model and random pairs in a folder, on the CPU."""
+    from dedpo_diffusion.pipelines.train_validation import shrink_validation
     from dedpo_diffusion.tiny import SIDE, build, write_pairs
 
     kind, optim, data = str(settings.smoke), settings.optim, settings.data
@@ -97,17 +101,19 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
             optim, steps=3 * optim.rounds, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)
         ),
         lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
+        validation=shrink_validation(settings.validation, folder),
     )  # fmt: skip
 
 
-def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, Feed, dict[str, str]]:
-    """Load the model, encode the pairs or get ready to, and read the targets; also: identity of the inputs."""
+def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, Feed, dict[str, str], Validation | None]:
+    """Load the model, encode the pairs or get ready to, and read the targets; also: identity of the inputs, validation."""
     import torch
 
     from dedpo_diffusion.feed import CachedSource, Feed, LiveSource, open_cache
     from dedpo_diffusion.files import file_digest
     from dedpo_diffusion.models import Backbone
     from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pipelines.train_validation import open_validation
     from dedpo_diffusion.step import needs_reference
 
     data = settings.data
@@ -120,16 +126,20 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     if data.cache is not None:
         with accelerator.main_process_first():
             cache = open_cache(reader, model, data, root=data.cache, fingerprint=pairs_fingerprint, size=size)
-        model.drop_encoders(keep_text=settings.lora.text_encoders)
         source: Source = CachedSource(cache, model.channels, words=(model.text, reader.prompts()) if settings.lora.text_encoders else None)
     else:
         source = LiveSource(reader, model, data, size=size, seed=settings.seed)
+    validation = open_validation(settings, model, accelerator, size=size)
+    if data.cache is not None:
+        model.drop_encoders(keep_text=settings.lora.text_encoders)
     together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
     feed = Feed(
         reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
         follow=settings.objective.power == "follow",
     )  # fmt: skip
     check(settings, feed)
+    if validation is not None and validation.held_out is not None:
+        validation.held_out.keep_apart(feed, reader, accelerator)
     if settings.attention == "xformers":
         model.use_xformers()
     if settings.weights == "lora":
@@ -152,7 +162,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
-    return model, feed, identity
+    return model, feed, identity | ({} if validation is None else validation.identity()), validation
 
 
 def add_lora(settings: TrainSettings, model: Backbone) -> None:
@@ -186,12 +196,19 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         UserError: an option that cannot be used, or does not go with the objective.
     """
     from dedpo_diffusion.objectives import OBJECTIVES
+    from dedpo_diffusion.pipelines.train_validation import check_validation
 
+    check_validation(settings)
     objective, optim = settings.objective, settings.optim
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap"):
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"objective.{name} is {value}; it must be a positive number")
+    counts = {f"optim.{name}": getattr(optim, name) for name in ("steps", "batch", "accumulation")}
+    counts |= {name: getattr(settings, name) for name in ("checkpoint_every", "keep_checkpoints", "log_every")}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
     for name, value in objective.options.items():
         if not math.isfinite(value):
             raise UserError(f"objective.options: {name} is {value}; give a finite number")

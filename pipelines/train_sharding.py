@@ -58,6 +58,8 @@ def _check_fsdp(settings: TrainSettings) -> None:
         raise UserError("FSDP2 is for weights=full; an adapter is small, so launch without --use_fsdp, for plain data parallel training")
     if settings.mixed_precision == "fp16":
         raise UserError("mixed_precision=fp16 does not go with FSDP2; take bf16")
+    if settings.validation.every is not None:
+        raise UserError("validation.every does not go with FSDP2; leave it out, and judge what `dedpo export` writes")
     if settings.compile or settings.channels_last:
         raise UserError(f"{'compile' if settings.compile else 'channels_last'}=true does not go with FSDP2; leave it out")
     if settings.optim.optimizer != "adamw":
@@ -175,11 +177,11 @@ class SharedMoments:
 def hand_over(accelerator: Accelerator, model: Backbone, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
     """Give accelerate what is trained, and its reference where that is shared out too; returns the optimizer as the loop uses it."""
     if not accelerator.is_fsdp2:
-        model.policy, prepared = accelerator.prepare(model.policy, optimizer)
+        model.policy, prepared = accelerator.prepare(model.network, optimizer)
         return prepared
     from accelerate.utils import fsdp2_prepare_model
 
-    _, prepared = accelerator.prepare(model.unet, optimizer)  # in place, where `policy` holds it
+    _, prepared = accelerator.prepare(model.unet, optimizer)  # in place, where `network` holds it
     if model.frozen is not None:
         fsdp2_prepare_model(accelerator, model.frozen)
     return prepared

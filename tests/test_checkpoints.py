@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dedpo_diffusion import cache, checkpoints, runs
+from dedpo_diffusion import cache, checkpoints, files, runs
 from dedpo_diffusion.cache import PairCache
 from dedpo_diffusion.checkpoints import CHECKSUMS, check_checkpoint, save_checkpoint
 from dedpo_diffusion.console import UserError
@@ -126,6 +128,19 @@ def test_a_pruned_checkpoint_never_looks_whole(tmp_path, monkeypatch):
         runs.prune_checkpoints(tmp_path, 2)
     monkeypatch.undo()
     assert [step for step, _ in runs.checkpoints(tmp_path)] == [2, 3]
+
+
+def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_stay(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    names = {"dead": f".a.{files.HOST}.{process.pid}.tmp", "alive": f".a.{files.HOST}.{os.getpid()}.tmp", "elsewhere": ".a.other.1.tmp"}
+    for name in names.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text("half")
+    (tmp_path / f".b.{files.HOST}.{process.pid}.tmp").write_text("half")
+    (tmp_path / "kept.tmp").write_text("the user's")
+    files.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {names["alive"], names["elsewhere"], "kept.tmp"}
 
 
 # ---- the command

@@ -163,7 +163,7 @@ def test_export_tells_it_too(tiny_model, tiny_pairs, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pages", range(8, 60, 4))
+@pytest.mark.parametrize("pages", [6, 25, 45])  # full while it claims its folder, encodes, saves
 def test_a_disk_that_really_is_full(tiny_model, tiny_pairs, tmp_path, pages):
     """A file system of a few pages of memory in a name space of its own, then with room again."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
+import torch
+from test_step import backbone
+from test_step import batch as batch_of_step
 
+from dedpo_diffusion import preference_step, tiny
 from dedpo_diffusion.health import WINDOW, Watch, symptoms
+from dedpo_diffusion.labels import read_targets
+from dedpo_diffusion.metrics import summarise
 from dedpo_diffusion.pipelines import train
 from dedpo_diffusion.runs import checkpoints
 from training import arguments, fresh_accelerate_state, metrics  # noqa: F401 - the last but one is a fixture
@@ -87,3 +96,65 @@ def test_a_run_that_falls_apart_warns_or_stops_and_keeps_its_checkpoint(tiny_mod
 def test_an_ordinary_run_says_nothing(tiny_model, tiny_pairs, tmp_path, capsys):
     assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "run", optim__steps=16)) == 0
     assert "Warning" not in capsys.readouterr().out
+
+
+# ---- what a line of metrics says of saturation and gradients
+
+
+def pairs(margin, pull, labelled=None, target=None) -> dict[str, torch.Tensor]:
+    m = torch.tensor(margin, dtype=torch.float64)
+    ones, both = torch.ones(len(m)), torch.ones(len(m), 2)
+    found = {"margin": m, "pull": torch.tensor(pull, dtype=torch.float64), "loss": ones, "cosine": ones, "target": ones, "weight": ones}
+    found |= {"policy": both, "reference": both, "coefficients": both, "bucket": ones.long()}
+    return found if labelled is None else found | {"labelled": torch.tensor(labelled)}
+
+
+def test_saturation_counts_the_pairs_whose_slope_is_below_a_tenth():
+    """4 sigmoid(m) sigmoid(-m) = 1 / cosh(m / 2)^2 is a tenth at |m| = 3.6369."""
+    edge = 2 * math.acosh(math.sqrt(10))
+    found = summarise(pairs([0.0, edge - 1e-6, edge + 1e-6, -50.0], [1.0] * 4), schedule=1000)
+    assert edge == pytest.approx(3.6369, abs=1e-4)
+    assert found["saturation"] == 0.5
+
+
+def test_gradient_shares_of_the_largest_tenth_and_of_human_labels():
+    pull = [5.0, 3.0, *[1.0] * 18]  # 20 pairs: the tenth is 2 of them
+    found = summarise(pairs([0.0] * 20, pull, [0.0, 1.0, 1.0, *[0.0] * 17]), schedule=1000)
+    assert found["largest_gradient_share"] == pytest.approx(8 / 26)
+    assert found["human_gradient_share"] == pytest.approx(4 / 26)
+    assert summarise(pairs([0.0] * 3, [1.0, 2.0, 1.0]), schedule=1000)["largest_gradient_share"] == pytest.approx(0.5)
+    nothing = summarise(pairs([0.0] * 3, [0.0] * 3, [1.0] * 3), schedule=1000)
+    assert nothing["largest_gradient_share"] is None and nothing["human_gradient_share"] is None
+
+
+def test_what_nobody_predicted_is_not_known():
+    found = summarise(pairs([math.nan] * 3, [1.0] * 3), schedule=1000)
+    assert all(found[name] is None for name in ("saturation", "implicit_accuracy", "margin", "human_gradient_share"))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "sft"])
+def test_a_pairs_pull_is_its_part_of_the_gradient(tiny_model, kind):
+    """Doubling a pair's weight doubles its pull alone; for sigmoid it is beta weight |sigmoid(m) - t|, over both images; the gradient of
+    the model's parameters is not touched."""
+    model, (batch, t, noise) = backbone(tiny_model, trained=True), batch_of_step()
+    weights = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0])
+    options = {"timesteps": t, "noise": noise, "beta": 200.0, "kind": kind, "balance": "none"}
+    plain = preference_step(model, batch, **options)
+    found = preference_step(model, dataclasses.replace(batch, weight=weights), **options)
+    torch.testing.assert_close(found.pull, weights * plain.pull)
+    assert not found.pull.requires_grad
+    if kind == "sigmoid":
+        torch.testing.assert_close(plain.pull, 200.0 * (plain.margin.sigmoid() - batch.target).abs())
+    plain.loss.mean().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.trainable().values())
+
+
+def test_a_run_says_what_part_human_labels_have(tiny_model, tmp_path):
+    pairs_folder = tiny.write_pairs(tmp_path / "data", "soft")
+    changes = {"optim__steps": 1, "optim__batch": 6, "data__size": 16}
+    assert train.main(arguments(tiny_model, pairs_folder, tmp_path / "run", **changes)) == 0
+    [line] = metrics(tmp_path / "run")
+    merged = read_targets(pairs_folder, "soft")
+    part = merged.weight * np.abs(merged.target - 0.5)  # at margin 0, where the balance is the same for both images of a pair
+    assert line["human_gradient_share"] == pytest.approx(part[~np.isnan(merged.human)].sum() / part.sum(), rel=0.02)
+    assert line["saturation"] == 0.0

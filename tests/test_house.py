@@ -59,7 +59,7 @@ FLOORS = {
         "weights",
         "scorers",
     ],
-    2: ["tiny", "annotators", "diagnosis", "formats", "inspection", "ballot", "sampling", "step", "feed"],
+    2: ["tiny", "annotators", "diagnosis", "formats", "inspection", "ballot", "sampling", "step", "feed", "validation"],
     3: ["cli"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

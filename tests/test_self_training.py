@@ -134,6 +134,7 @@ def test_an_untrained_adapter_is_undecided(trained, tiny_model, tmp_path):
     file = checkpoints(run)[-1][1] / "parameters.safetensors"
     fresh = {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in load_file(file).items()}
     save_file(fresh, file)
+    (file.parent / "checksums.json").unlink()  # a changed file would be taken for a damaged one
     rewards = single(pairs, run).rewards(questions(pairs))
     assert (rewards == 0).all()
     assert (probability(pool(rewards, np.ones((1, 16), dtype=bool), 1.0), 1.0) == 0.5).all()
@@ -276,6 +277,7 @@ def test_rewards_of_a_run_of_rounds_are_against_the_base_and_said_to_rank_only(t
     rewards = single(pairs, rounds).rewards(questions(pairs))
     plain = train_run(tiny_model, pairs, tmp_path / "plain", "human_only-fold-0", optim__steps=4)
     shutil.copy(folder / "parameters.safetensors", checkpoints(plain)[-1][1] / "parameters.safetensors")
+    (checkpoints(plain)[-1][1] / "checksums.json").unlink()
     assert np.abs(rewards).min() > 1e-4
     np.testing.assert_array_equal(rewards, single(pairs, plain).rewards(questions(pairs)))
     capsys.readouterr()

@@ -144,7 +144,7 @@ def test_flip_and_crop_treat_both_images_alike(tiny_model, tmp_path):
 
     pair = PairReader(tmp_path / "data").pair(0)
     data = DataSettings(tmp_path / "data", flip=True, crop="random")
-    views = [view_pair(pair, "here", 16, data, step_generator(0, visit)) for visit in range(3)]
+    views = [view_pair(pair, "here", [(16, 16)], data, step_generator(0, visit)) for visit in range(3)]
     for pixels, sizes in views:
         assert torch.equal(pixels[0], pixels[1])
         assert torch.equal(sizes[0], sizes[1])
@@ -160,6 +160,8 @@ def test_flip_and_crop_treat_both_images_alike(tiny_model, tmp_path):
         ({"model": "/nowhere/model"}, "no such folder"),
         ({"data__cache": "cache", "data__flip": "true"}, "data.cache"),
         ({"attention": "xformers"}, "needs a CUDA device"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0; it must be at least 1"),
+        ({"optim__accumulation": 0}, "optim.accumulation is 0"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_written(tiny_model, tiny_pairs, tmp_path, capsys, changes, words):
@@ -201,3 +203,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_m
     assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "run", **changes)) == 2
     assert "Lower optim.learning_rate" in capsys.readouterr().err
     assert all(torch.isfinite(value).all() for value in final(tmp_path / "run").values())
+
+
+def test_an_image_that_encodes_to_nan_is_told_apart_from_a_rate_that_is_too_high(tiny_model, tiny_pairs, tmp_path, monkeypatch, capsys):
+    from dedpo_diffusion.models import Backbone
+
+    real = Backbone.encode_images
+    monkeypatch.setattr(Backbone, "encode_images", lambda self, pixels: tuple(value * float("nan") for value in real(self, pixels)))
+    assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "run")) == 2
+    assert "step 1: the VAE's numbers of an image are not finite" in " ".join(capsys.readouterr().err.split())

@@ -8,7 +8,7 @@ from __future__ import annotations
 from .data import IngestSettings, ProposeSettings, ValidateSettings, VoteSettings
 from .evaluation import CompareSettings, QuickstartSettings, SampleSettings, ScoreSettings
 from .labelling import CalibrateSettings, LabelSettings, MergeSettings, SelfTrainingSettings, ServerSettings, VlmSettings
-from .training import DataSettings, ExportSettings, LoraSettings, ObjectiveSettings, OptimSettings, TrainSettings
+from .training import DataSettings, ExportSettings, LoraSettings, ObjectiveSettings, OptimSettings, TrainSettings, ValidationSettings
 
 __all__ = [
     "CalibrateSettings",
@@ -29,6 +29,7 @@ __all__ = [
     "ServerSettings",
     "TrainSettings",
     "ValidateSettings",
+    "ValidationSettings",
     "VlmSettings",
     "VoteSettings",
 ]

@@ -156,6 +156,40 @@ class OptimSettings:
 
 
 @dataclass(frozen=True)
+class ValidationSettings:
+    """What is measured in the course of training, on pairs and prompts that are not trained on.
+
+    Args:
+        every: steps between validations, of which the last step is always one; None validates never.
+        pairs: a pair dataset whose human labels are held out; None measures no held-out loss. Where it is data.pairs itself, the labelled
+            pairs that carry no weight in data.targets are held out (`dedpo merge --folds` leaves a fold out). No image file of them
+            may be trained on.
+        human: name of its label file.
+        draws: timesteps and noises of each held-out pair, the same in every validation; the timesteps lie one in each of as many equal
+            parts of objective.timesteps.
+        prompts: a text file with one prompt a line; an image of each is sampled before training and at every validation, from the same
+            noise. None samples none.
+        seed: of these draws, and of the first image's noise; the others count up from it.
+        steps: sampler steps of an image.
+        guidance: classifier-free guidance scale of an image.
+        scorers: what scores these images, as in `dedpo score --with`. They stay in the memory of the run's device.
+        keep_best: keep what was trained as it was at the best validation in OUT/best. Best is the lowest held-out loss or, without held-out
+            pairs, the highest mean of the first scorer; the first of equals.
+    """
+
+    every: int | None = None
+    pairs: Path | None = None
+    human: str = "human"
+    draws: int = 4
+    prompts: Path | None = None
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 5.0
+    scorers: list[str] = field(default_factory=list)
+    keep_best: bool = True
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """Train a LoRA, or the whole UNet, on merged preference targets.
 
@@ -168,6 +202,7 @@ class TrainSettings:
         lora: the adapter.
         objective: what is minimised.
         optim: how it is minimised.
+        validation: what is measured in the course of training.
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
         seed: seed of every draw.
         mixed_precision: compute precision; trained weights, errors and losses stay float32.
@@ -178,8 +213,8 @@ class TrainSettings:
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of the newest checkpoints are kept.
         log_every: steps between lines of metrics.jsonl.
-        health: warn when the curves show a symptom (both errors rise, margins are wide, nothing moves, preferences are reversed), or
-            stop the run there; the last checkpoint is kept.
+        health: warn when the curves show a symptom (both errors rise, margins are wide, nothing moves, preferences are reversed, held-out
+            loss rises), or stop the run there; the last checkpoint is kept.
         device: cpu forces the CPU; None lets accelerate choose.
         smoke: try these settings: three steps on the CPU on a tiny random model of this architecture and random pairs; nothing is kept.
     """
@@ -191,6 +226,7 @@ class TrainSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
     model_config: str | None = None
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -213,6 +249,7 @@ class ExportSettings:
     Args:
         run: the run folder.
         out: the file to write, or the folder.
+        checkpoint: the last one, or what was trained at the best validation.
         average: take the moving average, if the run kept one.
         format: diffusers is a LoRA file of that layout; merged is a diffusers folder of the whole model, float32.
     """
@@ -220,4 +257,5 @@ class ExportSettings:
     run: Path
     out: Path
     format: Literal["diffusers", "merged"] = "diffusers"
+    checkpoint: Literal["last", "best"] = "last"
     average: bool = True

@@ -1,0 +1,66 @@
+"""Reading pairs keeps little of each in memory, however many there are."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+
+from dedpo_diffusion.cache import PairCache
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.evaluation.benchmarks.feed_memory import make
+from dedpo_diffusion.feed import CachedSource, Feed
+from dedpo_diffusion.pairs import PairReader, PairWriter
+from dedpo_diffusion.records import Pair
+
+
+def tensors() -> int:
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+def read(folder: Path) -> tuple[int, int, int]:
+    """Open a dataset and read its pairs; the peak of Python's memory in bytes, and tensors and files that are held at the end."""
+    before, files = tensors(), len(os.listdir("/proc/self/fd"))
+    tracemalloc.start()
+    reader = PairReader(folder)
+    reader.fingerprint()
+    source = CachedSource(PairCache(folder / "cache"), 4)
+    feed = Feed(reader, source, targets="all", seed=0, sampling="importance", together=4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    for row in feed.rows[::5].tolist():
+        source.fetch([row], [row], torch.zeros(1, dtype=torch.bool))
+        reader.pair(row)
+    return peak, tensors() - before, len(os.listdir("/proc/self/fd")) - files
+
+
+def test_memory_tensors_and_open_files_hardly_grow_with_the_pairs(tmp_path):
+    few, many = (make(tmp_path / str(count), count, shard_pairs=20) for count in (40, 1040))
+    read(few)  # whatever is imported or made once
+    (least, held, _), (most, more, files) = read(few), read(many)
+    assert (most - least) / 1000 < 700, (least, most)  # bytes; encoded, a pair has 4600
+    assert more == held
+    assert files == 0
+
+
+def test_ids_are_compared_shard_by_shard(tmp_path):
+    with PairWriter(tmp_path, shard_pairs=3) as writer:
+        for k in range(7):
+            writer.add(Pair(f"p{k}", "a prompt", b"0", b"1"))
+    reader, ids = PairReader(tmp_path), [f"p{k}" for k in range(7)]
+    assert reader.has_ids(ids)
+    for other in (ids[:-1], [*ids, "p7"], ids[::-1], [*ids[:3], "p9", *ids[4:]], []):
+        assert not reader.has_ids(other)
+
+
+def test_a_pair_that_comes_twice_is_still_named(tmp_path):
+    make(tmp_path, 8)
+    shard = tmp_path / "pairs" / "pairs-00000.parquet"
+    (tmp_path / "pairs" / "pairs-00001.parquet").write_bytes(shard.read_bytes())
+    with pytest.raises(UserError, match="'pair-000000000' stands in"):
+        Feed(PairReader(tmp_path), CachedSource(PairCache(tmp_path / "cache"), 4), targets="all", seed=0, sampling="uniform", together=4)
