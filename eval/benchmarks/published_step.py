@@ -89,7 +89,7 @@ class PublishedStep:
     """The published step on a UNet of its own, with the backbone's VAE and text encoders in the precision that the script gives them.
 
     Args:
-        model: where the weights come from, before it has an adapter or is trained.
+        model: where the weights come from, placed on the device, before it has an adapter or is trained.
         examples: the pairs.
         full: every weight, as Salesforce's script; else an adapter, as those of diffusers.
         rank: of the adapter; its alpha is the same.

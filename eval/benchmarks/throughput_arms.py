@@ -177,14 +177,13 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
         name: Feed(reader, live if name == "live" else cached, targets=data.targets, seed=told.seed, sampling=data.sampling)
         for name in OURS
     }
+    model.place(torch.float32 if full else None)
     preferred = (feeds["live"].target < 0.5).int().numpy()
     published = PublishedStep(
         model, Examples(reader, preferred, model.tokenizers, size, flip=True), full=full, rank=settings.rank, batch=optim.batch,
         beta=told.objective.beta, learning_rate=optim.learning_rate, checkpointing=settings.gradient_checkpointing,
     )  # fmt: skip
-    if full:
-        model.place(torch.float32)
-    else:
+    if not full:
         add_lora(told, model)
     feeds["stored"].grid = open_grid(told, reader, cached, model, feeds["stored"], shape, reader.fingerprint(), size)
     if full:
