@@ -1,0 +1,240 @@
+"""Peak GPU memory of training by configs/, computed without a GPU: the project's own step on tensors that have sizes but no numbers.
+
+    python eval/benchmarks/memory.py --out memory.json
+
+A `Backbone` of the published size (`random_models.py`), `preference_step`, backward, clipping and the optimizer run under torch's
+FakeTensorMode, and `Tally` counts the storages that are alive, in blocks of 512 bytes as torch's allocator for CUDA makes them. Fake
+tensors of a CUDA device cannot run backward on a machine without one, so they are those of a processor, made to follow the rules of CUDA:
+attention keeps queries, keys, values, output and log-sum-exp (the flash and memory-efficient kernels), and autocast computes norms in
+float32. A test compares the forward pass under those rules with autocast on fake CUDA tensors, and the count with a real run.
+
+Not seen: what exists only inside of a kernel (a convolution's workspace), the CUDA context, and fragmentation. `OVERHEAD` is assumed for
+them. Memory is that of the second micro-batch of the second optimizer step, when gradients and moments are there; of the optimizer's own
+step, if that needs more; and, apart from them, of filling the cache, which comes before the UNet is on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from dedpo_diffusion.console import say, stage, track
+
+if TYPE_CHECKING:
+    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.records import PairBatch
+
+BLOCK = 512  # bytes
+OVERHEAD = 0.8 * 2**30  # bytes assumed for CUDA's context, workspaces and fragmentation
+LENGTH = 77  # tokens of a prompt
+MODELS = {"stabilityai/stable-diffusion-xl-base-1.0": "sdxl", "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15"}
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """Settings of the computation.
+
+    Args:
+        out: file for the result (JSON).
+        configs: files of configs/, without their ending.
+    """
+
+    out: Path
+    configs: list[str] = field(default_factory=lambda: ["sdxl_lora_12gb", "sdxl_lora", "sd15_full"])
+
+
+def _apply(module: Any, change: Callable[[Any], Any], recurse: bool = True) -> Any:
+    """In place of `nn.Module._apply`, which cannot exchange fake parameters."""
+    import torch
+
+    for child in module.children() if recurse else ():
+        _apply(child, change)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                made = change(parameter)
+            if made is not parameter:
+                module._parameters[name] = torch.nn.Parameter(made.detach(), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module
+
+
+def _attention(query: Any, key: Any, value: Any, **_: Any) -> Any:
+    """Attention without a mask by a kernel that keeps no matrix of scores."""
+    import torch
+
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+
+
+def _in_float32(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that autocast computes in float32 on CUDA devices, made to do so on a processor."""
+    import torch
+
+    def cast(*args: Any, **options: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return call(*args, **options)
+        with torch.autocast("cpu", enabled=False):
+            wide = [arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args]
+            return call(*wide, **{key: arg.float() if isinstance(arg, torch.Tensor) else arg for key, arg in options.items()})
+
+    return cast
+
+
+@contextmanager
+def fake(*, cuda_rules: bool = True) -> Iterator[None]:
+    """Tensors made inside hold no numbers; with `cuda_rules` attention and autocast keep what they keep on CUDA devices."""
+    from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn import functional as F
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        # a copied tensor stays in the mode of the others
+        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True))
+        if cuda_rules:
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
+            for name in ("group_norm", "layer_norm"):
+                stack.enter_context(mock.patch.object(F, name, _in_float32(getattr(F, name))))
+        stack.enter_context(FakeTensorMode())
+        yield
+
+
+def some_batch(model: Backbone, pairs: int, size: int, width: int, *, stored: bool) -> PairBatch:
+    """A batch without meaning; `width` is that of the text embeddings."""
+    import torch
+
+    from dedpo_diffusion.records import Conditioning, PairBatch
+
+    pooled = (
+        model.unet.config.projection_class_embeddings_input_dim - 6 * model.unet.config.addition_time_embed_dim if model.told_sizes else 0
+    )
+    told = (torch.zeros(pairs, pooled), torch.zeros(pairs, 2, 6)) if model.told_sizes else (None, None)
+    conditioning = Conditioning(torch.zeros(pairs, LENGTH, width), *told)
+    known = torch.zeros(pairs, 2) if stored else None
+    latents = torch.zeros(pairs, 2, *model.latent_shape(size))
+    return PairBatch(latents, conditioning, torch.zeros(pairs), torch.ones(pairs), None, known)
+
+
+def training_bytes(model: Backbone, batch: PairBatch, *, accumulation: int, tally: Any) -> dict[str, int]:
+    """Bytes by what they are for, at the peak of training on this batch.
+
+    Args:
+        model: with its adapter, or trained as a whole.
+        batch: of one micro-batch.
+        accumulation: micro-batches of a step.
+        tally: that counts, not yet open.
+    """
+    import torch
+
+    from dedpo_diffusion.evaluation.benchmarks.tally import storage_bytes
+    from dedpo_diffusion.optimizers import build_optimizer
+    from dedpo_diffusion.step import preference_step
+
+    trained = list(model.trainable().values())
+    mine = {id(parameter) for parameter in trained}
+    frozen = [tensor for tensor in (*model.unet.parameters(), *model.unet.buffers()) if id(tensor) not in mine]
+    frozen += [] if model.frozen is None else [*model.frozen.parameters(), *model.frozen.buffers()]
+    optimizer = build_optimizer("adamw", trained, learning_rate=1e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    for group in optimizer.param_groups:
+        group["fused"] = True  # as on CUDA devices
+    timesteps, noise = torch.zeros(len(batch.target), dtype=torch.int64), torch.zeros_like(batch.latents[:, 0])
+    gradients = 0
+    with tally:
+        for micro in (1, min(accumulation, 2)):  # the first step makes the moments
+            for _ in range(micro):
+                tally.peak = tally.live
+                preference_step(model, batch, timesteps=timesteps, noise=noise, beta=2000.0).loss.mean().backward()
+            working, gradients = tally.peak, storage_bytes((p.grad for p in trained if p.grad is not None), block=tally.block)
+            tally.peak = tally.live
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizing = tally.peak
+            optimizer.zero_grad()
+    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    moments = storage_bytes(held, block=tally.block)
+    found = {
+        "frozen_weights": storage_bytes(frozen, block=tally.block), "trained_weights": storage_bytes(trained, block=tally.block),
+        "moments": moments, "gradients": gradients,
+        "activations": max(working, optimizing) - moments - gradients,
+    }  # fmt: skip
+    return found | {"peak": sum(found.values())}
+
+
+def encoding_bytes(model: Backbone, size: int, tally: Any) -> int:
+    """Bytes at the peak of filling the cache: VAE, text encoders, and what encoding adds."""
+    import torch
+
+    from dedpo_diffusion.cache import PIXELS
+    from dedpo_diffusion.evaluation.benchmarks.tally import storage_bytes
+
+    images = 2 * min(16, max(1, PIXELS // size**2))
+    weights = [tensor for part in (model.vae, *model.text_encoders) for tensor in (*part.parameters(), *part.buffers())]
+    with tally:
+        model.encode_images(torch.zeros(images, 3, size, size))
+        model.encode_prompts(["a large red circle"] * 16)
+    return storage_bytes(weights, block=tally.block) + tally.peak
+
+
+def by_config(name: str, *, stored: bool) -> dict[str, Any]:
+    """Memory of training by one file of configs/, with the reference's errors stored beforehand or predicted in every step."""
+    import torch
+    import yaml
+
+    from dedpo_diffusion.evaluation.benchmarks.random_models import SIZES, random_backbone
+    from dedpo_diffusion.evaluation.benchmarks.tally import Tally
+
+    told = yaml.safe_load((files("dedpo_diffusion.configs") / f"{name}.yaml").read_text(encoding="utf-8"))
+    kind, optim, size = MODELS[told["model"]], told["optim"], told["data"]["size"]
+    full = told.get("weights") == "full"
+    with fake():
+        model = random_backbone(kind, device=torch.device("cpu"), dtype={"bf16": torch.bfloat16}[told["mixed_precision"]])
+        encoding = encoding_bytes(model, size, Tally(BLOCK))
+        model.drop_encoders()
+        if full:
+            model.train_all(reference=not stored)
+        else:
+            model.add_lora(rank=told["lora"]["rank"], alpha=told["lora"]["alpha"])
+        if told.get("gradient_checkpointing"):
+            model.unet.enable_gradient_checkpointing()
+        batch = some_batch(model, optim["batch"], size, sum(part["hidden_size"] for part in SIZES[kind]["text"]), stored=stored)
+        found = training_bytes(model, batch, accumulation=optim.get("accumulation", 1), tally=Tally(BLOCK))
+    used = {"batch": optim["batch"], "size": size, "gradient_checkpointing": bool(told.get("gradient_checkpointing"))}
+    return {"config": name, "reference_stored": stored, **used, "bytes": found, "encoding_bytes": encoding}
+
+
+def run(settings: MemorySettings) -> None:
+    """Compute the peak memory of training by the configurations."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from dedpo_diffusion.files import write_json
+
+    cases = [(name, stored) for name in settings.configs for stored in (True, False)]
+    lines = [by_config(name, stored=stored) for name, stored in track(cases, "computing", len(cases))]
+    parts = list(lines[0]["bytes"])
+    shown = Table("config", "reference", *(part.replace("_", " ") for part in parts), "with overhead", "encoding", title="GiB, computed")
+    for line in lines:
+        line["with_overhead"] = max(line["bytes"]["peak"], line["encoding_bytes"]) + OVERHEAD
+        line["fits_12_gib"] = line["with_overhead"] <= 12 * 2**30
+        numbers = [*line["bytes"].values(), line["with_overhead"], line["encoding_bytes"]]
+        shown.add_row(line["config"], "stored" if line["reference_stored"] else "predicted", *(f"{value / 2**30:.2f}" for value in numbers))
+    Console(width=170).print(shown)
+    write_json(settings.out, {"kind": "computed", "torch": torch.__version__, "overhead_assumed_bytes": OVERHEAD, "lines": lines})
+    say(f"wrote {settings.out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return stage(MemorySettings, run, argv, prog="memory.py")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,294 @@
+"""What a training step costs, beside the published Diffusion-DPO step, in one run: pairs a second, memory, where the time goes.
+
+    python eval/benchmarks/throughput.py --out throughput.json
+    python eval/benchmarks/throughput.py --model sdxl --device cuda --dtype bf16 --gradient_checkpointing true --steps 4 --out sdxl.json
+    python eval/benchmarks/throughput.py --model sd15 --weights full --device cuda --dtype bf16 --steps 4 --out sd15_full.json
+
+Arms: `published`, what the published scripts do (`published_step.py` says which, and which facts); `live`, this project without a cache;
+`cached`, with latents and text from a cache on disk; `stored`, with the reference's errors known too. The project's arms run
+`pipelines.train.learn`, the step of `dedpo train`, on a `Backbone`, a `Feed` and an optimizer made as that command makes them. Weights
+are random (`random_models.py`), pictures too, as large as the model's. Arms take turns, round after round, beginning with another
+one each time, so that other load falls on all alike; ratios are of times in the same round, and their interval is the percentile
+bootstrap of the median over rounds. The published step reads four numbers in every step, as its scripts do; nothing else waits for the
+device within an arm's turn, and nothing is logged. Stations are timed in rounds of their own, as they wait for the device; so is memory.
+
+Arithmetic is what torch's counter finds in matrix products, convolutions and attention, recomputation included; its share is of the
+best rate of a large matrix product in the same run.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dedpo_diffusion.console import Progress, UserError, say, stage, track
+
+if TYPE_CHECKING:
+    from dedpo_diffusion.evaluation.benchmarks.throughput_arms import Bench
+    from dedpo_diffusion.models import Backbone
+
+SHEET = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16, by its maker
+
+
+@dataclass(frozen=True)
+class ThroughputSettings:
+    """Settings of the benchmark.
+
+    Args:
+        out: file for the result (JSON).
+        model: what is trained.
+        weights: an adapter, or every weight.
+        device: cpu or cuda.
+        dtype: compute precision.
+        pairs: of a step.
+        rank: of the adapter, and its alpha.
+        gradient_checkpointing: in all arms alike.
+        compile: compile the UNet's blocks, in this project's arms.
+        channels_last: lay out the UNet's convolutions so, in this project's arms.
+        rounds: that are timed.
+        warmup: rounds before them.
+        steps: of each arm in a round.
+        dataset: pairs of the dataset.
+        threads: of torch, on the processor.
+        folder: where dataset and cache are made; None takes the system's temporary folder.
+    """
+
+    out: Path
+    model: Literal["small_sdxl", "sdxl", "sd15"] = "small_sdxl"
+    weights: Literal["lora", "full"] = "lora"
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bf16"] = "float32"
+    pairs: int = 4
+    rank: int = 8
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    rounds: int = 24
+    warmup: int = 2
+    steps: int = 1
+    dataset: int = 16
+    threads: int = 2
+    folder: Path | None = None
+
+
+def count_flop(bench: Bench) -> dict[str, float]:
+    """Floating-point operations of one step of every arm."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found = {}
+    for name, arm in track(bench.arms.items(), "counting arithmetic", len(bench.arms)):
+        with FlopCounterMode(display=False) as counter:
+            arm.step(None)
+        found[name] = float(counter.get_total_flops())
+    return found
+
+
+def peak_memory(bench: Bench, device: str) -> dict[str, dict[str, Any]]:
+    """Bytes that a run of each arm alone holds at its peak: what it keeps, and what a step adds."""
+    import torch
+
+    from dedpo_diffusion.evaluation.benchmarks.tally import Tally, storage_bytes
+
+    found = {}
+    for name, arm in track(bench.arms.items(), "measuring memory", len(bench.arms)):
+        arm.step(None)  # the optimizer's memory is there after a step
+        kept = storage_bytes(arm.own())
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            arm.step(None)
+            added = torch.cuda.max_memory_allocated() - before
+        else:
+            with Tally() as tally:
+                arm.step(None)
+            added = tally.peak
+        found[name] = {"kept_bytes": kept, "step_bytes": added, "peak_bytes": kept + added}
+    return found
+
+
+def time_rounds(bench: Bench, settings: ThroughputSettings) -> dict[str, list[float]]:
+    """Seconds of a step of each arm in each round."""
+    names, seconds = list(bench.arms), {name: [] for name in bench.arms}  # type: ignore[var-annotated]
+    total = settings.rounds + settings.warmup
+    for turn in track(range(total), "timing", total):
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
+            bench.wait()
+            began = time.perf_counter()
+            for _ in range(settings.steps):
+                bench.arms[name].step(None)
+            bench.wait()
+            if turn >= settings.warmup:
+                seconds[name].append((time.perf_counter() - began) / settings.steps)
+    return seconds
+
+
+def time_stations(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each station of a step, by arm."""
+    from dedpo_diffusion.evaluation.benchmarks.throughput_arms import Stations
+
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in bench.arms}
+    for _ in track(range(rounds), "timing stations", rounds):
+        for name, arm in bench.arms.items():
+            stations = Stations(bench.wait)
+            arm.step(stations)
+            found[name].append(stations.seconds)
+    return {name: {part: statistics.median(line[part] for line in lines) for part in lines[0]} for name, lines in found.items()}
+
+
+def matrix_peak(settings: ThroughputSettings, wait: Callable[[], None]) -> float:
+    """The best rate of a large matrix product in the compute precision, in operations a second."""
+    import torch
+
+    from dedpo_diffusion.evaluation.benchmarks.throughput_arms import DTYPES
+
+    side = 8192 if settings.device == "cuda" else 2048
+    one, other = (torch.randn(side, side, device=settings.device, dtype=DTYPES[settings.dtype]) for _ in range(2))
+    best = 0.0
+    for _ in range(8):
+        wait()
+        began = time.perf_counter()
+        torch.mm(one, other)
+        wait()
+        best = max(best, 2 * side**3 / (time.perf_counter() - began))
+    return best
+
+
+def ratio(over: list[float], under: list[float]) -> dict[str, Any]:
+    """The median over rounds of the first's time by the second's, and the 95 % percentile bootstrap interval of that median."""
+    from scipy.stats import bootstrap
+
+    ratios = np.array(over) / np.array(under)
+    found = bootstrap((ratios,), np.median, n_resamples=4000, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return {"ratio": float(np.median(ratios)), "ci": [float(found.low), float(found.high)]}
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What this runs on, and the versions that matter."""
+    from importlib.metadata import version
+
+    import torch
+
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        known = Path("/proc/cpuinfo")
+        lines = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    names = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    return {"device": name, "cores": os.cpu_count(), "python": platform.python_version()} | {part: version(part) for part in names}
+
+
+def check(settings: ThroughputSettings) -> None:
+    """Raises UserError for settings that do not go together."""
+    import torch
+
+    if settings.weights == "full" and settings.model != "sd15":
+        raise UserError("weights=full is compared with Salesforce's script for SD1.5; give --model sd15 with it")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, and torch sees none; give --device cpu")
+    if settings.rounds < 2 or settings.dataset < settings.pairs:
+        raise UserError("give at least 2 rounds, and a dataset of at least the pairs of a step")
+
+
+def speed_up(model: Backbone, settings: ThroughputSettings) -> None:
+    """Compile or lay out the project's UNet, where that was asked for."""
+    for asked, call in ((settings.channels_last, "channels_last"), (settings.compile, "compile_blocks")):
+        if asked and not hasattr(model, call):
+            raise UserError(f"this version of Backbone has no {call}; leave the option out")
+        if asked:
+            getattr(model, call)()
+
+
+def summarise(
+    settings: ThroughputSettings, seconds: dict[str, list[float]], flop: dict[str, float], memory: dict[str, Any], stations: dict[str, Any],
+    peak: float,
+) -> dict[str, Any]:  # fmt: skip
+    """What is kept of a run, beside settings and hardware."""
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    sheet = next((value for part, value in SHEET.items() if part in hardware(settings.device)["device"]), None)
+    arms = {}
+    for name, spent in median.items():
+        rate, whole = flop[name] / spent, sum(stations[name].values())
+        arms[name] = {
+            "seconds_a_step": spent, "pairs_a_second": settings.pairs / spent, "over_published": ratio(seconds["published"], seconds[name]),
+            "tflop_a_pair": flop[name] / settings.pairs / 1e12, "share_of_matrix_peak": rate / peak,
+            "share_of_data_sheet": None if sheet is None or settings.dtype != "bf16" else rate / sheet, **memory[name],
+            "station_seconds": stations[name], "station_shares": {part: value / whole for part, value in stations[name].items()},
+        }  # fmt: skip
+    return {"matrix_peak_tflops": peak / 1e12, "arms": arms, "seconds": seconds}
+
+
+def _interval(found: dict[str, Any]) -> str:
+    low, high = found["ci"]
+    return f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table, for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(found["arms"])
+    shown = Table("", *names)
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "pairs a second": lambda arm: f"{arm['pairs_a_second']:.3f}",
+        "published time / its time": lambda arm: _interval(arm["over_published"]),
+        "peak memory, MiB": lambda arm: f"{arm['peak_bytes'] / 2**20:.0f}",
+        "TFLOP a pair": lambda arm: f"{arm['tflop_a_pair']:.3f}",
+        "of the matrix peak": lambda arm: f"{arm['share_of_matrix_peak']:.0%}",
+    }  # fmt: skip
+    for part in dict.fromkeys(part for name in names for part in found["arms"][name]["station_shares"]):
+        rows[part] = lambda arm, part=part: f"{arm['station_shares'].get(part, 0):.1%}"
+    for title, cell in rows.items():
+        shown.add_row(title, *(cell(found["arms"][name]) for name in names))
+    Console(width=120).print(shown)
+
+
+def run(settings: ThroughputSettings) -> None:
+    """Time a training step beside the published one."""
+    import torch
+
+    from dedpo_diffusion.evaluation.benchmarks.random_models import SIZES, random_backbone
+    from dedpo_diffusion.evaluation.benchmarks.throughput_arms import DTYPES, set_up
+    from dedpo_diffusion.files import write_json
+
+    check(settings)
+    if settings.device == "cpu":
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(dir=settings.folder) as place:
+        with Progress("making the model", 1) as progress:
+            model = random_backbone(settings.model, device=torch.device(settings.device), dtype=DTYPES[settings.dtype])
+            progress.advance()
+        bench = set_up(settings, model, Path(place))
+        flop = count_flop(bench)  # before anything is compiled, which the counter cannot look into
+        speed_up(model, settings)
+        memory = peak_memory(bench, settings.device)
+        peak = matrix_peak(settings, bench.wait)
+        seconds = time_rounds(bench, settings)
+        stations = time_stations(bench, max(2, settings.rounds // 4))
+    found = summarise(settings, seconds, flop, memory, stations, max(peak, matrix_peak(settings, bench.wait)))
+    kept = {key: value for key, value in asdict(settings).items() if key not in ("out", "folder")}
+    show(found)
+    write_json(settings.out, {"settings": kept, "hardware": hardware(settings.device), "sizes": SIZES[settings.model], **found})
+    say(f"wrote {settings.out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return stage(ThroughputSettings, run, argv, prog="throughput.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The arms of `throughput.py`: the published step, and this project's with less and less left to compute."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from dedpo_diffusion.console import track
+
+if TYPE_CHECKING:
+    from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings
+    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.pipelines.train_setup import Session
+
+OURS = ("live", "cached", "stored")
+PROMPT = "a large red circle on a white background, in the style of number {}"
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Stations:
+    """Seconds spent in each part of a step, those of a part inside of another counted there alone."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        """`wait` returns when the device is idle."""
+        self.wait, self.seconds, self._open = wait, {}, []  # type: ignore[var-annotated]
+        self._since = 0.0
+
+    def _turn(self) -> None:
+        """Count the time since the last turn for the innermost part that is open."""
+        self.wait()
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """A part of the step."""
+        self._turn()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._open.pop()
+
+    def around(self, call: Callable[..., Any], name: Callable[[dict[str, Any]], str]) -> Callable[..., Any]:
+        """The same call as a part, which is named by its keyword arguments."""
+
+        def timed(*args: Any, **options: Any) -> Any:
+            with self(name(options)):
+                return call(*args, **options)
+
+        return timed
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: `step(stations)` takes a step and returns its loss; `own` is what a run of it alone keeps."""
+
+    step: Callable[[Stations | None], Any]
+    own: Callable[[], list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is compared: the arms by name, and the backbone of those that are this project's."""
+
+    arms: dict[str, Arm]
+    model: Backbone
+    wait: Callable[[], None]
+
+
+def write_dataset(folder: Path, count: int, size: int) -> Path:
+    """A dataset of smooth random JPEGs with a prompt and a hard label each."""
+    from PIL import Image
+
+    from dedpo_diffusion.labels import write_targets
+    from dedpo_diffusion.pairs import PairWriter
+    from dedpo_diffusion.records import Pair, Targets
+
+    rng = np.random.default_rng(0)
+
+    def picture() -> bytes:
+        buffer = io.BytesIO()
+        coarse = Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8))
+        coarse.resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
+
+    with PairWriter(folder) as writer:
+        for k in track(range(count), f"making {count} pairs", count):
+            writer.add(Pair(f"pair-{k}", PROMPT.format(k), picture(), picture()))
+    target = (np.arange(count) % 3 == 0).astype(np.float64)
+    write_targets(folder, "benchmark", Targets([f"pair-{k}" for k in range(count)], target, np.ones(count)), {})
+    return folder
+
+
+def ours(sessions: dict[str, Session], name: str) -> Callable[[Stations | None], Any]:
+    """The step of `dedpo train` in this arm."""
+    from dedpo_diffusion.noising import draw
+    from dedpo_diffusion.pipelines import train
+
+    session, done = sessions[name], [0]
+    pairs, clip = session.settings.optim.batch, session.settings.optim.clip
+
+    def step() -> torch.Tensor:
+        draws = draw(session.settings.seed, done[0], pairs, session.shape, timesteps=session.timesteps, caption_dropout=0.0)
+        result, *_ = train.learn(session, done[0] * pairs, draws)
+        session.accelerator.clip_grad_norm_(session.model.trainable().values(), clip)
+        session.optimizer.step()
+        session.optimizer.zero_grad()
+        done[0] += 1
+        return result.loss.detach().mean()  # not read: `dedpo train` waits for the device at every tenth step alone
+
+    def watched(stations: Stations | None) -> torch.Tensor:
+        if stations is None:
+            return step()
+        parts = [(session.model, "encode_images", "latents"), (session.model, "encode_prompts", "text"),
+                 (session.feed.source, "fetch", "loading"),
+                 (session.accelerator, "backward", "backward"), (session.accelerator, "clip_grad_norm_", "optimizer"),
+                 (session.optimizer, "step", "optimizer"), (session.optimizer, "zero_grad", "optimizer")]  # fmt: skip
+        with ExitStack() as stack:
+            for owner, call, part in parts:
+                timed = stations.around(getattr(owner, call), lambda _, part=part: part)
+                stack.enter_context(mock.patch.object(owner, call, timed))
+            predict = stations.around(session.model.predict, lambda given: "reference" if given.get("reference") else "policy")
+            stack.enter_context(mock.patch.object(session.model, "predict", predict))
+            with stations("noise, target, loss"):
+                return step()
+
+    return watched
+
+
+def train_settings(settings: ThroughputSettings, pairs: Path, cache: Path) -> Any:
+    """What `dedpo train` would be told."""
+    from dedpo_diffusion.pipelines.train_setup import resolve
+    from dedpo_diffusion.settings import DataSettings, LoraSettings, OptimSettings, TrainSettings
+
+    return resolve(
+        TrainSettings(
+            model=settings.model, out=pairs / "run", weights=settings.weights,
+            data=DataSettings(pairs, "benchmark", cache=cache, sampling="uniform", reference_draws=2),
+            lora=LoraSettings(rank=settings.rank, alpha=settings.rank) if settings.weights == "lora" else LoraSettings(),
+            optim=OptimSettings(batch=settings.pairs, learning_rate=1e-6),
+            mixed_precision="no" if settings.dtype == "float32" else "bf16", gradient_checkpointing=settings.gradient_checkpointing,
+        )
+    )  # fmt: skip
+
+
+def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench:
+    """All arms on one dataset: the published step on a UNet of its own, the project's on the backbone."""
+    from accelerate import Accelerator
+
+    from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
+    from dedpo_diffusion.feed import CachedSource, Feed, LiveSource, open_cache
+    from dedpo_diffusion.optimizers import build_optimizer
+    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pipelines.train_setup import Session, add_lora, open_grid, timestep_draw
+
+    full, size = settings.weights == "full", model.size
+    reader = PairReader(write_dataset(folder / "pairs", settings.dataset, size))
+    told = train_settings(settings, reader.folder, folder / "cache")
+    optim, data, shape = told.optim, told.data, model.latent_shape(size)
+    accelerator = Accelerator(mixed_precision=told.mixed_precision, cpu=settings.device == "cpu")
+    live = LiveSource(reader, model, data, size=size, seed=told.seed)
+    cached = CachedSource(open_cache(reader, model, data, root=data.cache, fingerprint=reader.fingerprint(), size=size))
+    feeds = {
+        name: Feed(reader, live if name == "live" else cached, targets=data.targets, seed=told.seed, sampling=data.sampling)
+        for name in OURS
+    }
+    model.place(torch.float32 if full else None)
+    preferred = (feeds["live"].target < 0.5).int().numpy()
+    published = PublishedStep(
+        model, Examples(reader, preferred, model.tokenizers, size, flip=True), full=full, rank=settings.rank, batch=optim.batch,
+        beta=told.objective.beta, learning_rate=optim.learning_rate, checkpointing=settings.gradient_checkpointing,
+    )  # fmt: skip
+    if not full:
+        add_lora(told, model)
+    feeds["stored"].grid = open_grid(told, reader, cached, model, feeds["stored"], shape, reader.fingerprint(), size)
+    if full:
+        model.train_all(reference=True)
+    if settings.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    optimizer = build_optimizer(
+        optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
+    )
+    model.policy, prepared = accelerator.prepare(model.unet, optimizer)
+    common: dict[str, Any] = {"settings": told, "accelerator": accelerator, "model": model, "shape": shape, "optimizer": prepared}
+    common |= {"timesteps": timestep_draw(told.objective, len(model.process)), "average": None, "follow": None}
+    sessions = {name: Session(feed=feed, **common) for name, feed in feeds.items()}
+
+    def held(name: str) -> list[torch.Tensor]:
+        modules = [model.unet] + ([model.vae, *model.text_encoders] if name == "live" else [])
+        modules += [model.frozen] if model.frozen is not None and name != "stored" else []
+        return _tensors(modules, optimizer)
+
+    theirs = [published.unet, published.reference, published.vae, *published.text_encoders]
+    arms = {"published": Arm(lambda stations: _published(published, stations), lambda: _tensors(theirs, published.optimizer))}
+    arms |= {name: Arm(ours(sessions, name), lambda name=name: held(name)) for name in OURS}
+    return Bench(arms, model, torch.cuda.synchronize if settings.device == "cuda" else lambda: None)
+
+
+def _published(published: Any, stations: Stations | None) -> float:
+    if stations is None:
+        return published.step()
+    with stations("noise, target, loss"):
+        return published.step(stations)
+
+
+def _tensors(modules: list[Any], optimizer: Any) -> list[torch.Tensor]:
+    """Weights of modules, those that are None left out, and what an optimizer remembers."""
+    found = [tensor for module in modules if module is not None for tensor in (*module.parameters(), *module.buffers())]
+    return found + [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
