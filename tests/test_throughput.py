@@ -36,7 +36,7 @@ def test_published_step_computes_our_loss_and_gradient(folders, tmp_path, kind, 
     """From the same image files, with the same draws, by two routes that share no code but the networks."""
     reader = PairReader(tiny.write_pairs(tmp_path, "some", count=4))
     model, preferred = Backbone(str(folders[kind]), device=CPU), np.array([0, 1, 1, 0])
-    examples = Examples(reader, preferred, model.tokenizers, tiny.SIDE, flip=False)
+    examples = Examples(reader, preferred, model.text.tokenizers, tiny.SIDE, flip=False)
     settings = {"rank": 2, "batch": 4, "beta": 500.0, "learning_rate": 1e-3, "checkpointing": False}
     published = PublishedStep(model, examples, full=full, **settings)
     model.train_all(reference=True) if full else model.add_lora(rank=2, alpha=2)
@@ -73,7 +73,7 @@ def test_published_step_computes_our_loss_and_gradient(folders, tmp_path, kind, 
 
 
 def settings(tmp_path):
-    return ThroughputSettings(out=tmp_path / "found.json", pairs=2, dataset=2, rounds=2, warmup=0, threads=1)
+    return ThroughputSettings(out=tmp_path / "found.json", pairs=4, dataset=4, rounds=2, warmup=0, threads=1)
 
 
 def test_arithmetic_of_the_arms(tiny_model, tmp_path):
@@ -84,11 +84,11 @@ def test_arithmetic_of_the_arms(tiny_model, tmp_path):
     bench = throughput_arms.set_up(settings(tmp_path), model, tmp_path)
     flop = count_flop(bench)
     with FlopCounterMode(display=False) as encoding:
-        model.encode_images(torch.zeros(4, 3, model.size, model.size))
-        conditioning = model.encode_prompts(["a circle"] * 2)
-    noisy = torch.zeros(2, 2, *model.latent_shape(model.size))
+        model.encode_images(torch.zeros(8, 3, model.size, model.size))
+        conditioning = model.encode_prompts(["a circle"] * 4)
+    noisy = torch.zeros(4, 2, *model.latent_shape(model.size))
     with FlopCounterMode(display=False) as reference:
-        model.predict(noisy, torch.zeros(2, dtype=torch.int64), conditioning, reference=True)
+        model.predict(noisy, torch.zeros(4, dtype=torch.int64), conditioning, reference=True)
     assert flop["published"] == flop["live"]
     assert flop["live"] - flop["cached"] == encoding.get_total_flops() > 0
     assert flop["cached"] - flop["stored"] == reference.get_total_flops() > 0

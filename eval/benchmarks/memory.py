@@ -175,7 +175,7 @@ def encoding_bytes(model: Backbone, size: int, tally: Any) -> int:
     from dedpo_diffusion.evaluation.benchmarks.tally import storage_bytes
 
     images = 2 * min(16, max(1, PIXELS // size**2))
-    weights = [tensor for part in (model.vae, *model.text_encoders) for tensor in (*part.parameters(), *part.buffers())]
+    weights = [tensor for part in (model.vae, *model.text.encoders) for tensor in (*part.parameters(), *part.buffers())]
     with tally:
         model.encode_images(torch.zeros(images, 3, size, size))
         model.encode_prompts(["a large red circle"] * 16)
@@ -202,7 +202,7 @@ def by_config(name: str, *, stored: bool) -> dict[str, Any]:
         else:
             model.add_lora(rank=told["lora"]["rank"], alpha=told["lora"]["alpha"])
         if told.get("gradient_checkpointing"):
-            model.unet.enable_gradient_checkpointing()
+            model.checkpoint()
         batch = some_batch(model, optim["batch"], size, sum(part["hidden_size"] for part in SIZES[kind]["text"]), stored=stored)
         found = training_bytes(model, batch, accumulation=optim.get("accumulation", 1), tally=Tally(BLOCK))
     used = {"batch": optim["batch"], "size": size, "gradient_checkpointing": bool(told.get("gradient_checkpointing"))}

@@ -110,7 +110,7 @@ class PublishedStep:
         self.scheduler = DDPMScheduler(prediction_type=model.process.prediction)
         self.scheduler.alphas_cumprod = model.process.alphas_cumprod
         self.vae = _in(model.vae, torch.float32 if self.xl else self.dtype).to(self.device)
-        self.text_encoders = [_in(encoder, self.dtype).to(self.device) for encoder in model.text_encoders]
+        self.text_encoders = [_in(encoder, self.dtype).to(self.device) for encoder in model.text.encoders]
         self.unet = copy.deepcopy(model.unet).to(self.device, torch.float32 if full else self.dtype)
         self.reference: Any = None
         if full:

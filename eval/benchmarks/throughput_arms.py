@@ -18,6 +18,7 @@ from dedpo_diffusion.console import track
 
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings
+    from dedpo_diffusion.feed import Loaded
     from dedpo_diffusion.models import Backbone
     from dedpo_diffusion.pipelines.train_setup import Session
 
@@ -110,22 +111,25 @@ def ours(sessions: dict[str, Session], name: str) -> Callable[[Stations | None],
     from dedpo_diffusion.pipelines import train
 
     session, done = sessions[name], [0]
-    pairs, clip = session.settings.optim.batch, session.settings.optim.clip
+    loads, pairs, clip = train.micro_batches(session, 0), session.settings.optim.batch, session.settings.optim.clip
 
-    def step() -> torch.Tensor:
-        draws = draw(session.settings.seed, done[0], pairs, session.shape, timesteps=session.timesteps, caption_dropout=0.0)
-        result, *_ = train.learn(session, done[0] * pairs, draws)
+    def step(loaded: Loaded) -> torch.Tensor:
+        result, *_ = train.learn(session, loaded)
         session.accelerator.clip_grad_norm_(session.model.trainable().values(), clip)
         session.optimizer.step()
         session.optimizer.zero_grad()
-        done[0] += 1
         return result.loss.detach().mean()  # not read: `dedpo train` waits for the device at every tenth step alone
+
+    def load() -> Loaded:
+        """What another thread does in training."""
+        now = draw(session.settings.seed, done[0], pairs, session.feed.shape(0), timesteps=session.timesteps, caption_dropout=0.0)
+        done[0] += 1
+        return session.feed.load((done[0] - 1) * pairs, now)
 
     def watched(stations: Stations | None) -> torch.Tensor:
         if stations is None:
-            return step()
+            return step(next(loads))
         parts = [(session.model, "encode_images", "latents"), (session.model, "encode_prompts", "text"),
-                 (session.feed.source, "fetch", "loading"),
                  (session.accelerator, "backward", "backward"), (session.accelerator, "clip_grad_norm_", "optimizer"),
                  (session.optimizer, "step", "optimizer"), (session.optimizer, "zero_grad", "optimizer")]  # fmt: skip
         with ExitStack() as stack:
@@ -134,8 +138,10 @@ def ours(sessions: dict[str, Session], name: str) -> Callable[[Stations | None],
                 stack.enter_context(mock.patch.object(owner, call, timed))
             predict = stations.around(session.model.predict, lambda given: "reference" if given.get("reference") else "policy")
             stack.enter_context(mock.patch.object(session.model, "predict", predict))
+            with stations("loading"):
+                loaded = load()
             with stations("noise, target, loss"):
-                return step()
+                return step(loaded)
 
     return watched
 
@@ -169,23 +175,21 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     full, size = settings.weights == "full", model.size
     reader = PairReader(write_dataset(folder / "pairs", settings.dataset, size))
     told = train_settings(settings, reader.folder, folder / "cache")
-    optim, data, shape = told.optim, told.data, model.latent_shape(size)
+    optim, data = told.optim, told.data
     accelerator = Accelerator(mixed_precision=told.mixed_precision, cpu=settings.device == "cpu")
     live = LiveSource(reader, model, data, size=size, seed=told.seed)
-    cached = CachedSource(open_cache(reader, model, data, root=data.cache, fingerprint=reader.fingerprint(), size=size))
-    feeds = {
-        name: Feed(reader, live if name == "live" else cached, targets=data.targets, seed=told.seed, sampling=data.sampling)
-        for name in OURS
-    }
+    cached = CachedSource(open_cache(reader, model, data, root=data.cache, fingerprint=reader.fingerprint(), size=size), model.channels)
+    visited: dict[str, Any] = {"targets": data.targets, "seed": told.seed, "sampling": data.sampling, "together": optim.batch}
+    feeds = {name: Feed(reader, live if name == "live" else cached, **visited) for name in OURS}
     model.place(torch.float32 if full else None)
     preferred = (feeds["live"].target < 0.5).int().numpy()
     published = PublishedStep(
-        model, Examples(reader, preferred, model.tokenizers, size, flip=True), full=full, rank=settings.rank, batch=optim.batch,
+        model, Examples(reader, preferred, model.text.tokenizers, size, flip=True), full=full, rank=settings.rank, batch=optim.batch,
         beta=told.objective.beta, learning_rate=optim.learning_rate, checkpointing=settings.gradient_checkpointing,
     )  # fmt: skip
     if not full:
         add_lora(told, model)
-    feeds["stored"].grid = open_grid(told, reader, cached, model, feeds["stored"], shape, reader.fingerprint(), size)
+    feeds["stored"].grid = open_grid(told, reader, cached, model, feeds["stored"], reader.fingerprint(), size)
     if full:
         model.train_all(reference=True)
     if settings.gradient_checkpointing:
@@ -193,13 +197,14 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
-    model.policy, prepared = accelerator.prepare(model.unet, optimizer)
-    common: dict[str, Any] = {"settings": told, "accelerator": accelerator, "model": model, "shape": shape, "optimizer": prepared}
+    model.policy, prepared = accelerator.prepare(model.network, optimizer)
+    common: dict[str, Any] = {"settings": told, "accelerator": accelerator, "model": model, "optimizer": prepared}
     common |= {"timesteps": timestep_draw(told.objective, len(model.process)), "average": None, "follow": None}
+    common |= {"validation": None, "hosts": None}
     sessions = {name: Session(feed=feed, **common) for name, feed in feeds.items()}
 
     def held(name: str) -> list[torch.Tensor]:
-        modules = [model.unet] + ([model.vae, *model.text_encoders] if name == "live" else [])
+        modules = [model.unet] + ([model.vae, *model.text.encoders] if name == "live" else [])
         modules += [model.frozen] if model.frozen is not None and name != "stored" else []
         return _tensors(modules, optimizer)
 
