@@ -238,6 +238,7 @@ def test_timesteps_and_their_weights_are_those_of_the_settings(tiny_model, merge
     assert [bucket["first"] for bucket in line["buckets"]] == sorted({int(t) // 100 * 100 for t in timesteps})
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path):
     """Two by two pairs against one by four, with rounds and a power that follows: sums in another order, and nothing else."""
     small = {"optim__steps": 4, "optim__learning_rate": 3e-4, "optim__rounds": 2}

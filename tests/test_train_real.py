@@ -33,7 +33,10 @@ def run(base, pairs, out, **changes) -> None:
     assert train.main(arguments(base, pairs, out, **SHORT | changes)) == 0
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+MOST = ["sd15", pytest.param("sd21", marks=pytest.mark.slow), "sdxl"]
+
+
+@pytest.mark.parametrize("kind", MOST)
 def test_cached_equals_uncached_to_the_bit(folders, pairs, tmp_path, kind):
     run(folders[kind], pairs, tmp_path / "live")
     run(folders[kind], pairs, tmp_path / "one", data__cache=tmp_path / "cache")
@@ -45,7 +48,7 @@ def test_cached_equals_uncached_to_the_bit(folders, pairs, tmp_path, kind):
     assert metrics(tmp_path / "one")[-1]["margin_abs_max"] > 0
 
 
-@pytest.mark.parametrize("kind", ["sd21", "sdxl"])
+@pytest.mark.parametrize("kind", MOST[1:])
 def test_stored_reference_errors_change_nothing(folders, pairs, tmp_path, kind, monkeypatch):
     """The same draws with the reference predicted in every step: taking the stored errors away from the step shows it."""
     from dedpo_diffusion import feed
@@ -104,7 +107,7 @@ def test_a_damaged_cache_stops_the_run_by_the_files_name(folders, pairs, tmp_pat
         assert not checkpoints(tmp_path / "bad") or load_file(checkpoints(tmp_path / "bad")[-1][1] / "parameters.safetensors")
 
 
-SLOW = ([], pytest.mark.slow, pytest.mark.slow, pytest.mark.slow, [])
+FAST = {("sdxl", 0), ("sdxl", 2), ("sdxl", 4), ("sd15", 0), ("sd15", 4)}
 ADAPTERS = [
     {},
     {"lora.rslora": "true", "lora.alpha": 3},
@@ -115,7 +118,12 @@ ADAPTERS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"), [("sdxl", changes) for changes in ADAPTERS] + [pytest.param("sd15", ADAPTERS[k], marks=SLOW[k]) for k in range(5)]
+    ("kind", "changes"),
+    [
+        pytest.param(kind, changes, marks=() if (kind, k) in FAST else pytest.mark.slow)
+        for kind in ("sdxl", "sd15")
+        for k, changes in enumerate(ADAPTERS)
+    ],
 )
 def test_an_exported_adapter_samples_what_was_trained(folders, pairs, tmp_path, kind, changes):
     """`load_lora_weights` on a fresh pipeline, and the merged folder, predict what the training UNet predicts."""
@@ -240,7 +248,7 @@ def test_every_recipe_can_be_tried_and_leaves_nothing(recipe, tmp_path, capsys):
     assert "Memory" in text
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
 @pytest.mark.parametrize("how", ["true", "selective"])
 def test_activations_that_are_computed_again_change_nothing(folders, pairs, tmp_path, kind, how):
     run(folders[kind], pairs, tmp_path / "kept", data__cache=tmp_path / "cache")
