@@ -48,14 +48,12 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, torch.Tensor]) -> None:
     """Put back what `optimizer_tensors` took; the parameter groups (learning rates and the like) stay the optimizer's own."""
-    from torch.distributed.tensor import DTensor
-
     state: dict[int, dict[str, torch.Tensor | int]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in flat.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
-        if isinstance(parameter, DTensor) and value.shape == parameter.shape:  # a moment, which lies as its parameter does
+        if value.ndim and value.shape == parameter.shape:  # a moment, which lies as its parameter does
             value = own_part(value, parameter)
         state.setdefault(int(index), {})[name.removesuffix(INTEGER)] = int(value) if name.endswith(INTEGER) else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

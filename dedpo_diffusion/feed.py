@@ -20,7 +20,7 @@ from torch import Tensor
 from .cache import PairCache, cache_folder, fill, read_index
 from .console import Progress, UserError, say
 from .decoding import decode_image
-from .files import atomic_file
+from .files import atomic_file, remove_leftovers
 from .following import LEAST_POWER, Parts, followed, retarget, visited_pairs
 from .images import nearest_shape, pair_views
 from .labels import read_targets
@@ -53,15 +53,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pairs that are not encoded yet: `pixels` (B, 2, 3, H, W), `sizes` (B, 2, 6), prompts, None for the absent one."""
+    """Pairs that are not encoded yet: `pixels` (B, 2, 3, H, W), `sizes` (B, 2, 6), `tokens` (B, encoders, L)."""
 
     pixels: Tensor
     sizes: Tensor
-    prompts: list[str | None]
+    tokens: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pictures:
         """The same with `change` made to every tensor."""
-        return Pictures(change(self.pixels), change(self.sizes), self.prompts)
+        return Pictures(change(self.pixels), change(self.sizes), change(self.tokens))
 
 
 class Source(ABC):
@@ -94,10 +94,13 @@ class CachedSource(Source):
         cache: the cache.
         channels: C of a latent.
         words: text encoders that are adapted, and the prompt of every pair, of which they then need the tokens; None for neither.
+        views: how many of the cache's are taken; None takes all.
     """
 
-    def __init__(self, cache: PairCache, channels: int, *, words: tuple[TextEncoders, Sequence[str]] | None = None) -> None:
-        self.cache, self.channels, self.words = cache, channels, words
+    def __init__(
+        self, cache: PairCache, channels: int, *, words: tuple[TextEncoders, Sequence[str]] | None = None, views: int | None = None
+    ) -> None:
+        self.cache, self.channels, self.words, self.views = cache, channels, words, views or cache.views
 
     def shapes(self, rows: np.ndarray) -> np.ndarray:
         """See `Source`."""
@@ -106,7 +109,7 @@ class CachedSource(Source):
 
     def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
         """See `Source`."""
-        views = [step_generator(0, visit, VIEWS).initial_seed() % self.cache.views for visit in visits]
+        views = [step_generator(0, visit, VIEWS).initial_seed() % self.views for visit in visits]
         mean, std, sizes = zip(*(self.cache.posterior(row, view) for row, view in zip(rows, views, strict=True)), strict=True)
         text = [self.cache.embedding(row, empty=bool(drop)) for row, drop in zip(rows, drop_caption, strict=True)]
         conditioning = replace(Conditioning.stack(text), sizes=torch.stack(sizes))
@@ -138,14 +141,13 @@ class LiveSource(Source):
         pairs = [self.reader.pair(row) for row in rows]
         pixels, sizes = zip(*(self._view(pair, row, visit) for pair, row, visit in zip(pairs, rows, visits, strict=True)), strict=True)
         prompts = [None if drop else pair.prompt for pair, drop in zip(pairs, drop_caption, strict=True)]
-        return Pictures(torch.stack(pixels), torch.stack(sizes), prompts)
+        return Pictures(torch.stack(pixels), torch.stack(sizes), self.model.text.tokens(prompts))
 
     def encode(self, loaded: Pictures) -> Encoded:
         """See `Source`."""
         mean, std = self.model.encode_images(loaded.pixels.flatten(0, 1))
-        text = self.model.text
-        tokens = text.tokens(loaded.prompts).to(self.model.device) if text.adapted else None
-        conditioning = replace(self.model.encode_prompts(loaded.prompts), sizes=loaded.sizes, tokens=tokens)
+        tokens = loaded.tokens if self.model.text.adapted else None
+        conditioning = replace(self.model.encode_tokens(loaded.tokens), sizes=loaded.sizes, tokens=tokens)
         return Encoded(mean.unflatten(0, (-1, 2)), std.unflatten(0, (-1, 2)), conditioning)
 
     def _view(self, pair: Pair, row: int, visit: int) -> tuple[Tensor, Tensor]:
@@ -193,23 +195,26 @@ class ReferenceGrid:
         draws: K, draws of each pair.
         timesteps: how they are drawn.
         caption_dropout: share of draws with the empty prompt.
-        batch: draws predicted at once: the pairs of a forward pass of the run.
+        batch: draws predicted at once: the pairs of a forward pass of the run, so that both round alike.
+        kernels: what else the errors' rounding depends on.
     """
 
     SHARD = 64
 
     def __init__(
         self, folder: Path, source: Source, model: Backbone, rows: np.ndarray, *, pairs: int, draws: int,
-        timesteps: TimestepDraw, caption_dropout: float, batch: int = 8,
+        timesteps: TimestepDraw, caption_dropout: float, batch: int = 8, kernels: Sequence[object] = (),
     ) -> None:  # fmt: skip
         if draws < 1:
             raise UserError(f"data.reference_draws is {draws}; it must be at least 1")
         drawn = {name: getattr(timesteps, name) for name in ("first", "last", "sampling", "location", "spread")}
         precision = [str(model.dtype), str(next(model.unet.parameters()).dtype)]
-        key = json.dumps([model.reference_fingerprint(), precision, drawn, draws, caption_dropout], sort_keys=True)
+        rounding = [batch, model.device.type, *kernels]
+        key = json.dumps([model.reference_fingerprint(), precision, drawn, draws, caption_dropout, rounding], sort_keys=True)
         self.draws, self.timesteps, self.source, self.caption_dropout, self.batch = draws, timesteps, source, caption_dropout, batch
         self.folder = folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.folder.mkdir(exist_ok=True)
+        remove_leftovers(self.folder)
         shards = np.unique(rows // self.SHARD)
         missing = [shard for shard in shards if not self._file(shard).is_file()]
         if missing:

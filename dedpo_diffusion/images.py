@@ -16,7 +16,7 @@ WIDEST = 2.0  # long side over short side of a bucket
 def bucket_shapes(size: int, multiple: int) -> list[tuple[int, int]]:
     """Shapes (height, width) of about size x size pixels and no more, their sides multiples of `multiple`, from tall to wide.
 
-    For every width the largest height; sides differ by a factor of WIDEST at most. size x size is one of them.
+    For every width the largest height; sides differ by a factor of WIDEST at most. size x size is one of them, if it is such a multiple.
     """
     widths = range(multiple, int(size * WIDEST) + 1, multiple)
     shapes = [(size * size // width // multiple * multiple, width) for width in widths]

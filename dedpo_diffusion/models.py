@@ -23,6 +23,7 @@ from .sharding import own_part, reshard
 from .text import TextEncoders, chunks
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the UNet's attention projections, the customary LoRA targets
+GRAPHS = 64  # compiled for one block at most
 SMALL = 256 * 256  # pixels up to which images are encoded by SMALL_AT_ONCE, beyond by LARGE_AT_ONCE
 SMALL_AT_ONCE, LARGE_AT_ONCE = 8, 2
 TIMES = 6  # numbers that SDXL's base is told of an image's size; its refiner is told others
@@ -71,7 +72,7 @@ class Backbone:
         self.frozen: nn.Module | None = None
         self.anchor: dict[str, Tensor] | None = None
         self._initial: dict[str, Tensor] = {}  # of DoRA's magnitudes, which do not begin at 0
-        self._placed = False
+        self._placed = self._compiled = False
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         """(C, h, w) of an image of `size` pixels.
@@ -90,7 +91,10 @@ class Backbone:
 
     def shapes(self, size: int) -> list[tuple[int, int]]:
         """Heights and widths in pixels that images of about size x size pixels may have, see `bucket_shapes`."""
-        return bucket_shapes(size, self.whole * max(1, size // 16 // self.whole))
+        multiple = self.whole * max(1, size // 16 // self.whole)
+        while size % multiple:  # the square is among them
+            multiple -= self.whole
+        return bucket_shapes(size, multiple)
 
     def use_xformers(self) -> None:
         """Compute the UNet's attention with xformers.
@@ -117,15 +121,14 @@ class Backbone:
 
         The adapter may be switched off and on: that is a graph of its own.
         """
-        for unet in (self.unet, self.frozen):
-            if unet is not None:
-                unet.compile_repeated_blocks()  # type: ignore[operator]
+        # every shape of a bucket, and the adapter on and off, are graphs of their own
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        self.unet.compile_repeated_blocks()
+        self._compiled = True
 
     def channels_last(self) -> None:
         """Keep images with their channels last, which convolutions in half precision are fastest with."""
-        for unet in (self.unet, self.frozen):
-            if unet is not None:
-                unet.to(memory_format=torch.channels_last)
+        self.unet.to(memory_format=torch.channels_last)
 
     def place(self, dtype: torch.dtype | None = None) -> None:
         """Move the UNet to the device, in the compute precision or another; until then it leaves the device to the encoders."""
@@ -172,7 +175,7 @@ class Backbone:
         self._initial = {name: p.detach().clone() for name, p in self.trainable().items() if "magnitude" in name}
         if start is not None:
             self._begin(start)
-        self.unet.train(dropout > 0)
+        self.train(dropout > 0)
 
     def _begin(self, start: Mapping[str, Tensor]) -> None:
         live = self.trainable()
@@ -202,8 +205,15 @@ class Backbone:
                     if isinstance(module, nn.Linear | nn.Conv2d):
                         module.to(self.dtype)
             self.frozen.to(self.device)
+            if self._compiled:
+                self.frozen.compile_repeated_blocks()  # type: ignore[operator]
         self.place(torch.float32)
         self.unet.requires_grad_(True)
+
+    def train(self, on: bool) -> None:
+        """Put the adapters' dropout on or off."""
+        self.unet.train(on)
+        self.text.train(on and self.text.adapted)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by their name in the UNet, or as "text_encoder.<name>"."""
@@ -225,7 +235,7 @@ class Backbone:
         if trained and not adapted:
             raise ValueError("no reference was kept")
         training, live = self.unet.training, {}
-        self.unet.eval()
+        self.train(False)
         if self.anchor is not None:
             live = {name: parameter.data for name, parameter in trained.items()}
             self._point(self.anchor)
@@ -240,7 +250,7 @@ class Backbone:
             elif adapted:
                 self.unet.enable_adapters()
                 self.text.switch(True)
-            self.unet.train(training)
+            self.train(training)
 
     def _point(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.trainable().items():
@@ -326,8 +336,13 @@ class Backbone:
         For SD1.x and SD2.x that is the empty prompt, for SDXL zeros where its pipeline says so. Prompts beyond the encoders' context are
         cut, as everywhere in this family. An adapter of the encoders is left out.
         """
+        return self.encode_tokens(self.text.tokens(prompts))
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Tensor) -> Conditioning:
+        """As `encode_prompts`, of the tokens (N, encoders, L) of N prompts."""
         self.text.switch(False)
-        found = self.text.to(self.device)(self.text.tokens(prompts).to(self.device))  # with a filled cache they are never needed there
+        found = self.text.to(self.device)(tokens.to(self.device))  # with a filled cache they are never needed there
         self.text.switch(True)
         return found
 
@@ -383,12 +398,13 @@ def _twice(values: Tensor) -> Tensor:
     return values[:, None].expand(len(values), 2, *values.shape[1:]).flatten(0, 1)
 
 
-KEPT = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}  # and attention of every kind
+KEPT = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}
+ATTENDS = ("scaled_dot_product", "attention", "flash")  # in the names of attention's operations, xformers' too
 
 
 def _keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
     name = operation.overloadpacket.__name__
-    return CheckpointPolicy.MUST_SAVE if name in KEPT or "scaled_dot_product" in name else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name in KEPT or any(part in name for part in ATTENDS) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _selective(module: nn.Module, *args: Any) -> Any:

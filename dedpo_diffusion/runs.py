@@ -42,7 +42,7 @@ def open_run(folder: Path, settings: Any, identity: Mapping[str, str], free: Seq
     Raises:
         UserError: the folder holds another run, other things, or this run on inputs that have changed since.
     """
-    for place in (folder, folder / "checkpoints"):
+    for place in (folder, folder / "checkpoints", folder / "samples"):
         remove_leftovers(place)
     wanted = {"settings": plain(settings), "identity": dict(identity)}
     settings_file, identity_file = folder / "settings.yaml", folder / "identity.json"

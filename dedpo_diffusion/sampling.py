@@ -95,10 +95,15 @@ def sample_encoded(
     if prompts.pooled is not None and absent.pooled is not None:
         words["pooled_prompt_embeds"] = prompts.pooled.to(device)
         words["negative_pooled_prompt_embeds"] = absent.pooled.to(device).expand(count, -1)
-    found = pipe(
-        **words, latents=noise.to(device), generator=generators, num_inference_steps=steps, guidance_scale=guidance, height=side,
-        width=side, output_type="latent",
-    )  # fmt: skip
+    # guidance and sampler compute in the precision of what the UNet gives
+    widened = pipe.unet.register_forward_hook(lambda module, given, out: tuple(value.float() for value in out))
+    try:
+        found = pipe(
+            **words, latents=noise.to(device), generator=generators, num_inference_steps=steps, guidance_scale=guidance, height=side,
+            width=side, output_type="latent",
+        )  # fmt: skip
+    finally:
+        widened.remove()
     with torch.autocast(device.type, enabled=False):  # half precision overflows in some VAEs
         pixels = pipe.vae.decode(found.images.float() / pipe.vae.config.scaling_factor).sample
     return pipe.image_processor.postprocess(pixels, output_type="pil")

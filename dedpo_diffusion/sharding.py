@@ -38,8 +38,10 @@ def own_part(value: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a whole tensor that lies as `like` does, on its device; nothing is communicated."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+    if isinstance(value, DTensor):
         return value.to(like.device)
+    if not isinstance(like, DTensor):
+        return torch.empty_like(like, dtype=value.dtype).copy_(value)  # in its memory format, too
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 

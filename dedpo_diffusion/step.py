@@ -48,7 +48,7 @@ def preference_step(
 ) -> StepResult:
     """The weighted preference loss of each pair.
 
-    Both images of a pair share timestep and noise. The reference is the model without its adapter; objectives that do not need it
+    Both images of a pair share timestep and noise. The reference is what the model says it is; objectives that do not need it
     are computed without predicting with it.
 
     Args:

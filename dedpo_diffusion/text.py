@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .records import Conditioning
 AT_ONCE = 4  # prompts
 ABSENT = -1  # in place of the tokens of a prompt whose embedding is zeros
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")  # the encoders' attention projections
+BORROWED = Lock()  # tokenizers work for one thread at a time, and pairs are loaded in another
 NAMES = ("text_encoder", "text_encoder_2")  # what diffusers calls them
 
 
@@ -40,10 +42,9 @@ class TextEncoders(nn.Module):
     def tokens(self, prompts: Sequence[str | None]) -> Tensor:
         """Tokens (N, encoders, L) int64 of N prompts, None for the absent one; longer prompts are cut, as everywhere in this family."""
         words = ["" if prompt is None else prompt for prompt in prompts]
-        ids = [
-            tokenizer(words, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
-            for tokenizer in self.tokenizers
-        ]
+        whole = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        with BORROWED:
+            ids = [tokenizer(words, max_length=tokenizer.model_max_length, **whole).input_ids for tokenizer in self.tokenizers]
         found = torch.stack(ids, dim=1)
         if self.absent_is_zero:
             found[[row for row, prompt in enumerate(prompts) if prompt is None]] = ABSENT

@@ -1,4 +1,4 @@
-"""Which pair is visited when: a function of (seed, visit number) alone, so that nothing has to be stored to resume."""
+"""Which pair is visited when: a function of seed, visit number and pairs of a step, so that nothing has to be stored to resume."""
 
 from __future__ import annotations
 
@@ -71,6 +71,9 @@ def labelled_share(target: np.ndarray, weight: np.ndarray, labelled: np.ndarray)
     return float(np.clip(share, 0.05, 0.95))  # no kind is ever left out; the weights follow
 
 
+BUCKET = 7  # of the draws of buckets
+
+
 class Order(Protocol):
     """An order of visits."""
 
@@ -84,7 +87,7 @@ class Order(Protocol):
 class BucketedVisits:
     """All visits of one step are of pairs of one bucket, whose images have one shape.
 
-    Which bucket a step takes is drawn as `Visits` draws pairs, with the probability of all its pairs together.
+    Which bucket a step takes is drawn for each step anew, with the probability of all its pairs together.
 
     Args:
         seed: the run's seed.
@@ -102,7 +105,7 @@ class BucketedVisits:
         self.probability = np.empty(sum(len(bucket) for bucket in buckets))
         for bucket, order, part in zip(buckets, orders, share, strict=True):
             self.probability[bucket] = part * order.probability
-        self._steps = Visits(seed * 2 + 1, share)
+        self.seed, self._ends = seed, np.cumsum(share)
         self._taken: list[int] = []  # the bucket of every step so far
         self._before: list[int] = []  # how many steps before took the same
         self._count = [0] * len(buckets)
@@ -110,7 +113,8 @@ class BucketedVisits:
     def bucket(self, step: int) -> int:
         """The bucket that a step takes."""
         for new in range(len(self._taken), step + 1):
-            [taken] = self._steps.rows(new, new + 1)
+            point = np.random.default_rng((self.seed, new, BUCKET)).uniform(0, self._ends[-1])
+            taken = int(np.searchsorted(self._ends, point, side="right"))
             self._taken.append(taken)
             self._before.append(self._count[taken])
             self._count[taken] += 1

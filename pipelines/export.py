@@ -40,7 +40,8 @@ def run(settings: ExportSettings) -> Path:
     try:
         check_checkpoint(folder)
     except UserError as error:
-        raise UserError(f"{error}; give the run's `dedpo train` command again, which goes on from the checkpoint before it") from error
+        other = "give the run's `dedpo train` command again, which goes on from the checkpoint before it"
+        raise UserError(f"{error}; {'take --checkpoint last' if settings.checkpoint == 'best' else other}") from error
     averaged = settings.average and (folder / "average.safetensors").is_file()
     parameters = load_file(folder / ("average.safetensors" if averaged else "parameters.safetensors"))
     if averaged:

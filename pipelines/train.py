@@ -4,7 +4,7 @@
     accelerate launch pipelines/train.py --config configs/shapes_lora.yaml
 
 The same command resumes a run that was stopped. One step: draw noise and timesteps for the step's pairs, predict with
-policy and reference, form the margin, average the weighted pair loss, update the adapter.
+policy and reference, form the margin, average the weighted pair loss, update what is trained.
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ def describe(session: Session) -> None:
 
 def resume(session: Session) -> int:
     """Load the newest checkpoint, if there is one; returns the steps done."""
+    from accelerate.utils import broadcast_object_list
+
     from dedpo_diffusion.checkpoints import load_checkpoint, load_part
     from dedpo_diffusion.pipelines.train_sharding import stored_optimizer
     from dedpo_diffusion.runs import newest_checkpoint
 
-    with session.accelerator.main_process_first():  # which sets damaged ones aside
-        found = newest_checkpoint(session.settings.out)
+    # the main process looks at every byte, and sets damaged ones aside
+    [found] = broadcast_object_list([newest_checkpoint(session.settings.out) if session.accelerator.is_main_process else None])
     if found is None:
         return 0
     (step, folder), model, scaler = found, session.model, session.accelerator.scaler
@@ -231,8 +233,9 @@ def run(settings: TrainSettings) -> Path:
         describe(session)
     watch = Watch(read_metrics(settings.out, done))
     log = MetricsLog(settings.out, done) if accelerator.is_main_process else None
-    if session.validation is not None:
-        session.validation.go_on(session, done)
+    missed = None if session.validation is None else session.validation.go_on(session, done)
+    if session.validation is not None and missed is not None:
+        attend(session.validation, missed, session)
     schedule, loads, note = len(model.process), micro_batches(session, done), ""
 
     with StopSignal() as stop, Progress("training", optim.steps, start=done) as progress:

@@ -144,9 +144,13 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
         model.use_xformers()
     if settings.weights == "lora":
         add_lora(settings, model)
-    else:
+    elif data.reference_draws is not None:
         model.place(torch.float32)
-    if data.reference_draws is not None:
+    if settings.channels_last:
+        model.channels_last()
+    if settings.compile:
+        model.compile_blocks()
+    if data.reference_draws is not None:  # by the kernels that the policy will be computed by
         with accelerator.main_process_first():
             feed.grid = open_grid(settings, reader, source, model, feed, pairs_fingerprint, size)
     if settings.weights == "full":
@@ -154,10 +158,6 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
         model.train_all(reference=feed.grid is None and asked, exact=settings.optim.rounds > 1)
     if settings.gradient_checkpointing:
         model.checkpoint(selective=settings.gradient_checkpointing == "selective")
-    if settings.channels_last:
-        model.channels_last()
-    if settings.compile:
-        model.compile_blocks()
     targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
     identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
     if settings.lora.start is not None:
@@ -308,7 +308,7 @@ def open_grid(
     return ReferenceGrid(
         folder, source, model, feed.rows, pairs=len(reader), draws=data.reference_draws or 0,
         timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
-        batch=settings.optim.batch,
+        batch=settings.optim.batch, kernels=[settings.attention, settings.channels_last, settings.compile],
     )  # fmt: skip
 
 

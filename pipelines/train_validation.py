@@ -8,6 +8,7 @@ prompts are encoded; the VAE's decoder stays, if images are to be sampled.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -97,7 +98,7 @@ def at_rest(model: Backbone, average: Average | None) -> Iterator[None]:
     training, policy, trained = model.unet.training, model.policy, model.trainable()
     live = {name: parameter.data for name, parameter in trained.items()}
     model.policy = model.network
-    model.unet.eval()
+    model.train(False)
     for name, value in ({} if average is None else average.values).items():
         trained[name].data = value
     try:
@@ -105,7 +106,7 @@ def at_rest(model: Backbone, average: Average | None) -> Iterator[None]:
     finally:
         for name, value in live.items():
             trained[name].data = value
-        model.unet.train(training)
+        model.train(training)
         model.policy = policy
 
 
@@ -138,15 +139,17 @@ class HeldOut:
         if not len(self.rows):
             raise UserError(f"{self.file}: no pair has a label, so nothing is held out")
         fingerprint, plain = self.reader.fingerprint(), DataSettings(folder)  # squares from the centre, never mirrored
+        if folder.resolve() == settings.data.pairs.resolve() and settings.data.crop == "centre" and not settings.data.buckets:
+            plain = settings.data  # whose first view is just that, and is there already
         self.identity = {"held_out_pairs": fingerprint, "held_out_labels": file_digest(self.file)}
         self.source: Source
         if settings.data.cache is not None:
             with accelerator.main_process_first():
                 cache = open_cache(self.reader, model, plain, root=settings.data.cache, fingerprint=fingerprint, size=size)
             words = (model.text, self.reader.prompts()) if settings.lora.text_encoders else None
-            self.source = CachedSource(cache, model.channels, words=words)
+            self.source = CachedSource(cache, model.channels, words=words, views=1)
         else:
-            self.source = LiveSource(self.reader, model, plain, size=size, seed=0)
+            self.source = LiveSource(self.reader, model, DataSettings(folder), size=size, seed=0)
 
     def keep_apart(self, feed: Feed, trained: PairReader, accelerator: Accelerator) -> None:
         """Leave out what is trained on, in a dataset that is trained on; see to it that no image of the others is.
@@ -373,19 +376,25 @@ class Validation:
             self.start_loss = found
         session.accelerator.wait_for_everyone()
 
-    def go_on(self, session: Session, done: int) -> None:
+    def go_on(self, session: Session, done: int) -> dict[str, Any] | None:
         """Take up what the steps done have left; what was written of later ones will be written again.
 
-        A run that was stopped between its last checkpoint and that step's validation has the validation now.
+        A run that was stopped between its last checkpoint and that step's validation has the validation now; its line is returned.
         """
-        from dedpo_diffusion.runs import MetricsLog, read_metrics
+        from dedpo_diffusion.files import remove_folder
+        from dedpo_diffusion.runs import MetricsLog, best_folder, read_metrics
 
         self.lines = list(read_metrics(self.settings.out, done, LOG))
         session.accelerator.wait_for_everyone()
         if session.accelerator.is_main_process:
             self.log = MetricsLog(self.settings.out, done, LOG)
+            best = best_folder(self.settings.out)
+            if best.is_dir() and json.loads((best / "state.json").read_text(encoding="utf-8"))["step"] > done:
+                say(f"{best} is of a later step, which will be taken again; removed")
+                remove_folder(best)
         if done and self.due(done) and all(line["step"] != done for line in self.lines):
-            self.measure(session, done)
+            return self.measure(session, done)
+        return None
 
     def due(self, step: int) -> bool:
         """Whether there is a validation after this many steps."""

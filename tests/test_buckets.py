@@ -17,6 +17,7 @@ from dedpo_diffusion.cache import PairCache
 from dedpo_diffusion.feed import Feed
 from dedpo_diffusion.images import WIDEST, bucket_shapes, nearest_shape, pair_views
 from dedpo_diffusion.labels import write_targets
+from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.pairs import PairWriter
 from dedpo_diffusion.pipelines import train
 from dedpo_diffusion.records import Pair, Targets
@@ -38,6 +39,12 @@ def test_shapes_have_about_the_area_and_every_one_has_its_mirror_or_less(size, m
 def test_the_shapes_at_1024_are_those_that_sdxl_was_trained_on():
     known = [(1344, 768), (1216, 832), (1152, 896), (1024, 1024), (896, 1152), (832, 1216), (768, 1344)]
     assert set(known) <= set(bucket_shapes(1024, 64))
+
+
+def test_every_size_that_a_model_takes_has_its_square(folders):
+    model = Backbone(str(folders["sdxl"]), device=torch.device("cpu"))
+    for size in range(model.whole, 2049, model.whole):
+        assert (size, size) in model.shapes(size)
 
 
 def test_a_pair_gets_the_shape_nearest_to_the_mean_of_its_ratios():
@@ -84,6 +91,16 @@ def test_a_step_takes_one_bucket_and_every_place_its_share():
     assert late.rows(90 * together, 90 * together + 2) + late.rows(90 * together + 2, 91 * together) == one.rows(
         90 * together, 91 * together
     )
+
+
+def test_a_rare_bucket_gets_its_share():
+    """Also one that a step in hundreds takes."""
+    for shares in ([0.997, 0.003], [0.5, 0.25, 0.247, 0.003]):
+        buckets = [np.array([k]) for k in range(len(shares))]
+        one = BucketedVisits(0, buckets, [Visits(0, np.ones(1)) for _ in buckets], np.array(shares), 1)
+        counts = np.bincount([one.bucket(step) for step in range(20_000)], minlength=len(shares))
+        assert np.abs(counts - 20_000 * np.array(shares)).max() < 4 * math.sqrt(20_000) * 0.5
+        assert abs(counts[-1] - 60) < 4 * math.sqrt(60)
 
 
 SIZES = [(140, 128), (220, 128), (128, 128), (128, 240), (256, 128), (100, 100)]

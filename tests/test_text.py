@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dedpo_diffusion import tiny
 from dedpo_diffusion.bases import load_pipeline
 from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.pipelines.train_validation import at_rest
 from dedpo_diffusion.text import ABSENT, chunks
 
 WORDS = ["a large red circle", "a cross", None, "a small blue square on a white background", "a large cross", "a red circle"]
@@ -72,3 +75,26 @@ def test_every_adapted_layer_of_the_encoders_gets_a_gradient(model):
     for name, value in model.trainable().items():
         if name.startswith("text_encoder") and "lora_B" in name:
             assert value.grad is not None and value.grad.abs().max() > 0, name
+
+
+def test_dropout_reaches_the_policy_alone(folders):
+    """Neither the reference, with or without an adapter to begin with, nor what is validated."""
+    model = Backbone(str(folders["sdxl"]), device=torch.device("cpu"))
+    model.add_lora(rank=2, alpha=2, dropout=0.5, text=True)
+    for value in model.trainable().values():
+        value.data += 0.2
+    tokens = model.text.tokens(WORDS)
+    given = replace(model.encode_prompts(WORDS), tokens=tokens, sizes=torch.full((len(WORDS), 2, 6), 64.0))
+    noisy, t = torch.randn(len(WORDS), 2, *model.latent_shape(tiny.SIDE)), torch.full((len(WORDS),), 500)
+
+    def twice(**options: bool) -> bool:
+        with torch.no_grad():
+            return torch.equal(*(model.predict(noisy, t, given, **options) for _ in range(2)))
+
+    assert not twice() and twice(reference=True)
+    model.anchor_at({name: value.detach().clone() for name, value in model.trainable().items()})
+    assert not torch.equal(model.text(tokens).text, model.text(tokens).text)
+    assert twice(reference=True)
+    with at_rest(model, None):
+        assert twice()
+    assert not twice()
