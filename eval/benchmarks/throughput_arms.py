@@ -129,7 +129,7 @@ def ours(sessions: dict[str, Session], name: str) -> Callable[[Stations | None],
     def watched(stations: Stations | None) -> torch.Tensor:
         if stations is None:
             return step(next(loads))
-        parts = [(session.model, "encode_images", "latents"), (session.model, "encode_prompts", "text"),
+        parts = [(session.model, "encode_images", "latents"), (session.model, "encode_tokens", "text"),
                  (session.accelerator, "backward", "backward"), (session.accelerator, "clip_grad_norm_", "optimizer"),
                  (session.optimizer, "step", "optimizer"), (session.optimizer, "zero_grad", "optimizer")]  # fmt: skip
         with ExitStack() as stack:
