@@ -51,7 +51,8 @@ def test_the_same_command_again_changes_nothing(finished, tiny_model, tiny_pairs
     assert (finished / "metrics.jsonl").read_bytes() == before[1]
 
 
-@pytest.mark.parametrize("wait_for", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wait_for", [2, 8])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished, tiny_model, tiny_pairs, tmp_path, wait_for):
     """SIGKILL as soon as a given step is logged, which may be between checkpoints; then the same command."""
     command = [sys.executable, str(REPOSITORY / "pipelines" / "train.py"), *arguments(tiny_model, tiny_pairs, tmp_path / "run")]

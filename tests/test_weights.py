@@ -48,7 +48,10 @@ def trained(tiny_model, tmp_path):
     return build
 
 
-@pytest.mark.parametrize(("alpha", "targets"), [(4.0, None), (10.0, None), (1.0, ["to_q", "conv1", "proj_in"])])
+SAME = pytest.param(4.0, None, marks=pytest.mark.slow)  # rank and alpha alike
+
+
+@pytest.mark.parametrize(("alpha", "targets"), [SAME, (10.0, None), (1.0, ["to_q", "conv1", "proj_in"])])
 def test_plain_diffusers_reproduces_the_training_time_unet(trained, tiny_model, tmp_path, alpha, targets):
     model, run = trained(alpha=alpha, targets=targets)
     generator = torch.Generator().manual_seed(0)

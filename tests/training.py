@@ -53,6 +53,12 @@ def stop_after(monkeypatch, step: int) -> None:
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
     """accelerate keeps precision and accumulation for the life of a process; a command line has a process of its own."""
+    _forget()
+    yield
+    _forget()  # what a module's own fixture trains comes before the next test
+
+
+def _forget() -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
