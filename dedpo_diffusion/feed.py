@@ -184,7 +184,8 @@ def decode_pair(pair: Pair, where: str) -> tuple[Image.Image, Image.Image]:
 
 
 class ReferenceGrid:
-    """A fixed set of draws for every pair, with the reference's errors at them, kept beside the cache and shared by all runs on it.
+    """A fixed set of draws for every pair, with the reference's errors at them, kept beside the cache and shared by all runs on it
+    that compute alike.
 
     Args:
         folder: of the cache; the grid gets a folder of its own there, by what it depends on.

@@ -56,7 +56,8 @@ class DataSettings:
             up for it, so all three estimate the same loss.
         caption_dropout: share of pairs trained with the empty prompt, both images alike.
         reference_draws: draw this many timesteps and noises for each pair beforehand and keep the reference's errors at them beside the
-            cache, shared by all runs on it: no run predicts with the reference again. It pays when several runs share them.
+            cache, shared by all runs on it that have the same optim.batch: none predicts with the reference again. It pays when several
+            runs share them.
     """
 
     pairs: Path
