@@ -278,6 +278,7 @@ def rendered(tmp_path_factory):
     return folder, whole
 
 
+@pytest.mark.slow
 def test_twenty_kills_leave_the_labels_of_an_uninterrupted_run(rendered):
     folder, whole = rendered
     rng, path, kills, kept = random.Random(0), folder / "labels" / "oracle_reward.parquet", 0, []

@@ -152,6 +152,7 @@ def test_the_regime_compares_all_with_a_quarter_each_at_its_better_rate():
 # ---- end to end
 
 
+@pytest.mark.slow
 def test_a_very_small_study_runs_resumes_and_reports(tmp_path, capsys):
     config = tmp_path / "small.yaml"
     config.write_text(

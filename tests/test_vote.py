@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 
 import httpx
 import numpy as np
+import pytest
 
 from conftest import picture
 from dedpo_diffusion.labels import CALIBRATED, label_origin, read_labels, read_votes, write_labels
@@ -249,6 +250,7 @@ class Voter(threading.Thread):
                     self.heard.set()
 
 
+@pytest.mark.slow
 def test_no_acknowledged_vote_is_lost_when_the_server_is_killed_fifty_times(tmp_path):
     folder, chance, voter = make_pairs(tmp_path / "data", 3000, (1, 1)), random.Random(0), Voter()
     voter.start()
