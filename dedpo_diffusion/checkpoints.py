@@ -30,10 +30,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     Raises:
         TypeError: the optimizer keeps something that is neither a tensor nor an integer.
     """
-    return whole(_state_tensors(optimizer))
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     flat: dict[str, torch.Tensor] = {}
     for index, state in optimizer.state_dict()["state"].items():
         nested = state.get(QUANTISED, {})
@@ -78,7 +74,7 @@ def save_checkpoint(
     Raises:
         UserError: a parameter is no longer finite, or the disk is full; nothing is written.
     """
-    parts = {"parameters": parameters, "reference": anchor, "average": average, "optimizer": _state_tensors(optimizer)}
+    parts = {"parameters": parameters, "reference": anchor, "average": average, "optimizer": optimizer_tensors(optimizer)}
     _save(folder, parts, meta, write=write)
 
 

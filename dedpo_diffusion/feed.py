@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .labels import read_targets
 from .models import Backbone
 from .noising import Draws, TimestepDraw, draw, step_generator
 from .pairs import PairReader
-from .records import Conditioning, Pair, PairBatch, Targets
+from .records import Conditioning, Pair, PairBatch, Targets, Tensors
 from .runs import first_difference
 from .settings import DataSettings
 from .text import TextEncoders
@@ -39,29 +39,21 @@ GRID = 1002  # for the pre-drawn noises
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Encoded(Tensors):
     """Encoded pairs: posterior `mean` and `std` (B, 2, C, h, w), and what the UNet is conditioned on."""
 
     mean: Tensor
     std: Tensor
     conditioning: Conditioning
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Encoded:
-        """The same with `change` made to every tensor."""
-        return Encoded(change(self.mean), change(self.std), self.conditioning.map(change))
-
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Tensors):
     """Pairs that are not encoded yet: `pixels` (B, 2, 3, H, W), `sizes` (B, 2, 6), `tokens` (B, encoders, L)."""
 
     pixels: Tensor
     sizes: Tensor
     tokens: Tensor
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Pictures:
-        """The same with `change` made to every tensor."""
-        return Pictures(change(self.pixels), change(self.sizes), change(self.tokens))
 
 
 class Source(ABC):
@@ -264,7 +256,7 @@ class ReferenceGrid:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Tensors):
     """B consecutive visits before the model sees them.
 
     `places` of the visited pairs, `draws`, `encoded` as the source loads it, `target`, `weight` and `doubt` (B,), `known`: the
@@ -279,11 +271,6 @@ class Loaded:
     doubt: Tensor | None
     known: Tensor | None
     labelled: Tensor | None
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Loaded:
-        """The same with `change` made to every tensor."""
-        rest = (None if part is None else change(part) for part in (self.doubt, self.known, self.labelled))
-        return Loaded(self.places, self.draws.map(change), self.encoded.map(change), change(self.target), change(self.weight), *rest)
 
 
 def cache_identity(model: Backbone, data: DataSettings, *, pairs: str, size: int) -> dict[str, Any]:

@@ -6,12 +6,14 @@ any split of a step into micro-batches or processes sees the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .records import Tensors
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Draws:
+class Draws(Tensors):
     """All randomness of one step of B pairs.
 
     `timesteps` (B,) int64; `noise` (B, C, h, w), one draw a pair; `posterior` (B, 2, C, h, w) for sampling the VAE's
@@ -155,21 +157,12 @@ class Draws:
 
     def part(self, start: int, stop: int) -> Draws:
         """The draws of pairs start to stop - 1."""
-        rows = slice(start, stop)
-        return Draws(self.timesteps[rows], self.noise[rows], self.posterior[rows], self.drop_caption[rows])
+        return self.map(lambda values: values[start:stop])
 
     @classmethod
     def join(cls, parts: Sequence[Draws]) -> Draws:
         """Several draws as one, in this order."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("timesteps", "noise", "posterior", "drop_caption")))
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Draws:
-        """The same with `change` made to every tensor."""
-        return Draws(*(change(getattr(self, name)) for name in ("timesteps", "noise", "posterior", "drop_caption")))
-
-    def to(self, device: torch.device) -> Draws:
-        """The same draws on another device."""
-        return self.map(lambda values: values.to(device))
 
 
 def draw(

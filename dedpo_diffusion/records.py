@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -11,6 +11,28 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A record of tensors and of records of tensors; what else its fields hold stays as it is."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `change` made to every tensor there is."""
+        import torch
+
+        changed: dict[str, Any] = {}
+        for name in (entry.name for entry in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                changed[name] = change(value)
+            elif isinstance(value, Tensors):
+                changed[name] = value.map(change)
+        return replace(self, **changed)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return self.map(lambda values: values.to(device))
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Conditioning:
+class Conditioning(Tensors):
     """What the UNet is conditioned on, one entry a pair: both images share their prompt.
 
     `text` is (B, L, D). SDXL also takes `pooled` (B, P), its second encoder's embedding of the whole prompt, and `sizes` (B, 2, 6),
@@ -86,18 +108,9 @@ class Conditioning:
     sizes: Tensor | None = None
     tokens: Tensor | None = None
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        """The same with `change` made to every tensor there is."""
-        pooled, sizes, tokens = (None if part is None else change(part) for part in (self.pooled, self.sizes, self.tokens))
-        return Conditioning(change(self.text), pooled, sizes, tokens)
-
     def at(self, rows: Any) -> Conditioning:
         """Some of the entries."""
         return self.map(lambda values: values[rows])
-
-    def to(self, device: torch.device) -> Conditioning:
-        """The same on a device."""
-        return self.map(lambda values: values.to(device))
 
     @classmethod
     def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:

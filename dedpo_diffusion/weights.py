@@ -87,16 +87,19 @@ def read_lora(path: Path, *, scale: float) -> dict[str, Tensor]:
         raise UserError(f"{path}: {what}; give a file as `dedpo export RUN --format diffusers` writes it")
     if any(config.get(f"{part}.{kind}_pattern") for part in parts for kind in ("rank", "alpha")):
         raise UserError(f"{path}: its layers have ranks or alphas of their own, which cannot be trained on; give a LoRA of one rank")
+    factors = {}
+    for part in parts:
+        ranks = (len(value) for name, value in tensors.items() if name.startswith(f"{part}.") and ".lora_A." in name)
+        rank = next(ranks, 1)
+        alpha = float(config.get(f"{part}.lora_alpha", rank))  # without metadata readers take alpha = rank
+        factors[part] = alpha / (math.sqrt(rank) if config.get(f"{part}.use_rslora") else rank) / scale
     found = {}
     for name, value in tensors.items():
         part, _, inside = name.partition(".")
         layer, _, rest = inside.partition(".lora_")
         kind, _, tail = rest.partition(".")
-        rank = next(len(one) for key, one in tensors.items() if key.startswith(f"{part}.") and ".lora_A." in key)
-        alpha = float(config.get(f"{part}.lora_alpha", rank))  # without metadata readers take alpha = rank
-        own = alpha / (math.sqrt(rank) if config.get(f"{part}.use_rslora") else rank)
         where = layer if part == "unet" else f"{part}.{layer.removeprefix('text_model.')}"
-        found[".".join([f"{where}.lora_{kind}.default", *([tail] if tail else [])])] = value.float() * (own / scale if kind == "B" else 1)
+        found[".".join([f"{where}.lora_{kind}.default", *([tail] if tail else [])])] = value.float() * (factors[part] if kind == "B" else 1)
     return found
 
 

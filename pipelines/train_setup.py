@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dedpo_diffusion.console import UserError, say
-from dedpo_diffusion.settings import LoraSettings, ObjectiveSettings, TrainSettings
+from dedpo_diffusion.settings import DataSettings, LoraSettings, ObjectiveSettings, TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -109,7 +109,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     """Load the model, encode the pairs or get ready to, and read the targets; also: identity of the inputs, validation."""
     import torch
 
-    from dedpo_diffusion.feed import CachedSource, Feed, LiveSource, open_cache
+    from dedpo_diffusion.feed import Feed
     from dedpo_diffusion.files import file_digest
     from dedpo_diffusion.models import Backbone
     from dedpo_diffusion.pairs import PairReader
@@ -123,12 +123,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     size = data.size or model.size
     model.latent_shape(size)  # or the size is refused
     pairs_fingerprint = reader.fingerprint()
-    if data.cache is not None:
-        with accelerator.main_process_first():
-            cache = open_cache(reader, model, data, root=data.cache, fingerprint=pairs_fingerprint, size=size)
-        source: Source = CachedSource(cache, model.channels, words=(model.text, reader.prompts()) if settings.lora.text_encoders else None)
-    else:
-        source = LiveSource(reader, model, data, size=size, seed=settings.seed)
+    source = open_source(settings, reader, model, data, accelerator, fingerprint=pairs_fingerprint, size=size)
     validation = open_validation(settings, model, accelerator, size=size)
     if data.cache is not None:
         model.drop_encoders(keep_text=settings.lora.text_encoders)
@@ -139,7 +134,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     )  # fmt: skip
     check(settings, feed)
     if validation is not None and validation.held_out is not None:
-        validation.held_out.keep_apart(feed, reader, accelerator)
+        validation.held_out.keep_apart(feed, reader, pairs_fingerprint, accelerator)
     if settings.attention == "xformers":
         model.use_xformers()
     if settings.weights == "lora":
@@ -163,6 +158,31 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
     return model, feed, identity | ({} if validation is None else validation.identity()), validation
+
+
+def open_source(
+    settings: TrainSettings, reader: PairReader, model: Backbone, data: DataSettings, accelerator: Accelerator, *, fingerprint: str,
+    size: int, views: int | None = None,
+) -> Source:  # fmt: skip
+    """Where encoded pairs of a dataset come from: the run's cache, filled by the main process if need be, or the encoders.
+
+    Args:
+        settings: of the run, which say whether there is a cache and whether tokens are needed.
+        reader, fingerprint: the dataset.
+        model: whose encoders encode.
+        data: how pairs are cropped and mirrored.
+        accelerator: of the run.
+        size: pixels of a side.
+        views: how many of a cache's are taken; None takes all.
+    """
+    from dedpo_diffusion.feed import CachedSource, LiveSource, open_cache
+
+    if settings.data.cache is None:
+        return LiveSource(reader, model, data, size=size, seed=settings.seed)
+    with accelerator.main_process_first():
+        cache = open_cache(reader, model, data, root=settings.data.cache, fingerprint=fingerprint, size=size)
+    words = (model.text, reader.prompts()) if settings.lora.text_encoders else None
+    return CachedSource(cache, model.channels, words=words, views=views)
 
 
 def add_lora(settings: TrainSettings, model: Backbone) -> None:

@@ -125,10 +125,10 @@ class HeldOut:
     def __init__(self, settings: TrainSettings, model: Backbone, accelerator: Accelerator, *, size: int) -> None:
         import numpy as np
 
-        from dedpo_diffusion.feed import CachedSource, LiveSource, Source, open_cache
         from dedpo_diffusion.files import file_digest
         from dedpo_diffusion.labels import align, read_labels
         from dedpo_diffusion.pairs import PairReader
+        from dedpo_diffusion.pipelines.train_setup import open_source
 
         self.settings, self.wanted, self.shape = settings, settings.validation, model.latent_shape(size)
         folder, name = Path(str(self.wanted.pairs)), self.wanted.human
@@ -138,23 +138,19 @@ class HeldOut:
         self.file = folder / "labels" / f"{name}.parquet"
         if not len(self.rows):
             raise UserError(f"{self.file}: no pair has a label, so nothing is held out")
-        fingerprint, plain = self.reader.fingerprint(), DataSettings(folder)  # squares from the centre, never mirrored
-        if folder.resolve() == settings.data.pairs.resolve() and settings.data.crop == "centre" and not settings.data.buckets:
-            plain = settings.data  # whose first view is just that, and is there already
-        self.identity = {"held_out_pairs": fingerprint, "held_out_labels": file_digest(self.file)}
-        self.source: Source
-        if settings.data.cache is not None:
-            with accelerator.main_process_first():
-                cache = open_cache(self.reader, model, plain, root=settings.data.cache, fingerprint=fingerprint, size=size)
-            words = (model.text, self.reader.prompts()) if settings.lora.text_encoders else None
-            self.source = CachedSource(cache, model.channels, words=words, views=1)
-        else:
-            self.source = LiveSource(self.reader, model, DataSettings(folder), size=size, seed=0)
+        data = DataSettings(folder)  # squares from the centre, never mirrored
+        same = folder.resolve() == settings.data.pairs.resolve() and settings.data.crop == "centre" and not settings.data.buckets
+        if settings.data.cache is not None and same:
+            data = settings.data  # whose first view is just that, and is there already
+        self.fingerprint = self.reader.fingerprint()
+        self.identity = {"held_out_pairs": self.fingerprint, "held_out_labels": file_digest(self.file)}
+        self.source = open_source(settings, self.reader, model, data, accelerator, fingerprint=self.fingerprint, size=size, views=1)
 
-    def keep_apart(self, feed: Feed, trained: PairReader, accelerator: Accelerator) -> None:
+    def keep_apart(self, feed: Feed, trained: PairReader, fingerprint: str, accelerator: Accelerator) -> None:
         """Leave out what is trained on, in a dataset that is trained on; see to it that no image of the others is.
 
-        Images are compared when a run begins; a resumed one has the same, or `open_run` refuses it.
+        `fingerprint` is that of the trained dataset. Images are compared when a run begins; a resumed one has the same, or `open_run`
+        refuses it.
 
         Raises:
             UserError: nothing is left, or an image file of a held-out pair is trained on.
@@ -167,7 +163,7 @@ class HeldOut:
         remedy = (
             f"`dedpo merge --folds 5` writes targets without one fold's prompts each, for data.targets={self.settings.data.targets}-fold-0"
         )
-        if trained.fingerprint() == self.reader.fingerprint():
+        if fingerprint == self.fingerprint:
             self.rows = np.setdiff1d(self.rows, feed.rows)
             if not len(self.rows):
                 raise UserError(f"{self.file}: every pair with a label is trained on, so nothing is held out; {remedy}")

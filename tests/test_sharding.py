@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +169,21 @@ def test_a_run_goes_on_with_other_processes_if_its_steps_stay_the_same(tiny_mode
 # ---- FSDP2
 
 
+def resumes_to_the_bit(tmp_path: Path, job: dict) -> list[str]:
+    """Run a job of four steps on two processes, take its last checkpoint away and run it again; the names of the files that are equal."""
+    done = together(2, tmp_path, [job])
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = checkpoints(tmp_path / "run")[-1][1]
+    last.rename(tmp_path / "first")
+    done = together(2, tmp_path, [job])
+    assert done.returncode == 0 and "after step 2" in done.stdout, done.stderr[-3000:]
+    files = sorted(file.name for file in last.glob("*.safetensors"))
+    for name in files:
+        one, other = load_file(tmp_path / "first" / name), load_file(last / name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    return files
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"mixed_precision": "bf16", "gradient_checkpointing": "true"}, {"optim__rounds": 2, "optim__extrapolation": 0.3}]
@@ -176,17 +192,8 @@ def test_a_sharded_run_resumes_to_the_bit_and_exports(folders, pairs, tmp_path, 
     changes = FULL | {"optim__steps": 4, "checkpoint_every": 2, "optim__average": 0.9} | changes
     changes |= {"optim__batch": 1, "optim__accumulation": 2}
     job = {"arguments": arguments(folders["sdxl"], pairs, tmp_path / "run", **changes), "env": FSDP}
-    done = together(2, tmp_path, [job])
-    assert done.returncode == 0, done.stderr[-3000:]
-    last = checkpoints(tmp_path / "run")[-1][1]
-    last.rename(tmp_path / "first")
-    done = together(2, tmp_path, [job])
-    assert done.returncode == 0 and "after step 2" in done.stdout, done.stderr[-3000:]
-    files = sorted(file.name for file in last.glob("*.safetensors"))
+    files = resumes_to_the_bit(tmp_path, job)
     assert ("reference.safetensors" in files) == ("optim__rounds" in changes)
-    for name in files:
-        one, other = load_file(tmp_path / "first" / name), load_file(last / name)
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
     assert train.main(arguments(folders["sdxl"], pairs, tmp_path / "alone", **changes | {"optim__batch": 2})) == 0
     for line, alone in zip(metrics(tmp_path / "run"), metrics(tmp_path / "alone"), strict=True):
         close = 5e-2 if "mixed_precision" in changes else 1e-4  # rounding of bfloat16
@@ -208,15 +215,7 @@ def test_zero_takes_the_steps_of_one_process_and_resumes_to_the_bit(folders, pai
     pytest.importorskip("deepspeed")
     changes = {"optim__batch": 2} | changes | {"optim__steps": 4, "checkpoint_every": 2}
     job = {"arguments": arguments(folders["sd15"], pairs, tmp_path / "run", **changes | {"device": "null"}), "env": DEEPSPEED}
-    done = together(2, tmp_path, [job])
-    assert done.returncode == 0, done.stderr[-3000:]
-    last = checkpoints(tmp_path / "run")[-1][1]
-    last.rename(tmp_path / "first")
-    done = together(2, tmp_path, [job])
-    assert done.returncode == 0 and "after step 2" in done.stdout, done.stderr[-3000:]
-    for file in last.glob("*.safetensors"):
-        one, other = load_file(tmp_path / "first" / file.name), load_file(file)
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), file.name
+    resumes_to_the_bit(tmp_path, job)
     assert train.main(arguments(folders["sd15"], pairs, tmp_path / "alone", **changes | {"optim__batch": 2 * changes["optim__batch"]})) == 0
     close = 5e-2 if "mixed_precision" in changes else 1e-4  # rounding of bfloat16
     for line, alone in zip(metrics(tmp_path / "run"), metrics(tmp_path / "alone"), strict=True):
