@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .console import UserError
-from .files import atomic_file
-from .text import NAMES
+from ..console import UserError
+from ..files import atomic_file
+from ..text import NAMES
 
 
 def diffusers_lora(
