@@ -52,20 +52,29 @@ def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Gain:
-    """One line of an interval plot; `series` picks the colour."""
+    """One line of an interval plot; `low` and `high` are None where there is no interval, `series` picks the colour."""
 
     name: str
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     series: int
 
 
-def forest(gains: Sequence[Gain], title: str) -> str:
-    """An interval plot: a dot and its interval for each gain, and the line of no gain. Returns an SVG."""
-    width, left, right, row = 420.0, 112.0, 16.0, 40.0
-    height = row * len(gains) + 34
-    low, high = min(0.0, *(g.low for g in gains)), max(0.0, *(g.high for g in gains))
+def forest(gains: Sequence[Gain], title: str, *, line: float = 0.0, form: str = "+.3f") -> str:
+    """An interval plot: a dot and its interval for each gain, filled where the interval leaves out the line. Returns an SVG.
+
+    Args:
+        gains: at least one.
+        title: for screen readers.
+        line: the value that says nothing: no gain.
+        form: of the values that are written.
+    """
+    left = min(max(7.2 * max(len(gain.name) for gain in gains) + 18, 56), 168)
+    width, right, row = 380.0, 18.0, 36.0
+    height = row * len(gains) + 30
+    ends = [end for gain in gains for end in (gain.low, gain.mean, gain.high) if end is not None]
+    low, high = min(line, *ends), max(line, *ends)
     pad = 0.06 * (high - low) or 1.0
     low, high = low - pad, high + pad
 
@@ -74,27 +83,34 @@ def forest(gains: Sequence[Gain], title: str) -> str:
 
     parts = []
     for tick in ticks(low, high):
-        parts += [_line(x(tick), 8, x(tick), height - 24, "grid"), _text(x(tick), height - 8, number(tick), "middle")]
-    parts.append(_line(x(0), 4, x(0), height - 24, "zero"))
+        label = f"{100 * tick:.4g} %" if "%" in form else number(tick)
+        parts += [_line(x(tick), 6, x(tick), height - 22, "grid"), _text(x(tick), height - 6, label, "middle")]
+    parts.append(_line(x(line), 2, x(line), height - 22, "zero"))
     for place, gain in enumerate(gains):
         y, paint = 8 + row * (place + 0.5), colour(gain.series)
-        name = gain.name if len(gain.name) <= 15 else gain.name[:14] + "…"
-        parts.append(_text(left - 10, y + 4, name, "end", "ink"))
-        ends = f'x1="{x(gain.low):.1f}" y1="{y}" x2="{x(gain.high):.1f}" y2="{y}"'
-        parts.append(f'<line {ends} stroke="{paint}" stroke-width="3" stroke-linecap="round"/>')
-        parts.append(f'<circle cx="{x(gain.mean):.1f}" cy="{y}" r="5.5" fill="{paint}"/>')
-        value = f"{gain.mean:+.3f}".replace("-", "\N{MINUS SIGN}")
-        parts.append(_text(min(max(x(gain.mean), left + 16), width - 24), y - 10, value, "middle"))
+        letters = int((left - 18) / 7)
+        name = gain.name if len(gain.name) <= letters else gain.name[: letters - 1] + "…"
+        parts.append(f"<g><title>{escape(gain.name)}</title>{_text(left - 10, y + 4, name, 'end', 'ink')}</g>")
+        sure = False
+        if gain.low is not None and gain.high is not None:
+            sure = not gain.low <= line <= gain.high
+            ends_at = f'x1="{x(gain.low):.1f}" y1="{y}" x2="{x(gain.high):.1f}" y2="{y}"'
+            parts.append(f'<line {ends_at} stroke="{paint}" stroke-width="3" stroke-linecap="round"/>')
+        fill = paint if sure else "var(--panel)"
+        parts.append(f'<circle cx="{x(gain.mean):.1f}" cy="{y}" r="5" fill="{fill}" stroke="{paint}" stroke-width="2"/>')
+        value = format(gain.mean, form).replace("-", "\N{MINUS SIGN}")
+        parts.append(_text(min(max(x(gain.mean), left + 18), width - 22), y - 9, value, "middle", "ink value"))
     return _svg(width, height, title, parts)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart: points (x, y), x rising; `series` picks the colour."""
+    """One line of a chart: points (x, y), x rising; `series` picks the colour, `mark` is a point to be seen."""
 
     name: str
     points: list[tuple[float, float]]
     series: int
+    mark: tuple[float, float] | None = None
 
 
 def _thinned(points: list[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
@@ -147,6 +163,11 @@ def chart(curves: Sequence[Curve], title: str, *, smooth: bool = False, zero: bo
             path = " ".join(map(place, line if len(line) > 1 else line * 2))
             style = f'fill="none" stroke="{colour(curve.series)}" stroke-width="{stroke}" opacity="{opacity}"'
             parts.append(f'<polyline points="{path}" {style} stroke-linejoin="round" stroke-linecap="round"/>')
+        if curve.mark is not None:
+            across, down = place(curve.mark).split(",")
+            parts.append(
+                f'<circle cx="{across}" cy="{down}" r="5" fill="var(--panel)" stroke="{colour(curve.series)}" stroke-width="2.5"/>'
+            )
     return _svg(width, height, title, parts)
 
 

@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,24 +15,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.console import UserError
-from dedpo_diffusion.evaluation.figures import Curve, Gain, chart, colour, contact_sheet, forest
-from dedpo_diffusion.evaluation.page import document
+from dedpo_diffusion.evaluation.figures import Curve, chart, contact_sheet
+from dedpo_diffusion.evaluation.gallery import evenly_spaced, image_sections, ranking
+from dedpo_diffusion.evaluation.page import about, document, dot, page_file, section, shown, table
+from dedpo_diffusion.evaluation.report_sections import (
+    WARNING,
+    anchors,
+    categories_section,
+    differences,
+    headline,
+    people_section,
+    scores_section,
+    spread_section,
+)
 from dedpo_diffusion.settings import CompareSettings
 
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.compare import Arm
 
-PROMPTS = 12  # prompts of the contact sheet on the page
 SHEET_PROMPTS = 8  # of contact_sheet.png
-EXTREMES = 4  # largest gains, and largest regressions
-WIDEST = 256  # pixels; larger images are embedded at this width
 CURVES = {
     "loss": "loss", "margin": "margin towards the preferred image", "implicit_accuracy": "implicit accuracy",
     "winner_drift": "winner drift (policy − reference error)", "loser_drift": "loser drift (policy − reference error)",
     "learning_rate": "learning rate",
 }  # fmt: skip
+HELD_OUT = {"loss": "held-out loss", "accuracy": "held-out accuracy"}
 BUCKETS = {"margin": "margin by timestep", "ratio": "balance: winner over loser, by timestep"}
-WARNING = "Warning: "  # how a sentence of `dedpo merge` begins that is one
 LABEL_LINES = {
     "method": "method", "n": "pairs", "n_human": "human labels", "agreement": "agreement of the judge", "judge_bias": "bias of the judge",
     "power": "power", "power_se": "standard error of the power", "effective_human_labels": "effective human labels",
@@ -42,179 +48,18 @@ LABEL_LINES = {
 }  # fmt: skip
 
 
-# ---- words and numbers
-
-
-def shown(value: Any, form: str = ".3f") -> str:
-    """A number with a true minus sign; texts as they are, nothing as a dash, a value with its interval."""
-    if isinstance(value, dict):
-        interval = value.get("ci")
-        tail = f" ({shown(float(interval[0]), form)} to {shown(float(interval[1]), form)})" if interval else ""
-        return shown(value.get("value", value.get("mean")), form) + tail
-    if isinstance(value, float):
-        return format(value, form).replace("-", "\N{MINUS SIGN}")
-    return "–" if value is None else str(value)
-
-
-def section(title: str, *parts: str) -> str:
-    """A titled part of the page, or nothing if it holds nothing."""
-    body = "".join(parts)
-    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls sideways on a narrow screen; cells are HTML, the first column names the row."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr><th>" + row[0] + "</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def dot(series: int) -> str:
-    """The coloured mark of an arm."""
-    return f'<i class="dot" style="background:{colour(series)}"></i>'
-
-
-# ---- figures of the verdict
-
-
-def headline(results: dict[str, Any], best: str) -> str:
-    """The verdict, and its numbers as cards."""
-    arm, best_name = results["arms"][best], escape(best)
-    gain, wins = arm["gain_over_base"], arm["win_rate_vs_base"]
-    cards = [
-        (f"gain of {best_name} on {escape(results['primary'])}", shown(gain["mean"], "+.3f"), _ends(gain, "+.3f")),
-        (f"win rate of {best_name} against {escape(results['base'])}", shown(wins["mean"], ".1%"), _ends(wins, ".1%")),
-        ("images an arm", str(results["n_images"]), f"{results['n_prompts']} prompts; same prompt, seed and noise in every arm"),
-    ]
-    boxes = "".join(f'<div class="card"><span>{what}</span><strong>{value}</strong><span>{ci}</span></div>' for what, value, ci in cards)
-    noted = "".join(f'<p class="note">{escape(note)}</p>' for note in results["notes"])
-    arms = " · ".join(f"{dot(k)}{escape(name)}" for k, name in enumerate(results["arms"]))
-    return f'<header><p class="arms">{arms}</p><h1>{escape(results["verdict"])}</h1>{noted}<div class="cards">{boxes}</div></header>'
-
-
-def _ends(entry: dict[str, Any], form: str) -> str:
-    low, high = (shown(float(end), form) for end in entry["ci"])
-    return f"95 %: {low} to {high}"
-
-
-def scorer_title(results: dict[str, Any], scorer: str) -> str:
-    """The scorer's name, whether it was held out, and its version."""
-    held = results["scorers"][scorer]["held_out"]
-    mark = '<mark class="held">held out</mark>' if held else '<mark class="seen">not held out</mark>'
-    return f"<h3>{escape(scorer)} {mark}<small>{escape(results['scorers'][scorer]['version'])}</small></h3>"
-
-
-def scorer_panel(results: dict[str, Any], scorer: str) -> str:
-    """One scorer: interval plot of the gains, and every arm's numbers."""
-    arms = results["arms"]
-    gains = [
-        Gain(name, arm["by_scorer"][scorer]["gain_over_base"]["mean"], *arm["by_scorer"][scorer]["gain_over_base"]["ci"], k)
-        for k, (name, arm) in enumerate(arms.items()) if k
-    ]  # fmt: skip
-    rows = []
-    for k, (name, arm) in enumerate(arms.items()):
-        gain, wins = (arm["by_scorer"][scorer][key] for key in ("gain_over_base", "win_rate_vs_base"))
-        change = [_spread(gain, "+.3f"), _spread(wins, ".1%")] if k else ["–", "–"]
-        rows.append([dot(k) + escape(name), _spread(arm[scorer], ".3f"), *change])
-    numbers = table(["arm", "mean", "gain over base", "win rate"], rows)
-    plot = f'<figure class="forest">{forest(gains, f"gain over base on {scorer}")}</figure>'
-    return f'<div class="panel">{scorer_title(results, scorer)}<div class="split">{plot}{numbers}</div></div>'
-
-
-def _spread(entry: dict[str, Any], form: str) -> str:
-    low, high = (shown(float(end), form) for end in entry["ci"])
-    return f"<b>{shown(float(entry['mean']), form)}</b><small>{low} to {high}</small>"
-
-
-def differences(results: dict[str, Any]) -> str:
-    """The paired differences between the arms that are not the base."""
-    rows = []
-    for name, entry in results["differences"].items():
-        low, high = entry["ci"]
-        told = "yes" if not low <= 0 <= high else "no"
-        rows.append([escape(name.replace("_minus_", " − ")), _spread(entry, "+.3f"), told])
-    return table(["difference", f"on {escape(results['primary'])}", "interval excludes 0"], rows) if rows else ""
-
-
-# ---- images
-
-
-def evenly_spaced(arm: Arm, wanted: int) -> list[int]:
-    """Rows of evenly spaced prompts, the first seed of each: chosen without looking at any image or score."""
-    first: dict[int, int] = {}
-    for row, entry in enumerate(arm.rows):
-        first.setdefault(entry["prompt_index"], row)
-    rows, last = list(first.values()), len(first) - 1
-    count = min(wanted, len(rows))
-    return [rows[round(k * last / max(count - 1, 1))] for k in range(count)]
-
-
-def extremes(gain: Any, wanted: int) -> tuple[list[int], list[int]]:
-    """Rows of the largest gains and of the largest losses; neither holds a row that did not change that way."""
-    order = sorted(range(len(gain)), key=lambda row: -gain[row])
-    return [row for row in order[:wanted] if gain[row] > 0], [row for row in order[::-1][:wanted] if gain[row] < 0]
-
-
-def embedded(path: Path) -> tuple[str, bool]:
-    """An image as a data URI, and whether it is so small that it is shown enlarged."""
-    from PIL import Image
-
-    data, kind = path.read_bytes(), "png"
-    with Image.open(io.BytesIO(data)) as image:
-        small = image.width <= 128
-        if image.width > WIDEST:
-            image = image.convert("RGB").resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=88)
-            data, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", small
-
-
-def image_rows(arms: Sequence[Arm], rows: Sequence[int], primary: str) -> str:
-    """One strip for each row: base against every arm, each image with its score."""
-    strips = []
-    for row in rows:
-        entry, cells = arms[0].rows[row], []
-        for k, arm in enumerate(arms):
-            source, small = embedded(arm.folder / arm.rows[row]["file"])
-            score, change = float(arm.scores[primary][row]), float(arm.scores[primary][row] - arms[0].scores[primary][row])
-            arrow = "" if change == 0 else '<b class="up">▲</b>' if change > 0 else '<b class="down">▼</b>'
-            caption = f"<figcaption>{dot(k)}{escape(arm.name)}<br><span>{shown(score)} {arrow}</span></figcaption>"
-            alt = escape(f"{arm.name}: {entry['prompt']}", quote=True)
-            cells.append(f'<figure><img{" class=small" if small else ""} src="{source}" alt="{alt}">{caption}</figure>')
-        title = f'<p class="prompt">{escape(entry["prompt"])} <small>seed {entry["seed"]}</small></p>'
-        strips.append(f'<div class="strip">{title}<div class="cells" style="--n:{len(arms)}">{"".join(cells)}</div></div>')
-    return f'<div class="strips" style="--n:{len(arms)}">{"".join(strips)}</div>'
-
-
-def image_sections(arms: Sequence[Arm], results: dict[str, Any], best: str) -> str:
-    """The fixed selection of prompts, then the largest changes of the best arm, both ways."""
-    primary, mine = results["primary"], next(arm for arm in arms if arm.name == best)
-    rows = evenly_spaced(arms[0], PROMPTS)
-    gains, losses = extremes(mine.scores[primary] - arms[0].scores[primary], EXTREMES)
-    rule = f"{len(rows)} evenly spaced prompts, first seed of each: not chosen by look or score. Below each image: {primary}."
-    parts = [section("Images", f'<p class="about">{escape(rule)}</p>', image_rows(arms, rows, primary))]
-    for title, chosen, word in (("Largest gains", gains, "rose"), ("Largest regressions", losses, "fell")):
-        between = f"{word} most from {results['base']} to {best}"
-        about = f"Chosen by score: the {len(chosen)} images of {len(arms[0].rows)} whose {primary} {between}."
-        body = image_rows(arms, chosen, primary) if chosen else ""
-        about = about if chosen else f"No image's {primary} {word} from {results['base']} to {best}."
-        parts.append(section(title, f'<p class="about">{escape(about)}</p>', body))
-    return "".join(parts)
-
-
 # ---- training and labels
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl; [] if it has none. An unfinished last line is left out.
+def read_metrics(run: Path, log: str = "metrics") -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl, or of another log; [] if it has none. An unfinished last line is left out.
 
     Raises:
         UserError: no such folder, or a line that is no JSON object with a step.
     """
     if not run.is_dir():
         raise UserError(f"there is no run folder {run}; leave it out of --runs")
-    path = run / "metrics.jsonl"
+    path = run / f"{log}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     records = []
     for row, line in enumerate(lines):
@@ -250,6 +95,31 @@ def by_timestep(records: Sequence[dict[str, Any]], key: str) -> list[tuple[float
     return [(middle, total / count) for middle, (total, count) in sorted(sums.items()) if count]
 
 
+def validation_curves(records: dict[str, list[dict[str, Any]]], series: dict[str, int]) -> dict[str, list[Curve]]:
+    """By title, what the runs' validations say of held-out pairs and prompts, from before training on; the best step is marked."""
+    found: dict[str, list[Curve]] = {}
+    for name, lines in records.items():
+        if not lines:
+            continue
+        from dedpo_diffusion.validation import best_line
+
+        best = (best_line(lines) or {}).get("step")
+        told = [(float(line["step"]), _held_out(line)) for line in lines]
+        for title in dict.fromkeys(title for _, values in told for title in values):
+            points = [(step, values[title][0]) for step, values in told if title in values]
+            start = next(values[title][1] for _, values in told if title in values)
+            mark = next((point for point in points if point[0] == best), None)
+            found.setdefault(title, []).append(Curve(name, ([(0.0, start)] if _finite(start) else []) + points, series[name], mark))
+    return found
+
+
+def _held_out(line: dict[str, Any]) -> dict[str, tuple[float, Any]]:
+    """By title, a validation's number and the one before training, where it has them."""
+    values = {title: (line.get(key), line.get(f"start_{key}")) for key, title in HELD_OUT.items()}
+    values |= {f"{name} of held-out prompts": (scores["mean"], scores["start"]) for name, scores in line.get("scores", {}).items()}
+    return {title: (float(value), start) for title, (value, start) in values.items() if value is not None and _finite(value)}
+
+
 def by_name(paths: Sequence[Path]) -> dict[str, Path]:
     """Different paths by their names without ending, in order; where names are alike, as much of the folders before as tells them apart."""
     parts = [path.resolve().with_suffix("").parts if path.suffix == ".json" else path.resolve().parts for path in paths]
@@ -273,12 +143,18 @@ def training_section(runs: Sequence[Path], arms: Sequence[str]) -> str:
     for key, title, read, smooth in readers:
         curves = [Curve(name, points, series[name]) for name, found in records.items() if (points := read(found, key))]
         if curves:
-            drawn = chart(curves, title, smooth=smooth and key != "learning_rate", zero=True)
-            charts.append(f"<figure><figcaption>{escape(title)}</figcaption>{drawn}</figure>")
+            charts.append(_figure(title, chart(curves, title, smooth=smooth and key != "learning_rate", zero=True)))
+    validated = validation_curves({name: read_metrics(run, "validation") for name, run in by_name(runs).items()}, series)
+    charts += [_figure(title, chart(curves, title)) for title, curves in validated.items()]
     if not charts:
         return ""
-    about = "Over optimizer steps, faint: as logged, strong: moving average. By timestep: mean over the last half of training."
-    return section("Training", f'<p class="about">{about}</p><p class="legend">{legend}</p><div class="charts">{"".join(charts)}</div>')
+    how = "Over optimizer steps, faint: as logged, strong: moving average. By timestep: mean over the last half of training."
+    how += " Held-out: as validated in the course of training, a ring at the best step." if validated else ""
+    return section("Training", about(how), f'<p class="legend">{legend}</p><div class="charts">{"".join(charts)}</div>')
+
+
+def _figure(title: str, drawn: str) -> str:
+    return f"<figure><figcaption>{escape(title)}</figcaption>{drawn}</figure>"
 
 
 def read_targets_report(path: Path) -> dict[str, Any]:
@@ -391,35 +267,37 @@ def build_page(settings: CompareSettings, arms: Sequence[Arm], results: dict[str
     from dedpo_diffusion.evaluation.compare import best_arm
 
     best, names = best_arm(results), [arm.name for arm in arms]
-    ordered = [results["primary"], *(scorer for scorer in results["scorers"] if scorer != results["primary"])]
-    seen = [scorer for scorer in ordered if not results["scorers"][scorer]["held_out"]]
-    caution = "may have made the training labels; a model can please it without being better"
-    warning = f'<p class="about"><mark class="seen">not held out</mark> {escape(", ".join(seen))} {caution}.</p>' if seen else ""
     method = (
         f"Intervals: 95 %, paired percentile bootstrap clustered by prompt ({results['resamples']} resamples, seed {results['seed']}). "
         "Win rate: ties count half. Gains are means over all images of the arm's score minus the base's, same prompt and seed."
     )
-    body = [
-        headline(results, best),
-        section("Scores", *(scorer_panel(results, scorer) for scorer in ordered), warning),
-        section("Between the arms", differences(results)),
-        image_sections(arms, results, best),
-        training_section(settings.runs, names),
-        label_section(settings.targets),
-        settings_section([*settings.runs, *(arm.folder for arm in arms)]),
-        f"<footer><p>{escape(method)}</p></footer>",
-    ]
-    return document(f"{', '.join(names[1:])} against {names[0]}", "".join(body))
+    before = {
+        "Scores": scores_section(results),
+        "Between the arms": section("Between the arms", differences(results)),
+        "People": people_section(results),
+    }
+    after = {
+        "Categories": categories_section(results, best),
+        "Diversity and drift": spread_section(results),
+        "Training": training_section(settings.runs, names),
+        "Labels": label_section(settings.targets),
+        "Settings": settings_section([*settings.runs, *(arm.folder for arm in arms)]),
+    }
+    images, data = image_sections(arms, results, best)  # last: what else may be wrong is told before minutes of work
+    parts = {**before, "Images": images, **after}
+    links = anchors([title for title, part in parts.items() if part])
+    body = f"{headline(results, best)}{links}{''.join(parts.values())}<footer>{about(method)}</footer>"
+    return document(f"{', '.join(names[1:])} against {names[0]}", body, script=page_file("gallery.js"), data=data)
 
 
-def build_sheet(arms: Sequence[Arm], primary: str) -> Any:
+def build_sheet(arms: Sequence[Arm], scorer: str) -> Any:
     """The contact sheet: fewer rows of the page's rule, for a README."""
     from dedpo_diffusion.evaluation.score import load_images
 
     rows = evenly_spaced(arms[0], SHEET_PROMPTS)
     columns = []
     for arm in arms:
-        captions = [f"{arm.scores[primary][row]:.3f}" for row in rows]
+        captions = [f"{arm.scores[scorer][row]:.3f}" for row in rows]
         columns.append((arm.name, load_images(arm.folder, [arm.rows[row] for row in rows]), captions))
     return contact_sheet([arms[0].rows[row]["prompt"] for row in rows], columns)
 
@@ -440,7 +318,7 @@ def write_report(settings: CompareSettings, arms: Sequence[Arm], results: dict[s
     """
     from dedpo_diffusion.files import atomic_file, write_text
 
-    page, sheet = build_page(settings, arms, results), build_sheet(arms, results["primary"])
+    page, sheet = build_page(settings, arms, results), build_sheet(arms, ranking(arms, results))
     picture = settings.out.parent / "contact_sheet.png"
     write_text(settings.out, page)
     with atomic_file(picture) as temporary:
