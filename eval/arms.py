@@ -52,10 +52,11 @@ class Arm:
 
     @property
     def prompts(self) -> np.ndarray:
-        """(N,) a number for each row's prompt: the clusters."""
+        """(N,) a number for each row's prompt, in the order of the texts, so that no order of rows changes a resample: the clusters."""
         import numpy as np
 
-        return np.unique([row["prompt"] for row in self.rows], return_inverse=True)[1]
+        number = {prompt: k for k, prompt in enumerate(sorted({row["prompt"] for row in self.rows}))}
+        return np.array([number[row["prompt"]] for row in self.rows])
 
 
 def key(row: Row) -> Key:
@@ -230,8 +231,7 @@ def load_arms(folders: Sequence[Path]) -> tuple[list[Arm], list[str]]:
     ]  # fmt: skip
     if texts < entries:
         notes.append(f"Of {entries} prompts {texts} differ; equal ones count as one prompt.")
-    left = sorted({scorer for arm in arms for scorer in arm.scores} - set.intersection(*(set(arm.scores) for arm in arms)))
-    for scorer in left:
+    for scorer in dict.fromkeys(scorer for arm in arms for scorer in arm.scores if any(scorer not in other.scores for other in arms)):
         notes.append(f"{scorer} is left out: {' and '.join(arm.name for arm in arms if scorer not in arm.scores)} have no scores of it.")
     return arms, notes + check_sizes(arms)
 

@@ -2,7 +2,7 @@
 
 The p-values of one arm's gains are corrected for its scorers, people among them (Holm 1979): below 0.05, the chance of any false
 alarm among them is 5 % at most. The verdict's own question, the gain on the primary scorer, is one that was planned; it goes
-by its interval alone.
+by its interval alone. What people say is a rate, from 0 (all prefer the base's image) to 1; its gain is 2 * rate - 1, from -1 to 1.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def measure(
         of = np.flatnonzero(np.isin(said.rows, rows))
         if len(of):
             asked = prompts[said.rows[of]]
-            gain, win = intervals([(said.gain[of], False), (said.wins[of], True)], asked, **options)
+            share, win = intervals([(said.preferred[of], True), (said.wins[of], True)], asked, **options)
+            gain = Interval(2 * share.mean - 1, 2 * share.low - 1, 2 * share.high - 1, share.p)
             found[name][PEOPLE] = Measured(None, gain, win, len(of), len(np.unique(asked)))
     return found
 
@@ -93,7 +94,7 @@ def by_scorer(measured: Mapping[str, Measured]) -> dict[str, Any]:
     """
     from dedpo_diffusion.doubts import holm
 
-    corrected = holm([entry.gain.p for entry in measured.values()])  # type: ignore[misc]
+    corrected = holm([entry.gain.p for entry in measured.values() if entry.gain.p is not None])
     return {
         scorer: {
             "gain_over_base": entry.gain.as_dict() | {"p": entry.gain.p, "p_holm": float(p)},

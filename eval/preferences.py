@@ -1,7 +1,7 @@
 """What people preferred, as a scorer: their votes on an arm's images against the base's (`dedpo vote BASE ARM`).
 
 The score of a pair is the share of raters who prefer the arm's image, ties as half; hidden repetitions, and further answers of one
-person to the same pair, are left out.
+person to the same pair, are left out. Where both pictures are the same nobody was asked, and the pair is a tie.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def read_judged(arms: Sequence[Arm]) -> dict[str, Judged]:
 
 
 def judge(votes: Votes) -> Judged | None:
-    """The mean answer to each pair; None where all answers are repetitions."""
+    """The mean answer to each pair; None where nobody was asked, or all answers are repetitions."""
     import numpy as np
 
     first = _first(votes)
-    if not first.any():
+    if not (first & _asked(votes)).any():
         return None
     rows, index = np.unique(votes.row[first], return_inverse=True)
     return Judged(rows, np.bincount(index, votes.preferred[first]) / np.bincount(index), votes)
@@ -81,6 +81,13 @@ def _first(votes: Votes) -> np.ndarray:
         if counts[k]:
             seen.add((row, rater))
     return counts
+
+
+def _asked(votes: Votes) -> np.ndarray:
+    """(V,) which answers somebody gave: the others are pairs of two same pictures."""
+    import numpy as np
+
+    return np.array([rater != "" for rater in votes.rater], dtype=bool)
 
 
 def summary(arm: Arm, base: Arm, judged: Judged, shared: Sequence[str], **options: Any) -> dict[str, Any]:
@@ -101,10 +108,11 @@ def summary(arm: Arm, base: Arm, judged: Judged, shared: Sequence[str], **option
     from dedpo_diffusion.evaluation.numbers import intervals
     from dedpo_diffusion.records import Votes as Answers
 
-    votes, first = judged.votes, _first(judged.votes)
+    votes, given = judged.votes, np.flatnonzero(_asked(judged.votes))
+    first, raters = np.intersect1d(given, np.flatnonzero(_first(votes))), [votes.rater[k] for k in given]
     answers = Answers(
-        [str(row) for row in votes.row], votes.preferred, np.ones(len(votes.row), dtype=np.int64), list(votes.rater),
-        {"repeat": votes.repeat.tolist()},
+        [str(row) for row in votes.row[given]], votes.preferred[given], np.ones(len(given), dtype=np.int64), list(raters),
+        {"repeat": votes.repeat[given].tolist()},
     )  # fmt: skip
     between, alike = vote_summary(answers)["between"], {}
     for scorer in shared:
@@ -117,6 +125,6 @@ def summary(arm: Arm, base: Arm, judged: Judged, shared: Sequence[str], **option
         (found,) = intervals([(same, True)], arm.prompts[judged.rows[both]], **options)
         alike[scorer] = found.as_dict() | {"n": len(same)}
     return {
-        "answers": int(first.sum()), "pairs": len(judged.rows), "raters": sorted(set(votes.rater)),
+        "answers": len(first), "pairs": len(np.unique(votes.row[first])), "raters": sorted(set(raters)),
         "agreement": between if between["pairs"] else None, "with_scorers": alike,
     }  # fmt: skip

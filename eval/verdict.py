@@ -188,7 +188,9 @@ def _choice_words(results: Results, best: str) -> str:
 
 def _rival_words(results: Results, best: str) -> str:
     """Which other arms the best arm can be told from, by the paired intervals between them."""
-    told, untold, unknown = [], [], []
+    told: list[str] = []
+    untold: list[str] = []
+    unknown: list[str] = []
     rivals = [name for name in list(results["arms"])[1:] if name != best]
     for other in rivals:
         forward = results["differences"].get(f"{best}_minus_{other}")
