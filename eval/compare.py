@@ -130,7 +130,7 @@ def print_tables(results: dict[str, Any]) -> None:
         )
         for name, arm in results["arms"].items():
             if scorer in arm["by_scorer"]:
-                table.add_row(name, *_cells(arm, scorer, name == results["base"]))
+                table.add_row(name, *_cells(arm, scorer, is_base=name == results["base"], is_people=facts["kind"] == "people"))
         Console().print(table)
     others = list(results["arms"])[1:]
     categories = list(dict.fromkeys(category for name in others for category in results["arms"][name]["categories"]))
@@ -152,13 +152,13 @@ def _signed(entry: dict[str, Any] | None) -> str:
     return f"{entry['mean']:+.3f}{ends}"
 
 
-def _cells(arm: dict[str, Any], scorer: str, is_base: bool) -> list[str]:
+def _cells(arm: dict[str, Any], scorer: str, *, is_base: bool, is_people: bool) -> list[str]:
     entry = arm["by_scorer"][scorer]
     gain, wins = entry["gain_over_base"], entry["win_rate_vs_base"]
     low, high = wins["ci"]
     p = "<0.001" if gain["p_holm"] < 0.001 else f"{gain['p_holm']:.3f}"
     changes = ["-", "-", "-"] if is_base else [_signed(gain), p, f"{wins['mean']:.1%} ({low:.1%} to {high:.1%})"]
-    return [f"{arm[scorer]['mean']:.3f}" if scorer in arm else "-", *changes]
+    return ["-" if is_people else f"{arm[scorer]['mean']:.3f}", *changes]
 
 
 def _spread_lines(results: dict[str, Any], name: str) -> list[str]:
@@ -182,8 +182,8 @@ def _people_lines(results: dict[str, Any], name: str) -> list[str]:
     line = f"{name}, people: {said['answers']} answers to {said['pairs']} pairs by {raters}"
     if said["agreement"] is not None:
         line += f"; two people's answers to one pair are equal in {said['agreement']['raw']['value']:.0%} of cases"
-    alike = [f"{scorer} in {entry['mean']:.0%} of {entry['n']}" for scorer, entry in said["with_scorers"].items() if entry["n"]]
-    return [line + (f"; decided as by {', '.join(alike)}" if alike else "")]
+    alike = [f"{scorer} in {entry['mean']:.0%} of {entry['n']} pairs" for scorer, entry in said["with_scorers"].items() if entry["n"]]
+    return [line + (f"; they agree with {' and '.join(alike)}" if alike else "")]
 
 
 def run(settings: CompareSettings) -> dict[str, Any]:

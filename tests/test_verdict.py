@@ -111,7 +111,7 @@ VERSIONS = {"pickscore": "pickscore-07-logit", "hps": "hps-2.1"}
         ("pickscore", None, [], ("made_labels", "held_out")),
         ("pickscore", "pickscore-07-logit temperature 1.0", ["pickscore"], ("made_labels", "held_out")),
         ("machine", "pickscore-07-logit temperature 1.0", [], ("made_labels", "held_out")),  # labels named otherwise
-        ("machine", "pickscore-070-logit", [], ("held_out", "held_out")),
+        ("machine", "pickscore-07-logit-b temperature 1.0", [], ("held_out", "held_out")),
     ],
 )
 def test_roles_by_the_targets_report(tmp_path, judge, version, held_out, expected):
