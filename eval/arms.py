@@ -3,9 +3,10 @@
 | folders | rule |
 |---|---|
 | the same prompts and seeds, in another order of rows or of the prompt file | paired by (prompt, seed); told in the notes |
-| a (prompt, seed) that one folder lacks, or has twice | refused |
-| an image that is missing, or without a score of a scorer that the folder was scored with | refused |
-| scores of two versions of a scorer, in one folder or between folders | refused |
+| a (prompt, seed) that one folder lacks | refused |
+| a (prompt, seed) that one folder has twice, an image that is missing, and what else `samples` says | refused |
+| an image without a score of a scorer that the folder was scored with | refused |
+| scores of two versions of a scorer between folders | refused; in one folder they do not count (`score.read_scores`) |
 | a scorer that not all folders hold | left out; told in the notes |
 | an image of another size than the base's of the same prompt and seed | refused |
 | images of several sizes, the same in all folders | told in the notes |
@@ -18,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dedpo_diffusion.console import UserError
+from dedpo_diffusion.evaluation.samples import Row
 
 if TYPE_CHECKING:
     import numpy as np
 
-Row = dict[str, Any]
 Key = tuple[str, int]  # prompt, seed
 SAME = "sample both with the same prompts and seeds"
 
@@ -70,30 +71,12 @@ def load_arm(folder: Path) -> Arm:
     Raises:
         UserError: see this module's table.
     """
-    from dedpo_diffusion.evaluation.score import read_index
+    from dedpo_diffusion.evaluation.samples import read_index
 
-    listed = _with_categories(folder, read_index(folder))
-    seen: dict[Key, int] = {}
-    for number, row in enumerate(listed):
-        if seen.setdefault(key(row), number) != number:
-            what = f"prompt {row['prompt']!r} with seed {row['seed']} in row {seen[key(row)]} and again in row {number}"
-            raise UserError(
-                f"{folder / 'index.parquet'} lists {what}, and images are paired by prompt and seed; leave one out, or sample again"
-            )
+    listed = read_index(folder)
     rows = sorted(listed, key=lambda row: (row["prompt_index"], row["seed"]))
     scores, versions = _scores(folder, rows)
     return Arm(folder.resolve().name, folder, rows, scores, versions, [key(row) for row in listed])
-
-
-def _with_categories(folder: Path, rows: list[Row]) -> list[Row]:
-    """The rows with their category, None where the index has none."""
-    import pyarrow.parquet as pq
-
-    if all("category" in row for row in rows):
-        return rows
-    table = pq.read_table(folder / "index.parquet")
-    names = table["category"].to_pylist() if "category" in table.column_names else [None] * len(rows)
-    return [row | {"category": name} for row, name in zip(rows, names, strict=True)]
 
 
 def _scores(folder: Path, rows: Sequence[Row]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -113,15 +96,8 @@ def _scores(folder: Path, rows: Sequence[Row]) -> tuple[dict[str, np.ndarray], d
         if missing:
             lacks = f"{len(missing)} of {len(rows)} images have no score of {scorer} (first: {missing[0]})"
             raise UserError(f"{folder}: {lacks}; run `dedpo score {folder} --with {scorer}`")
-        held = sorted({row["version"] for row in found.values()})
-        if len(held) > 1:
-            remedy = f"remove {folder / 'scores.parquet'} and run `dedpo score` again"
-            raise UserError(f"{folder} holds scores of {scorer} by {' and by '.join(held)}: such scores do not compare; {remedy}")
         scores[scorer] = np.array([found[row["file"]]["score"] for row in rows])
-        versions[scorer] = held[0]
-        if not np.isfinite(scores[scorer]).all():
-            row = rows[int(np.flatnonzero(~np.isfinite(scores[scorer]))[0])]
-            raise UserError(f"{folder}: {scorer} gave {row['file']} a score that is no number; score the folder again")
+        versions[scorer] = next(iter(found.values()))["version"]
     return scores, versions
 
 
@@ -174,17 +150,12 @@ def image_sizes(arm: Arm) -> list[tuple[int, int]]:
     Raises:
         UserError: a file that is no image.
     """
-    from PIL import Image
+    from dedpo_diffusion.decoding import read_header
+    from dedpo_diffusion.evaluation.samples import REMEDY
 
-    sizes = []
-    for row in arm.rows:
-        path = arm.folder / row["file"]
-        try:
-            with Image.open(path) as image:
-                sizes.append(image.size)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read as an image ({error}); restore it, or sample the folder again") from error
-    return sizes
+    paths = [arm.folder / row["file"] for row in arm.rows]
+    headers = [read_header(path, str(path), remedy=REMEDY) for path in paths]
+    return [(header.width, header.height) for header in headers]
 
 
 def check_sizes(arms: Sequence[Arm]) -> list[str]:
