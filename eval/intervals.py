@@ -85,14 +85,14 @@ class Estimates:
         return Interval(p, max(0.0, (p + a / 2 - half) / (1 + a)), min(1.0, (p + a / 2 + half) / (1 + a)), chance)
 
     def _quantile(self, level: float) -> float:
-        from scipy.stats import t
+        from scipy.special import stdtrit
 
-        return float(t.ppf((1 + level) / 2, self.clusters - 1))
+        return float(stdtrit(self.clusters - 1, (1 + level) / 2))
 
     def _p_value(self, statistic: float) -> float:
-        from scipy.stats import t
+        from scipy.special import stdtr
 
-        return float(2 * t.sf(abs(statistic), self.clusters - 1))
+        return float(2 * stdtr(self.clusters - 1, -abs(statistic)))
 
 
 def estimates(values: np.ndarray, clusters: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimates:

@@ -191,7 +191,9 @@ def _rival_words(results: Results, best: str) -> str:
     told: list[str] = []
     untold: list[str] = []
     unknown: list[str] = []
-    rivals = [name for name in list(results["arms"])[1:] if name != best]
+    arms = list(results["arms"])[1:]
+    rivals = [name for name in arms if name != best and "gain_over_base" in results["arms"][name]]
+    absent = [name for name in arms if name != best and name not in rivals]
     for other in rivals:
         forward = results["differences"].get(f"{best}_minus_{other}")
         backward = results["differences"].get(f"{other}_minus_{best}")
@@ -204,7 +206,8 @@ def _rival_words(results: Results, best: str) -> str:
     parts = [f"ahead of {' and '.join(told)}"] if told else []
     parts += [f"not distinguishable from {' or '.join(untold)}"] if untold else []
     parts += [f"not compared with {' and '.join(unknown)}"] if unknown else []
-    return f"; of {len(rivals) + 1} arms {best} has the largest gain, " + ", but ".join(parts) if parts else ""
+    words = f"; of {len(rivals) + 1} arms {best} has the largest gain, " + ", but ".join(parts) if parts else ""
+    return words + (f"; {_list(absent)} cannot be told, for want of votes" if absent else "")
 
 
 def _others(results: Results, best: str) -> list[str]:
