@@ -3,265 +3,96 @@
     dedpo compare samples/base samples/tuned --out report.html
 
 Sample folders that share prompts and seeds and hold scores (`dedpo score`); the first is the base. Writes the page, and
-beside it `results.json` and `contact_sheet.png`.
+beside it `results.json` and `contact_sheet.png`. How folders are paired: `arms`; the statistics: `intervals`, `numbers`, `spread`,
+`preferences` (people's votes); the words: `verdict`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.console import Progress, UserError, say, stage
+from dedpo_diffusion.evaluation.arms import Arm, load_arm, load_arms
+from dedpo_diffusion.evaluation.verdict import best_arm
 from dedpo_diffusion.settings import CompareSettings
 
-if TYPE_CHECKING:
-    import numpy as np
+__all__ = ["Arm", "best_arm", "compare", "load_arm", "main", "run"]
 
-    from dedpo_diffusion.evaluation.intervals import Interval
-
-Row = dict[str, Any]
-FREE_SETTINGS = ("lora", "model", "out", "batch", "device")  # sampling settings that arms may differ in
+SCHEMA = 2
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One sample folder. `rows` (N) are sorted by prompt and seed; `scores` and `versions` are by scorer, scores (N,)."""
-
-    name: str
-    folder: Path
-    rows: list[Row]
-    scores: dict[str, np.ndarray]
-    versions: dict[str, str]
-
-    @property
-    def prompts(self) -> np.ndarray:
-        """(N,) prompt_index of each row: the clusters."""
-        import numpy as np
-
-        return np.array([row["prompt_index"] for row in self.rows])
-
-
-def load_arm(folder: Path) -> Arm:
-    """A scored sample folder.
-
-    Raises:
-        UserError: no index or no scores, or a scorer that scored only part of the images.
-    """
-    import numpy as np
-
-    from dedpo_diffusion.evaluation.score import read_index, read_scores
-
-    rows = sorted(read_index(folder), key=lambda row: (row["prompt_index"], row["seed"]))
-    held = read_scores(folder, rows)
-    if not held:
-        raise UserError(f"{folder} holds no scores; run `dedpo score {folder} --with ...`")
-    by_scorer: dict[str, dict[str, Row]] = {}
-    for row in held:
-        by_scorer.setdefault(row["scorer"], {})[row["file"]] = row
-    scores, versions = {}, {}
-    for scorer, found in by_scorer.items():
-        missing = [row["file"] for row in rows if row["file"] not in found]
-        if missing:
-            lacks = f"{len(missing)} of {len(rows)} images have no score of {scorer} (first: {missing[0]})"
-            raise UserError(f"{folder}: {lacks}; run `dedpo score {folder} --with {scorer}`")
-        scores[scorer] = np.array([found[row["file"]]["score"] for row in rows])
-        versions[scorer] = next(iter(found.values()))["version"]
-    return Arm(folder.resolve().name, folder, rows, scores, versions)
-
-
-def check_paired(base: Arm, arm: Arm) -> None:
-    """Refuse arms that do not share every prompt and seed, naming the first difference."""
-    for number, (a, b) in enumerate(zip(base.rows, arm.rows, strict=False)):
-        for name in ("prompt_index", "seed", "prompt"):
-            if a[name] != b[name]:
-                where = f"image {number} in the order of prompts and seeds"
-                raise UserError(
-                    f"{arm.folder} is not paired with {base.folder}: {where} has {name} {b[name]!r}, there {a[name]!r}; "
-                    "sample both with the same prompts and seeds"
-                )
-    if len(base.rows) != len(arm.rows):
-        counts = f"{len(arm.rows)} images against {len(base.rows)}"
-        raise UserError(f"{arm.folder} is not paired with {base.folder}: {counts}; sample both with the same prompts and seeds")
-
-
-def shared_scorers(arms: Sequence[Arm]) -> list[str]:
-    """The scorers that all arms hold, in the order of the base.
-
-    Raises:
-        UserError: there is none, or an arm holds another version.
-    """
-    shared = [scorer for scorer in arms[0].scores if all(scorer in arm.scores for arm in arms)]
-    if not shared:
-        held = "; ".join(f"{arm.name}: {', '.join(arm.scores)}" for arm in arms)
-        raise UserError(f"the folders share no scorer ({held}); run `dedpo score` on each with the same scorer")
-    for scorer in shared:
-        for arm in arms[1:]:
-            mine, base = arm.versions[scorer], arms[0].versions[scorer]
-            if mine != base:
-                remedy = f"score both folders with the same {scorer}"
-                raise UserError(f"{arm.folder} was scored with {mine}, {arms[0].folder} with {base}: such scores do not compare; {remedy}")
-    return shared
-
-
-def load_arms(settings: CompareSettings) -> list[Arm]:
-    """All arms, checked against the base."""
-    import numpy as np
-
-    if len(settings.folders) < 2:
-        raise UserError("comparing takes two folders or more: the base first, then the others")
-    arms = [load_arm(folder) for folder in settings.folders]
-    names = [arm.name for arm in arms]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two folders are named {name!r}, and folders name the arms; rename one")
-    for arm in arms[1:]:
-        check_paired(arms[0], arm)
-    if len(np.unique(arms[0].prompts)) < 2:
-        raise UserError(f"{arms[0].folder} has images of one prompt only, which tells nothing of other prompts; sample two prompts or more")
-    return arms
-
-
-def choose_primary(settings: CompareSettings, shared: list[str]) -> str:
-    """The scorer of the verdict."""
+def choose_primary(settings: CompareSettings, scorers: dict[str, dict[str, Any]]) -> str:
+    """The scorer of the verdict: the one that is asked for, or the first that is held out, or else the first."""
     for name, option in ((settings.primary, "--primary"), *((held, "--held_out") for held in settings.held_out)):
-        if name is not None and name not in shared:
-            raise UserError(f"{option} {name}: no scorer that all folders share (those are: {', '.join(shared)})")
-    return settings.primary or shared[0]
+        if name is not None and name not in scorers:
+            if name == "people":
+                raise UserError(f"{option} people: no votes on these images of two prompts or more; run `dedpo vote BASE ARM` first")
+            raise UserError(f"{option} {name}: no scorer that all folders share (those are: {', '.join(scorers)})")
+    held_out = [name for name, facts in scorers.items() if facts["role"] == "held_out" and facts["kind"] == "scorer"]
+    return settings.primary or (held_out or list(scorers))[0]
 
 
-def compare_arms(arms: Sequence[Arm], shared: list[str], primary: str, *, resamples: int, seed: int) -> dict[str, Any]:
-    """`arms` and `differences` of the results: every mean, gain, win rate and difference with its interval."""
-    from dedpo_diffusion.evaluation.intervals import mean_interval, paired_difference, win_rate
+def describe_scorers(settings: CompareSettings, base: Arm, shared: Sequence[str], people: bool) -> tuple[dict[str, Any], list[str]]:
+    """`scorers` of the results, and what there is to tell of their roles."""
+    from dedpo_diffusion.evaluation.verdict import roles
 
-    base, clusters, options = arms[0], arms[0].prompts, {"resamples": resamples, "seed": seed}
+    versions = {scorer: base.versions[scorer] for scorer in shared}
+    role, notes = roles(versions, settings.held_out, settings.targets)
+    found: dict[str, Any] = {
+        scorer: {"version": version, "kind": "scorer", "role": role[scorer], "held_out": role[scorer] == "held_out"}
+        for scorer, version in versions.items()
+    }
+    if people:
+        found["people"] = {"version": "votes", "kind": "people", "role": "held_out", "held_out": True}
+    return found, notes
+
+
+def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] = ()) -> dict[str, Any]:
+    """The results of loaded arms: what `results.json` holds. `told` are the notes of loading them."""
+    from dedpo_diffusion.evaluation import numbers, verdict
+    from dedpo_diffusion.evaluation.arms import categories, shared_scorers
+    from dedpo_diffusion.evaluation.preferences import NAME, read_judged, summary
+    from dedpo_diffusion.evaluation.spread import spread
+
+    if settings.resamples < 100:
+        raise UserError(f"resamples is {settings.resamples}; a standard error takes at least 100")
+    options: dict[str, Any] = {"resamples": settings.resamples, "seed": settings.seed}
+    base, shared, judged, notes = arms[0], shared_scorers(arms), read_judged(arms), list(told)
+    names, disagreements = categories(arms)
+    with Progress("intervals", 2 + len(set(names) - {None})) as progress:
+        measured = numbers.measure(arms, shared, judged, **options)
+        progress.advance()
+        for name, entry in measured.items():
+            if NAME in entry and entry[NAME].prompts < 2:
+                notes.append(f"People judged images of one prompt only of {name}, which tells nothing of other prompts.")
+                del entry[NAME]
+        by_category = numbers.by_category(arms, shared, judged, names, progress.advance, **options)
+        spreads, left_out = spread(arms, **options)
+        progress.advance()
+    scorers, role_notes = describe_scorers(settings, base, shared, any(NAME in entry for entry in measured.values()))
+    primary = choose_primary(settings, scorers)
     found: dict[str, Any] = {}
     for arm in arms:
-        entry: dict[str, Any] = {"by_scorer": {}}
-        for scorer in shared:
-            mine, other = arm.scores[scorer], base.scores[scorer]
-            mean = mean_interval(mine, clusters, **options).as_dict()
-            entry[scorer] = {**mean, "n": len(mine), "version": arm.versions[scorer]}
-            entry["by_scorer"][scorer] = {
-                "gain_over_base": paired_difference(mine, other, clusters, **options).as_dict(),
-                "win_rate_vs_base": win_rate(mine, other, clusters, **options).as_dict(),
-            }
-        found[arm.name] = {**entry, **entry["by_scorer"][primary]}
-    differences = {}
-    for earlier, later in combinations(arms[1:], 2):
-        gap = paired_difference(later.scores[primary], earlier.scores[primary], clusters, **options)
-        differences[f"{later.name}_minus_{earlier.name}"] = gap.as_dict()
-    return {"arms": found, "differences": differences}
-
-
-def best_arm(results: dict[str, Any]) -> str:
-    """The arm of the largest gain on the primary scorer; the base is no candidate."""
-    candidates = list(results["arms"])[1:]
-    return max(candidates, key=lambda name: results["arms"][name]["gain_over_base"]["mean"])
-
-
-def _interval(entry: dict[str, Any]) -> Interval:
-    from dedpo_diffusion.evaluation.intervals import Interval
-
-    return Interval(entry["mean"], *entry["ci"])
-
-
-def _gain_words(results: dict[str, Any], name: str) -> str:
-    base = next(iter(results["arms"]))
-    gain, wins = (_interval(results["arms"][name][key]) for key in ("gain_over_base", "win_rate_vs_base"))
-    numbers = f"{gain.mean:+.3f} (95 % interval {gain.low:+.3f} to {gain.high:+.3f})"
-    rate = f"win rate {wins.mean:.1%} ({wins.low:.1%} to {wins.high:.1%})"
-    if not gain.excludes(0):
-        return f"no difference between {name} and {base} can be told: gain {numbers}, {rate}"
-    return f"{name} is {'better' if gain.mean > 0 else 'worse'} than {base}: gain {numbers}, {rate}"
-
-
-def _rival_words(results: dict[str, Any], best: str) -> str:
-    """Which other arms the best arm can be told from, by the paired intervals between them."""
-    told, untold = [], []
-    for other in list(results["arms"])[1:]:
-        if other == best:
-            continue
-        forward = results["differences"].get(f"{best}_minus_{other}")
-        backward = results["differences"].get(f"{other}_minus_{best}")
-        gap = _interval(forward) if forward else _flipped(_interval(backward))
-        words = f"{other} ({gap.mean:+.3f}, {gap.low:+.3f} to {gap.high:+.3f})"
-        (told if gap.excludes(0) else untold).append(words)
-    parts = [f"ahead of {' and '.join(told)}"] if told else []
-    parts += [f"not distinguishable from {' or '.join(untold)}"] if untold else []
-    return f"; of {len(results['arms']) - 1} arms {best} has the largest gain, " + ", but ".join(parts) if parts else ""
-
-
-def _flipped(interval: Interval) -> Interval:
-    from dedpo_diffusion.evaluation.intervals import Interval
-
-    return Interval(-interval.mean, -interval.high, -interval.low)
-
-
-def verdict(results: dict[str, Any]) -> str:
-    """The results' one sentence."""
-    best, primary = best_arm(results), results["primary"]
-    caution = "" if results["scorers"][primary]["held_out"] else ", which is not known to be held out of the training labels"
-    return f"On {primary}{caution}, {_gain_words(results, best)}{_rival_words(results, best)}."
-
-
-def notes(settings: CompareSettings, arms: Sequence[Arm]) -> list[str]:
-    """What a reader should know before trusting the numbers: arms sampled differently, a held-out scorer that was the judge."""
-    import yaml
-
-    from dedpo_diffusion.evaluation.report import read_targets_report
-
-    found = []
-    sampled = {arm.name: arm.folder / "settings.yaml" for arm in arms}
-    held = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in sampled.items() if file.is_file()}
-    if arms[0].name in held:
-        base = held[arms[0].name]
-        for name, mine in held.items():
-            for key in base:
-                if key not in FREE_SETTINGS and key in mine and mine[key] != base[key]:
-                    found.append(f"{name} was sampled with {key} {mine[key]}, {arms[0].name} with {base[key]}.")
-    for path in settings.targets:
-        report = read_targets_report(path)
-        judges = [entry["name"] for entry in report.get("judges") or []] or [report.get("judge")]
-        for judge in judges:
-            if judge in settings.held_out:
-                found.append(f"{judge} is called held out, yet it is a judge of the targets {path.stem}.")
-    return found
-
-
-def print_table(results: dict[str, Any]) -> None:
-    """One table a scorer: mean, gain and win rate of every arm."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    for scorer, facts in results["scorers"].items():
-        title = f"{scorer} ({facts['version']}), {'' if facts['held_out'] else 'not '}held out"
-        table = Table("arm", "mean", "gain over base (95 %)", "win rate (95 %)", title=title, box=box.SIMPLE)
-        for name, arm in results["arms"].items():
-            gain, wins = (_interval(arm["by_scorer"][scorer][key]) for key in ("gain_over_base", "win_rate_vs_base"))
-            changes = (f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})", f"{wins.mean:.1%} ({wins.low:.1%} to {wins.high:.1%})")
-            table.add_row(name, f"{arm[scorer]['mean']:.3f}", *(changes if name != results["base"] else ("-", "-")))
-        Console().print(table)
-
-
-def analyse(settings: CompareSettings, arms: Sequence[Arm]) -> dict[str, Any]:
-    """The results of loaded arms: what `results.json` holds."""
-    if settings.resamples < 100:
-        raise UserError(f"resamples is {settings.resamples}; the ends of an interval take at least 100")
-    shared = shared_scorers(arms)
-    primary = choose_primary(settings, shared)
-    numbers = compare_arms(arms, shared, primary, resamples=settings.resamples, seed=settings.seed)
+        entry, said = measured[arm.name], judged.get(arm.name)
+        scores = {s: m.mean.as_dict() | {"n": m.n, "version": arm.versions[s]} for s, m in entry.items() if m.mean is not None}
+        listed = numbers.by_scorer(entry)
+        found[arm.name] = {
+            **scores, "by_scorer": listed,
+            **{key: value for key, value in listed.get(primary, {}).items() if key != "n"},
+            "categories": by_category[arm.name], "spread": spreads[arm.name],
+            "people": None if said is None else summary(arm, base, said, shared, **options),
+            "warnings": [],
+        }  # fmt: skip
     results = {
-        "verdict": "", "notes": notes(settings, arms), "primary": primary, "base": arms[0].name,
-        "n_images": len(arms[0].rows), "n_prompts": len({row["prompt_index"] for row in arms[0].rows}),
-        "resamples": settings.resamples, "seed": settings.seed,
-        "scorers": {name: {"version": arms[0].versions[name], "held_out": name in settings.held_out} for name in shared},
-        **numbers,
+        "schema": SCHEMA, "verdict": "", "notes": notes, "primary": primary, "base": base.name,
+        "n_images": len(base.rows), "n_prompts": len(set(base.prompts.tolist())), **options,
+        "scorers": scorers, "arms": found, "differences": numbers.differences(arms, primary, judged, **options),
     }  # fmt: skip
-    results["verdict"] = verdict(results)
+    for name in list(found)[1:]:
+        found[name]["warnings"] = verdict.warnings(results, name)
+    results["notes"] += [*verdict.sampling_notes(arms), *role_notes, *disagreements, *left_out, *verdict.category_notes(results)]
+    results["verdict"] = verdict.verdict(results)
     return results
 
 
@@ -269,14 +100,90 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
     """The results of the settings' folders; nothing is written.
 
     Returns:
-        verdict, notes, primary, base, n_images, n_prompts, resamples, seed; `scorers.<name>.{version, held_out}`;
-        `arms.<name>.<scorer>.{mean, ci, n, version}`, `arms.<name>.{gain_over_base, win_rate_vs_base}.{mean, ci}` on the
-        primary scorer, and on each in `arms.<name>.by_scorer.<scorer>`; `differences.<later>_minus_<earlier>.{mean, ci}`.
+        schema (2), verdict, notes, primary, base, n_images, n_prompts, resamples, seed; `scorers.NAME.{version, kind, role, held_out}`;
+        of each arm, under `arms.ARM`: `SCORER.{mean, ci, n, version}`; `by_scorer.SCORER.gain_over_base.{mean, ci, p, p_holm}`,
+        `.win_rate_vs_base.{mean, ci}` and `.n`, with people as a scorer where they voted; `gain_over_base` and `win_rate_vs_base`
+        on the primary scorer; `categories.CATEGORY.SCORER`, `spread.EMBEDDER.{version, diversity, diversity_minus_base, drift}`,
+        `people`, `warnings`; and `differences.LATER_minus_EARLIER.{mean, ci}` on the primary scorer.
 
     Raises:
         UserError: folders that cannot be compared.
     """
-    return analyse(settings, load_arms(settings))
+    arms, notes = load_arms(settings.folders)
+    return analyse(settings, arms, notes)
+
+
+# ---- printed
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """One table a scorer, then categories on the primary scorer, then diversity, drift and people."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    words = {"held_out": "held out", "made_labels": "made the labels", "unknown": "not known to be held out"}
+    for scorer, facts in results["scorers"].items():
+        title = f"{scorer} ({facts['version']}), {words[facts['role']]}"
+        table = Table(
+            "arm", "mean", "gain over base (95 %)", "p, Holm", "win rate (95 %)", title=title, box=box.SIMPLE, padding=(0, 1, 0, 0)
+        )
+        for name, arm in results["arms"].items():
+            if scorer in arm["by_scorer"]:
+                table.add_row(name, *_cells(arm, scorer, is_base=name == results["base"], is_people=facts["kind"] == "people"))
+        Console().print(table)
+    others = list(results["arms"])[1:]
+    categories = list(dict.fromkeys(category for name in others for category in results["arms"][name]["categories"]))
+    if categories:
+        table = Table("category", *others, title=f"gain on {results['primary']} by category", box=box.SIMPLE)
+        for category in categories:
+            held = [results["arms"][name]["categories"].get(category, {}).get(results["primary"]) for name in others]
+            table.add_row(category, *("-" if entry is None else _signed(entry["gain_over_base"]) for entry in held))
+        Console().print(table)
+    for name in results["arms"]:
+        for line in [*_spread_lines(results, name), *_people_lines(results, name)]:
+            say(line)
+
+
+def _signed(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "-"
+    ends = "" if entry["ci"] is None else f" ({entry['ci'][0]:+.3f} to {entry['ci'][1]:+.3f})"
+    return f"{entry['mean']:+.3f}{ends}"
+
+
+def _cells(arm: dict[str, Any], scorer: str, *, is_base: bool, is_people: bool) -> list[str]:
+    entry = arm["by_scorer"][scorer]
+    gain, wins = entry["gain_over_base"], entry["win_rate_vs_base"]
+    low, high = wins["ci"]
+    p = "<0.001" if gain["p_holm"] < 0.001 else f"{gain['p_holm']:.3f}"
+    changes = ["-", "-", "-"] if is_base else [_signed(gain), p, f"{wins['mean']:.1%} ({low:.1%} to {high:.1%})"]
+    return ["-" if is_people else f"{arm[scorer]['mean']:.3f}", *changes]
+
+
+def _spread_lines(results: dict[str, Any], name: str) -> list[str]:
+    lines = []
+    for embedder, entry in results["arms"][name]["spread"].items():
+        seen, moved = entry["diversity"], entry["drift"]
+        parts = [] if seen is None else [f"diversity over seeds {seen['mean']:.4f}"]
+        if name != results["base"]:
+            parts[:1] = [f"{part}, {_signed(entry['diversity_minus_base'])} against {results['base']}" for part in parts]
+            parts.append(f"drift from {results['base']} {moved['mean']:.4f} ({moved['ci'][0]:.4f} to {moved['ci'][1]:.4f})")
+        if parts:
+            lines.append(f"{name}, by {embedder}: {'; '.join(parts)}")
+    return lines
+
+
+def _people_lines(results: dict[str, Any], name: str) -> list[str]:
+    said = results["arms"][name]["people"]
+    if said is None:
+        return []
+    raters = f"{len(said['raters'])} {'person' if len(said['raters']) == 1 else 'people'}"
+    line = f"{name}, people: {said['answers']} answers to {said['pairs']} pairs by {raters}"
+    if said["agreement"] is not None:
+        line += f"; two people's answers to one pair are equal in {said['agreement']['raw']['value']:.0%} of cases"
+    alike = [f"{scorer} in {entry['mean']:.0%} of {entry['n']} pairs" for scorer, entry in said["with_scorers"].items() if entry["n"]]
+    return [line + (f"; they agree with {' and '.join(alike)}" if alike else "")]
 
 
 def run(settings: CompareSettings) -> dict[str, Any]:
@@ -284,14 +191,18 @@ def run(settings: CompareSettings) -> dict[str, Any]:
     from dedpo_diffusion.evaluation.report import write_report
     from dedpo_diffusion.files import write_json
 
-    arms = load_arms(settings)
-    results = analyse(settings, arms)
+    arms, notes = load_arms(settings.folders)
+    results = analyse(settings, arms, notes)
     made = write_report(settings, arms, results)
     results_file = settings.out.parent / "results.json"
     write_json(results_file, results)
-    print_table(results)
-    for line in (*results["notes"], results["verdict"]):
-        say(line)
+    print_tables(results)
+    for note in results["notes"]:
+        say(note)
+    for name, arm in results["arms"].items():
+        for warning in arm["warnings"]:
+            say(f"{name}: {warning}")
+    say(results["verdict"])
     say(f"wrote {', '.join(map(str, (*made, results_file)))}")
     return results
 

@@ -1,8 +1,18 @@
 """Means, paired differences and win rates with intervals that respect the clusters: images of one prompt are no independent draws.
 
-The interval is the percentile bootstrap over clusters: each resample draws as many clusters as there are, with
-replacement, and takes the mean over all their rows (Davison and Hinkley 1997, section 3.8). With the same clusters and
-seed, every quantity sees the same resamples.
+The standard error of every number is that of a bootstrap over clusters: each resample draws as many clusters as there are, with
+replacement, and takes the mean over all their rows (Davison and Hinkley 1997, section 3.8). Resampling C clusters gives too
+small a spread, by sqrt((C - 1) / C), and percentiles of it are too narrow again, as normal quantiles are beside Student's
+("narrowness bias": Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 2015). So an interval is
+his t interval with the bootstrap's standard error, mean +- t (1 - alpha / 2; C - 1) * error * sqrt(C / (C - 1)). Clusters of
+unequal size count as fewer: C is N^2 over the sum of their squared sizes, the effective number of clusters of Carter, Schnepel and
+Steigerwald (The Review of Economics and Statistics 2017), and 2 at least. The p-value is the smallest alpha whose interval leaves 0
+out, so "p < 0.05" and "the 95 % interval excludes 0" are one statement. A rate has Wilson's interval, with the number of
+independent answers that its error implies. All numbers of one call share the same resamples.
+
+What was tried: the percentile interval holds the truth in 93 % of simulations with 25 clusters, in 88 % with 10 and in 76 % with 3;
+this one in 95 %, if the values are not very skewed (tests/test_coverage.py). Bootstrap-t does better with skewed values and
+worse with heavy tails, and has no end where a resample has no spread.
 """
 
 from __future__ import annotations
@@ -10,49 +20,137 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 RESAMPLES = 10000
 LEVEL = 0.95
-CHUNK = 1 << 21  # cluster counts drawn at once: bounds the memory
+CHUNK = 1 << 21  # cluster counts taken at once: bounds the memory
+ROUNDING = 1e-12  # a cluster whose values cancel to this share of their size has mean 0: the rest is rounding
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the two ends of its interval."""
+    """A mean, the two ends of its interval (NaN where nothing is known of its spread), and a two-sided p-value: of a mean of 0, or of
+    a rate of one half."""
 
     mean: float
     low: float
     high: float
+    p: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """{"mean": ..., "ci": [low, high]}, for results.json."""
-        return {"mean": self.mean, "ci": [self.low, self.high]}
+        """{"mean": ..., "ci": [low, high] or None}, for results.json."""
+        return {"mean": self.mean, "ci": None if math.isnan(self.low) else [self.low, self.high]}
 
     def excludes(self, value: float) -> bool:
         """Whether `value` lies outside of the interval."""
-        return not self.low <= value <= self.high
+        return self.low > value or self.high < value
 
 
-def mean_interval(values: np.ndarray, clusters: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> Interval:
-    """The mean of all rows and its clustered percentile-bootstrap interval.
+@dataclass(frozen=True)
+class Estimates:
+    """Means of K columns over the same N rows, and their standard errors.
+
+    Attributes:
+        mean, error: (K,).
+        clusters: the effective number of clusters that the rows come from: their number where they are of equal size, else fewer.
+    """
+
+    mean: np.ndarray
+    error: np.ndarray
+    clusters: float
+
+    def interval(self, column: int = 0, *, level: float = LEVEL) -> Interval:
+        """Student's interval of one column, and the p-value of a mean of 0; for a column without spread the mean itself, and p 0 or 1."""
+        mean, error, quantile = float(self.mean[column]), float(self.error[column]), self._quantile(level)
+        p = self._p_value(mean / error) if error > 0 else float(mean == 0)
+        return Interval(mean, mean - quantile * error, mean + quantile * error, p)
+
+    def rate(self, column: int = 0, *, level: float = LEVEL) -> Interval:
+        """Wilson's interval of a column of values in [0, 1] (score interval, 1927).
+
+        Its number of independent answers is that which explains the error, p (1 - p) / error^2. Where all clusters are alike,
+        as where all rows are 1, the error says nothing; the rows of a cluster count as one answer. All alike and one half, as
+        between identical models, is one half without doubt. p is of one half.
+        """
+        p, error = min(1.0, max(0.0, float(self.mean[column]))), float(self.error[column])
+        if p == 0.5 and error == 0:
+            return Interval(p, p, p, 1.0)
+        inverse = error**2 / (p * (1 - p)) if error > 0 and 0 < p < 1 else 1 / self.clusters
+        a = self._quantile(level) ** 2 * inverse
+        half, chance = math.sqrt(a * p * (1 - p) + a * a / 4), self._p_value((p - 0.5) / math.sqrt(0.25 * inverse))
+        return Interval(p, max(0.0, (p + a / 2 - half) / (1 + a)), min(1.0, (p + a / 2 + half) / (1 + a)), chance)
+
+    def _quantile(self, level: float) -> float:
+        from scipy.special import stdtrit
+
+        return float(stdtrit(self.clusters - 1, (1 + level) / 2))
+
+    def _p_value(self, statistic: float) -> float:
+        from scipy.special import stdtr
+
+        return float(2 * stdtr(self.clusters - 1, -abs(statistic)))
+
+
+def estimates(values: np.ndarray, clusters: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimates:
+    """Means of all rows and their clustered bootstrap errors, all columns on the same resamples.
 
     Args:
-        values: (N,) finite numbers.
+        values: (N, K) finite numbers.
         clusters: (N,) the cluster (prompt) of each row, in any order.
         resamples: bootstrap resamples.
         seed: seed of the bootstrap.
-        level: nominal coverage.
 
     Raises:
         ValueError: fewer than two clusters (they tell nothing of their spread), unequal lengths, a value that is not finite.
     """
     sums, counts = _cluster_sums(values, clusters)
-    means = _resampled_means(sums, counts, resamples, seed)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+    n, size = len(counts), counts.sum()
+    mean = sums.sum(axis=0) / size
+    apart = sums - counts[:, None] * mean  # of resampled means from the mean: where nothing differs, exactly 0
+    drawn, chunk = _draws(n, resamples, seed), max(1, CHUNK // n)
+    total, squares = np.zeros(len(mean)), np.zeros(len(mean))
+    for start in range(0, resamples, chunk):
+        part = drawn[start : start + chunk].astype(np.float64)
+        shifts = (part @ apart) / (part @ counts)[:, None]
+        total += shifts.sum(axis=0)
+        squares += (shifts**2).sum(axis=0)
+    variance = np.maximum(squares / resamples - (total / resamples) ** 2, 0.0)
+    effective = max(2.0, float(size**2 / (counts**2).sum()))
+    return Estimates(mean, np.sqrt(variance * effective / (effective - 1)), effective)
+
+
+@lru_cache(maxsize=2)
+def _draws(clusters: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each cluster is drawn, (resamples, clusters), one byte each; kept, since many quantities share them."""
+    rng, chunk = np.random.default_rng(seed), max(1, CHUNK // clusters)
+    even, found = np.full(clusters, 1 / clusters), np.empty((resamples, clusters), dtype=np.uint8)
+    for start in range(0, resamples, chunk):
+        found[start : start + chunk] = rng.multinomial(clusters, even, size=min(chunk, resamples - start))
+    return found
+
+
+def mean_interval(values: np.ndarray, clusters: np.ndarray, *, level: float = LEVEL, **options: Any) -> Interval:
+    """The mean of all rows and its clustered interval.
+
+    Args:
+        values: (N,) finite numbers.
+        clusters: (N,) the cluster (prompt) of each row, in any order.
+        level: nominal coverage.
+        options: resamples and seed, as in `estimates`.
+
+    Raises:
+        ValueError: as in `estimates`.
+    """
+    return estimates(_column(values), clusters, **options).interval(level=level)
+
+
+def rate_interval(values: np.ndarray, clusters: np.ndarray, *, level: float = LEVEL, **options: Any) -> Interval:
+    """The mean of values in [0, 1] and its clustered interval, which stays in [0, 1]; arguments as in `mean_interval`."""
+    return estimates(_column(values), clusters, **options).rate(level=level)
 
 
 def seed_interval(values: Sequence[float], *, level: float = LEVEL) -> Interval:
@@ -71,7 +169,7 @@ def seed_interval(values: Sequence[float], *, level: float = LEVEL) -> Interval:
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, clusters: np.ndarray, **options: Any) -> Interval:
-    """The mean of a - b over paired rows; exactly 0 with an interval of no width where a and b are identical.
+    """The mean of a - b over paired rows; exactly 0 with an interval of no width and p 1 where a and b are identical.
 
     Args:
         a, b: (N,) scores of the same prompts and seeds.
@@ -90,8 +188,13 @@ def win_rate(a: np.ndarray, b: np.ndarray, clusters: np.ndarray, **options: Any)
         clusters: (N,) the prompt of each row.
         options: of `mean_interval`.
     """
+    return rate_interval(wins(a, b), clusters, **options)
+
+
+def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N,) 1 where a is larger, 0 where b is, 0.5 where they are equal."""
     a, b = _paired(a, b)
-    return mean_interval((a > b) + 0.5 * (a == b), clusters, **options)
+    return (a > b) + 0.5 * (a == b)
 
 
 def _paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,26 +204,24 @@ def _paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
+def _column(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    return values[:, None] if values.ndim == 1 else values
+
+
 def _cluster_sums(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of rows of each cluster, (C,) each."""
+    """Sums (C, K) and numbers of rows (C,) of the clusters."""
     values = np.asarray(values, dtype=np.float64)
     names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    if values.ndim != 1 or values.shape != index.shape:
-        raise ValueError(f"values {values.shape} and clusters {index.shape} must be (N,) both")
+    if values.ndim != 2 or values.shape[:1] != index.shape:
+        raise ValueError(f"values {values.shape} and clusters {index.shape} must be of N rows both")
     if len(names) < 2:
         raise ValueError(f"an interval needs at least two clusters, and there are {len(names)}")
     if not np.isfinite(values).all():
         raise ValueError("a value is not finite")
-    order = np.lexsort((values, index))  # a fixed order of summation: the order of the rows changes no bit
-    return np.bincount(index[order], values[order]), np.bincount(index).astype(np.float64)
-
-
-def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(resamples,) means over all rows of C clusters drawn with replacement."""
-    rng, clusters = np.random.default_rng(seed), len(sums)
-    chunk = max(1, CHUNK // clusters)
-    means = []
-    for start in range(0, resamples, chunk):
-        drawn = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=min(chunk, resamples - start)).astype(np.float64)
-        means.append((drawn @ sums) / (drawn @ counts))
-    return np.concatenate(means)
+    sums = np.empty((len(names), values.shape[1]))
+    for k, column in enumerate(values.T):
+        order = np.lexsort((column, index))  # a fixed order of summation: the order of the rows changes no bit
+        sums[:, k] = np.bincount(index[order], column[order])
+        sums[np.abs(sums[:, k]) <= ROUNDING * np.bincount(index[order], np.abs(column[order])), k] = 0.0
+    return sums, np.bincount(index).astype(np.float64)

@@ -17,7 +17,7 @@ from dedpo_diffusion.evaluation.compare import compare, main
 from dedpo_diffusion.evaluation.intervals import paired_difference, win_rate
 from dedpo_diffusion.settings import CompareSettings
 
-CLUSTERS = np.repeat(np.arange(len(PROMPTS)), 2)
+CLUSTERS = np.repeat(PROMPTS, 2)
 BASE = np.linspace(0.2, 0.8, 12)
 
 
@@ -48,18 +48,27 @@ def scores_of(folder):
     return np.array([row["score"] for row in rows])
 
 
+def same(entry, expected):
+    """Equal but for the rounding of sums taken for many columns at once."""
+    assert entry.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(entry[key], value, rtol=1e-9, atol=1e-12)
+
+
 def test_numbers_are_those_of_the_interval_functions(arms):
     found = compare(settings(arms))
     assert (found["primary"], found["base"], found["n_images"], found["n_prompts"], found["resamples"]) == ("truth", "base", 12, 6, 500)
     for folder in arms:
         mine, base, entry = scores_of(folder), scores_of(arms[0]), found["arms"][folder.name]
-        assert entry["gain_over_base"] == paired_difference(mine, base, CLUSTERS, resamples=500).as_dict()
-        assert entry["win_rate_vs_base"] == win_rate(mine, base, CLUSTERS, resamples=500).as_dict()
+        gain, wins = (f(mine, base, CLUSTERS, resamples=500) for f in (paired_difference, win_rate))
+        same(entry["gain_over_base"], gain.as_dict() | {"p": gain.p, "p_holm": entry["by_scorer"]["truth"]["gain_over_base"]["p_holm"]})
+        same(entry["win_rate_vs_base"], wins.as_dict())
         assert entry["truth"]["mean"] == pytest.approx(mine.mean()) and entry["truth"]["ci"][0] < mine.mean() < entry["truth"]["ci"][1]
         assert (entry["truth"]["n"], entry["truth"]["version"]) == (12, "truth-1")
         assert entry["by_scorer"]["proxy"]["gain_over_base"]["mean"] == pytest.approx((base - mine).mean())
     gap = paired_difference(scores_of(arms[2]), scores_of(arms[1]), CLUSTERS, resamples=500).as_dict()
-    assert found["differences"] == {"tuned_minus_even": gap}
+    assert list(found["differences"]) == ["tuned_minus_even"]
+    same(found["differences"]["tuned_minus_even"], gap)
 
 
 def test_known_values(arms):
@@ -71,7 +80,8 @@ def test_known_values(arms):
 
 def test_the_base_against_itself_is_exactly_nothing(arms):
     entry = compare(settings(arms))["arms"]["base"]
-    assert entry["gain_over_base"] == {"mean": 0.0, "ci": [0.0, 0.0]} and entry["win_rate_vs_base"] == {"mean": 0.5, "ci": [0.5, 0.5]}
+    assert entry["gain_over_base"] == {"mean": 0.0, "ci": [0.0, 0.0], "p": 1.0, "p_holm": 1.0}
+    assert entry["win_rate_vs_base"] == {"mean": 0.5, "ci": [0.5, 0.5]}
 
 
 def test_the_order_of_the_rows_changes_nothing(arms):
@@ -80,7 +90,8 @@ def test_the_order_of_the_rows_changes_nothing(arms):
         table = pq.read_table(arms[2] / f"{name}.parquet")
         pq.write_table(table.take(pa.array(np.random.default_rng(0).permutation(len(table)))), arms[2] / f"{name}.parquet")
     after = compare(settings(arms))
-    assert list(after["arms"]["tuned"]["by_scorer"]) and after == before
+    assert after.pop("notes") == ["tuned lists its images in another order than base; they are paired by prompt and seed."]
+    assert before.pop("notes") == [] and after == before
 
 
 def test_swapping_base_and_arm_mirrors_the_gain(arms):
@@ -117,7 +128,7 @@ def test_the_command_writes_results_page_and_sheet_together(arms, tmp_path, caps
     assert found == compare(settings(arms, seed=3, primary="truth"))
     assert sorted(path.name for path in out.parent.iterdir()) == ["contact_sheet.png", "report.html", "results.json"]
     printed = capsys.readouterr().out
-    assert found["verdict"] in printed and "truth (truth-1), held out" in printed and "proxy (proxy-1), not held out" in printed
+    assert found["verdict"] in printed and "truth (truth-1), held out" in printed and "proxy (proxy-1), not known to be held out" in printed
 
 
 def test_notes_name_arms_sampled_otherwise_and_judges_called_held_out(arms, tmp_path):
@@ -129,18 +140,6 @@ def test_notes_name_arms_sampled_otherwise_and_judges_called_held_out(arms, tmp_
         "tuned was sampled with guidance 7.5, base with 3.0.",
         "truth is called held out, yet it is a judge of the targets mix.",
     ]
-
-
-def change_index(folder, row, **changes):
-    rows = score.read_index(folder)
-    rows[row] = {**rows[row], **changes}
-    pq.write_table(pa.Table.from_pylist(rows), folder / "index.parquet")
-    put_scores(folder, truth=BASE, proxy=BASE)
-
-
-def shorten(folder):
-    pq.write_table(pq.read_table(folder / "index.parquet").slice(0, 10), folder / "index.parquet")
-    put_scores(folder, truth=BASE[:10], proxy=BASE[:10])
 
 
 def drop_half_the_scores(folder):
@@ -157,10 +156,6 @@ def other_version(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: change_index(f, 5, seed=999), r"image 5 in the order of prompts and seeds has seed 999, there 105"),
-        (lambda f: change_index(f, 4, prompt="a cat"), r"image 4 .* has prompt 'a cat', there 'a "),
-        (lambda f: change_index(f, 11, prompt_index=17), "image 11 .* has prompt_index 17, there 5"),
-        (shorten, "10 images against 12"),
         (lambda f: (f / "scores.parquet").unlink(), "tuned holds no scores; run `dedpo score"),
         (drop_half_the_scores, r"4 of 12 images have no score of truth \(first: 0-0.png\)"),
         (lambda f: put_scores(f, other=BASE), "share no scorer .*tuned: other"),
@@ -172,6 +167,39 @@ def test_folders_that_do_not_compare(arms, damage, message):
     damage(arms[2])
     with pytest.raises(UserError, match=message):
         compare(settings(arms))
+
+
+def test_the_first_scorer_that_is_held_out_is_primary_unless_another_is_asked_for(arms):
+    assert compare(settings(arms, held_out=[]))["primary"] == "truth"
+    assert compare(settings(arms, held_out=["proxy"]))["primary"] == "proxy"
+    assert compare(settings(arms, held_out=["proxy"], primary="truth"))["primary"] == "truth"
+
+
+def test_p_values_are_corrected_for_the_scorers_of_an_arm(arms):
+    """proxy is minus truth: equal p, so both are doubled."""
+    for arm in ("even", "tuned"):
+        entries = compare(settings(arms))["arms"][arm]["by_scorer"].values()
+        for gain in (entry["gain_over_base"] for entry in entries):
+            assert gain["p_holm"] == pytest.approx(min(1.0, 2 * gain["p"])) and (gain["p"] < 0.05) == (
+                gain["ci"][0] > 0 or gain["ci"][1] < 0
+            )
+
+
+def test_categories_have_the_numbers_of_their_rows(arms):
+    """Prompts 0 to 2 and 3 and 4, and prompt 5 alone, which has no interval."""
+    names = ["shape"] * 6 + ["size"] * 4 + ["lone"] * 2
+    for folder in arms:
+        table = pq.read_table(folder / "index.parquet")
+        pq.write_table(table.append_column("category", pa.array(names)), folder / "index.parquet")
+    found = compare(settings(arms))["arms"]["tuned"]["categories"]
+    assert list(found) == ["shape", "size", "lone"]
+    rows, base = np.array(names) == "shape", scores_of(arms[0])
+    entry, gain = found["shape"]["truth"], paired_difference(scores_of(arms[2])[rows], base[rows], CLUSTERS[rows], resamples=500)
+    assert (entry["n_prompts"], entry["n_images"]) == (3, 6)
+    same(entry["gain_over_base"], gain.as_dict() | {"p": gain.p})
+    lone = found["lone"]["truth"]
+    assert lone["n_prompts"] == 1 and lone["gain_over_base"]["ci"] is None and lone["win_rate_vs_base"] == {"mean": 1.0, "ci": None}
+    assert lone["gain_over_base"]["mean"] == pytest.approx((scores_of(arms[2]) - base)[10:].mean())
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,10 @@ class CompareSettings:
     Args:
         folders: two or more scored sample folders; their names name the arms.
         out: the page to write; results.json lies beside it.
-        primary: the scorer of the verdict; None takes the first that all folders share.
+        primary: the scorer of the verdict, or "people"; None takes the first held-out scorer that all folders share, or else the first.
         runs: run folders whose training curves the page shows.
-        targets: report (JSON) of merged targets that the page shows.
-        held_out: scorers that made no training label; the page marks the others.
+        targets: reports (JSON) of the targets that the arms were trained on: their judges made the labels, other scorers are held out.
+        held_out: scorers that made no training label; needed where no report of targets says so.
         resamples: bootstrap resamples.
         seed: seed of the bootstrap.
     """

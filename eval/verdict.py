@@ -1,0 +1,234 @@
+"""What the numbers of a comparison say, in words: who judges, the verdict, and what should make a reader doubt it.
+
+**Roles.** A scorer that a targets' report (`--targets`) names as judge *made the labels*, as does one of whose version the judge's
+labels say that they are. One in `--held_out`, or any other one where such a report is given, is *held out*; else it is *unknown*.
+People are held out.
+
+**Over-optimisation** ("rises": the 95 % interval of the gain lies above 0; "falls": below). An arm is warned of if
+
+1. a scorer that is not held out rises while a held-out one, or people, fall;
+2. a scorer that made the labels rises, no held-out one does, and the diversity over seeds falls by some embedder and rises by none;
+3. a scorer that made the labels rises, also after Holm's correction, and of the held-out ones, of which there are some, none does.
+
+The first that holds is told. Where nothing has changed the three together are false alarms in at most 2.5 % of comparisons: one
+chance event is the least that each takes, and that one is corrected (tests/test_verdict.py simulates it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dedpo_diffusion.evaluation.arms import Arm
+from dedpo_diffusion.evaluation.preferences import NAME as PEOPLE
+
+Results = dict[str, Any]
+# sampling settings that arms may differ in: what is compared, what pairing by prompt and seed has checked, what changes no image
+FREE_SETTINGS = ("lora", "strength", "model", "model_config", "prompts", "seeds", "seed", "out", "batch", "device")
+LEVEL = 0.05
+NAMED = 5  # scorers or categories in one sentence
+CAUTIONS = {
+    "held_out": "",
+    "made_labels": ", which made the training labels",
+    "unknown": ", which is not known to be held out of the training labels",
+}
+OWN = {"made_labels": "which made its labels", "unknown": "which is not known to be held out"}
+
+
+# ---- who judges
+
+
+def judges_of(path: Path, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, version) of each judge whose labels a targets' report was merged from; version "" where the labels are not beside it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in [entry["name"] for entry in report.get("judges") or []] or (report.get("judge") or "").split(", "):
+        try:
+            versions = pq.read_table(path.parent.parent / "labels" / f"{name}.parquet", columns=["judge_version"])["judge_version"]
+            yield name, next((version for version in versions.to_pylist() if version), "")
+        except (OSError, KeyError, pa.ArrowInvalid):  # moved, or of another source: the name alone tells
+            yield name, ""
+
+
+def roles(versions: dict[str, str], held_out: Sequence[str], targets: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
+    """The role of each scorer, by this module's rule; and the notes on those called held out that made labels."""
+    from dedpo_diffusion.evaluation.report import read_targets_report
+
+    found, notes = {}, []
+    reports = [(path, read_targets_report(path)) for path in targets]
+    judges = [(path, *judge) for path, report in reports for judge in judges_of(path, report)]
+    known = any("judge" in report or "judges" in report for _, report in reports)
+    for scorer, version in versions.items():
+        made = [path for path, name, said in judges if name == scorer or (version and said.split(" ")[0] == version)]
+        found[scorer] = "made_labels" if made else "held_out" if known or scorer in held_out else "unknown"
+        if made and scorer in held_out:
+            notes += [f"{scorer} is called held out, yet it is a judge of the targets {path.stem}." for path in made]
+    return found, notes
+
+
+def sampling_notes(arms: Sequence[Arm]) -> list[str]:
+    """Which arms were sampled with other settings than the base."""
+    import yaml
+
+    files = {arm.name: arm.folder / "settings.yaml" for arm in arms}
+    held = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    base = held.pop(arms[0].name, {})
+    return [
+        f"{name} was sampled with {key} {mine[key]}, {arms[0].name} with {base[key]}."
+        for name, mine in held.items() for key in base if key not in FREE_SETTINGS and key in mine and mine[key] != base[key]
+    ]  # fmt: skip
+
+
+# ---- what should make a reader doubt
+
+
+def rises(entry: dict[str, Any] | None) -> bool:
+    """Whether an interval lies above 0."""
+    return entry is not None and entry["ci"] is not None and entry["ci"][0] > 0
+
+
+def falls(entry: dict[str, Any] | None) -> bool:
+    """Whether an interval lies below 0."""
+    return entry is not None and entry["ci"] is not None and entry["ci"][1] < 0
+
+
+def warnings(results: Results, name: str) -> list[str]:
+    """Signs that an arm pleases what it was trained to please, and no more: this module's rules, as sentences without its name."""
+    arm = results["arms"][name]
+    gains = {scorer: entry["gain_over_base"] for scorer, entry in arm["by_scorer"].items()}
+    role = {scorer: results["scorers"][scorer]["role"] for scorer in gains}
+    held = [scorer for scorer in gains if role[scorer] == "held_out"]
+    pleased = [scorer for scorer in gains if scorer not in held and rises(gains[scorer])]
+    hurt = [scorer for scorer in held if falls(gains[scorer])]
+    made = [scorer for scorer in pleased if role[scorer] == "made_labels"]
+
+    def rising(scorers: Sequence[str]) -> str:
+        words = [f"{scorer} ({gains[scorer]['mean']:+.3f}), {OWN[role[scorer]]}" for scorer in scorers]
+        return f"it rises on {_list(words)}"
+
+    if pleased and hurt:
+        losses = [f"{'people' if scorer == PEOPLE else scorer} ({_ends(gains[scorer])})" for scorer in hurt]
+        return [f"Over-optimised, as it looks: {rising(pleased)}, and falls on {_list(losses)}, which had no part in its labels."]
+    if not made or any(rises(gains[scorer]) for scorer in held):
+        return []
+    changes = {embedder: entry["diversity_minus_base"] for embedder, entry in arm["spread"].items()}
+    narrowed = [embedder for embedder, change in changes.items() if falls(change)]
+    if narrowed and not any(map(rises, changes.values())):
+        fewer = _list([f"{embedder} ({_ends(changes[embedder])})" for embedder in narrowed])
+        rest = "on no scorer that is held out" if held else "and no scorer here is held out"
+        return [f"Over-optimised, as it looks: {rising(made)}, {rest}, and its images of one prompt are less diverse by {fewer}."]
+    sure = [scorer for scorer in made if gains[scorer]["p_holm"] < LEVEL]
+    if sure and held:
+        others = _list([f"{scorer} {_ends(gains[scorer])}" for scorer in held])
+        return [f"Better only on the scorer that made its labels: {rising(sure)}, and on no scorer that is held out ({others})."]
+    return []
+
+
+def category_notes(results: Results) -> list[str]:
+    """Arms that are better on some categories of prompts and worse on others, on the primary scorer, after Holm's correction."""
+    from dedpo_diffusion.doubts import holm
+
+    primary, found = results["primary"], []
+    for name, arm in results["arms"].items():
+        gains = {category: entry[primary]["gain_over_base"] for category, entry in arm["categories"].items() if primary in entry}
+        gains = {category: gain for category, gain in gains.items() if gain["ci"] is not None}
+        told = [category for category, p in zip(gains, holm([gain["p"] for gain in gains.values()]), strict=True) if p < LEVEL]
+        better, worse = ([f"{c} ({gains[c]['mean']:+.3f})" for c in told if gains[c]["mean"] * sign > 0] for sign in (1, -1))
+        whole = arm.get("gain_over_base")
+        if better and worse:
+            halves = f"better on {_list(better)} and worse on {_list(worse)}"
+        elif better and falls(whole):
+            halves = f"worse on the whole, and better on {_list(better)}"
+        elif worse and rises(whole):
+            halves = f"better on the whole, and worse on {_list(worse)}"
+        else:
+            continue
+        found.append(f"On {primary}, {name} is {halves} (after Holm's correction for {len(gains)} categories).")
+    return found
+
+
+# ---- the verdict
+
+
+def best_arm(results: Results) -> str:
+    """The arm of the largest gain on the primary scorer; the base is no candidate, nor are arms that people did not judge."""
+    candidates = [name for name in list(results["arms"])[1:] if "gain_over_base" in results["arms"][name]]
+    return max(candidates, key=lambda name: results["arms"][name]["gain_over_base"]["mean"])
+
+
+def verdict(results: Results) -> str:
+    """The results in a few sentences, the first of which says what was asked: is it better, on the primary scorer?"""
+    best, primary = best_arm(results), results["primary"]
+    caution = CAUTIONS[results["scorers"][primary]["role"]]
+    first = f"On {primary}{caution}, {_gain_words(results, best)}{_choice_words(results, best)}{_rival_words(results, best)}."
+    return " ".join([first, *_others(results, best), *results["arms"][best]["warnings"]])
+
+
+def _gain_words(results: Results, name: str) -> str:
+    base, arm = results["base"], results["arms"][name]
+    gain, wins = arm["gain_over_base"], arm["win_rate_vs_base"]
+    low, high = gain["ci"]
+    numbers = f"{gain['mean']:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+    rate = f"win rate {wins['mean']:.1%} ({wins['ci'][0]:.1%} to {wins['ci'][1]:.1%})"
+    if not (rises(gain) or falls(gain)):
+        return f"no difference between {name} and {base} can be told: gain {numbers}, {rate}"
+    return f"{name} is {'better' if rises(gain) else 'worse'} than {base}: gain {numbers}, {rate}"
+
+
+def _choice_words(results: Results, best: str) -> str:
+    """A gain that is clear by itself, and not if it is counted as the largest of several (Bonferroni)."""
+    asked = [arm for arm in list(results["arms"].values())[1:] if "gain_over_base" in arm]
+    p = results["arms"][best]["gain_over_base"]["p"]
+    if len(asked) < 2 or not p < LEVEL <= p * len(asked):
+        return ""
+    return f" (the largest gain of {len(asked)} arms reaches that by chance with a probability of {min(1.0, p * len(asked)):.2f})"
+
+
+def _rival_words(results: Results, best: str) -> str:
+    """Which other arms the best arm can be told from, by the paired intervals between them."""
+    told: list[str] = []
+    untold: list[str] = []
+    unknown: list[str] = []
+    arms = list(results["arms"])[1:]
+    rivals = [name for name in arms if name != best and "gain_over_base" in results["arms"][name]]
+    absent = [name for name in arms if name != best and name not in rivals]
+    for other in rivals:
+        forward = results["differences"].get(f"{best}_minus_{other}")
+        backward = results["differences"].get(f"{other}_minus_{best}")
+        if not (forward or backward):
+            unknown.append(other)
+            continue
+        mean, low, high = (forward["mean"], *forward["ci"]) if forward else (-backward["mean"], *(-end for end in backward["ci"][::-1]))
+        words = f"{other} ({mean:+.3f}, {low:+.3f} to {high:+.3f})"
+        (told if low > 0 or high < 0 else untold).append(words)
+    parts = [f"ahead of {' and '.join(told)}"] if told else []
+    parts += [f"not distinguishable from {' or '.join(untold)}"] if untold else []
+    parts += [f"not compared with {' and '.join(unknown)}"] if unknown else []
+    words = f"; of {len(rivals) + 1} arms {best} has the largest gain, " + ", but ".join(parts) if parts else ""
+    return words + (f"; {_list(absent)} cannot be told, for want of votes" if absent else "")
+
+
+def _others(results: Results, best: str) -> list[str]:
+    """What the best arm's other scorers say after Holm's correction."""
+    others = {s: e["gain_over_base"] for s, e in results["arms"][best]["by_scorer"].items() if s != results["primary"]}
+    if not others:
+        return []
+    kept = [f"{scorer} ({gain['mean']:+.3f})" for scorer, gain in others.items() if gain["p_holm"] < LEVEL]
+    if not kept:
+        return [f"On {_list(list(others), 'or')} no difference survives Holm's correction."]
+    rest = [scorer for scorer, gain in others.items() if not gain["p_holm"] < LEVEL]
+    tail = f", that on {_list(rest)} does not" if rest else ""
+    return [f"After Holm's correction for {len(others) + 1} scorers the difference on {_list(kept)} stands{tail}."]
+
+
+def _ends(entry: dict[str, Any]) -> str:
+    low, high = entry["ci"]
+    return f"{entry['mean']:+.3f}, {low:+.3f} to {high:+.3f}"
+
+
+def _list(parts: Sequence[str], word: str = "and") -> str:
+    """ "a, b and c"; of very many the first few, and how many more."""
+    shown = [*parts[:NAMED], f"{len(parts) - NAMED} more"] if len(parts) > NAMED else list(parts)
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} {word} {shown[-1]}"
