@@ -62,9 +62,7 @@ def _stacked(name: str, parts: Sequence[LoraLayer]) -> LoraLayer:
     for part in parts[1:]:
         if part.down.shape[1:] != first.down.shape[1:] or len(part.up) != len(first.up):
             shapes = f"{tuple(first.delta().shape)} and {tuple(part.delta().shape)}"
-            raise UserError(
-                f"{name}: the LoRAs change weights of shapes {shapes}, of different models; give LoRAs of one base"
-            )
+            raise UserError(f"{name}: the LoRAs change weights of shapes {shapes}, of different models; give LoRAs of one base")
     down = torch.cat([part.down.float() for part in parts])
     up = torch.cat([part.scale * part.up.float() for part in parts], dim=1)
     return LoraLayer(down, up, alpha=float(len(down)))
