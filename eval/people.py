@@ -67,7 +67,7 @@ def write_votes(arm: Path, name: str, answers: Sequence[Row], metadata: dict[str
 
     path = arm / "votes" / f"{name}.parquet"
     held = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    schema = pa.schema([(column, getattr(pa, kind)() if kind != "bool" else pa.bool_()) for column, kind in TYPES.items()], metadata=held)
+    schema = pa.schema([(column, pa.type_for_alias(kind)) for column, kind in TYPES.items()], metadata=held)
     with atomic_file(path) as temporary:
         pq.write_table(pa.Table.from_pylist(list(answers), schema=schema), temporary)
     return path

@@ -61,9 +61,7 @@ def voting_name(settings: VoteSettings) -> str:
 def check_settings(settings: VoteSettings) -> None:
     """Settings that cannot be meant; UserError names the option."""
     if len(settings.folders) not in (1, 2):
-        raise UserError(
-            f"{len(settings.folders)} folders are given; voting takes a pair dataset, or two sample folders, the base's first"
-        )
+        raise UserError(f"{len(settings.folders)} folders are given; voting takes a pair dataset, or two sample folders, the base's first")
     if len(settings.folders) == 2 and settings.order != "random":
         raise UserError(f"--order {settings.order} is for a pair dataset; leave it out to vote on two sample folders")
     for name, low in (("repeats", 0), ("overlap", 0), ("floor", 0.001)):
@@ -177,6 +175,8 @@ def open_pairs(settings: VoteSettings) -> Iterator[Voting]:
     from dedpo_diffusion.ballot.server import Desk
 
     folder, name = settings.folders[0], voting_name(settings)
+    if (folder / "index.parquet").is_file() and not (folder / "pairs").is_dir():
+        raise UserError(f"{folder} is a sample folder, and voting compares two: name the base's first, as in dedpo vote BASE {folder}")
     with open_booth(settings) as booth:
         desk = Desk(
             {"dataset": folder.resolve().name, "name": name, "order": settings.order},
