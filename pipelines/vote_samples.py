@@ -130,7 +130,7 @@ def write_votes(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> Pa
 
 
 def outcome(base: str, arm: str, answers: Sequence[dict[str, Any]]) -> str:
-    """How often people preferred the arm, in words. Every pair counts once, with the mean of its answers; repetitions are left out."""
+    """How often people preferred the arm, in words: of each pair the majority, as `dedpo compare` has it; repetitions are left out."""
     import numpy as np
 
     judged: dict[str, list[float]] = {}
@@ -138,19 +138,19 @@ def outcome(base: str, arm: str, answers: Sequence[dict[str, Any]]) -> str:
     for answer in answers:
         if not answer["repeat"]:
             judged.setdefault(answer["file"], []).append(answer["preferred"])
-    preferred = np.array([np.mean(values) for values in judged.values()])
+    wins = np.array([(np.sign(np.mean(values) - 0.5) + 1) / 2 for values in judged.values()])
     of = [prompts[file] for file in judged]
-    mean, (low, high) = win_rate(preferred, of)
+    mean, (low, high) = win_rate(wins, of)
     words = "no difference can be told" if low <= 0.5 <= high else f"{arm} is {'better' if mean > 0.5 else 'worse'} than {base}"
-    ties = float(np.mean(preferred == 0.5))
+    ties = float(np.mean(wins == 0.5))
     return (
-        f"People: {words}. {arm} wins {mean:.1%} (95 %: {low:.1%} to {high:.1%}) of {len(preferred)} pairs of {len(set(of))} prompts, "
+        f"People: {words}. {arm} wins {mean:.1%} (95 %: {low:.1%} to {high:.1%}) of {len(wins)} pairs of {len(set(of))} prompts, "
         f"ties counted as half ({ties:.1%} of the pairs are ties)."
     )
 
 
-def win_rate(preferred: np.ndarray, prompts: Sequence[str]) -> tuple[float, list[float]]:
-    """The mean of (N,) preferences of pairs and its 95 % interval, clustered by prompt as in `dedpo compare`.
+def win_rate(wins: np.ndarray, prompts: Sequence[str]) -> tuple[float, list[float]]:
+    """The mean of (N,) wins of pairs, ties being half, and its 95 % interval, clustered by prompt as in `dedpo compare`.
 
     For fewer than MIN_RESAMPLED prompts, and where all pairs are alike, resampling prompts tells too little: the interval is then
     Wilson's, with every prompt as one case.
@@ -161,9 +161,9 @@ def win_rate(preferred: np.ndarray, prompts: Sequence[str]) -> tuple[float, list
     from dedpo_diffusion.debias import wilson_interval
     from dedpo_diffusion.evaluation.intervals import mean_interval
 
-    mean, cases = float(np.mean(preferred)), len(set(prompts))
+    mean, cases = float(np.mean(wins)), len(set(prompts))
     if cases >= MIN_RESAMPLED:
-        found = mean_interval(preferred, np.asarray(prompts))
+        found = mean_interval(wins, np.asarray(prompts))
         if found.high > found.low:
             return mean, [found.low, found.high]
     return mean, wilson_interval(mean * cases, cases)

@@ -285,7 +285,7 @@ def test_identical_images_are_ties_from_when_their_turn_comes(two):
 # ---- what is said at the end
 
 
-def answered(values, prompts, repeats=None):
+def answered(values, prompts):
     return [
         {"file": f"{k}.png", "prompt": prompt, "rater": "anna", "preferred": value, "repeat": False}
         for k, (value, prompt) in enumerate(zip(values, prompts, strict=True))
@@ -293,14 +293,14 @@ def answered(values, prompts, repeats=None):
 
 
 def test_the_outcome_counts_every_pair_once_and_leaves_repetitions_out():
-    """Three people on one pair (1, 1, 0), one on another (0.5): (2/3 + 1/2) / 2 = 58.3 %; a repetition changes nothing."""
+    """Three people on one pair (1, 1, 0), one on another (0.5): (1 + 1/2) / 2 = 75 %; a repetition changes nothing."""
     answers = answered([1.0, 0.5], ["a", "b"])
     answers += [{**answers[0], "rater": "ben"}, {**answers[0], "rater": "cleo", "preferred": 0.0}]
     again = [{**answers[0], "preferred": 0.0, "repeat": True}]
     words = outcome("base", "tuned", answers)
     assert words == outcome("base", "tuned", answers + again)
     assert (
-        "no difference can be told. tuned wins 58.3% (95 %: " in words
+        "no difference can be told. tuned wins 75.0% (95 %: " in words
         and "of 2 pairs of 2 prompts, ties counted as half (50.0% of" in words
     )
     assert "tuned is better than base" in outcome("base", "tuned", answered([1.0] * 30, range(30)))
