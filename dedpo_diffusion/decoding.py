@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -31,6 +32,7 @@ MAX_PIXELS = 1 << 26  # 8192 x 8192: four times what the largest models draw; a 
 UNREADABLE = (  # what Pillow's readers raise on bad bytes
     OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+REMEDY = "replace it, or leave its pair out"
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # Pillow's own conversion of these clips everything above 255 to white
 
 _strict_lock = threading.Lock()
@@ -61,17 +63,17 @@ def _strict_decoding() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
+def _opened(data: bytes | Path, where: str, remedy: str) -> Iterator[Image.Image]:
     """The file with its header read and its rules checked; whatever goes wrong inside becomes a UserError."""
     try:
         if not data:
             raise ValueError("the file is empty")
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             _check_header(image)
             yield image
     except UNREADABLE as error:
         why = "it is no image file" if isinstance(error, UnidentifiedImageError) else error  # Pillow's words hold a memory address
-        raise UserError(f"{where}: the image cannot be decoded ({why}); replace it, or leave its pair out") from error
+        raise UserError(f"{where}: the image cannot be decoded ({why}); {remedy}") from error
 
 
 def _check_header(image: Image.Image) -> None:
@@ -84,34 +86,38 @@ def _check_header(image: Image.Image) -> None:
         raise ValueError(f"it holds 32-bit values (mode {image.mode}) of no stated range")
 
 
-def read_header(data: bytes, where: str) -> ImageHeader:
+def read_header(data: bytes | Path, where: str, *, remedy: str = REMEDY) -> ImageHeader:
     """Read an image file's header; no pixel is decoded.
 
     Args:
-        data: the file's bytes.
+        data: the file's bytes; or its path, and then no more of it is read than that takes.
         where: file, row and column, for the message.
+        remedy: what the message ends with.
 
     Raises:
         UserError: no image, or one that `decode_image` refuses by its header.
     """
-    with _opened(data, where) as image:
+    with _opened(data, where, remedy) as image:
         width, height = image.size
-        if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # turned by a quarter
+        # Pillow's own method of a PNG decodes the whole picture, since its EXIF may stand behind the pixels
+        exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+        if exif.get(0x0112, 1) in (5, 6, 7, 8):  # turned by a quarter
             width, height = height, width
         return ImageHeader(image.format or "?", width, height, image.mode)
 
 
-def decode_image(data: bytes, where: str) -> Image.Image:
+def decode_image(data: bytes, where: str, *, remedy: str = REMEDY) -> Image.Image:
     """Decode an image file's bytes entirely, upright and to RGB, by the rules of this module.
 
     Args:
         data: bytes of a PNG, JPEG, WebP or other file that Pillow reads.
         where: file, row and column, for the message.
+        remedy: what the message ends with.
 
     Raises:
         UserError: the bytes are truncated, damaged or no image, or a kind of image that is refused.
     """
-    with _strict_decoding(), _opened(data, where) as image:
+    with _strict_decoding(), _opened(data, where, remedy) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
         if upright.mode in DEEP:

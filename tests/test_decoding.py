@@ -157,6 +157,14 @@ def test_exif_orientation_is_undone_and_the_header_says_so(orientation):
     assert (header.format, header.width, header.height, header.mode) == ("PNG", 24, 16, "RGB")
 
 
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "TIFF"])
+def test_a_header_is_read_without_a_pixel_and_from_a_file_too(fmt, tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(saved(Image.new("RGB", (24, 16), "red"), fmt))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a pixel was decoded"))
+    headers = [read_header(source, "here") for source in ((tmp_path / "x").read_bytes(), tmp_path / "x")]
+    assert headers[0] == headers[1] and (headers[0].format, headers[0].width, headers[0].height) == (fmt, 24, 16)
+
+
 def test_a_phones_jpeg_with_a_preview_behind_it_is_its_first_picture():
     first, preview = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (8, 8), "blue")
     data = saved(first, "MPO", save_all=True, append_images=[preview])

@@ -404,7 +404,7 @@ def test_a_broken_image_is_named_by_file_row_and_column(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--with", "nobody"], "known: pickscore, clip, hps, aesthetic, http, oracle_reward, brightness, vlm, openai, self"),
+        (["--with", "nobody"], "oracle_background, oracle_clean, brightness, vlm, openai, self (as name or"),
         (["--batch", "0"], "batch is 0"),
         (["--temperature", "0"], "temperature is 0"),
         (["--name", "../out"], "cannot name a file"),

@@ -95,6 +95,7 @@ def test_arithmetic_of_the_arms(tiny_model, tmp_path):
     assert 1.8 < flop["stored"] / reference.get_total_flops() < 3  # forward, the gradient of activations, and the adapter
 
 
+@pytest.mark.slow
 def test_command(tiny_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(random_models, "random_backbone", lambda *_, device, dtype: Backbone(str(tiny_model), device=device, dtype=dtype))
     monkeypatch.setattr(throughput, "matrix_peak", lambda *_: 1e12)

@@ -90,7 +90,7 @@ def kill_and_compare(server, base: Path, pairs: Path, tmp_path: Path, moments: i
     wanted, rng, kills = whole.state(), random.Random(0), 0
     assert [step for step, _ in checkpoints(whole.run)] == [4, 6]
     reached = set()  # what there was when it was killed: encoded files, metrics, checkpoints
-    while kills < moments:
+    while kills < moments or (len(reached) < 2 and kills < 5 * moments):  # a machine that slows down is always killed early
         process = killed.start()
         process.join(rng.uniform(0, seconds))
         if process.is_alive():

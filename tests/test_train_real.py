@@ -147,7 +147,7 @@ def test_an_exported_adapter_samples_what_was_trained(folders, pairs, tmp_path, 
     assert max(abs(a - b) for a, b in zip(images["base"], images["merged"], strict=True)) > 2
 
 
-@pytest.mark.parametrize("text", ["false", "true"])
+@pytest.mark.parametrize("text", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_run_goes_on_from_an_exported_adapter_at_another_alpha(folders, pairs, tmp_path, text):
     run(folders["sdxl"], pairs, tmp_path / "first", lora__alpha=6, lora__text_encoders=text)
     file = tmp_path / "first.safetensors"
@@ -162,7 +162,7 @@ def test_a_run_goes_on_from_an_exported_adapter_at_another_alpha(folders, pairs,
     assert (checkpoints(tmp_path / "second")[-1][1] / "reference.safetensors").is_file()
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
 def test_adapted_text_encoders_train_with_and_without_a_cache_and_resume(folders, pairs, tmp_path, monkeypatch, kind):
     changes = {"lora__text_encoders": "true", "data__caption_dropout": 0.4}
     run(folders[kind], pairs, tmp_path / "live", **changes)
@@ -210,7 +210,7 @@ def test_a_whole_unet_trains_resumes_and_exports(folders, pairs, tmp_path, monke
         assert torch.equal(value, trained[name])
 
 
-@pytest.mark.parametrize("changes", [{}, {"objective.kind": "sft"}])
+@pytest.mark.parametrize("changes", [{}, pytest.param({"objective.kind": "sft"}, marks=pytest.mark.slow)])
 def test_rounds_of_a_whole_unet_resume(folders, pairs, tmp_path, monkeypatch, changes):
     settings = WHOLE | {"optim.steps": 6, "optim.rounds": 2, "optim.extrapolation": 0.3, "checkpoint_every": 3} | changes
     assert train.main(arguments(folders["sd15"], pairs, tmp_path / "whole", **settings)) == 0
@@ -234,7 +234,10 @@ def test_samples_of_a_single_file_are_those_of_its_folder(folders, tmp_path):
 RECIPES = sorted(file for file in (Path(train.__file__).parents[1] / "configs").glob("sd*.yaml"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=[file.stem for file in RECIPES])
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(file, id=file.stem, marks=() if file.stem in ("sdxl_lora_12gb", "sd15_full") else pytest.mark.slow) for file in RECIPES],
+)
 def test_every_recipe_can_be_tried_and_leaves_nothing(recipe, tmp_path, capsys):
     kind = "sdxl" if "sdxl" in recipe.stem else "sd15"
     command = ["--config", str(recipe), "--data.pairs", str(tmp_path / "none"), "--out", str(tmp_path / "run"), "--smoke", kind]
@@ -282,7 +285,7 @@ def test_images_with_channels_last_resume_in_their_layout(folders, pairs, tmp_pa
     assert all(state[value]["exp_avg"].stride() == value.stride() for value in weights)
 
 
-@pytest.mark.parametrize("changes", [{"channels_last": "true"}, {"optim__batch": 3}])
+@pytest.mark.parametrize("changes", [pytest.param({"channels_last": "true"}, marks=pytest.mark.slow), {"optim__batch": 3}])
 def test_stored_reference_errors_are_not_those_of_other_kernels(folders, pairs, tmp_path, changes):
     """At margin 0 the policy is computed just as what was stored was."""
     stored = {"data__cache": tmp_path / "cache", "data__reference_draws": 1, "mixed_precision": "bf16", "optim__steps": 1}

@@ -3,13 +3,15 @@
     scorer = load_scorer("pickscore=FOLDER", device=None, batch=64)
     scorer.score(prompts, images)  # (N,) float64
 
+Some also say what their image tower saw: see `Embedder`.
+
 A score never travels without the scorer's version: numbers of different versions do not compare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..console import UserError
 
@@ -45,13 +47,22 @@ class Scorer(Protocol):
         ...
 
 
-def _late(module: str, name: str) -> Callable[..., Scorer]:
-    """The class `name` of one of this package's modules, imported when it is called."""
+@runtime_checkable
+class Embedder(Scorer, Protocol):
+    """A scorer that embeds images to score them, and gives the embeddings too."""
+
+    def score_and_embed(self, prompts: Sequence[str], images: Sequence[Image]) -> tuple[np.ndarray, np.ndarray]:
+        """The scores (N,) as `score` gives them, and the images' embeddings (N, D) float32 of norm 1. Raises as `score`."""
+        ...
+
+
+def _late(module: str, name: str, **fixed: Any) -> Callable[..., Scorer]:
+    """The class `name` of one of this package's modules, imported when it is called; `fixed` are options of it."""
 
     def make(location: str | None, **options: Any) -> Scorer:
         from importlib import import_module
 
-        return getattr(import_module(f"{__name__}.{module}"), name)(location, **options)
+        return getattr(import_module(f"{__name__}.{module}"), name)(location, **fixed, **options)
 
     return make
 
@@ -64,6 +75,8 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "aesthetic": _late("aesthetic", "AestheticScore"),
     "http": _late("http", "HttpScore"),
     "oracle_reward": _late("oracle", "OracleReward"),
+    "oracle_accuracy": _late("oracle", "OracleAccuracy"),
+    **{f"oracle_{name}": _late("oracle", "OracleAccuracy", attribute=name) for name in ("shape", "colour", "size", "background", "clean")},
 }
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -87,15 +87,22 @@ class EmbeddingScorer(ABC):
         Raises:
             UserError: the GPU's memory is too small.
         """
+        return self.score_and_embed(prompts, images)[0]
+
+    def score_and_embed(self, prompts: Sequence[str], images: Sequence[Image]) -> tuple[np.ndarray, np.ndarray]:
+        """The scores (N,) as `score` gives them, and the images' embeddings (N, D) float32 of norm 1, from one pass through the tower.
+
+        Args, Raises: as `score`.
+        """
         if len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts, but {len(images)} images")
         if len(images) == 0:
-            return np.empty(0)
+            return np.empty(0), np.empty((0, 0), np.float32)
         keys = [id(image) for image in images]
         remedy = "lower --batch" + (", or take --dtype bfloat16" if self.dtype == torch.float32 else "")
         with torch.inference_mode(), within_memory(self.name, f"{min(self.batch, len(set(keys)))} images", remedy):
             seen = self._once(images, keys, self._image_batch)
-            return self.combine(seen, prompts).double().cpu().numpy()
+            return self.combine(seen, prompts).double().cpu().numpy(), normalised(seen).cpu().numpy()
 
     def cosine(self, seen: Tensor, prompts: Sequence[str]) -> Tensor:
         """(N,) float32 cosines between image features (N, D) and the prompts' features."""

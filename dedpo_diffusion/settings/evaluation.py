@@ -44,21 +44,24 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """Score a folder of samples.
+    """Score sample folders.
 
     Args:
-        folder: the sample folder.
-        scorers: scorers, each as name or name=location: pickscore, clip=MODEL:TAG, hps, aesthetic=HEAD, http=URL, oracle_reward.
+        folders: the sample folders.
+        scorers: scorers, each as name or name=location: pickscore, clip=MODEL:TAG, hps, aesthetic=HEAD, http=URL; for Shapes
+            oracle_reward, oracle_accuracy, and one attribute each, oracle_shape, _colour, _size, _background, _clean.
         batch: images scored at once.
         device: torch device; None takes a GPU if there is one.
         dtype: precision of the scorers' towers; scores are float32 always.
+        embeddings: also write what the scorers' image towers saw, for diversity and drift in `dedpo compare`.
     """
 
-    folder: Path
+    folders: list[Path]
     scorers: list[str]
     batch: int = 64
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    embeddings: bool = True
 
 
 @dataclass(frozen=True)

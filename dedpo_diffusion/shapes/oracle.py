@@ -118,6 +118,12 @@ def matches(prompt: str, reading: Reading) -> dict[str, bool]:
     return {name: getattr(reading, name) == word for name, word in wanted.items()}
 
 
+def correct(prompt: str, reading: Reading) -> dict[str, bool]:
+    """Which of TERMS are right: the prompt's attributes, as `matches` has them, and a picture without clutter."""
+    found = {**matches(prompt, reading), "clean": not reading.is_cluttered}
+    return {name: found[name] for name in TERMS}
+
+
 def reward(prompts: Sequence[str], images: Sequence[Image.Image]) -> np.ndarray:
     """The true reward of each image for its prompt: the mean of the five terms.
 
