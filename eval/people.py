@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.console import UserError
-from dedpo_diffusion.evaluation.score import Row, images_digest
+from dedpo_diffusion.evaluation.samples import Row, images_digest
 
 if TYPE_CHECKING:
     import numpy as np

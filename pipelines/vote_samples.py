@@ -24,7 +24,7 @@ DESIGN = ("seed", "repeats", "overlap")
 def read_samples(base: Path, arm: Path) -> SamplePairs:
     """Two sample folders as pairs; UserError where they are not paired, or cannot be shown blind."""
     from dedpo_diffusion.ballot.samples import SamplePairs, match_samples
-    from dedpo_diffusion.evaluation.score import images_digest, read_index
+    from dedpo_diffusion.evaluation.samples import images_digest, read_index
 
     base_rows, arm_rows = read_index(base), read_index(arm)
     matched = match_samples(base, base_rows, arm, arm_rows)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dedpo_diffusion.evaluation import people
-from dedpo_diffusion.evaluation.score import read_index
+from dedpo_diffusion.evaluation.samples import read_index
 from dedpo_diffusion.labels import read_labels, read_votes
 from dedpo_diffusion.pairs import PairReader, PairWriter
 from dedpo_diffusion.records import Pair
@@ -322,13 +322,12 @@ def test_time_in_a_hidden_tab_does_not_count(server, visit):
         Object.defineProperty(document, "hidden", { value, configurable: true });
         document.dispatchEvent(new Event("visibilitychange"));
     }"""
-    began = page.evaluate("performance.now()")
     page.evaluate(hide, True)
-    page.wait_for_timeout(700)
+    page.wait_for_timeout(1500)
     page.evaluate(hide, False)
     press(page, "ArrowLeft")
-    ended = page.evaluate("performance.now()")
-    assert 0 < sent[0]["seconds"] < (ended - began) / 1000 - 0.4  # the press itself may end after the time was taken
+    since_opened = page.evaluate("performance.now()") / 1000
+    assert 0 < sent[0]["seconds"] < since_opened - 1.5
 
 
 # ---- what is on the screen

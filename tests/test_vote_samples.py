@@ -22,7 +22,7 @@ from dedpo_diffusion.ballot.verdict import to_answers
 from dedpo_diffusion.debias import wilson_interval
 from dedpo_diffusion.evaluation.intervals import mean_interval
 from dedpo_diffusion.evaluation.people import read_votes
-from dedpo_diffusion.evaluation.score import read_index
+from dedpo_diffusion.evaluation.samples import read_index
 from dedpo_diffusion.pipelines.vote import main
 from dedpo_diffusion.pipelines.vote_samples import open_samples, outcome, read_samples, win_rate
 from dedpo_diffusion.records import Votes

@@ -33,26 +33,18 @@ logger = logging.getLogger(__name__)
 def match_samples(base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Rows of two sample folders' indexes as pairs (base's, arm's) of the same prompt and seed, in the order of the arm.
 
+    In each folder a prompt comes once with a seed.
+
     Raises:
-        UserError: a prompt and seed that one folder lacks, or lists twice.
+        UserError: a prompt and seed that one folder lacks.
     """
-    held = []
-    for folder, rows in ((base, base_rows), (arm, arm_rows)):
-        by_key: dict[tuple[str, int], Row] = {}
-        for row in rows:
-            key = (row["prompt"], row["seed"])
-            if by_key.setdefault(key, row) is not row:
-                raise UserError(f"{folder} lists {_words(key)} twice, as {by_key[key]['file']} and as {row['file']}; remove one")
-        held.append(by_key)
+    held = [{(row["prompt"], row["seed"]): row for row in rows} for rows in (base_rows, arm_rows)]
     for one, other, mine, theirs in ((arm, base, held[1], held[0]), (base, arm, held[0], held[1])):
         lacking = next((key for key in theirs if key not in mine), None)
         if lacking is not None:
-            raise UserError(f"{one} has no image of {_words(lacking)}, and {other} has; sample both with the same prompts and seeds")
+            what = f"prompt {lacking[0]!r} with seed {lacking[1]}"
+            raise UserError(f"{one} has no image of {what}, and {other} has; sample both with the same prompts and seeds")
     return [(held[0][row["prompt"], row["seed"]], row) for row in arm_rows]
-
-
-def _words(key: tuple[str, int]) -> str:
-    return f"prompt {key[0]!r} with seed {key[1]}"
 
 
 class SamplePairs:
