@@ -39,7 +39,8 @@ TARGET_EXTRAS = ("human", "judge", "inverse", "power", "doubt")  # what the targ
 # ---- labels
 
 
-def _named(folder: Path, kind: str, name: str, suffix: str = ".parquet") -> Path:
+def named_file(folder: Path, kind: str, name: str, suffix: str = ".parquet") -> Path:
+    """`folder/kind/name.parquet`; UserError where the name is none for a file there."""
     if not name or name != Path(name).name or name.startswith("."):
         raise UserError(f"{name!r} cannot name a file in {Path(folder) / kind}; use letters, digits, - and _")
     return Path(folder) / kind / f"{name}{suffix}"
@@ -55,7 +56,7 @@ def label_names(folder: Path) -> list[str]:
 
 
 def _existing(folder: Path, kind: str, name: str) -> Path:
-    path = _named(folder, kind, name)
+    path = named_file(folder, kind, name)
     if not path.is_file():
         raise UserError(f"there is no {path} ({kind} there: {', '.join(_names(folder, kind)) or 'none'})")
     return path
@@ -108,7 +109,7 @@ def read_labels(folder: Path, name: str, *, extras: Sequence[str] | None = None)
 
 def label_origin(folder: Path, name: str) -> str | None:
     """What made `folder/labels/<name>.parquet`, as its writer put it; None if there is no such file or it does not say."""
-    path = _named(folder, "labels", name)
+    path = named_file(folder, "labels", name)
     if not path.is_file():
         return None
     with open_parquet(path) as file:
@@ -126,7 +127,7 @@ def write_labels(folder: Path, name: str, labels: Labels, *, origin: str | None 
         UserError: what `read_labels` would refuse.
         ValueError: columns of unequal length.
     """
-    path = _named(folder, "labels", name)
+    path = named_file(folder, "labels", name)
     columns = {"pair_id": pa.array(labels.pair_id, pa.string()), "label_0": pa.array(np.asarray(labels.label_0, dtype=np.float64))}
     columns |= {key: pa.array(values) for key, values in labels.extra.items()}
     table = pa.table(columns)
@@ -160,7 +161,7 @@ def align(labels: Labels, ids: Sequence[str], *, folder: Path, name: str, comple
     Raises:
         UserError: a label of an unknown pair; with `complete`, a pair without a label.
     """
-    path = _named(folder, "labels", name)
+    path = named_file(folder, "labels", name)
     rows = row_of(labels.pair_id, ids)
     if (rows < 0).any():
         row = int(np.argmax(rows < 0))
@@ -206,7 +207,7 @@ def write_votes(folder: Path, name: str, votes: Votes) -> Path:
     Raises:
         UserError: what `read_votes` would refuse.
     """
-    path = _named(folder, "votes", name)
+    path = named_file(folder, "votes", name)
     columns = {
         "pair_id": pa.array(votes.pair_id, pa.string()),
         "label_0": pa.array(np.asarray(votes.label_0, dtype=np.float64)),
@@ -276,7 +277,7 @@ def _check_targets(path: Path, ids: Sequence[str], target: np.ndarray, weight: n
 
 def targets_path(folder: Path, name: str, suffix: str = ".parquet") -> Path:
     """`folder/targets/<name><suffix>`; UserError where the name would lead elsewhere."""
-    return _named(folder, "targets", name, suffix)
+    return named_file(folder, "targets", name, suffix)
 
 
 def target_names(folder: Path) -> list[str]:

@@ -1,10 +1,12 @@
-"""Let people label pairs in a web page.
+"""Let people say in a web page which image of a pair is better: of a pair dataset, or of two models, blind.
 
     dedpo vote pairs
     dedpo vote pairs --order disagreement --share true --host 0.0.0.0
+    dedpo vote samples/base samples/tuned
 
 Each answer is kept in `PAIRS/votes/NAME.sqlite` before the page shows the next pair. When the server stops, and whenever
-the page asks for it, `PAIRS/votes/NAME.parquet` (single answers) and `PAIRS/labels/NAME.parquet` are written.
+the page asks for it, `PAIRS/votes/NAME.parquet` (single answers) and `PAIRS/labels/NAME.parquet` are written. Votes on two
+sample folders lie in the second, `ARM/votes`, and make no labels; `dedpo compare` reads them.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import re
 import secrets
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +29,41 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dedpo_diffusion.ballot.booth import Booth
-    from dedpo_diffusion.ballot.server import Hosts
+    from dedpo_diffusion.ballot.server import Desk, Hosts
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
+@dataclass(frozen=True)
+class Voting:
+    """An open voting, and what is its own: on a pair dataset, or on two sample folders.
+
+    Attributes:
+        booth: votes and images.
+        desk: what the page is told, and writes.
+        greeting: what is asked, and what becomes of it.
+        finish: writes the votes and says what they are; returns the path, or None where nobody has voted.
+    """
+
+    booth: Booth
+    desk: Desk
+    greeting: Sequence[str]
+    finish: Callable[[], Path | None]
+
+
+def voting_name(settings: VoteSettings) -> str:
+    """The voting's name: the one given, or human, or vs-BASE for two sample folders."""
+    if settings.name is not None:
+        return settings.name
+    return "human" if len(settings.folders) == 1 else f"vs-{settings.folders[0].resolve().name}"
+
+
 def check_settings(settings: VoteSettings) -> None:
     """Settings that cannot be meant; UserError names the option."""
+    if len(settings.folders) not in (1, 2):
+        raise UserError(f"{len(settings.folders)} folders are given; voting takes a pair dataset, or two sample folders, the base's first")
+    if len(settings.folders) == 2 and settings.order != "random":
+        raise UserError(f"--order {settings.order} is for a pair dataset; leave it out to vote on two sample folders")
     for name, low in (("repeats", 0), ("overlap", 0), ("floor", 0.001)):
         if not low <= getattr(settings, name) <= 1:
             raise UserError(f"--{name} is {getattr(settings, name)}; it must be from {low} to 1")
@@ -40,8 +71,8 @@ def check_settings(settings: VoteSettings) -> None:
         raise UserError(f"--port is {settings.port}; it must be from 0 to 65535")
     if settings.judges and settings.order != "disagreement":
         raise UserError("--judges is for --order disagreement; leave one out, or give the other")
-    if settings.name in settings.judges:
-        raise UserError(f"--judges names {settings.name!r}, which the votes become; give another --name")
+    if voting_name(settings) in settings.judges:
+        raise UserError(f"--judges names {voting_name(settings)!r}, which the votes become; give another --name")
     if settings.token is not None and not re.fullmatch(r"[A-Za-z0-9_-]{16,}", settings.token):
         raise UserError("--token must be at least 16 letters, digits, - or _; leave it out to have one made")
     if not is_loopback(settings.host) and not settings.share:
@@ -90,42 +121,89 @@ def judge_labels(settings: VoteSettings, ids: list[str]) -> tuple[np.ndarray, di
     from dedpo_diffusion.files import file_digest
     from dedpo_diffusion.labels import CALIBRATED, align, label_names, label_origin, read_labels
 
-    calibrated = {name for name in label_names(settings.pairs) if label_origin(settings.pairs, name) == CALIBRATED}
-    names = sorted(set(settings.judges) or set(label_names(settings.pairs)) - {settings.name} - calibrated)
+    pairs = settings.folders[0]
+    calibrated = {name for name in label_names(pairs) if label_origin(pairs, name) == CALIBRATED}
+    names = sorted(set(settings.judges) or set(label_names(pairs)) - {voting_name(settings)} - calibrated)
     if not names:
-        raise UserError(f"{settings.pairs / 'labels'} holds no judge, which --order disagreement needs; run `dedpo label`, or use random")
+        raise UserError(f"{pairs / 'labels'} holds no judge, which --order disagreement needs; run `dedpo label`, or use random")
     try:
-        found = [align(read_labels(settings.pairs, name), ids, folder=settings.pairs, name=name, complete=True) for name in names]
+        found = [align(read_labels(pairs, name), ids, folder=pairs, name=name, complete=True) for name in names]
     except UserError as error:
         raise UserError(f"{error}; or name the label files of judges with --judges") from error
-    return np.stack(found), {name: file_digest(settings.pairs / "labels" / f"{name}.parquet") for name in names}
+    return np.stack(found), {name: file_digest(pairs / "labels" / f"{name}.parquet") for name in names}
 
 
 @contextmanager
 def open_booth(settings: VoteSettings) -> Iterator[Booth]:
-    """The voting as it stands; a new one where there is none."""
+    """The voting on a pair dataset as it stands; a new one where there is none."""
     from dedpo_diffusion.ballot.booth import Booth
     from dedpo_diffusion.ballot.plan import Plan, disagreement, pull
-    from dedpo_diffusion.ballot.store import Store, store_path
+    from dedpo_diffusion.ballot.store import Store
     from dedpo_diffusion.ballot.tally import check_name
     from dedpo_diffusion.pairs import PairReader
 
-    reader = PairReader(settings.pairs)
+    folder, name = settings.folders[0], voting_name(settings)
+    reader = PairReader(folder)
     ids, weights, judges = reader.ids(), None, {}
-    path = store_path(settings.pairs, settings.name)
-    if not path.is_file():
-        check_name(settings.pairs, settings.name)
-        if settings.export_only:
-            raise UserError(f"there is no {path}, so nobody has voted yet; run `dedpo vote` without --export_only first")
+    if is_new(settings):
+        check_name(folder, name)
     if settings.order == "disagreement":
         labels, judges = judge_labels(settings, ids)
         weights = pull(disagreement(labels), settings.floor)
     kept = {key: getattr(settings, key) for key in ("seed", "order", "floor", "repeats", "overlap")}
     design: dict[str, Any] = {"dataset": reader.fingerprint(), **kept, "judges": judges}
-    with closing(Store(settings.pairs, settings.name, design)) as store:
-        check_name(settings.pairs, settings.name, store.session)
+    with closing(Store(folder, name, design)) as store:
+        check_name(folder, name, store.session)
         plan = Plan(ids, seed=settings.seed, weights=weights, repeats=settings.repeats, overlap=settings.overlap)
         yield Booth(reader, plan, store)
+
+
+def is_new(settings: VoteSettings) -> bool:
+    """Whether this voting is still to begin; UserError where that cannot be, since its votes are to be exported."""
+    from dedpo_diffusion.ballot.store import store_path
+
+    path = store_path(settings.folders[-1], voting_name(settings))
+    if settings.export_only and not path.is_file():
+        raise UserError(f"there is no {path}, so nobody has voted yet; run `dedpo vote` without --export_only first")
+    return not path.is_file()
+
+
+@contextmanager
+def open_pairs(settings: VoteSettings) -> Iterator[Voting]:
+    """The voting on a pair dataset, ready to be served."""
+    from dedpo_diffusion.ballot import tally
+    from dedpo_diffusion.ballot.server import Desk
+
+    folder, name = settings.folders[0], voting_name(settings)
+    if (folder / "index.parquet").is_file() and not (folder / "pairs").is_dir():
+        raise UserError(f"{folder} is a sample folder, and voting compares two: name the base's first, as in dedpo vote BASE {folder}")
+    with open_booth(settings) as booth:
+        desk = Desk(
+            {"dataset": folder.resolve().name, "name": name, "order": settings.order},
+            lambda: tally.summary(booth, name), lambda: tally.export(booth, name),
+        )  # fmt: skip
+        now = booth.session()
+        greeting = (
+            f"{now['pairs']} pairs in {settings.order} order; {now['votes']} votes by {len(now['raters'])} people so far, kept in "
+            f"{booth.store.path}", f"Ctrl-C stops and writes {folder / 'labels' / name}.parquet; each answer is saved at once",
+        )  # fmt: skip
+        yield Voting(booth, desk, greeting, lambda: write_labels(settings, booth))
+
+
+def write_labels(settings: VoteSettings, booth: Booth) -> Path | None:
+    """Write vote and label file; None where nobody has voted."""
+    from dedpo_diffusion.ballot.tally import export
+
+    folder, name = settings.folders[0], voting_name(settings)
+    if not booth.session()["votes"] and not settings.export_only:
+        older = folder / "labels" / f"{name}.parquet"
+        say("there are no votes, so no labels were written" + (f"; {older} is of votes undone since" if older.is_file() else ""))
+        return None
+    done = export(booth, name)
+    say(f"wrote {done.path}: {done.labels} labels, and {folder / 'votes' / done.path.name}")
+    for sentence in done.sentences:
+        say(sentence)
+    return done.path
 
 
 # ---- the server
@@ -144,33 +222,32 @@ def listen(settings: VoteSettings) -> socket.socket:
         raise UserError(f"cannot listen on {settings.host} port {settings.port} ({error}); give another --port, or --port 0") from error
 
 
-def introduce(settings: VoteSettings, booth: Booth, port: int, token: str | None) -> None:
+def introduce(settings: VoteSettings, voting: Voting, port: int, token: str | None) -> None:
     """Say where the page is, what it asks, and how to stop."""
     host = socket.gethostname() if is_wildcard(settings.host) else in_address(settings.host)
     say(f"open http://{host}:{port}/" + ("" if token is None else f"?token={token}"))
     if is_loopback(settings.host):
         say(f"from another machine: run ssh -L {port}:{host}:{port} {socket.gethostname()} there, then open the same address there")
-    now, path = booth.session(), booth.store.path
-    say(f"{now['pairs']} pairs in {settings.order} order; {now['votes']} votes by {len(now['raters'])} people so far, kept in {path}")
-    say(f"Ctrl-C stops and writes {settings.pairs / 'labels' / settings.name}.parquet; each answer is saved at once")
+    for line in voting.greeting:
+        say(line)
 
 
-def serve(settings: VoteSettings, booth: Booth) -> None:
+def serve(settings: VoteSettings, voting: Voting) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     import uvicorn
 
     from dedpo_diffusion.ballot.server import create_app
 
     token = settings.token or (secrets.token_urlsafe(16) if settings.share else None)
-    log = booth.store.path.with_suffix(".log")
-    app = create_app(booth, name=settings.name, order=settings.order, hosts=allowed_hosts(settings), token=token, log=log)
+    log = voting.booth.store.path.with_suffix(".log")
+    app = create_app(voting.booth, voting.desk, hosts=allowed_hosts(settings), token=token, log=log)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, http="h11", ws="none", loop="asyncio", lifespan="off", proxy_headers=False,
         server_header=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = uvicorn.Server(config)
     with listen(settings) as listener, _stopping(server):
-        introduce(settings, booth, listener.getsockname()[1], token)
+        introduce(settings, voting, listener.getsockname()[1], token)
         server.run(sockets=[listener])
 
 
@@ -189,33 +266,20 @@ def _stopping(server: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def write(settings: VoteSettings, booth: Booth) -> Path | None:
-    """Write vote and label file; None where nobody has voted."""
-    from dedpo_diffusion.ballot.tally import export
-
-    if not booth.session()["votes"] and not settings.export_only:
-        older = settings.pairs / "labels" / f"{settings.name}.parquet"
-        say("there are no votes, so no labels were written" + (f"; {older} is of votes undone since" if older.is_file() else ""))
-        return None
-    done = export(booth, settings.name)
-    say(f"wrote {done.path}: {done.labels} labels, and {settings.pairs / 'votes' / done.path.name}")
-    for sentence in done.sentences:
-        say(sentence)
-    return done.path
-
-
 def run(settings: VoteSettings) -> Path | None:
-    """Let people label pairs in a web page."""
+    """Let people say which image of a pair is better: of a pair dataset, or of two models, blind."""
+    from dedpo_diffusion.pipelines.vote_samples import open_samples
+
     check_settings(settings)
-    with open_booth(settings) as booth:
+    with (open_pairs if len(settings.folders) == 1 else open_samples)(settings) as voting:
         if not settings.export_only:
-            serve(settings, booth)
-        return write(settings, booth)
+            serve(settings, voting)
+        return voting.finish()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this stage."""
-    return stage(VoteSettings, run, argv, prog="dedpo vote", positional=("pairs",))
+    return stage(VoteSettings, run, argv, prog="dedpo vote", positional=("folders",))
 
 
 if __name__ == "__main__":

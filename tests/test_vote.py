@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import httpx
 import numpy as np
@@ -18,10 +18,10 @@ import pytest
 
 from conftest import picture
 from dedpo_diffusion.labels import CALIBRATED, label_origin, read_labels, read_votes, write_labels
-from dedpo_diffusion.pipelines.vote import allowed_hosts, judge_labels, listen, main, open_booth
+from dedpo_diffusion.pipelines.vote import judge_labels, main, open_booth
 from dedpo_diffusion.records import Labels
 from dedpo_diffusion.settings import VoteSettings
-from voting import PAIRS, client_of, command, connect, finish, make_pairs, post
+from voting import PAIRS, client_of, command, connect, finish, in_process, make_pairs, post
 
 
 def pair_of(item):
@@ -132,8 +132,8 @@ def test_calibrated_copies_of_a_judge_do_not_count_as_further_judges(tmp_path):
     ids = [f"p{k}" for k in range(PAIRS)]
     for name, origin in (("clip", None), ("clip-temperature", CALIBRATED)):
         write_labels(folder, name, Labels(ids, np.full(PAIRS, 0.4)), origin=origin)
-    assert list(judge_labels(VoteSettings(folder), ids)[1]) == ["clip"]
-    assert list(judge_labels(VoteSettings(folder, judges=["clip-temperature"]), ids)[1]) == ["clip-temperature"]
+    assert list(judge_labels(VoteSettings([folder]), ids)[1]) == ["clip"]
+    assert list(judge_labels(VoteSettings([folder], judges=["clip-temperature"]), ids)[1]) == ["clip-temperature"]
 
 
 def test_propensities_of_the_disagreement_order_reach_the_label_file(tmp_path):
@@ -147,7 +147,7 @@ def test_propensities_of_the_disagreement_order_reach_the_label_file(tmp_path):
         following = pair_of(state["item"])
         assert finish(server)[0] == 0
     labels = read_labels(folder, "human")
-    with open_booth(VoteSettings(folder, order="disagreement", repeats=0, floor=0.2)) as booth:
+    with open_booth(VoteSettings([folder], order="disagreement", repeats=0, floor=0.2)) as booth:
         plan, number = booth.plan, booth.poll.number
     pairs = [number[pair_id] for pair_id in labels.pair_id]
     assert pairs == plan.order[:12] and number[following] == plan.order[12]
@@ -172,29 +172,9 @@ def test_the_summary_speaks_of_raters_and_judges(tmp_path):
 # ---- nothing waits for what it does not need
 
 
-@contextmanager
-def in_process(folder):
-    """The application under uvicorn in a thread; yields the booth and the address."""
-    import uvicorn
-
-    from dedpo_diffusion.ballot.server import create_app
-
-    settings = VoteSettings(folder, port=0)
-    with open_booth(settings) as booth, listen(settings) as listener:
-        log = booth.store.path.with_suffix(".log")
-        app = create_app(booth, name="human", order="random", hosts=allowed_hosts(settings), token=None, log=log)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield booth, f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
 def test_a_slow_image_delays_no_vote_and_a_slow_vote_no_question(tmp_path):
-    with in_process(make_pairs(tmp_path / "data")) as (booth, url), client_of(url) as client, contextlib.ExitStack() as stack:
+    settings = VoteSettings([make_pairs(tmp_path / "data")], port=0)
+    with in_process(settings) as (booth, url), client_of(url) as client, contextlib.ExitStack() as stack:
         item = client.get("/api/next", params={"rater": "anna"}).json()["item"]
         with booth.image_lock:
             images = [stack.enter_context(connect(url)) for _ in range(60)]  # more than there are threads
@@ -270,6 +250,6 @@ def test_no_acknowledged_vote_is_lost_when_the_server_is_killed_fifty_times(tmp_
     voter.over = True
     voter.there.set()
     voter.join()
-    with open_booth(VoteSettings(folder, repeats=0)) as booth:
+    with open_booth(VoteSettings([folder], repeats=0)) as booth:
         assert [pair_id for pair_id, _ in stored] == [booth.plan.ids[i] for i in booth.plan.order[: len(stored)]]
     assert len(stored) > 50

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from dedpo_diffusion.evaluation import people
+from dedpo_diffusion.evaluation.samples import read_index
 from dedpo_diffusion.labels import read_labels, read_votes
 from dedpo_diffusion.pairs import PairReader, PairWriter
 from dedpo_diffusion.records import Pair
 from dedpo_diffusion.shapes.world import render, sample_scene
-from voting import command, finish
+from voting import command, finish, make_samples
 
 HOSTILE = "<img src=//elsewhere.example/x onerror=alert(1)><script>alert(2)</script> & "
 TOKEN = "abcdefghijklmnopqrst"
@@ -205,6 +209,42 @@ def test_a_lost_connection_loses_nothing_and_a_lost_token_is_said(visit, tmp_pat
     page.problems.clear()
 
 
+def test_two_models_are_voted_on_blind(visit, tmp_path):
+    """What is pressed is what the vote file holds, after an undo; the page names no model and tells nobody who is ahead."""
+    two = [make_samples(tmp_path / name, prompts=3, same=(5,)) for name in ("quokka", "wombat")]
+    rows = {np.asarray(Image.open(two[1] / row["file"])).tobytes(): row["file"] for row in read_index(two[1])}
+    said = {}
+
+    def answer(page, key):
+        pixels = [np.asarray(Image.open(io.BytesIO(data))).tobytes() for data in shown_files(page)]
+        file = next(rows[image] for image in pixels if image in rows)
+        press(page, key)
+        if key != "s":
+            said[file] = 0.5 if key == "t" else float((key == "ArrowLeft") == (pixels[0] in rows))
+
+    with command(two, "--repeats", "0") as server:
+        page = visit(as_rater(server, "Mina"))
+        answer(page, "ArrowRight")
+        before = ready(page)
+        page.keyboard.press("u")
+        ready(page, after=before)
+        assert page.locator("#everyone").inner_text() == "answered by all: 0 of 5" and page.title() == "Two models · dedpo vote"
+        for key in ("ArrowLeft", "ArrowLeft", "t", "s", "ArrowRight"):
+            answer(page, key)
+        page.get_by_role("heading", name="Nothing left to answer").wait_for()
+        assert "4 of 5 pairs have an answer." in page.locator("#counts").inner_text()
+        page.get_by_role("button", name="Save answers").click()
+        page.get_by_text("Saved the answers on 5 pairs.").wait_for()
+        shown = page.locator("body").inner_text()
+        page.get_by_role("button", name="Summary").click()
+        page.locator("#figures").get_by_text("4 answers by 1 person on 4 of 5 pairs, of ").wait_for()
+        shown += page.locator("body").inner_text() + page.content()
+        assert not re.search("quokka|wombat|win|ahead|better|worse", shown.replace("window", ""))
+    votes = people.read_votes(two[0], read_index(two[0]), two[1], read_index(two[1]))
+    files = [read_index(two[1])[row]["file"] for row in votes.row]
+    assert dict(zip(files, votes.preferred.tolist(), strict=True)) == said | {"005-wombat.png": 0.5}
+
+
 # ---- one answer to one pair
 
 
@@ -282,13 +322,12 @@ def test_time_in_a_hidden_tab_does_not_count(server, visit):
         Object.defineProperty(document, "hidden", { value, configurable: true });
         document.dispatchEvent(new Event("visibilitychange"));
     }"""
-    began = page.evaluate("performance.now()")
     page.evaluate(hide, True)
-    page.wait_for_timeout(700)
+    page.wait_for_timeout(1500)
     page.evaluate(hide, False)
     press(page, "ArrowLeft")
-    ended = page.evaluate("performance.now()")
-    assert 0 < sent[0]["seconds"] < (ended - began) / 1000 - 0.4  # the press itself may end after the time was taken
+    since_opened = page.evaluate("performance.now()") / 1000
+    assert 0 < sent[0]["seconds"] < since_opened - 1.5
 
 
 # ---- what is on the screen

@@ -174,9 +174,9 @@ def test_a_token_is_asked_for_and_never_logged(tmp_path):
 
 
 def test_a_shared_server_may_be_called_by_its_own_names_alone():
-    local = allowed_hosts(VoteSettings("data", allow=["vote.example.org"]))
-    shared = allowed_hosts(VoteSettings("data", host="192.168.0.7", share=True))
-    everywhere = allowed_hosts(VoteSettings("data", host="0.0.0.0", share=True))
+    local = allowed_hosts(VoteSettings(["data"], allow=["vote.example.org"]))
+    shared = allowed_hosts(VoteSettings(["data"], host="192.168.0.7", share=True))
+    everywhere = allowed_hosts(VoteSettings(["data"], host="0.0.0.0", share=True))
     machine = socket.gethostname()
     for host, who in {
         "localhost:80": (True, True, True), "vote.example.org": (True, False, False), "192.168.0.7:8765": (False, True, True),

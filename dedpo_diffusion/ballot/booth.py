@@ -1,4 +1,4 @@
-"""One voting on one pair dataset: plan, votes and images behind tickets, ready to be served.
+"""One voting, on a pair dataset or on two models' images: plan, votes and images behind tickets, ready to be served.
 
 A ticket is a keyed hash of rater, pair and repetition. It tells nothing, nobody can make one up, and a ticket handed out
 before a restart is known again after it.
@@ -19,6 +19,7 @@ from ..decoding import decode_image, read_header
 from ..pairs import PairReader
 from .plan import Plan
 from .poll import Asked, Event, Poll
+from .samples import SamplePairs
 from .store import Store
 
 SHOWN = {  # what every browser shows as it is
@@ -43,13 +44,13 @@ class Booth:
     vote reaches the disk, the images' while a file is read.
 
     Args:
-        reader: the pair dataset; nobody else may use this reader.
+        reader: the pairs; nobody else may use this reader.
         plan: order, sides and draws, for `reader.ids()`.
         store: the votes.
         clock: seconds that only grow.
     """
 
-    def __init__(self, reader: PairReader, plan: Plan, store: Store, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, reader: PairReader | SamplePairs, plan: Plan, store: Store, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.reader, self.plan, self.store = reader, plan, store
         self.prompts = reader.prompts()
         self.poll = Poll(plan, clock)

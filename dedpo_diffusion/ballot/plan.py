@@ -35,6 +35,27 @@ def pull(disagreement: np.ndarray, floor: float) -> np.ndarray:
     return floor + (1 - floor) * disagreement
 
 
+def turns(prompts: Sequence[str], image_seeds: Sequence[int], seed: int) -> np.ndarray:
+    """Keys of an order in which every prompt comes once, in random order, before any comes again.
+
+    Args:
+        prompts, image_seeds: N each; no prompt comes twice with the same seed.
+        seed: seed of the draws.
+
+    Returns:
+        (N,): how many pairs of the same prompt come before, plus a number in (0, 1) that looks random.
+    """
+    members: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        members.setdefault(prompt, []).append(i)
+    keys = np.zeros(len(prompts))
+    for prompt, rows in members.items():
+        draws = [uniform("turn", seed, image_seeds[i], prompt) for i in rows]
+        for turn, k in enumerate(np.argsort(draws)):
+            keys[rows[k]] = turn + uniform("place", seed, turn, prompt)
+    return keys
+
+
 class Plan:
     """The common order of all pairs, and every draw that the voting makes.
 
@@ -45,16 +66,20 @@ class Plan:
         ids: the N pair_ids.
         seed: seed of every draw.
         weights: (N,) in (0, 1], the pull of each pair; None asks in random order.
+        keys: (N,) keys to use instead, without weights.
         repeats: probability that a rater's next item is a hidden repetition.
         overlap: share of pairs that every rater is asked about.
 
     Reference: Ohlsson 1998 (sequential Poisson sampling); Duffield, Lund and Thorup 2007 (priority sampling).
     """
 
-    def __init__(self, ids: Sequence[str], *, seed: int, weights: np.ndarray | None = None, repeats: float = 0.0, overlap: float = 0.0):
+    def __init__(
+        self, ids: Sequence[str], *, seed: int, weights: np.ndarray | None = None, keys: np.ndarray | None = None,
+        repeats: float = 0.0, overlap: float = 0.0,
+    ):  # fmt: skip
         self.ids, self.seed, self.repeats = list(ids), seed, repeats
         self.weights = weights
-        draws = np.array([uniform("order", seed, pair_id) for pair_id in self.ids])
+        draws = np.array([uniform("order", seed, pair_id) for pair_id in self.ids]) if keys is None else keys
         self.keys = draws if weights is None else draws / weights
         self.order = sorted(range(len(self.ids)), key=lambda i: (self.keys[i], self.ids[i]))  # the pair at each place
         self.place = [0] * len(self.ids)

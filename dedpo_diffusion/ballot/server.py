@@ -30,8 +30,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..console import UserError
-from . import tally
 from .booth import Booth, Refusal
+from .tally import Export
 
 T = TypeVar("T")
 MAX_BODY = 16 << 10
@@ -200,11 +200,26 @@ def check_vote(body: dict[str, Any]) -> tuple[str, str, str, float]:
 # ---- what is answered
 
 
+@dataclass(frozen=True)
+class Desk:
+    """What is the voting's own, a pair dataset's or two models'.
+
+    Attributes:
+        about: what the page is told at the start: `dataset`, its heading; `blind`, if nobody may learn which model is which.
+        summary: what the votes so far are worth, see tally.summary.
+        export: writes the votes so far.
+    """
+
+    about: dict[str, Any]
+    summary: Callable[[], dict[str, Any]]
+    export: Callable[[], Export]
+
+
 class Api:
     """The endpoints. Work that waits for a disk runs in threads: votes, images and statistics each have their own."""
 
-    def __init__(self, booth: Booth, about: dict[str, str]) -> None:
-        self.booth, self.about = booth, about
+    def __init__(self, booth: Booth, desk: Desk) -> None:
+        self.booth, self.desk = booth, desk
         self.votes, self.images, self.statistics = CapacityLimiter(16), CapacityLimiter(4), CapacityLimiter(1)
         self.page = {name: (PAGE / name).read_bytes() for name in ("index.html", *STATIC) if (PAGE / name).is_file()}
 
@@ -221,7 +236,7 @@ class Api:
         return Response(self.page[name], media_type=kind)
 
     async def session(self, request: Request) -> Response:
-        return JSONResponse({**self.about, **await self._run(self.votes, self.booth.session)})
+        return JSONResponse({**self.desk.about, **await self._run(self.votes, self.booth.session)})
 
     async def next(self, request: Request) -> Response:
         rater = check_rater(request.query_params.get("rater"))
@@ -242,13 +257,13 @@ class Api:
         return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})
 
     async def summary(self, request: Request) -> Response:
-        return JSONResponse(await self._run(self.statistics, tally.summary, self.booth, self.about["name"]))
+        return JSONResponse(await self._run(self.statistics, self.desk.summary))
 
     async def export(self, request: Request) -> Response:
         await read_json(request)
-        done = await self._run(self.statistics, tally.export, self.booth, self.about["name"])
-        path = f"{done.path.parent.name}/{done.path.name}"
-        return JSONResponse({"path": path, "labels": done.labels, "sentences": done.sentences})
+        done = await self._run(self.statistics, self.desk.export)
+        where = {} if self.desk.about.get("blind") else {"path": f"{done.path.parent.name}/{done.path.name}"}
+        return JSONResponse({**where, "labels": done.labels, "sentences": done.sentences})
 
     async def _run(self, limiter: CapacityLimiter, work: Callable[..., T], *arguments: Any) -> T:
         try:
@@ -257,18 +272,18 @@ class Api:
             raise Refusal(409, str(error)) from error
 
 
-def create_app(booth: Booth, *, name: str, order: str, hosts: Hosts, token: str | None, log: Path) -> ASGIApp:
+def create_app(booth: Booth, desk: Desk, *, hosts: Hosts, token: str | None, log: Path) -> ASGIApp:
     """The web application.
 
     Args:
         booth: votes and images.
-        name, order: the voting's, for the page.
+        desk: what is said and written of them.
         hosts: names that browsers may call this server by.
         token: what browsers must show; None asks for nothing.
         log: file that refused requests are appended to.
     """
     refuse = Refusals(log)
-    api = Api(booth, {"dataset": booth.reader.folder.resolve().name, "name": name, "order": order})
+    api = Api(booth, desk)
     gets = {
         "/": api.index, "/static/{name}": api.static, "/image/{ticket}/{side}": api.image, "/api/session": api.session,
         "/api/next": api.next, "/api/summary": api.summary,

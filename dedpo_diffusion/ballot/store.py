@@ -1,4 +1,4 @@
-"""The votes on disk: `PAIRS/votes/NAME.sqlite`, to which events are appended and in which nothing is ever changed.
+"""The votes on disk: `FOLDER/votes/NAME.sqlite`, to which events are appended and in which nothing is ever changed.
 
 A vote is acknowledged when `append` returns: SQLite's log is then written and synced (WAL, synchronous=FULL), so neither a
 killed server nor a power cut takes it back. Reading has its own connection and waits for no writer.
@@ -52,10 +52,10 @@ class Store:
     """The events of one voting; one process at a time has it open.
 
     Args:
-        folder: the pair dataset.
-        name: name of the voting, and of the label file it makes.
-        design: what must not change while votes are collected: dataset (a fingerprint), seed, order, judges (their label
-            files' digests), floor, repeats, overlap. JSON-ready.
+        folder: the pair dataset, or the sample folder of the arm.
+        name: name of the voting, and of the file it makes.
+        design: what must not change while votes are collected: seed, repeats, overlap; of a pair dataset also dataset (a fingerprint),
+            order, judges (their label files' digests), floor; of sample folders images (a fingerprint). JSON-ready.
 
     Raises:
         UserError: another process has it open, it holds votes of another design, or the file is no store.
@@ -112,6 +112,8 @@ class Store:
                 continue
             if key == "dataset":
                 changed.append("other pairs than the dataset holds now")
+            elif key == "images":
+                changed.append("other images than the two folders hold now")
             elif key == "judges" and sorted(meta[key]) == sorted(now):
                 changed.append("; ".join(f"labels/{name}.parquet as it was then" for name in now if meta[key][name] != now[name]))
             elif key == "judges":

@@ -15,8 +15,8 @@ RESAMPLES = 2000
 RESAMPLED_GROUPS = 2048  # beyond this many labelled pairs, equal random groups of pairs are resampled
 
 
-def wilson_interval(hits: int, n: int) -> list[float]:
-    """Wilson's 95 % interval of a share."""
+def wilson_interval(hits: float, n: int) -> list[float]:
+    """Wilson's 95 % interval of a share; a tie may be half a hit."""
     share, q = hits / n, NORMAL_975**2 / n
     centre = (share + q / 2) / (1 + q)
     half = math.sqrt(q * share * (1 - share) + q**2 / 4) / (1 + q)

@@ -73,13 +73,14 @@ class ValidateSettings:
 
 @dataclass(frozen=True)
 class VoteSettings:
-    """Let people label pairs in a web page.
+    """Let people say in a web page which image of a pair is better: of a pair dataset, or of two models, blind.
 
     Args:
-        pairs: the pair dataset.
-        name: name of the label file that the votes become.
+        folders: the pair dataset; or two sample folders that share prompts and seeds, the base's first.
+        name: name of the label file that the votes become, or of the vote file of two sample folders; None takes human, or vs-BASE.
         order: which pairs come first: random, or those that judges disagree on or are unsure of; then each label carries
-            the probability with which its pair came up, and merging stays unbiased.
+            the probability with which its pair came up, and merging stays unbiased. Of two sample folders, every prompt comes once,
+            in random order, before any comes again.
         judges: label files that the disagreement order looks at; empty takes all but the votes' own.
         floor: in the disagreement order, the least pull of a pair on which judges agree, relative to the greatest.
         repeats: share of hidden repetitions with swapped sides, which measure the rater and make no label.
@@ -90,11 +91,11 @@ class VoteSettings:
         share: allow an address that others can reach; the page then asks for a token, which is printed.
         token: the token to ask for; None makes one when it is needed.
         allow: further host names that browsers may call this server by.
-        export_only: write the label file from the votes so far, and stop.
+        export_only: write the label file from the votes so far, and stop; of two sample folders, also tell which is ahead.
     """
 
-    pairs: Path
-    name: str = "human"
+    folders: list[Path]
+    name: str | None = None
     order: Literal["random", "disagreement"] = "random"
     judges: list[str] = field(default_factory=list)
     floor: float = 0.5

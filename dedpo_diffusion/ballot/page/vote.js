@@ -13,10 +13,14 @@ const KEYS = {
   s: "skip", u: "undo", backspace: "undo", z: "zoom", "?": "keys",
 };
 
+const LABELS = { one: "a label", many: "labels", give: "label", given: "labelled" };
+const ANSWERS = { one: "an answer", many: "answers", give: "answer", given: "answered" };
+
 const $ = (id) => document.getElementById(id);
 const stacked = matchMedia("(max-aspect-ratio: 7/10)"); // the same as in vote.css
 
 let rater = "";
+let words = LABELS; // what this voting makes
 let state = null; // the server's latest word: progress, item, following, can_undo
 let ready = false; // both images of state.item are on the screen: only then an answer counts
 let broken = false; // its images cannot be shown: it can be skipped
@@ -128,7 +132,7 @@ function take(next, said = "") {
   $("bar").max = Math.max(progress.total, 1);
   $("bar").value = done;
   $("count").textContent = `${done} of ${progress.total}`;
-  $("everyone").textContent = `labelled by all: ${progress.labelled} of ${progress.pairs}`;
+  $("everyone").textContent = `${words.given} by all: ${progress.labelled} of ${progress.pairs}`;
   mark(said);
   for (const button of document.querySelectorAll("[data-do=undo]")) button.setAttribute("aria-disabled", !state.can_undo);
   if (state.item) showPair(state);
@@ -273,12 +277,12 @@ function showEnd({ answered, skipped, total, labelled, pairs }) {
   screen("end");
   list($("written"), []);
   const held = total - answered - skipped; // pairs on other people's screens, which may come back
-  $("nothing-left").textContent = held ? "Nothing left right now" : "Nothing left to label";
+  $("nothing-left").textContent = held ? "Nothing left right now" : `Nothing left to ${words.give}`;
   $("thanks").textContent = `Thank you, ${rater}.`;
   $("again").hidden = !held;
   list($("counts"), [
     `You answered ${answered} and skipped ${skipped}.`,
-    `${labelled} of ${pairs} pairs have a label.`,
+    `${labelled} of ${pairs} pairs have ${words.one}.`,
     ...(held ? [`Other people are looking at the last ones (${held}).`] : []),
   ]);
 }
@@ -315,7 +319,8 @@ function make(tag, text, className = "") {
 function save() {
   act(async () => {
     const written = await post("/api/export", {});
-    list($("written"), [`Saved ${written.labels} labels in ${written.path}.`, ...written.sentences]);
+    const what = written.path ? `${written.labels} labels in ${written.path}` : `the answers on ${written.labels} pairs`;
+    list($("written"), [`Saved ${what}.`, ...written.sentences]);
   });
 }
 
@@ -452,6 +457,8 @@ $("enter").addEventListener("submit", (event) => {
 });
 
 function introduce(session) {
+  if (session.blind) words = ANSWERS;
+  document.querySelector("[data-do=save]").textContent = `Save ${words.many}`;
   document.title = `${session.dataset} · dedpo vote`;
   $("dataset").textContent = session.dataset;
   nameWho();
@@ -463,5 +470,5 @@ nameSides();
 const given = new URLSearchParams(location.search).get("rater");
 $("name").value = given ?? remember();
 $("name").select();
-reach("/api/session").then(introduce).catch(explain);
+await reach("/api/session").then(introduce).catch(explain);
 if (given?.trim()) start(given);

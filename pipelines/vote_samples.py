@@ -1,0 +1,169 @@
+"""Votes on two models' images, blind: what `dedpo vote BASE ARM` opens, and what it makes of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.pipelines.vote import Voting, is_new, voting_name
+from dedpo_diffusion.settings import VoteSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dedpo_diffusion.ballot.booth import Booth
+    from dedpo_diffusion.ballot.samples import SamplePairs
+    from dedpo_diffusion.ballot.tally import Export
+
+DESIGN = ("seed", "repeats", "overlap")
+
+
+def read_samples(base: Path, arm: Path) -> SamplePairs:
+    """Two sample folders as pairs; UserError where they are not paired, or cannot be shown blind."""
+    from dedpo_diffusion.ballot.samples import SamplePairs, match_samples
+    from dedpo_diffusion.evaluation.samples import images_digest, read_index
+
+    base_rows, arm_rows = read_index(base), read_index(arm)
+    matched = match_samples(base, base_rows, arm, arm_rows)
+    return SamplePairs(base, arm, matched, (images_digest(base, base_rows), images_digest(arm, arm_rows)))
+
+
+@contextmanager
+def open_samples(settings: VoteSettings) -> Iterator[Voting]:
+    """The voting on two sample folders as it stands, ready to be served; a new one where there is none."""
+    from dedpo_diffusion.ballot import verdict
+    from dedpo_diffusion.ballot.booth import Booth
+    from dedpo_diffusion.ballot.plan import Plan
+    from dedpo_diffusion.ballot.server import Desk
+    from dedpo_diffusion.ballot.store import Store
+
+    (base, arm), name = settings.folders, voting_name(settings)
+    if is_new(settings):
+        check_name(arm, name)
+    reader = read_samples(base, arm)
+    keys, _ = reader.keys(settings.seed)
+    plan = Plan(reader.ids(), seed=settings.seed, keys=keys, repeats=settings.repeats, overlap=settings.overlap)
+    design: dict[str, Any] = {"images": reader.fingerprint(), **{key: getattr(settings, key) for key in DESIGN}}
+    with closing(Store(arm, name, design)) as store:
+        check_name(arm, name, store.session)
+        booth = Booth(reader, plan, store)
+        desk = Desk(
+            {"dataset": "Two models", "blind": True}, lambda: verdict.summary(booth, reader), lambda: export_blind(settings, booth, reader),
+        )  # fmt: skip
+        yield Voting(booth, desk, greeting(settings, booth, reader), lambda: write_votes(settings, booth, reader))
+
+
+def check_name(arm: Path, name: str, session: str | None = None) -> None:
+    """The vote file of this name is made by this voting, or is not there; UserError otherwise. `session` is None for a new voting."""
+    from dedpo_diffusion.evaluation.people import votes_session
+    from dedpo_diffusion.labels import named_file
+
+    path = named_file(arm, "votes", name)
+    if path.is_file() and (session is None or votes_session(path) != session):
+        raise UserError(f"{path} is there already, made by another voting; give another --name, which keeps both")
+
+
+def greeting(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> list[str]:
+    """What is asked, and what becomes of it."""
+    now, same = booth.session(), len(reader.identical)
+    left_out = f"; {same} more of identical images are ties without being asked" if same else ""
+    return [
+        f"{now['pairs']} pairs of {len(set(booth.prompts))} prompts, every prompt once before any comes again{left_out}",
+        f"{now['votes']} votes by {len(now['raters'])} people so far, kept in {booth.store.path}",
+        f"Ctrl-C stops and writes {booth.store.path.with_suffix('.parquet')}; each answer is saved at once",
+    ]
+
+
+def export(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> tuple[Export, list[dict[str, Any]]]:
+    """Write the vote file; what may be said to everybody, and the answers.
+
+    Raises:
+        UserError: there is no vote yet, or another voting made a file of that name.
+    """
+    from dedpo_diffusion.ballot.tally import Export
+    from dedpo_diffusion.ballot.verdict import summary, to_answers
+    from dedpo_diffusion.evaluation import people
+
+    (base, arm), name, session = settings.folders, voting_name(settings), booth.store.session
+    answers = to_answers(booth, reader)
+    if not any(answer["rater"] for answer in answers):
+        raise UserError("there is no vote yet, so there is nothing to write")
+    check_name(arm, name, session)
+    metadata = {"base_images": reader.digests[0], "arm_images": reader.digests[1], "base": base.resolve().name, "session": session}
+    design = {key: getattr(settings, key) for key in DESIGN}
+    path = people.write_votes(arm, name, answers, {**metadata, "design": design})
+    return Export(path, len({answer["file"] for answer in answers}), summary(booth, reader)["sentences"]), answers
+
+
+def export_blind(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> Export:
+    """Write the vote file for the page; a trouble whose words may name a folder is said where the server runs alone."""
+    try:
+        return export(settings, booth, reader)[0]
+    except UserError as error:
+        if not booth.session()["votes"]:
+            raise
+        say(f"the votes were not written: {error}")
+        raise UserError("the vote file could not be written; the answers themselves are safe") from error
+
+
+def write_votes(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> Path | None:
+    """Write the vote file and say what it holds; who is ahead only where that was asked for. None where nobody has voted."""
+    base, arm = settings.folders
+    if not booth.session()["votes"] and not settings.export_only:
+        older = booth.store.path.with_suffix(".parquet")
+        say("there are no votes, so nothing was written" + (f"; {older} is of votes undone since" if older.is_file() else ""))
+        return None
+    done, answers = export(settings, booth, reader)
+    say(f"wrote {done.path}: {done.labels} pairs judged")
+    for sentence in done.sentences:
+        say(sentence)
+    named = "" if settings.name is None else f" --name {settings.name}"
+    if settings.export_only:
+        say(outcome(base.resolve().name, arm.resolve().name, answers))
+    else:
+        say(f"who is ahead is not said here, so that voting can go on; it is by: dedpo vote {base} {arm}{named} --export_only true")
+    say(f"beside the scores: dedpo compare {base} {arm} --out report.html")
+    return done.path
+
+
+def outcome(base: str, arm: str, answers: Sequence[dict[str, Any]]) -> str:
+    """How often people preferred the arm, in words: of each pair the majority, as `dedpo compare` has it; repetitions are left out."""
+    import numpy as np
+
+    judged: dict[str, list[float]] = {}
+    prompts = {answer["file"]: answer["prompt"] for answer in answers}
+    for answer in answers:
+        if not answer["repeat"]:
+            judged.setdefault(answer["file"], []).append(answer["preferred"])
+    wins = np.array([(np.sign(np.mean(values) - 0.5) + 1) / 2 for values in judged.values()])
+    of = [prompts[file] for file in judged]
+    mean, (low, high) = win_rate(wins, of)
+    words = "no difference can be told" if low <= 0.5 <= high else f"{arm} is {'better' if mean > 0.5 else 'worse'} than {base}"
+    ties = float(np.mean(wins == 0.5))
+    return (
+        f"People: {words}. {arm} wins {mean:.1%} (95 %: {low:.1%} to {high:.1%}) of {len(wins)} pairs of {len(set(of))} prompts, "
+        f"ties counted as half ({ties:.1%} of the pairs are ties)."
+    )
+
+
+def win_rate(wins: np.ndarray, prompts: Sequence[str]) -> tuple[float, list[float]]:
+    """The mean of (N,) wins of pairs, ties being half, and its 95 % interval, clustered by prompt as in `dedpo compare`.
+
+    For fewer than MIN_RESAMPLED prompts, and where all pairs are alike, resampling prompts tells too little: the interval is then
+    Wilson's, with every prompt as one case.
+    """
+    import numpy as np
+
+    from dedpo_diffusion.agreement import MIN_RESAMPLED
+    from dedpo_diffusion.debias import wilson_interval
+    from dedpo_diffusion.evaluation.intervals import mean_interval
+
+    mean, cases = float(np.mean(wins)), len(set(prompts))
+    if cases >= MIN_RESAMPLED:
+        found = mean_interval(wins, np.asarray(prompts))
+        if found.high > found.low:
+            return mean, [found.low, found.high]
+    return mean, wilson_interval(mean * cases, cases)
