@@ -37,7 +37,8 @@ def who_reads(adapter: Adapter) -> dict[str, Reading]:
     """By program, the layers of an adapter for a Stable Diffusion that it reads."""
     layers, total = list(adapter.layers.values()), len(adapter.layers)
     ours = sum(_diffusers(layer, adapter.layout) for layer in layers)
-    refused = adapter.layout == "kohya" and (ours < total or adapter.strange)  # it reads all of such a file, or nothing
+    # of a file in kohya's layout it reads all or nothing
+    refused = adapter.layout == "kohya" and (ours < total or adapter.strange or _unrecognised_text(adapter))
     return {
         DIFFUSERS: Reading(0 if refused else ours, total),
         COMFY: Reading(sum(_comfy(layer) for layer in layers), total),
@@ -47,6 +48,15 @@ def who_reads(adapter: Adapter) -> dict[str, Reading]:
 
 def _diffusers(layer: Layer, layout: str) -> bool:
     return layout in ("diffusers", "old diffusers", "kohya") and layer.kind == "LoRA" and "mid" not in layer.tensors and layer.part != ""
+
+
+def _unrecognised_text(adapter: Adapter) -> list[str]:
+    """Text encoders that diffusers refuses: it knows their layout by an out_proj or an mlp (`utils/state_dict_utils.py`)."""
+    names: dict[str, list[str]] = {}
+    for layer in adapter.layers.values():
+        if adapter.layout == "kohya" and layer.part.startswith("text"):
+            names.setdefault(layer.part, []).append(layer.name)
+    return [part for part, found in names.items() if not any(name.endswith("out_proj") or "_mlp_" in name for name in found)]
 
 
 def _kohya(layer: Layer) -> bool:
