@@ -86,6 +86,11 @@ def table_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "SHA-256", report["sha256"]
 
 
+def _shown(text: str) -> str:
+    """A text of unknown origin for a terminal: without what would steer it."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
 def print_report(report: Mapping[str, Any]) -> None:
     """The report as a table, files of a folder as another, and what to look out for."""
     from rich import box
@@ -93,17 +98,17 @@ def print_report(report: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("what", "found", title=Text(report["path"]), box=box.SIMPLE)
+    table = Table("what", "found", title=Text(_shown(report["path"])), box=box.SIMPLE)
     for words, value in table_rows(report):
-        table.add_row(Text(words), Text(value, overflow="fold"))
+        table.add_row(Text(_shown(words)), Text(_shown(value), overflow="fold"))
     Console().print(table)
     if "files" in report:
         listed = Table("file", "what", "size", box=box.SIMPLE)
         for entry in report["files"]:
-            listed.add_row(Text(entry["path"], overflow="fold"), Text(entry["what"]), size_words(entry["bytes"]))
+            listed.add_row(Text(_shown(entry["path"]), overflow="fold"), Text(_shown(entry["what"])), size_words(entry["bytes"]))
         Console().print(listed)
     for text in report["warnings"]:
-        say(f"Warning: {text}")
+        say(f"Warning: {_shown(text)}")
 
 
 def run(settings: InspectSettings) -> dict[str, Any]:

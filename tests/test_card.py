@@ -221,6 +221,12 @@ def test_how_other_programs_load_it():
     assert "from_single_file('x.safetensors')" in model_card(TRAINED, Exported("x.safetensors", "checkpoint", family="sdxl"))
 
 
+def test_what_was_done_to_what_was_trained():
+    made = {"strength": 0.7, "added": [{"file": "b.safetensors", "sha256": "d" * 64, "strength": 0.5}], "rank": 4, "relative_error": 0.0123}
+    text = model_card(TRAINED, Exported("tuned.safetensors", "lora", "kohya", "sd1", made=made))
+    assert "times 0.7" in text and "`b.safetensors`" in text and "at strength 0.5" in text and "rank 4, which leaves out 1.2% of" in text
+
+
 # ---- the file
 
 

@@ -234,6 +234,7 @@ def real_layers(model):
     return layers | {f"text_encoder.text_model.{TEXT}.{name}": (rand(2, 32), rand(32, 2)) for name in ("q_proj", "out_proj")}
 
 
+@pytest.mark.filterwarnings("ignore:While injecting")  # the configuration names layers by their endings
 def test_diffusers_reads_what_it_is_said_to_read(folders, tmp_path):
     from diffusers import StableDiffusionPipeline
 
@@ -327,6 +328,17 @@ def test_numbers_that_are_not_finite_are_named(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert f"{kohya_name(name)}.lora_down.weight" in report["non_finite"] and len(report["non_finite"]) == 5
     assert any("not finite" in text for text in report["warnings"])
+
+
+def test_damaged_factors_and_steering_signs(tmp_path, capsys):
+    name = kohya_name(f"unet.{BLOCK}.attn1.to_q")
+    file = tmp_path / "x.safetensors"
+    save_file(
+        {f"{name}.lora_down.weight": rand(4, 8), f"{name}.lora_up.weight": rand(8, 5)}, file, metadata={"ss_output_name": "a\x1b[2Jb"}
+    )
+    assert inspect_weights.main([str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "do not fit together" in shown and "\x1b[2J" not in shown
 
 
 # ---- checkpoints, parts, folders
@@ -448,6 +460,7 @@ def test_what_cannot_be_read_is_refused_in_words(tmp_path, capsys):
     good = save_kohya(tmp_path / "good.safetensors", factors()).read_bytes()
     cases = {
         "a.ckpt": (pickle.dumps(Trap()), "pickled"),
+        "a2.PT": (b"an archive of old", "pickled"),
         "b.safetensors": (pickle.dumps(Trap()), "pickled"),
         "c.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         "d.safetensors": (good[: len(good) // 2], "cut short"),

@@ -5,8 +5,6 @@
 | lora.py | a LoRA in memory |
 | algebra.py | another strength, another rank, several in one, the LoRA of a whole fine-tune |
 | diffusers_layout.py | the layout of diffusers |
-| inspection.py | what a weight file or a folder is: header.py, adapters.py, families.py, readers.py, provenance.py |
-| card.py | the model card: card_text.py, card_results.py, markdown.py |
 """
 
 from .diffusers_layout import diffusers_lora, read_lora, read_metadata, save_lora

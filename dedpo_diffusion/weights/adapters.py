@@ -90,7 +90,12 @@ class Adapter:
 
     def shape(self, layer: Layer) -> tuple[int, ...] | None:
         """(out, in) or (out, in, kh, kw) of the changed weight, None where the file does not tell."""
-        sizes = {role: self.header.shapes[name] for role, name in layer.tensors.items()}
+        try:
+            return self._shape(layer, {role: self.header.shapes[name] for role, name in layer.tensors.items()})
+        except IndexError:  # tensors of too few dimensions
+            return None
+
+    def _shape(self, layer: Layer, sizes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
         if layer.kind == "LoRA":
             return (sizes["up"][0], *sizes["down"][1:2], *sizes.get("mid", sizes["down"])[2:])
         if layer.kind == "LoHa":
@@ -112,7 +117,7 @@ class Adapter:
         """The rank by which an alpha is divided; None where there is none."""
         for role in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
             if role in layer.tensors:
-                return self.header.shapes[layer.tensors[role]][0]
+                return next(iter(self.header.shapes[layer.tensors[role]]), None)
         return None
 
     def alpha(self, layer: Layer, tensor: Callable[[str], Tensor]) -> float | None:
@@ -141,6 +146,8 @@ class Adapter:
 
     def change(self, layer: Layer, tensor: Callable[[str], Tensor]) -> float | None:
         """Frobenius norm of the change at scale 1, without what DoRA's magnitudes do; None of a kind that it is not known for.
+
+        RuntimeError tells of factors that do not fit together.
 
         Args:
             layer: one of `layers`.

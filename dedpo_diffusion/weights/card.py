@@ -57,6 +57,7 @@ def add_card(out: Path, run: Path, *, results: Path | None = None, arm: str | No
         trained = {**trained, **({"step": embedded["step"]} if "step" in embedded else {})}
     identity_file = run / "identity.json"
     identity = json.loads(identity_file.read_text(encoding="utf-8")) if identity_file.is_file() else {}
+    identity |= (report.get("own") or {}).get("sources") or {}
     given: dict[str, Any] = {"identity": identity, "targets": targets_report(trained, identity)}
     path = place_for(out)
     if results is not None:
@@ -78,11 +79,11 @@ def describe_exported(out: Path, report: Mapping[str, Any]) -> Exported:
     Raises:
         UserError: it is neither a LoRA nor a whole model.
     """
-    family = (report.get("base") or {}).get("family")
+    family, made = (report.get("base") or {}).get("family"), (report.get("own") or {}).get("made") or {}
     if report["what"] == "whole model":
-        return Exported(out.resolve().name, "folder", family=family)
+        return Exported(out.resolve().name, "folder", family=family, made=made)
     if report["what"] == "checkpoint":
-        return Exported(out.name, "checkpoint", family=family, sha256=report.get("sha256"))
+        return Exported(out.name, "checkpoint", family=family, sha256=report.get("sha256"), made=made)
     if not report.get("readers") or not report.get("ranks") or not out.is_file():
         raise UserError(
             f"{out}: a {report['what']}, which no card is written for; give a LoRA or a whole model as `dedpo export` writes it"
@@ -91,7 +92,7 @@ def describe_exported(out: Path, report: Mapping[str, Any]) -> Exported:
     shown = [f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"]
     shown.append(f"scale alpha / rank {scales[0]}" if len(scales) == 1 else f"scales {scales[0]} to {scales[-1]}")
     strength = f"{sum(part['layers'] for part in report['parts'].values())} layers in {', '.join(report['dtypes'])}, {', '.join(shown)}"
-    return Exported(out.name, "lora", report["layout"], family, strength, report.get("sha256"), _same_in_kohya(out))
+    return Exported(out.name, "lora", report["layout"], family, strength, report.get("sha256"), made, _same_in_kohya(out))
 
 
 def _same_in_kohya(out: Path) -> list[str]:

@@ -34,6 +34,7 @@ class Exported:
         family: sd1, sd2 or sdxl; None where it cannot be told.
         strength: of a LoRA, its rank, alpha and the like in words; "" for none.
         sha256: of a file.
+        made: what was done to what was trained: "strength", "added", "rank", "relative_error".
         kohya: names of files beside it that hold the same LoRA in kohya's layout.
     """
 
@@ -43,6 +44,7 @@ class Exported:
     family: str | None = None
     strength: str = ""
     sha256: str | None = None
+    made: Mapping[str, Any] = field(default_factory=dict)
     kohya: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -109,7 +111,8 @@ def _what(exported: Exported) -> str:
 def _summary(trained: Facts, exported: Exported) -> list[str]:
     objective = (trained.get("objective") or {}).get("kind")
     family = f" ({FAMILIES[exported.family]})" if exported.family in FAMILIES else ""
-    base = f" for {code(base_name(str(trained['model'])))}{family}" if "model" in trained else ""
+    link = " for" if exported.kind == "lora" else ", made from"
+    base = f"{link} {code(base_name(str(trained['model'])))}{family}" if "model" in trained else ""
     how = "" if objective is None else f" with the objective {code(str(objective))}"
     if objective == "sigmoid":
         how = " with Diffusion-DPO ([2311.12908](https://arxiv.org/abs/2311.12908))"
@@ -246,10 +249,27 @@ def _hashes(exported: Exported, identity: Facts, targets: Facts | None) -> list[
     rows = [[code(exported.name, cell=True), code(exported.sha256, cell=True)]] if exported.sha256 else []
     rows += [
         [words, code(str(identity[key]), cell=True)]
-        for key, words in (("base_model", "base model"), ("pairs", "pairs"), ("targets", "targets"), ("start", "LoRA to go on from"))
+        for key, words in (
+            ("base_model", "base model"),
+            ("pairs", "pairs"),
+            ("targets", "targets"),
+            ("label_report", "label report"),
+            ("start", "LoRA to go on from"),
+        )
         if key in identity
     ]
     for role, entry in ((targets or {}).get("label_files") or {}).items():
         rows.append([f"labels, {plain(role)}", code(entry["sha256"], cell=True)])
-    strength = [f"The file holds {exported.strength}.", ""] if exported.strength else []
-    return ["## Files", "", *strength, *table(["", "SHA-256 or fingerprint"], rows)] if rows or strength else []
+    texts = [f"{code(exported.name)} holds {exported.strength}."] if exported.strength else []
+    lines = items([*texts, *_made(exported.made)])
+    return ["## Files", "", *lines, *table(["", "SHA-256 or fingerprint"], rows)] if rows or lines else []
+
+
+def _made(made: Facts) -> list[str]:
+    """What was done to what was trained."""
+    texts = [f"The change is what was trained times {made['strength']:g}."] if "strength" in made else []
+    for other in made.get("added") or []:
+        texts.append(f"{code(other['file'])} (SHA-256 {code(other['sha256'])}) was added to it at strength {other['strength']:g}.")
+    if "relative_error" in made:
+        texts.append(f"It was brought to rank {made['rank']}, which leaves out {made['relative_error']:.1%} of the change (Frobenius).")
+    return texts

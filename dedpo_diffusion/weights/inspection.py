@@ -25,6 +25,7 @@ from .provenance import in_short, others_facts, own_facts
 from .readers import A1111, COMFY, DIFFUSERS, troubles, who_reads
 
 HASHED = 2**30  # bytes; the digest of a larger file is told when it is asked for
+BESIDE = ("sources", "made")  # what `dedpo export` stores beside the settings
 LARGEST = 5  # layers of the largest changes that are named
 Report = dict[str, Any]
 
@@ -108,6 +109,10 @@ def describe_adapter(adapter: Adapter) -> Report:
         warnings.append("its layers are not those of a Stable Diffusion UNet or its text encoders: it belongs to another kind of model")
     if adapter.strange:
         warnings.append(f"{len(adapter.strange)} tensors are of no adapter (first: {adapter.strange[0]})")
+    if measured["unfit"]:
+        warnings.append(
+            f"the factors of {len(measured['unfit'])} layers do not fit together (first: {measured['unfit'][0]}); the file is damaged"
+        )
     if measured["non_finite"]:
         names = measured["non_finite"]
         warnings.append(f"{len(names)} tensors hold numbers that are not finite (first: {names[0]}): images would be black or noise")
@@ -140,25 +145,31 @@ def _measure(adapter: Adapter, tensor: Any) -> Report:
     scales: dict[str, float] = {}
     norms: dict[str, list[tuple[float, str]]] = {}
     bad: list[str] = []
+    unfit: list[str] = []
     for name, layer in track(adapter.layers.items(), "reading layers", len(adapter.layers)):
         held: dict[str, Tensor] = {stored: tensor(stored) for stored in layer.tensors.values()}
         broken = [stored for stored, value in held.items() if value.is_floating_point() and not torch.isfinite(value.float()).all()]
         bad += broken
         alphas[name] = adapter.alpha(layer, held.__getitem__)
         scales[name] = adapter.scale(layer, alphas[name])
-        change = None if broken or layer.kind == "incomplete" else adapter.change(layer, held.__getitem__)
-        if change is not None:
+        whole = not broken and layer.kind != "incomplete" and math.isfinite(scales[name])
+        try:
+            change = adapter.change(layer, held.__getitem__) if whole else None
+        except (RuntimeError, IndexError):  # of torch, on factors of shapes that do not go together
+            unfit.append(name)
+            continue
+        if change is not None and math.isfinite(change):
             norms.setdefault(layer.part or "other", []).append((change * abs(scales[name]), name))
     told = {
         part: {
             "norm": math.sqrt(sum(norm**2 for norm, _ in found)),
             "largest": [{"layer": name, "norm": norm} for norm, name in sorted(found, key=lambda item: (-item[0], item[1]))[:LARGEST]],
         }
-        for part, found in norms.items()
+        for part, found in ((part, norms[part]) for part in (*WORDS, "other") if part in norms)
     }
     alphas = {name: alpha if alpha is None or math.isfinite(alpha) else None for name, alpha in alphas.items()}
     scales = {name: scale for name, scale in scales.items() if math.isfinite(scale)}
-    return {"alphas": alphas, "scales": scales, "norms": told, "non_finite": bad}
+    return {"alphas": alphas, "scales": scales, "norms": told, "non_finite": bad, "unfit": unfit}
 
 
 # ---- other files
@@ -210,16 +221,20 @@ def _checkpoint(header: Header, known: Report, base: Base, warnings: list[str]) 
         }
     if base.family not in (kind, None):
         warnings = [*warnings, f"its text encoders are those of {FAMILIES[kind]}, its UNet that of {base.words()}"]
-    if header.metadata.get("modelspec.prediction_type") == "v" or "v_pred" in header.shapes:
-        warnings = [
-            *warnings,
-            "it predicts v, which programs must be told or find in the file; with noise taken for it, images are brown noise",
-        ]
+    facts = {"base": Base(kind, ["its text encoders", *base.evidence]).words()}
+    marked = "v_pred" in header.shapes  # ComfyUI and A1111 look for this tensor
+    if marked or header.metadata.get("modelspec.prediction_type") == "v":
+        facts["predicts"] = "v"
+        if not marked and kind != "sd2":
+            warnings = [
+                *warnings,
+                "it predicts v without the tensor v_pred, which programs look for; they take noise for it unless they are told",
+            ]
     known = {"family": kind, "name": FAMILIES[kind], "evidence": ["its text encoders", *base.evidence]}
     return {
         "what": "checkpoint", "layout": "single files", "base": known, "parts": held, "warnings": warnings,
         "readers": {DIFFUSERS: "yes, with from_single_file", COMFY: "yes", A1111: "yes"},
-        "facts": {"base": Base(kind, known["evidence"]).words()},
+        "facts": facts,
     }  # fmt: skip
 
 
@@ -311,7 +326,7 @@ def _diffusers_folder(path: Path) -> Report:
                 counts[dtype] = counts.get(dtype, 0) + count
         parts[name] = {"class": str(entry[-1]), "parameters": sum(counts.values()), "dtypes": counts}
     for name in ("unet", "vae", "text_encoder"):
-        if name not in parts and not any(text.startswith(name) for text in warnings):
+        if name in index and name not in parts and not any(text.startswith(name) for text in warnings):
             warnings.append(f"{name} has no weights here; fetch the folder again")
     unet = _json(path / "unet" / "config.json") if (path / "unet" / "config.json").is_file() else {}
     shapes: dict[str, tuple[int, ...] | None] = (
@@ -321,12 +336,13 @@ def _diffusers_folder(path: Path) -> Report:
         shapes["text_encoder_2."] = None
     base = find_base(shapes, {})
     known, odd = _base_facts(base)
-    settings = path / "dedpo_settings.json"
+    stored = _json(path / "dedpo_settings.json") if (path / "dedpo_settings.json").is_file() else None
     return {
         "what": "whole model", "layout": "diffusers", "base": known, "parts": parts,
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "parameters": sum(part["parameters"] for part in parts.values()), "warnings": warnings + odd,
-        "settings": _json(settings) if settings.is_file() else None,
+        "settings": None if stored is None else {key: value for key, value in stored.items() if key not in BESIDE},
+        "own": {key: value for key, value in (stored or {}).items() if key in BESIDE},
         "readers": {DIFFUSERS: "yes, with from_pretrained", COMFY: "no: it reads single files", A1111: "no: it reads single files"},
         "facts": {"base": base.words(), "class": str(index.get("_class_name"))},
     }  # fmt: skip
