@@ -54,7 +54,7 @@ def results(*arms, nasty=""):
         "answers": 30,
         "pairs": 12,
         "raters": ["ann", "bob"],
-        "agreement": None,
+        "agreement": {"raw": {"value": 0.625}},
         "with_scorers": {"clip": spread(0.7, 0.5, 0.9, n=11)},
     }
     arm = {
@@ -137,7 +137,8 @@ def test_numbers_are_those_of_the_results():
         ["clip", "one seed a prompt", "one seed a prompt", "0.310 (0.300 to 0.320)"],
     ):
         assert row in rows_of(text)
-    assert "30 answers on 12 pairs, given blind by 2 people" in text and "`clip` sides with them in 70 % (50 to 90) of 11" in text
+    assert "30 answers on 12 pairs, given blind by 2 people" in text and "are equal in 62% of cases" in text
+    assert "`clip` sides with them in 70 % (50 to 90) of 11" in text
     assert "ann" not in text.split("## Results")[1].split()  # nobody is named
     assert f"> {found['verdict']}" in text and "- clip rises and the others do not." in text
     assert "`pickscore` and `people` took no part" in text and "of `clip` were trained on" not in text  # without a label report

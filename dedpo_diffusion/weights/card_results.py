@@ -95,6 +95,9 @@ def _people(own: Mapping[str, Any]) -> list[str]:
     if not people:
         return []
     texts = [f"{people['answers']} answers on {people['pairs']} pairs, given blind by {len(people['raters'])} people."]
+    equal = (people.get("agreement") or {}).get("raw") or {}
+    if equal.get("value") is not None:
+        texts.append(f"Two people's answers to one pair are equal in {equal['value']:.0%} of cases.")
     texts += [
         f"{code(name)} sides with them in {interval(entry, percent=True)} of {entry['n']} decided pairs."
         for name, entry in (people.get("with_scorers") or {}).items()
