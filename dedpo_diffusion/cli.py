@@ -16,6 +16,7 @@ STAGES = {
     "merge": ("pipelines.merge", "human and machine labels -> training targets, and what they are worth"),
     "train": ("pipelines.train", "a LoRA, or the whole UNet, from pairs and targets"),
     "export": ("pipelines.export", "what a run trained, for other programs"),
+    "inspect": ("pipelines.inspect_weights", "what a weight file or a folder is, and which programs read it"),
     "sample": ("pipelines.sample", "images, seed-paired between models"),
     "score": ("evaluation.score", "scores of sampled images"),
     "compare": ("evaluation.compare", "paired differences with intervals, and report.html"),

@@ -225,7 +225,7 @@ def _open_clip(encoder: nn.Module, what: str, prefix: str, *, layers: int | None
 
 _FOREIGN = (  # what a file's names show it to be, and what to give instead
     (
-        r"(^|\.)lora_(unet|te\d?|transformer)_|\.lora[._]|\.hada_w|\.lokr_w|\.oft_",
+        r"(^|\.)lora_(unet|te\d?|transformer)_|[._]lora[._]|\.hada_w|\.lokr_w|\.oft_",
         "a LoRA",
         "give the checkpoint of the model it belongs to",
     ),
@@ -264,9 +264,9 @@ def family(path: Path) -> str:
         UserError: it cannot be read, it holds another kind of model, or a part of one is not in it.
     """
     keys, channels = _read_names(path)
-    for pattern, what, remedy in _FOREIGN:
-        if any(re.search(pattern, key) for key in keys):
-            raise UserError(f"{path}: it seems to be {what}; {remedy}")
+    other = foreign(keys)
+    if other is not None:
+        raise UserError(f"{path}: it seems to be {other[0]}; {other[1]}")
     kinds = [
         kind
         for kind in ("sd1", "sd2", "sdxl")
@@ -288,6 +288,12 @@ def family(path: Path) -> str:
     return kinds[0]
 
 
+def foreign(keys: Iterable[str]) -> tuple[str, str] | None:
+    """What a file with these names holds instead of a checkpoint, as "a LoRA", and what to give instead; None if no name tells."""
+    names = list(keys)
+    return next(((what, remedy) for pattern, what, remedy in _FOREIGN if any(re.search(pattern, key) for key in names)), None)
+
+
 def _holds(keys: Iterable[str], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in keys)
 
@@ -303,13 +309,20 @@ def _read_names(path: Path) -> tuple[list[str], int | None]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); give a .safetensors file you may read") from error
     except SafetensorError as error:
-        with open(path, "rb") as stream:
-            start = stream.read(16)
-        if start.startswith((b"PK\x03\x04", b"\x80")):  # torch's archive, or a bare pickle
-            reason = "a pickled checkpoint, which is not opened because it can run code; convert it to safetensors"
-        elif start.startswith(b"version https:/"):
-            reason = "a pointer of Git LFS instead of the weights; fetch it with `git lfs pull`"
-        else:
-            reason = f"no safetensors file, or one cut short ({error}); download it again"
-        raise UserError(f"{path}: {reason}") from error
+        raise UserError(f"{path}: {unreadable(path, error)}") from error
     return keys, shape[1] if len(shape) == 4 else None
+
+
+def unreadable(path: Path, error: SafetensorError) -> str:
+    """What a file that safetensors cannot open is, by its first bytes, and the remedy."""
+    with open(path, "rb") as stream:
+        start = stream.read(16)
+    if not start:
+        return "an empty file; download it again"
+    if start.startswith((b"PK\x03\x04", b"\x80")):  # torch's archive, or a bare pickle
+        return "a pickled checkpoint, which is not opened because it can run code; convert it to safetensors"
+    if start.startswith(b"version https:/"):
+        return "a pointer of Git LFS instead of the weights; fetch it with `git lfs pull`"
+    if start.lower().lstrip().startswith((b"<!doctype", b"<html")):
+        return "a web page instead of the weights; download the file itself, signed in if its page asks for that"
+    return f"no safetensors file, or one cut short ({error}); download it again"

@@ -357,8 +357,8 @@ def test_files_that_cannot_be_read(tmp_path):
     data = whole.read_bytes()
     torch.save({"a": torch.zeros(1)}, tmp_path / "zip")
     broken = {
-        "cut": (data[:-1], "cut short"), "cut-in-header": (data[:50], "cut short"), "empty": (b"", "cut short"),
-        "page": (b"<html><body>not found</body></html>", "no safetensors file"),
+        "cut": (data[:-1], "cut short"), "cut-in-header": (data[:50], "cut short"), "empty": (b"", "an empty file"),
+        "page": (b"<html><body>not found</body></html>", "a web page"),
         "pickle": (pickle.dumps({"a": 1}), "a pickled checkpoint"), "archive": ((tmp_path / "zip").read_bytes(), "a pickled checkpoint"),
         "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4265146304\n", "git lfs pull"),
     }  # fmt: skip

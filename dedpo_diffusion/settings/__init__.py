@@ -9,6 +9,7 @@ from .data import IngestSettings, ProposeSettings, ValidateSettings, VoteSetting
 from .evaluation import CompareSettings, QuickstartSettings, SampleSettings, ScoreSettings
 from .labelling import CalibrateSettings, LabelSettings, MergeSettings, SelfTrainingSettings, ServerSettings, VlmSettings
 from .training import DataSettings, ExportSettings, LoraSettings, ObjectiveSettings, OptimSettings, TrainSettings, ValidationSettings
+from .weights import InspectSettings
 
 __all__ = [
     "CalibrateSettings",
@@ -16,6 +17,7 @@ __all__ = [
     "DataSettings",
     "ExportSettings",
     "IngestSettings",
+    "InspectSettings",
     "LabelSettings",
     "LoraSettings",
     "MergeSettings",
