@@ -210,10 +210,7 @@ def _confidence(z: np.ndarray, g: np.ndarray, sample: _Sample) -> dict[str, Any]
         "confidence": float(confidence.mean()),
         "right": float(right.mean()),
         "histogram": np.histogram(confidence, bins=BINS, range=(0.5, 1))[0].tolist(),
-        "reliability": [
-            {"confidence": c, "observed": hits / n, "ci": wilson_interval(hits, n), "n": n}  # type: ignore[arg-type]
-            for c, hits, n in spread
-        ],
+        "reliability": [{"confidence": c, "observed": hits / n, "ci": wilson_interval(hits, n), "n": n} for c, hits, n in spread],
     }
 
 

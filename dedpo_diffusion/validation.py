@@ -139,7 +139,7 @@ def summarise_held_out(
         "loss_ci": mean_interval(losses.numpy()),
         "start_loss": finite(before.mean()),
         "accuracy": finite(hits.mean()) if known else None,
-        "accuracy_ci": wilson_interval(hits.sum().item(), len(hits)) if known else None,  # type: ignore[arg-type]
+        "accuracy_ci": wilson_interval(hits.sum().item(), len(hits)) if known else None,
         "margin": finite(towards[decided].mean()) if known else None,
         "buckets": buckets,
         "pair_loss": [finite(value) for value in losses],
