@@ -8,6 +8,7 @@ named in RUNS is as in configs/shapes_lora.yaml. What is there already in WORK i
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -31,6 +32,7 @@ RUNS: dict[str, tuple[str, dict[str, object]]] = {
 }
 KEPT = ("step", "loss", "margin", "margin_abs_mean", "implicit_accuracy", "saturation", "winner_drift", "loser_drift", "reference_error")
 HELD = ("step", "loss", "loss_ci", "start_loss", "accuracy", "accuracy_ci", "margin", "scores")
+SHOWN = (0, 1, 22)  # prompts whose images are shown
 BLUE, ORANGE, GREEN = "#2f6fd0", "#d9730d", "#2b8a57"
 Line = Mapping[str, Any]
 
@@ -149,32 +151,52 @@ def smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
     return np.array([x[max(0, k + 1 - width) : k + 1].mean() for k in range(len(x))])
 
 
-def draw(report: Line, path: Path) -> Path:
-    """Four panels: loss, margins, the drift of both errors, and the scores of sampled images; warnings are numbered lines."""
+def draw(report: Line, path: Path, run: Path) -> Path:
+    """Four panels: loss, margins, the drift of both errors, and the scores of sampled images; below, images of three prompts in the
+    course of the run. Warnings are numbered lines."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from PIL import Image
 
     from dedpo_diffusion.evaluation.judge_figure import PAPER, SOFT, STYLE
     from dedpo_diffusion.files import atomic_file
 
     with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(2, 2, figsize=(9.6, 6.4), layout="constrained", facecolor=PAPER)
+        figure = plt.figure(figsize=(9.6, 10.4), layout="constrained", facecolor=PAPER)
+        upper, lower = figure.subfigures(2, 1, height_ratios=(6.4, 4.0))
+        grid = upper.subplots(2, 2)
         for axes, panel in zip(grid.flat, (_loss, _margins, _drift, _scores), strict=True):
             panel(axes, report)
             axes.set_xlim(0, report["steps"])
             for number, step in enumerate(dict.fromkeys(warning["step"] for warning in report["warnings"]), 1):
                 axes.axvline(step, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
                 place = {"transform": axes.get_xaxis_transform(), "va": "bottom", "ha": "center"}
-                axes.text(step, 0.02, str(number), color=SOFT, fontsize=9, backgroundcolor="white", **place)
+                paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                axes.text(step, 0.02, str(number), color=SOFT, fontsize=9, bbox=paper, **place)
             axes.legend(fontsize=9, framealpha=0.9, edgecolor="none")
         for axes in grid[1]:
             axes.set_xlabel("step")
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=100)
+        _images(lower, [0, *(line["step"] for line in report["validation"] if line["step"] % (2 * report["steps"] // 10) == 0)], run)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=100)
         plt.close(figure)
+    with atomic_file(path) as temporary:
+        Image.open(drawn).convert("RGB").quantize(256).save(temporary, format="PNG", optimize=True)  # a third of the size
     return path
+
+
+def _images(figure: Any, steps: Sequence[int], run: Path) -> None:
+    """One row a prompt, one column a step, from the same noise."""
+    from PIL import Image
+
+    for row, cells in zip(SHOWN, figure.subplots(len(SHOWN), len(steps)), strict=True):
+        for step, axes in zip(steps, cells, strict=True):
+            axes.imshow(Image.open(run / "samples" / f"step-{step:08d}" / f"{row:05d}-{row}.png"))
+            axes.set_axis_off()
+            if row == SHOWN[0]:
+                axes.set_title("before" if step == 0 else f"step {step}", fontsize=10)
 
 
 def _held(report: Line, *keys: str) -> tuple[list[int], np.ndarray]:
@@ -244,9 +266,10 @@ def run(settings: CurvesFigure) -> Path:
     make_targets(pairs, settings.seed)
     settings.out.mkdir(parents=True, exist_ok=True)
     for name in RUNS:
-        report = read_run(settings, name, train_run(settings, name, pairs, held_out))
+        trained = train_run(settings, name, pairs, held_out)
+        report = read_run(settings, name, trained)
         write_json(settings.out / f"{name}.json", report)
-        say(f"drew {draw(report, settings.out / f'{name}.png')}")
+        say(f"drew {draw(report, settings.out / f'{name}.png', trained)}")
         for number, warning in enumerate(report["warnings"], 1):
             say(f"  {number}. step {warning['step']}: {warning['text']}")
     return settings.out
