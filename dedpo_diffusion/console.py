@@ -62,14 +62,15 @@ def stage(
         flags: option names that differ from their field's, {"with": "scorers"}.
 
     Returns:
-        The exit code: 0 done, 2 a mistake in the arguments or the input, 130 interrupted, 143 asked to end, and saved.
+        The exit code: 0 done, 2 a mistake in the arguments or the input, 130 interrupted, 141 nobody reads the output,
+        143 asked to end, and saved.
     """
     from jsonargparse import ArgumentParser
 
     for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):  # their notices are for programmers; their errors still show
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     flags = dict(flags or {})
-    parser = ArgumentParser(prog=prog, description=(body.__doc__ or "").strip().split("\n\n")[0])
+    parser = ArgumentParser(prog=prog, description=(body.__doc__ or "").strip().split("\n\n")[0], allow_abbrev=False)
     fields = {field.name: field for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(settings)
     documented = _field_docs(settings)
@@ -92,6 +93,9 @@ def stage(
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does; what Python still holds has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if not is_full(error):
             raise

@@ -181,7 +181,7 @@ def contact_sheet(prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[
 
     Args:
         prompts: R prompts.
-        columns: for each arm its name, its R images, and R captions (scores).
+        columns: for each arm its name, its R images, and R captions (scores), of one or several lines.
 
     Returns:
         An RGB image.
@@ -189,7 +189,8 @@ def contact_sheet(prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[
     from PIL import Image, ImageDraw, ImageFont
 
     cell = 128 if all(image.width <= 128 for _, images, _ in columns for image in images) else 256
-    gap, head, label, foot = 12, 40, 190, 24
+    lines = max((caption.count("\n") + 1 for _, _, captions in columns for caption in captions), default=1)
+    gap, head, label, foot = 12, 40, 190, 4 + 20 * lines
     row = cell + foot + gap
     sheet = Image.new("RGB", (label + len(columns) * (cell + gap) + gap, head + len(prompts) * row + gap), PAPER)
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(17), ImageFont.load_default(15)
@@ -199,10 +200,10 @@ def contact_sheet(prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[
         for r, (image, caption) in enumerate(zip(images, captions, strict=True)):
             y = head + r * row
             sheet.paste(_fitted(image, cell), (x, y))
-            draw.text((x, y + cell + 4), caption, fill=SOFT, font=small)
+            draw.multiline_text((x, y + cell + 4), caption, fill=SOFT, font=small, spacing=5)
     for r, prompt in enumerate(prompts):
-        lines = textwrap.wrap(prompt, 22)[: cell // 21]
-        draw.multiline_text((gap, head + r * row), "\n".join(lines), fill=INK, font=small, spacing=5)
+        wrapped = textwrap.wrap(prompt, 22)[: cell // 21]
+        draw.multiline_text((gap, head + r * row), "\n".join(wrapped), fill=INK, font=small, spacing=5)
     return sheet
 
 

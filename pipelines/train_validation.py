@@ -318,7 +318,7 @@ class Grid:
         from dedpo_diffusion.sampling import save_png, write_index
 
         def told(found: Mapping[str, np.ndarray]) -> list[str]:
-            return [", ".join(f"{name} {values[k]:.3f}" for name, values in found.items()) for k in range(len(self.work))]
+            return ["\n".join(f"{name} {values[k]:.3f}" for name, values in found.items()) for k in range(len(self.work))]
 
         columns = [("before training", self.start, told(self.start_scores))]
         if step:

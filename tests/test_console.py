@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +57,12 @@ def test_a_file_sets_and_the_command_line_overrides(tmp_path):
 
 @pytest.mark.parametrize(
     ("argv", "words"),
-    [(["x"], "with"), (["x", "--with", "a", "--inner.dpth", "1"], "dpth"), (["x", "--with", "a", "--inner.depth", "deep"], "depth")],
+    [
+        (["x"], "with"),
+        (["x", "--with", "a", "--inner.dpth", "1"], "dpth"),
+        (["x", "--wit", "a"], "--wit"),
+        (["x", "--with", "a", "--inner.depth", "deep"], "depth"),
+    ],
 )
 def test_mistakes_exit_with_two(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -77,6 +84,20 @@ def test_a_users_mistake_is_one_line_without_traceback(capsys):
 
     assert run_with(["x", "--with", "a"], body)[0] == 2
     assert capsys.readouterr().err == "dedpo test: error: file.txt row 3: mend it\n"
+
+
+def test_an_output_that_nobody_reads_any_more_ends_quietly():
+    code = (
+        "import sys; from test_console import Settings; from dedpo_diffusion import console\n"
+        "body = lambda _: [print('line') for _ in range(100000)]\n"
+        "sys.exit(console.stage(Settings, body, ['x', '--with', 'a'], prog='dedpo test', positional=('folder',), flags={'with': 'tools'}))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+    ) as process:
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
 
 
 def test_a_programmers_mistake_is_not_hidden():
