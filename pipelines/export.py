@@ -51,14 +51,13 @@ def check(settings: ExportSettings) -> None:
     Raises:
         UserError: it cannot.
     """
-    lora = settings.format in LORAS
+    if settings.rank is not None and settings.format not in LORAS:
+        raise UserError(f"--rank is of a LoRA, and --format {settings.format} writes a whole model; leave it out")
     if settings.format == "merged":
         if settings.out.suffix == ".safetensors" or settings.out.exists():
             raise UserError(f"{settings.out}: a merged model is a folder that does not exist yet; choose another --out")
     elif settings.out.suffix != ".safetensors" or settings.out.is_dir():
         raise UserError(f"{settings.out}: give a file name that ends in .safetensors")
-    if settings.rank is not None and not lora:
-        raise UserError(f"--rank is of a LoRA, and --format {settings.format} writes a whole model; leave it out")
     if settings.rank is not None and settings.rank < 1:
         raise UserError(f"--rank is {settings.rank}; it must be at least 1")
     if not -100 < settings.strength < 100 or settings.strength == 0:
