@@ -143,6 +143,14 @@ def test_strength_rank_and_others_added(runs, tmp_path, capsys):
     made = json.loads(lora.metadata["dedpo_made"])
     assert made["strength"] == 2.0
     assert [(entry["file"], entry["strength"]) for entry in made["added"]] == [("o.safetensors", 3.0), ("o.safetensors", 1.0)]
+    part = tmp_path / "part.safetensors"
+    save_file({name: value for name, value in load_file(other).items() if "conv1" in name}, part)
+    uneven = exported(it.run, tmp_path / "u.safetensors", "--add", f"{part}=3", "--format", "kohya")
+    assert len({value.item() for name, value in load_file(uneven).items() if name.endswith(".alpha")}) == 1  # diffusers takes one alone
+    lora = read_lora_file(uneven)
+    assert lora.ranks() == [8, 16]
+    for name, layer in it.lora.layers.items():
+        torch.testing.assert_close(lora.layers[name].delta(), (-0.5 if "conv1" in name else 1) * layer.delta(), atol=1e-6, rtol=1e-5)
     capsys.readouterr()
     small = read_lora_file(exported(it.run, tmp_path / "s.safetensors", "--rank", 3))
     deltas = [(layer.delta(), small.layers[name].delta()) for name, layer in it.lora.layers.items()]
