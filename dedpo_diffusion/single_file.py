@@ -25,11 +25,11 @@ CLIP = {"sd1": "cond_stage_model.transformer.text_model.", "sdxl": "conditioner.
 OPEN_CLIP = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
 SD2_LAYERS = 23  # of the 24 of OpenCLIP ViT-H/14; Stable Diffusion 2 takes the output of the penultimate, and readers leave the last out
 
-_UNET_RESNET = {
+UNET_RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }  # fmt: skip
-_UNET_ENDS = {
+UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
     "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
 }  # fmt: skip
@@ -130,7 +130,7 @@ def _unet_names(config: Any) -> Callable[[str], str | None]:
     """
     units: dict[str, str] = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     transformers = {"mid_block.attentions.0": "middle_block.1"}
-    layers = dict(_UNET_ENDS)
+    layers = dict(UNET_ENDS)
     down, up, per_block = config.down_block_types, config.up_block_types, config.layers_per_block
     depths = [per_block] * len(down) if isinstance(per_block, int) else list(per_block)
     n = 0
@@ -152,7 +152,7 @@ def _unet_names(config: Any) -> Callable[[str], str | None]:
                 transformers[f"up_blocks.{b}.attentions.{j}"] = f"output_blocks.{n}.1"
         if b + 1 < len(up):
             layers[f"up_blocks.{b}.upsamplers.0.conv"] = f"output_blocks.{n}.{2 if kind == 'CrossAttnUpBlock2D' else 1}.conv"
-    layers |= {f"{old}.{part}": f"{new}.{place}" for old, new in units.items() for part, place in _UNET_RESNET.items()}
+    layers |= {f"{old}.{part}": f"{new}.{place}" for old, new in units.items() for part, place in UNET_RESNET.items()}
 
     def name(key: str) -> str | None:
         unit, attentions, rest = key.partition(".attentions.")

@@ -1,16 +1,21 @@
-"""Write what a run trained, so that other programs load it.
+"""Write what a run trained, or another LoRA, so that other programs load it.
 
-    dedpo export runs/tuned --out tuned.safetensors
-    dedpo export runs/tuned --format merged --out models/tuned
+    dedpo export runs/tuned --out tuned.safetensors                                   a LoRA for diffusers
+    dedpo export runs/tuned --format kohya --out tuned.safetensors                    a LoRA for ComfyUI, A1111 and their kin
+    dedpo export runs/tuned --format merged --out models/tuned                        the whole model as a diffusers folder
+    dedpo export runs/tuned --format checkpoint --out tuned.safetensors               the whole model as one file
+    dedpo export one.safetensors --add other.safetensors=0.5 --rank 16 --format kohya --out both.safetensors
 
-The newest checkpoint is taken, or with --checkpoint best what was trained at the best validation. True alpha and the run's settings
-are stored in the file's metadata, or beside the merged model.
+Of a run the newest checkpoint is taken, or with --checkpoint best what was trained at the best validation. The same export gives the same
+bytes. In the metadata, or beside a folder in dedpo_settings.json, are the run's settings and step, the digests of the base model, data
+and label report it was trained with, and what else was done to it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,110 +25,225 @@ from dedpo_diffusion.settings import ExportSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dedpo_diffusion.pipelines.export_source import Source
+    from dedpo_diffusion.weights import Lora
+    from dedpo_diffusion.weights.base import Base
+
+LORAS = ("diffusers", "kohya")
+
 
 def run(settings: ExportSettings) -> Path:
-    """Write what a run trained, so that other programs load it."""
-    from safetensors.torch import load_file
+    """Write what a run trained, or another LoRA, so that other programs load it."""
+    from dedpo_diffusion.pipelines.export_source import open_source
 
-    from dedpo_diffusion.checkpoints import check_checkpoint
-    from dedpo_diffusion.runs import read_settings
-
-    trained = read_settings(settings.run)
-    full = trained.get("weights", "lora") == "full"
-    if full and settings.format != "merged":
-        raise UserError(f"{settings.run}: the whole UNet was trained, so there is no adapter; give --format merged")
-    if settings.format != "merged" and settings.out.suffix != ".safetensors":
-        raise UserError(f"{settings.out}: give a file name that ends in .safetensors")
-    if settings.format == "merged" and (settings.out.suffix == ".safetensors" or settings.out.exists()):
-        raise UserError(f"{settings.out}: a merged model is a folder that does not exist yet; choose another --out")
-    step, folder = chosen(settings)
-    try:
-        check_checkpoint(folder)
-    except UserError as error:
-        other = "give the run's `dedpo train` command again, which goes on from the checkpoint before it"
-        raise UserError(f"{error}; {'take --checkpoint last' if settings.checkpoint == 'best' else other}") from error
-    averaged = settings.average and (folder / "average.safetensors").is_file()
-    parameters = load_file(folder / ("average.safetensors" if averaged else "parameters.safetensors"))
-    if averaged:
-        say(f"taking the moving average of {settings.run}; --average false takes the last step")
-    if trained["objective"].get("kind") == "self_npo":
-        say("Warning: objective.kind=self_npo trains a model to be worse, for guidance to steer away from; do not sample from it alone")
-    if settings.format == "merged":
-        write_merged(settings, trained, parameters, step)
+    check(settings)
+    source = open_source(settings)
+    if settings.format in LORAS:
+        write_lora(settings, source)
     else:
-        write_lora(settings, trained, parameters, step)
+        write_model(settings, source)
     return settings.out
 
 
-def chosen(settings: ExportSettings) -> tuple[int, Path]:
-    """The step to export, and the folder of its parameters.
+def check(settings: ExportSettings) -> None:
+    """See to it that what was asked for can be meant.
 
     Raises:
-        UserError: the run has no such checkpoint.
+        UserError: it cannot.
     """
-    from dedpo_diffusion.runs import best_folder, checkpoints
-
-    file, found = best_folder(settings.run) / "state.json", checkpoints(settings.run)
-    best = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if best is not None and (settings.checkpoint == "best" or (found and found[-1][0] != best["step"])):
-        other = "" if settings.checkpoint == "best" else ", which --checkpoint best takes"
-        say(f"{settings.run}: step {best['step']} was best{other} ({best['by']} {best['value']:.4f})")
-    if settings.checkpoint == "best":
-        if best is None:
-            raise UserError(f"{settings.run}: no best step is known; train with validation.every, and with held-out pairs or scorers")
-        return best["step"], file.parent
-    if not found:
-        raise UserError(f"{settings.run}: no checkpoint yet; train at least checkpoint_every steps")
-    return found[-1]
+    if settings.rank is not None and settings.format not in LORAS:
+        raise UserError(f"--rank is of a LoRA, and --format {settings.format} writes a whole model; leave it out")
+    if settings.format == "merged":
+        if settings.out.suffix == ".safetensors" or settings.out.exists():
+            raise UserError(f"{settings.out}: a merged model is a folder that does not exist yet; choose another --out")
+    elif settings.out.suffix != ".safetensors" or settings.out.is_dir():
+        raise UserError(f"{settings.out}: give a file name that ends in .safetensors")
+    if settings.rank is not None and settings.rank < 1:
+        raise UserError(f"--rank is {settings.rank}; it must be at least 1")
+    if not -100 < settings.strength < 100 or settings.strength == 0:
+        raise UserError(f"--strength is {settings.strength}; give a number other than 0, where 1 is what was trained")
 
 
-def write_lora(settings: ExportSettings, trained: dict[str, Any], parameters: Mapping[str, Tensor], step: int) -> None:
-    """The adapter as one file."""
-    from dedpo_diffusion.weights import save_lora
+def write_lora(settings: ExportSettings, source: Source) -> None:
+    """A LoRA as one file, in the layout of diffusers or of kohya."""
+    from dedpo_diffusion.weights import to_diffusers, to_kohya
+    from dedpo_diffusion.weights.algebra import one_alpha
+    from dedpo_diffusion.weights.base import modelspec, network
+    from dedpo_diffusion.weights.diffusers_layout import CONFIG
+    from dedpo_diffusion.weights.writing import save_tensors
 
-    tensors, config = adapter(trained, parameters)
-    save_lora(settings.out, tensors, config, {**trained, "step": step})
-    lora = trained["lora"]
-    say(f"wrote {settings.out}: {len(tensors)} tensors, rank {lora['rank']}, alpha {lora['alpha']:g}, step {step}")
+    lora, made = changed_lora(settings, source)
+    told, dtype = source.told(made), settings.dtype or "float32"
+    if settings.format == "kohya":
+        base, lora = base_of_lora(settings, source, lora), one_alpha(lora)
+        _warn_of_dora(lora)
+        tensors = to_kohya(_rounded(lora, dtype), base.family)
+        told |= modelspec(base, source.title, lora=True) | network(lora, base, source.title)
+        what = f"a kohya LoRA for {base.family}"
+    else:
+        tensors, config = to_diffusers(_rounded(lora, dtype))
+        told |= {CONFIG: json.dumps(config, sort_keys=True)}
+        what = "a diffusers LoRA"
+    save_tensors(settings.out, tensors, told)
+    alphas = sorted({layer.alpha for layer in lora.layers.values()})
+    numbers = f"rank {_range(lora.ranks())}, alpha {_range(alphas)}"
+    say(f"wrote {settings.out}: {what}, {len(tensors)} tensors, {numbers}, {dtype}, {_size(settings.out)}{source.at}")
 
 
-def adapter(trained: dict[str, Any], parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The adapter's tensors and configuration, as diffusers reads them."""
-    from dedpo_diffusion.models import ATTENTION
-    from dedpo_diffusion.weights import diffusers_lora
+def changed_lora(settings: ExportSettings, source: Source) -> tuple[Lora, dict[str, Any]]:
+    """The source's LoRA at the strength and rank that were asked for, with others added, and what is to be said of that."""
+    from dedpo_diffusion.pipelines.export_source import weights_of
+    from dedpo_diffusion.weights.algebra import combined, extracted, resized, scaled
 
-    lora = trained["lora"]
-    return diffusers_lora(
-        parameters, rank=lora["rank"], alpha=lora["alpha"], targets=lora["targets"] or list(ATTENTION),
-        rslora=lora.get("rslora", False), dora=lora.get("dora", False),
-    )  # fmt: skip
+    others, made = added(settings)
+    lora, rank = source.lora, settings.rank
+    loss = None
+    dora = lora is not None and any(layer.magnitude is not None for layer in lora.layers.values())
+    if lora is None and rank is None:
+        raise UserError(
+            f"{settings.source}: the whole UNet was trained, so there is no adapter; give --format merged or --format checkpoint, "
+            "or --rank to extract a LoRA of that rank"
+        )
+    if rank is not None and (lora is None or dora):
+        pipe, parts = source.load_base(), source.touched(others)
+        before = {name: value.clone() for name, value in weights_of(pipe, parts).items()}
+        source.apply(pipe, settings.strength, others)
+        lora, loss = extracted(before, weights_of(pipe, parts), rank, part="")
+    else:
+        assert lora is not None
+        lora = combined([scaled(lora, settings.strength), *(scaled(other, by) for other, by in others)])
+        if rank is not None:
+            lora, loss = resized(lora, rank)
+    if loss is not None:
+        name, worst = loss.worst
+        outside = f", {loss.left_out} tensors that are no matrices ({loss.left_out_share:.1%} of it) among that" if loss.left_out else ""
+        say(f"rank {rank} leaves out {loss.relative:.1%} of the change (Frobenius){outside}; at worst {worst:.1%}, of {name}")
+        made |= {"rank": rank, "relative_error": round(loss.relative, 6), "worst_layer": [name, round(worst, 6)]}
+    return lora, made
 
 
-def write_merged(settings: ExportSettings, trained: dict[str, Any], parameters: Mapping[str, Tensor], step: int) -> None:
-    """The base model with what was trained worked in, float32, as a diffusers folder."""
-    from dedpo_diffusion.bases import load_pipeline
+def added(settings: ExportSettings) -> tuple[list[tuple[Lora, float]], dict[str, Any]]:
+    """The LoRAs to add with their strengths, and how the result was made, as far as the settings tell."""
+    from dedpo_diffusion.files import file_digest
+    from dedpo_diffusion.weights import read_lora_file
+
+    found, listed = [], []
+    for text in settings.add:
+        name, _, number = text.rpartition("=") if "=" in text else (text, "", "1")
+        try:
+            strength = float(number)
+        except ValueError as error:
+            raise UserError(f"--add {text}: {number!r} is no number; give FILE=STRENGTH, as other.safetensors=0.5") from error
+        path = Path(name)
+        found.append((read_lora_file(path), strength))
+        listed.append({"file": path.name, "sha256": file_digest(path), "strength": strength})
+    made: dict[str, Any] = {} if settings.strength == 1 else {"strength": settings.strength}
+    return found, made | ({"added": listed} if listed else {})
+
+
+def base_of_lora(settings: ExportSettings, source: Source, lora: Lora) -> Base:
+    """The base that the LoRA is for: the one given, that of the settings, the one that the file names, or the one its layers fit."""
+    from dedpo_diffusion.weights.base import Base, look_up, told_base
+    from dedpo_diffusion.weights.kohya import family_of
+
+    shown = family_of(lora)
+    told = None if source.lora is None or settings.model else told_base(source.lora.metadata)
+    if told is None and source.model is not None:
+        told = look_up(source.model, source.model_config)
+    if told is None and shown is not None:
+        told = Base(shown)
+    if told is None:
+        raise UserError(f"{settings.source}: nothing in it tells which family its base model is of; give --model")
+    if shown is not None and shown != told.family:
+        raise UserError(f"{settings.source}: it is a LoRA of an {shown}, and the base model is an {told.family}; give its own --model")
+    return told
+
+
+def write_model(settings: ExportSettings, source: Source) -> None:
+    """The base model with what was trained worked in, as a diffusers folder or as one file."""
+    import torch
+
     from dedpo_diffusion.files import atomic_folder, write_json
-    from dedpo_diffusion.weights import save_lora
+    from dedpo_diffusion.weights.merging import cast
 
-    pipe = load_pipeline(trained["model"], config=trained.get("model_config"))
+    others, made = added(settings)
+    pipe = source.load_base()
+    source.apply(pipe, settings.strength, others)
+    dtype = settings.dtype or ("float16" if settings.format == "checkpoint" else "float32")
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for part in parts:
+        cast(part, getattr(torch, dtype))
+    if settings.format == "checkpoint":
+        write_checkpoint(settings, source, pipe, made, dtype)
+        return
     with atomic_folder(settings.out) as temporary:
-        if trained.get("weights", "lora") == "full":
-            pipe.unet.load_state_dict(dict(parameters))
-        else:  # diffusers reads alpha from a file alone
-            tensors, config = adapter(trained, parameters)
-            save_lora(temporary / "adapter.safetensors", tensors, config, {})
-            pipe.load_lora_weights(temporary, weight_name="adapter.safetensors")
-            pipe.fuse_lora()
-            pipe.unload_lora_weights()
-            (temporary / "adapter.safetensors").unlink()
         pipe.save_pretrained(temporary)
-        write_json(temporary / "dedpo_settings.json", {**trained, "step": step})
-    say(f"wrote {settings.out}: the whole model, step {step}")
+        write_json(temporary / "dedpo_settings.json", source.told_in_folder(made))
+    size, count = _size(settings.out), sum(len(part.state_dict()) for part in parts)
+    say(f"wrote {settings.out}: the whole model as a diffusers folder, {count} tensors, {dtype}, {size}{source.at}")
+
+
+def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: Mapping[str, Any], dtype: str) -> None:
+    """The whole model as one file in the original layout; a v-prediction is marked by a tensor, as ComfyUI and A1111 look for it."""
+    import torch
+
+    from dedpo_diffusion.single_file import to_single_file
+    from dedpo_diffusion.weights.base import base_of, modelspec
+    from dedpo_diffusion.weights.writing import save_tensors
+
+    base = base_of(pipe)
+    second = getattr(pipe, "text_encoder_2", None)
+    tensors: dict[str, Tensor] = to_single_file(pipe.unet, pipe.vae, pipe.text_encoder, second)
+    if base.prediction == "v_prediction":
+        tensors["v_pred"] = torch.zeros(0)
+        if base.zero_snr:
+            tensors["ztsnr"] = torch.zeros(0)
+    elif base.prediction != "epsilon":
+        raise UserError(f"--format checkpoint: no reader of single files knows prediction {base.prediction}; give --format merged")
+    save_tensors(settings.out, tensors, source.told(made) | modelspec(base, source.title, lora=False))
+    what = f"the whole model as one file, {base.family}"
+    say(f"wrote {settings.out}: {what}, {len(tensors)} tensors, {dtype}, {_size(settings.out)}{source.at}")
+
+
+def _rounded(lora: Lora, dtype: str) -> Lora:
+    """The LoRA with its matrices in a precision."""
+    import torch
+
+    def rounded(name: str, value: Tensor | None) -> Tensor | None:
+        found = None if value is None else value.to(getattr(torch, dtype))
+        if found is not None and not torch.isfinite(found).all():
+            raise UserError(f"{name}: not finite as {dtype}; give --dtype bfloat16 or float32")
+        return found
+
+    layers = {
+        name: replace(layer, **{kind: rounded(name, getattr(layer, kind)) for kind in ("down", "up", "magnitude")})
+        for name, layer in lora.layers.items()
+    }
+    return replace(lora, layers=layers)
+
+
+def _warn_of_dora(lora: Lora) -> None:
+    if any(layer.magnitude is not None for layer in lora.layers.values()):
+        say(
+            "Warning: programs disagree on a DoRA's magnitudes in the kohya layout: LyCORIS computes what was trained, ComfyUI nearly "
+            "that, diffusers leaves them out, A1111 takes them for those of columns. For all of these, give --rank, which extracts a "
+            "plain LoRA, or --format checkpoint"
+        )
+
+
+def _range(values: list[Any]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _size(path: Path) -> str:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    return stage(ExportSettings, run, argv, prog="dedpo export", positional=("run",))
+    return stage(ExportSettings, run, argv, prog="dedpo export", positional=("source",), flags={"add": "add"})
 
 
 if __name__ == "__main__":

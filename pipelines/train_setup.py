@@ -194,14 +194,15 @@ def add_lora(settings: TrainSettings, model: Backbone) -> None:
     import torch
 
     from dedpo_diffusion.models import ATTENTION
-    from dedpo_diffusion.weights import read_lora
+    from dedpo_diffusion.weights import read_lora_file, to_parameters
 
     lora = settings.lora
     if lora.rank < 1 or not lora.alpha > 0:
         raise UserError(f"lora.rank is {lora.rank}, lora.alpha {lora.alpha:g}; both must be positive")
     start = None
     if lora.start is not None:
-        start = read_lora(lora.start, scale=lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank))
+        scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+        start = to_parameters(read_lora_file(lora.start), scale=scale)
     torch.manual_seed(settings.seed)  # of the adapter's first weights
     model.add_lora(
         rank=lora.rank, alpha=lora.alpha, targets=lora.targets or list(ATTENTION), dropout=lora.dropout, rslora=lora.rslora,

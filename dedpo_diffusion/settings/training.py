@@ -245,18 +245,32 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Write what a run trained, so that other programs load it.
+    """Write what a run trained, or another LoRA, so that other programs load it.
 
     Args:
-        run: the run folder.
+        source: a run folder, or a LoRA as a .safetensors file in the layout of diffusers or kohya.
         out: the file to write, or the folder.
-        checkpoint: the last one, or what was trained at the best validation.
-        average: take the moving average, if the run kept one.
-        format: diffusers is a LoRA file of that layout; merged is a diffusers folder of the whole model, float32.
+        format: diffusers and kohya are a LoRA file of that layout (kohya is what ComfyUI and A1111 load); merged is a diffusers folder of
+            the whole model; checkpoint is the whole model as one file in the original layout.
+        checkpoint: of a run, the last one, or what was trained at the best validation.
+        average: of a run, take the moving average, if it kept one.
+        dtype: precision of what is written; None takes float16 for a checkpoint and float32 for the others.
+        strength: what the change is multiplied by.
+        rank: rank of the LoRA. The nearest one of that rank is written, and how much it leaves out is said; of a run that trained the
+            whole UNet, and of a DoRA, it is extracted from the change of the weights.
+        add: other LoRA files to add to it, each with its strength, as "other.safetensors=0.5".
+        model: the base model; None takes that of the run, or of the settings in the LoRA file.
+        model_config: for a .safetensors model, the diffusers folder or hub id of its architecture.
     """
 
-    run: Path
+    source: Path
     out: Path
-    format: Literal["diffusers", "merged"] = "diffusers"
+    format: Literal["diffusers", "kohya", "merged", "checkpoint"] = "diffusers"
     checkpoint: Literal["last", "best"] = "last"
     average: bool = True
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    strength: float = 1.0
+    rank: int | None = None
+    add: list[str] = field(default_factory=list)
+    model: str | None = None
+    model_config: str | None = None

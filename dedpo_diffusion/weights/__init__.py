@@ -4,10 +4,21 @@
 |---|---|
 | lora.py | a LoRA in memory |
 | algebra.py | another strength, another rank, several in one, the LoRA of a whole fine-tune |
-| diffusers_layout.py | the layout of diffusers |
+| live.py | the adapter that is being trained |
+| diffusers_layout.py, kohya.py | the two layouts of LoRA files |
+| reading.py | a LoRA file of either layout |
+| writing.py | files whose bytes depend on nothing but what is in them |
+| merging.py | changes worked into a model's weights |
+| base.py | what metadata tell of the base model |
 """
 
-from .diffusers_layout import diffusers_lora, read_lora, read_metadata, save_lora
+from .diffusers_layout import diffusers_lora, read_metadata, save_lora, to_diffusers
+from .kohya import to_kohya
+from .live import from_parameters, to_parameters
 from .lora import Lora, LoraLayer
+from .reading import read_lora_file
 
-__all__ = ["Lora", "LoraLayer", "diffusers_lora", "read_lora", "read_metadata", "save_lora"]
+__all__ = [
+    "Lora", "LoraLayer", "diffusers_lora", "from_parameters", "read_lora_file", "read_metadata", "save_lora", "to_diffusers", "to_kohya",
+    "to_parameters",
+]  # fmt: skip

@@ -68,6 +68,21 @@ def _stacked(name: str, parts: Sequence[LoraLayer]) -> LoraLayer:
     return LoraLayer(down, up, alpha=float(len(down)))
 
 
+def one_alpha(lora: Lora) -> Lora:
+    """The same changes with one alpha in all layers, and none scaled by its square root of r: what every reader takes.
+
+    Readers of the kohya layout take no rslora, and diffusers (0.42) takes the alphas of layers that differ for one.
+    """
+    wanted = {name: layer.scale * layer.rank for name, layer in lora.layers.items()}
+    counts = sorted(wanted.values())
+    common = max(counts, key=counts.count) if counts else 1.0
+    layers = {}
+    for name, layer in lora.layers.items():
+        up = layer.up if wanted[name] == common else layer.up.float() * (wanted[name] / common)
+        layers[name] = replace(layer, up=up, alpha=common, rslora=False)
+    return replace(lora, layers=layers)
+
+
 def resized(lora: Lora, rank: int) -> tuple[Lora, Loss]:
     """The best one of another rank in every layer: fewer directions by SVD, more by zeros (exact).
 
@@ -103,18 +118,20 @@ def extracted(before: Mapping[str, Tensor], after: Mapping[str, Tensor], rank: i
     Args:
         before, after: state dictionaries of the same module, before and after.
         rank: at most; a layer whose weight has fewer rows or columns takes as many as it has.
-        part: what the module is called in a pipeline.
+        part: what the module is called in a pipeline; "" where the names say it.
 
     Raises:
         UserError: a rank below 1, or state dictionaries of different modules.
     """
     _check_rank(rank)
-    odd = sorted(set(before) ^ set(after)) or [name for name in before if before[name].shape != after[name].shape]
-    if odd:
-        raise UserError(f"{odd[0]}: the two models do not have the same weights, so no LoRA leads from one to the other")
+    odd = sorted(set(before) ^ set(after))
     layers, tally = {}, _Tally()
     for name, old in track(before.items(), "extracting a LoRA", len(before)):
-        change = after[name].float() - old.float()
+        new = after[name] if not odd else None  # read once: it may lie in a file
+        if new is None or new.shape != old.shape:
+            first = odd[0] if odd else name
+            raise UserError(f"{first}: the two models do not have the same weights, so no LoRA leads from one to the other")
+        change = new.float() - old.float()
         if not change.any():
             continue
         module, _, kind = name.rpartition(".")
@@ -125,8 +142,9 @@ def extracted(before: Mapping[str, Tensor], after: Mapping[str, Tensor], rank: i
         down, up = factors(matrix, min(rank, *matrix.shape))
         ends = [1] * (change.ndim - 2)
         layer = LoraLayer(down.view(len(down), *change.shape[1:]), up.view(*up.shape, *ends), alpha=float(len(down)))
-        layers[f"{part}.{module}"] = layer
-        tally.add(f"{part}.{module}", change, layer.delta())
+        where = f"{part}.{module}" if part else module
+        layers[where] = layer
+        tally.add(where, change, layer.delta())
     if not layers:
         raise UserError("the two models are the same, so there is no LoRA between them")
     return Lora(layers), tally.loss()

@@ -3,108 +3,146 @@
 from __future__ import annotations
 
 import json
-import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from ..console import UserError
-from ..files import atomic_file
 from ..text import NAMES
+from .live import from_parameters, full_name
+from .lora import Lora, LoraLayer
+from .writing import save_tensors
+
+PARTS = ("unet", *NAMES)
+CONFIG = "lora_adapter_metadata"  # where diffusers looks for the configuration of the adapters
+# the last part of a name, which versions of diffusers wrote differently, and what it is
+_ENDS = {
+    "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down", "lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down", "lora_linear_layer.up.weight": "up", "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude", "alpha": "alpha",
+}  # fmt: skip
+_NAME = re.compile(rf"({'|'.join(PARTS)})\.(.+)\.({'|'.join(map(re.escape, _ENDS))})")
+
+
+def to_diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors under the names that `load_lora_weights` reads, and the configuration of each part's adapter.
+
+    Returns:
+        "unet.<layer>.lora_A.weight" (r, in) and so on, contiguous, and {"unet.r": ..., "unet.lora_alpha": ...}: without lora_alpha a
+        reader takes alpha = r, and the LoRA loads at another strength.
+
+    Raises:
+        UserError: a part of which some layers alone are DoRAs, which diffusers has no configuration for.
+    """
+    tensors: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    for part in PARTS:
+        layers = {name.removeprefix(f"{part}."): layer for name, layer in lora.layers.items() if name.startswith(f"{part}.")}
+        if not layers:
+            continue
+        config |= {f"{part}.{key}": value for key, value in _adapter_config(part, layers).items()}
+        for name, layer in layers.items():
+            tensors[f"{part}.{name}.lora_A.weight"] = layer.down.contiguous()
+            tensors[f"{part}.{name}.lora_B.weight"] = layer.up.contiguous()
+            if layer.magnitude is not None:
+                shape = (1, -1, *[1] * (layer.down.ndim - 2)) if layer.down.ndim > 2 else (-1,)  # as peft has it
+                tensors[f"{part}.{name}.lora_magnitude_vector.weight"] = layer.magnitude.contiguous().view(shape)
+    return tensors, config
+
+
+def _adapter_config(part: str, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    dora = {layer.magnitude is not None for layer in layers.values()}
+    if len(dora) > 1:
+        raise UserError(f"{part}: some of its layers are DoRAs and others are not, which diffusers cannot load; merge it into the model")
+    rslora = all(layer.rslora for layer in layers.values())
+    # what each layer's alpha is if all are scaled by the same rule
+    alphas = {name: layer.alpha if layer.rslora == rslora else layer.scale * layer.rank for name, layer in layers.items()}
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    rank, alpha = (Counter(sorted(values.values())).most_common(1)[0][0] for values in (ranks, alphas))
+    names = {name: name.removeprefix("text_model.") for name in layers}  # versions of transformers differ in it; peft compares the ends
+    config: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "use_dora": dora.pop(), "use_rslora": rslora}
+    config["target_modules"] = sorted(names.values())
+    for kind, values, common in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha)):
+        others = {names[name]: value for name, value in sorted(values.items()) if value != common}
+        if others:
+            config[kind] = others
+    return config
+
+
+def from_diffusers(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Lora:
+    """The LoRA in tensors under the names of diffusers, of this version or an earlier one.
+
+    Args:
+        path: the file, for messages.
+        tensors: as in the file.
+        metadata: of the file; without a configuration there, alpha is r, as for any other reader.
+
+    Raises:
+        UserError: a tensor that is no part of an adapter of UNet or text encoders.
+    """
+    try:
+        config = json.loads(metadata.get(CONFIG, "{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: its {CONFIG} is no JSON ({error}); export it again with the program that wrote it") from error
+    held: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        match = _NAME.fullmatch(_modern(key))
+        if match is None:
+            raise UserError(f"{path}: {key!r} is no part of an adapter in the layout of diffusers; give a LoRA of a UNet and text encoders")
+        held.setdefault(full_name(match[1], match[2]), {})[_ENDS[match[3]]] = value
+    layers = {}
+    for name, found in held.items():
+        if not {"down", "up"} <= set(found):
+            raise UserError(f"{path}: {name} has one of its two matrices alone; the file is not whole, get it again")
+        part, _, inside = name.partition(".")
+        own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+        rank = len(found["down"])
+        common = own.get("lora_alpha", rank) if config else found["alpha"].item() if "alpha" in found else rank
+        magnitude = found["magnitude"].float().flatten() if "magnitude" in found else None
+        alpha = float(_pattern(own.get("alpha_pattern") or {}, inside, common))
+        layers[name] = LoraLayer(found["down"].float(), found["up"].float(), alpha, bool(own.get("use_rslora")), magnitude)
+    return Lora(layers, dict(metadata))
+
+
+def _modern(key: str) -> str:
+    """A name as today's versions write it, from one of attention processors."""
+    part, _, rest = key.partition(".")
+    out = "to_out.0" if part == "unet" else "out_proj"
+
+    def layer(match: re.Match[str]) -> str:
+        which = match[1]
+        name = out if which == "out" else f"to_{which}" if part == "unet" else f"{which}_proj"
+        return f".{name}.lora.{match[2]}"
+
+    return f"{part}." + re.sub(r"\.to_(q|k|v|out)_lora\.(down|up)", layer, rest.replace(".processor.", "."))
+
+
+def _pattern(patterns: Mapping[str, float], name: str, otherwise: float) -> float:
+    """What peft takes for a layer: the first pattern that the end of its name matches."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
 
 
 def diffusers_lora(
     parameters: Mapping[str, Tensor], *, rank: int, alpha: float, targets: list[str], rslora: bool = False, dora: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Rename adapter parameters to the keys that `load_lora_weights` reads.
-
-    Args:
-        parameters: "<layer>.lora_A.default.weight" (r, in) and "<layer>.lora_B.default.weight" (out, r), of the UNet or, as
-            "text_encoder.<layer>..." and "text_encoder_2.<layer>...", of the text encoders.
-        rank: r.
-        alpha: lora_alpha; without it a reader assumes alpha = rank and the adapter loads at another strength.
-        targets: names of the adapted layers.
-        rslora, dora: variants of the adapter.
-
-    Returns:
-        The tensors, "unet.<layer>.lora_A.weight" and so on, float32, and the configuration of each part's adapter.
-
-    Raises:
-        ValueError: a parameter that is no part of the default adapter.
-    """
-    renamed = {}
-    for name, value in parameters.items():
-        if ".default." not in name:
-            raise ValueError(f"{name} is not a parameter of the default adapter")
-        part, _, layer = name.partition(".")
-        # whatever a version of transformers calls its layers, files have the name that all of them read
-        key = f"{part}.text_model.{layer}" if part in NAMES else f"unet.{name}"
-        renamed[key.replace(".default.", ".")] = value.detach().float().cpu().contiguous()
-    config = {"r": rank, "lora_alpha": alpha, "use_dora": dora, "use_rslora": rslora}
-    metadata = {f"unet.{key}": value for key, value in (config | {"target_modules": sorted(targets)}).items()}
-    for part in NAMES:
-        layers = sorted({layer for layer in (key.rpartition(".lora_")[0] for key in renamed if key.startswith(f"{part}.")) if layer})
-        if layers:
-            own = config | {"target_modules": [layer.removeprefix(f"{part}.text_model.") for layer in layers]}
-            metadata |= {f"{part}.{key}": value for key, value in own.items()}
-    return renamed, metadata
+    """`to_diffusers` of an adapter's parameters, with the targets' short names in the configuration of the UNet's."""
+    tensors, config = to_diffusers(from_parameters(parameters, alpha=alpha, rslora=rslora))
+    return tensors, config | {"unet.r": rank, "unet.use_dora": dora, "unet.target_modules": sorted(targets)}
 
 
 def save_lora(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Write the file atomically; `config` where diffusers looks for it, `settings` as JSON under "dedpo_settings"."""
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps(dict(config), sort_keys=True),
-        "dedpo_settings": json.dumps(dict(settings), sort_keys=True),
-    }
-    with atomic_file(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=metadata)
-
-
-def read_lora(path: Path, *, scale: float) -> dict[str, Tensor]:
-    """The adapter parameters, named as `diffusers_lora` takes them, of a file in the layout of diffusers.
-
-    Args:
-        path: the file.
-        scale: what the adapter's output will be multiplied by, alpha / r; the file's own is worked into lora_B.
-
-    Raises:
-        UserError: the file cannot be read, or holds other things than adapters of UNet and text encoders, each of one alpha and rank.
-    """
-    try:
-        tensors = load_file(path)
-        config = read_metadata(path).get("lora_adapter_metadata", {})
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a LoRA file ({error}); `dedpo export` writes such files") from error
-    parts = {"unet", *NAMES}
-    odd = [name for name in tensors if name.partition(".")[0] not in parts or ".lora_" not in name]
-    if odd or not tensors:
-        what = f"{odd[0]!r} is no part of an adapter in the layout of diffusers" if odd else "it is empty"
-        raise UserError(f"{path}: {what}; give a file as `dedpo export RUN --format diffusers` writes it")
-    if any(config.get(f"{part}.{kind}_pattern") for part in parts for kind in ("rank", "alpha")):
-        raise UserError(f"{path}: its layers have ranks or alphas of their own, which cannot be trained on; give a LoRA of one rank")
-    factors = {}
-    for part in parts:
-        ranks = (len(value) for name, value in tensors.items() if name.startswith(f"{part}.") and ".lora_A." in name)
-        rank = next(ranks, 1)
-        alpha = float(config.get(f"{part}.lora_alpha", rank))  # without metadata readers take alpha = rank
-        factors[part] = alpha / (math.sqrt(rank) if config.get(f"{part}.use_rslora") else rank) / scale
-    found = {}
-    for name, value in tensors.items():
-        part, _, inside = name.partition(".")
-        layer, _, rest = inside.partition(".lora_")
-        kind, _, tail = rest.partition(".")
-        where = layer if part == "unet" else f"{part}.{layer.removeprefix('text_model.')}"
-        found[".".join([f"{where}.lora_{kind}.default", *([tail] if tail else [])])] = value.float() * (factors[part] if kind == "B" else 1)
-    return found
+    told = {CONFIG: json.dumps(dict(config), sort_keys=True), "dedpo_settings": json.dumps(dict(settings), sort_keys=True)}
+    save_tensors(path, tensors, told)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The adapter's configuration and the settings stored in a file that `save_lora` wrote."""
+    """The adapter's configuration, and what `dedpo export` stored in a file: settings, sources, how it was made."""
     with safe_open(path, "pt") as file:
         stored = file.metadata() or {}
-    return {key: json.loads(stored[key]) for key in ("lora_adapter_metadata", "dedpo_settings") if key in stored}
+    return {key: json.loads(value) for key, value in stored.items() if key == CONFIG or key.startswith("dedpo_")}

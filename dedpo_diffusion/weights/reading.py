@@ -1,0 +1,68 @@
+"""LoRA files of every layout that is written here, told apart by what is in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..console import UserError
+from ..single_file import unreadable
+from .diffusers_layout import PARTS, from_diffusers
+from .kohya import from_kohya
+from .lora import Lora
+
+_FOREIGN = (  # what the names of tensors show a file to be, and what to give instead
+    (r"\.default(_\d+)?\.(weight)$|\.lora_[AB]\.default", "a checkpoint of training", "give the run folder"),
+    (
+        r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.",
+        "the checkpoint of a whole model",
+        "give it as --model, or extract a LoRA from it elsewhere",
+    ),
+    (r"^(emb_params|string_to_param)|^clip_[lg]$|^bundle_emb\.", "a textual inversion, or holds one", "give a LoRA alone"),
+    (r"^(transformer|diffusion_model|lora_transformer)[._]", "a LoRA of a transformer (SD3, Flux)", "give one of an SD1.x, SD2.x or SDXL"),
+    (r"^base_model\.", "an adapter as peft saves it by itself", "write it with diffusers' save_lora_weights"),
+    (r"^(control_model|controlnet|lora_controlnet)", "a ControlNet", "give a LoRA"),
+    (r"^(down_blocks|mid_block|up_blocks|conv_in|encoder|text_model)\.", "a part of a diffusers folder", "give a LoRA"),
+)
+
+
+def layout(names: list[str]) -> str | None:
+    """Which layout a LoRA file has by the names of its tensors: "diffusers" or "kohya", None if it is no LoRA file."""
+    if any(re.match(r"lora_(unet|te\d?)_", name) for name in names):
+        return "kohya"
+    wanted = rf"({'|'.join(PARTS)})\.(?!.*\.default).*lora"
+    return "diffusers" if any(re.match(wanted, name) for name in names) else None
+
+
+def read_lora_file(path: Path) -> Lora:
+    """The LoRA of a file, its tensors in float32, its metadata as they are.
+
+    Args:
+        path: a .safetensors file in the layout of diffusers or of kohya-ss/sd-scripts.
+
+    Raises:
+        UserError: it cannot be read, it holds something else, or numbers that are not finite.
+    """
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}; give a LoRA as a .safetensors file, as `dedpo export` writes it")
+    try:
+        with safe_open(path, "pt") as file:
+            names, metadata = list(file.keys()), dict(file.metadata() or {})
+            found = layout(names)
+            tensors = {name: file.get_tensor(name) for name in names} if found else {}
+    except SafetensorError as error:
+        raise UserError(f"{path}: {unreadable(path, error)}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a file that you may read") from error
+    if found is None:
+        told = ((what, remedy) for pattern, what, remedy in _FOREIGN if any(re.search(pattern, name) for name in names))
+        what, remedy = next(told, ("no LoRA as far as its tensors' names tell", "give a LoRA as `dedpo export` writes it"))
+        raise UserError(f"{path}: it seems to be {what}; {remedy}" if names else f"{path}: there is nothing in it; give another file")
+    for name, value in tensors.items():
+        if not torch.isfinite(value.float()).all():
+            raise UserError(f"{path}: {name} is not finite, so the training of this LoRA had failed; give another")
+    return (from_kohya if found == "kohya" else from_diffusers)(path, tensors, metadata)

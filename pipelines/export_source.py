@@ -1,0 +1,195 @@
+"""What is exported: the checkpoint of a run, or a LoRA file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.settings import ExportSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dedpo_diffusion.weights import Lora
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    Attributes:
+        title: its name.
+        lora: the LoRA; None where the whole UNet was trained.
+        weights: the whole UNet's weights; None where a LoRA was trained.
+        model, model_config: the base, None where nothing names it.
+        settings: of the run, with "step"; empty where they are not known.
+        sources: digests of what the run was trained with, by name.
+        before: how it came to be, where it is a file.
+    """
+
+    title: str
+    lora: Lora | None
+    weights: Mapping[str, Tensor] | None
+    model: str | None
+    model_config: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    before: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def at(self) -> str:
+        """ ", step 7" of a run's."""
+        return f", step {self.settings['step']}" if "step" in self.settings else ""
+
+    def told(self, made: Mapping[str, Any]) -> dict[str, str]:
+        """What the metadata of a file say of settings, sources and what was done."""
+        parts = {"settings": self.settings, "sources": self.sources, "made": {**self.before, **made}}
+        return {f"dedpo_{name}": json.dumps(dict(part), sort_keys=True) for name, part in parts.items() if part}
+
+    def told_in_folder(self, made: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, for a folder's JSON."""
+        parts = {"sources": dict(self.sources), "made": {**self.before, **made}}
+        return {**self.settings, **{name: part for name, part in parts.items() if part}}
+
+    def load_base(self) -> Any:
+        """The base model as a pipeline, float32. Raises as `load_pipeline`, and UserError where nothing names it."""
+        from dedpo_diffusion.bases import load_pipeline
+
+        if self.model is None:
+            raise UserError(f"{self.title}: nothing in it names its base model, which is needed here; give --model")
+        return load_pipeline(self.model, config=self.model_config)
+
+    def apply(self, pipe: Any, strength: float, others: Sequence[tuple[Lora, float]]) -> None:
+        """Work this, and other LoRAs, into a pipeline's weights, in float32 and in place."""
+        from dedpo_diffusion.weights.algebra import scaled
+        from dedpo_diffusion.weights.merging import merge, replace_weights
+
+        if self.weights is not None:
+            replace_weights(pipe.unet, self.weights, strength=strength)
+        if self.lora is not None:
+            merge(pipe, self.lora, strength=strength)
+        for other, by in others:
+            merge(pipe, scaled(other, by))
+
+    def touched(self, others: Sequence[tuple[Lora, float]]) -> list[str]:
+        """The parts of a pipeline that this and other LoRAs change."""
+        names = {"unet"} if self.weights is not None else set()
+        for lora in [self.lora, *(other for other, _ in others)]:
+            names |= {name.partition(".")[0] for name in (lora.layers if lora else ())}
+        return sorted(names)
+
+
+def weights_of(pipe: Any, parts: Sequence[str]) -> dict[str, Tensor]:
+    """The weights of these parts of a pipeline, under the names of LoRAs' layers."""
+    from dedpo_diffusion.weights.live import full_name
+
+    return {full_name(part, name): value for part in parts for name, value in getattr(pipe, part).state_dict().items()}
+
+
+def open_source(settings: ExportSettings) -> Source:
+    """Read what is to be exported.
+
+    Raises:
+        UserError: it is no run with a whole checkpoint, and no LoRA file.
+    """
+    if settings.source.is_dir():
+        return _open_run(settings)
+    return _open_file(settings)
+
+
+def _open_file(settings: ExportSettings) -> Source:
+    from dedpo_diffusion.files import file_digest
+    from dedpo_diffusion.weights import read_lora_file
+
+    for name, usual in (("checkpoint", "last"), ("average", True)):
+        if getattr(settings, name) != usual:
+            raise UserError(f"--{name} is of a run, and {settings.source} is no run folder; leave it out")
+    lora = read_lora_file(settings.source)
+    told = {}
+    for name in ("settings", "sources", "made"):
+        try:
+            told[name] = json.loads(lora.metadata.get(f"dedpo_{name}", "{}"))
+        except ValueError as error:
+            raise UserError(f"{settings.source}: its dedpo_{name} is no JSON ({error}); export it again from the run") from error
+    trained = told["settings"]
+    before: dict[str, Any] = {"from": {"file": settings.source.name, "sha256": file_digest(settings.source)}}
+    if told["made"]:
+        before["from"]["made"] = told["made"]
+    title = lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or settings.source.stem
+    model, config = (settings.model, settings.model_config) if settings.model else (trained.get("model"), trained.get("model_config"))
+    return Source(title, lora, None, model, config, trained, told["sources"], before)
+
+
+def _open_run(settings: ExportSettings) -> Source:
+    from dedpo_diffusion.checkpoints import check_checkpoint, load_part
+    from dedpo_diffusion.runs import read_settings
+    from dedpo_diffusion.weights import from_parameters
+
+    run = settings.source
+    trained = read_settings(run)
+    step, folder = chosen(settings)
+    try:
+        check_checkpoint(folder)
+    except UserError as error:
+        other = "give the run's `dedpo train` command again, which goes on from the checkpoint before it"
+        raise UserError(f"{error}; {'take --checkpoint last' if settings.checkpoint == 'best' else other}") from error
+    averaged = settings.average and (folder / "average.safetensors").is_file()
+    parameters = load_part(folder, "average" if averaged else "parameters")  # each is read when it is asked for
+    assert parameters is not None  # or the check had found it missing
+    if averaged:
+        say(f"taking the moving average of {run}; --average false takes the last step")
+    if trained["objective"].get("kind") == "self_npo":
+        say("Warning: objective.kind=self_npo trains a model to be worse, for guidance to steer away from; do not sample from it alone")
+    lora = None
+    if trained.get("weights", "lora") == "lora":
+        lora = from_parameters(parameters, alpha=trained["lora"]["alpha"], rslora=trained["lora"].get("rslora", False))
+    given = (settings.model, settings.model_config) if settings.model else (trained["model"], trained.get("model_config"))
+    title = Path(trained.get("out", run)).name
+    return Source(title, lora, parameters if lora is None else None, *given, {**trained, "step": step}, digests(run, trained))
+
+
+def digests(run: Path, trained: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was trained with: the fingerprints in its identity.json, and the digest of its targets' label report.
+
+    The report counts only while the targets beside it are those that were trained on.
+    """
+    from dedpo_diffusion.files import file_digest
+
+    file = run / "identity.json"
+    found: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "targets" not in found:
+        return found
+    targets = Path(trained["data"]["pairs"]) / "targets" / f"{trained['data']['targets']}.parquet"
+    report = targets.with_suffix(".json")
+    if targets.is_file() and report.is_file() and file_digest(targets) == found["targets"]:
+        found["label_report"] = file_digest(report)
+    else:
+        say(f"{report}: not there any more as it was in training, so its digest is not stored")
+    return found
+
+
+def chosen(settings: ExportSettings) -> tuple[int, Path]:
+    """The step to export, and the folder of its parameters.
+
+    Raises:
+        UserError: the run has no such checkpoint.
+    """
+    from dedpo_diffusion.runs import best_folder, checkpoints
+
+    run = settings.source
+    file, found = best_folder(run) / "state.json", checkpoints(run)
+    best = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if best is not None and (settings.checkpoint == "best" or (found and found[-1][0] != best["step"])):
+        other = "" if settings.checkpoint == "best" else ", which --checkpoint best takes"
+        say(f"{run}: step {best['step']} was best{other} ({best['by']} {best['value']:.4f})")
+    if settings.checkpoint == "best":
+        if best is None:
+            raise UserError(f"{run}: no best step is known; train with validation.every, and with held-out pairs or scorers")
+        return best["step"], file.parent
+    if not found:
+        raise UserError(f"{run}: no checkpoint yet; train at least checkpoint_every steps")
+    return found[-1]

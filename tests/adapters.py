@@ -1,0 +1,98 @@
+"""What the tests of LoRA files share: run folders with random adapters, and what models compute with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dedpo_diffusion.checkpoints import save_checkpoint
+from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.runs import checkpoint_folder, open_run
+from dedpo_diffusion.settings import DataSettings, LoraSettings, TrainSettings
+
+PROMPT = "a small red circle"
+CONV = ["to_q", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj_in", "ff.net.0.proj", "ff.net.2", "conv", "conv_in", "conv_out"]
+
+
+def adapted(base: Path, *, rank: int = 8, alpha: float = 4.0, seed: int = 0, **options) -> Backbone:
+    """A model with a random adapter."""
+    model = Backbone(str(base), device=torch.device("cpu"))
+    model.add_lora(rank=rank, alpha=alpha, **options)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.trainable().items():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter.data * (1 + 0.2 * noise) if "magnitude" in name else 0.1 * noise
+    return model
+
+
+def as_run(model: Backbone, base: Path, folder: Path, *, data: Path, rank: int = 8, alpha: float = 4.0, identity=None, **options) -> Path:
+    """A run folder whose one checkpoint, of step 7, is this model's adapter."""
+    options["text_encoders"] = options.pop("text", False)
+    settings = TrainSettings(
+        model=str(base), out=folder, data=DataSettings(data, "soft"), lora=LoraSettings(rank=rank, alpha=alpha, **options)
+    )
+    return write_run(settings, model.trainable(), identity)
+
+
+def write_run(settings: TrainSettings, parameters, identity=None) -> Path:
+    """A run folder with one checkpoint, of step 7, of these parameters."""
+    open_run(settings.out, settings, identity or {"base_model": "b", "pairs": "p", "targets": "t"})
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    save_checkpoint(checkpoint_folder(settings.out, 7), parameters, optimizer, {"step": 7})
+    return settings.out
+
+
+def whole_run(base: Path, folder: Path, *, data: Path) -> Path:
+    """A run folder of a UNet that was trained as a whole: every weight moved by about a tenth of it, along few directions."""
+    model = Backbone(str(base), device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for name, value in model.unet.state_dict().items():
+        flat = value.flatten(1) if value.ndim > 1 else value[:, None]
+        change = torch.randn(len(flat), 2, generator=generator) @ torch.randn(2, flat.shape[1], generator=generator)
+        weights[name] = value + 0.05 * change.view(value.shape) * (1 if value.ndim > 1 else 0.01)
+    return write_run(TrainSettings(model=str(base), out=folder, data=DataSettings(data, "soft"), weights="full"), weights)
+
+
+def pipeline(base: Path, lora: Path | None = None):
+    """Plain diffusers."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    return pipe
+
+
+@torch.no_grad()
+def prediction(unet, seed: int = 0) -> torch.Tensor:
+    """What a UNet predicts for random inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, unet.config.cross_attention_dim, generator=generator)
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+    added = {"text_embeds": torch.randn(2, 32, generator=generator), "time_ids": sizes} if unet.config.addition_embed_type else None
+    return unet(x, torch.tensor([10, 700]), text, added_cond_kwargs=added).sample
+
+
+@torch.no_grad()
+def embeddings(pipe) -> torch.Tensor:
+    """What the text encoders of a pipeline make of the prompt, SDXL's embedding of the whole prompt behind it."""
+    found = pipe.encode_prompt(PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return torch.cat([found[0].flatten(), *([found[2].flatten()] if len(found) > 2 else [])])
+
+
+@torch.no_grad()
+def live_embeddings(model: Backbone) -> torch.Tensor:
+    """The same of a model in training."""
+    found = model.text(model.text.tokens([PROMPT]))
+    return torch.cat([found.text.flatten(), *([] if found.pooled is None else [found.pooled.flatten()])])
+
+
+@torch.no_grad()
+def image(pipe) -> torch.Tensor:
+    """An image (64, 64, 3) in [0, 1]."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return torch.tensor(pipe(PROMPT, num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="np").images[0])
