@@ -4,6 +4,7 @@
     dedpo export runs/tuned --format kohya --out tuned.safetensors                    a LoRA for ComfyUI, A1111 and their kin
     dedpo export runs/tuned --format merged --out models/tuned                        the whole model as a diffusers folder
     dedpo export runs/tuned --format checkpoint --out tuned.safetensors               the whole model as one file
+    dedpo export runs/tuned --out share/tuned.safetensors --results report/results.json   with a model card
     dedpo export one.safetensors --add other.safetensors=0.5 --rank 16 --format kohya --out both.safetensors
 
 Of a run the newest checkpoint is taken, or with --checkpoint best what was trained at the best validation. The same export gives the same
@@ -42,6 +43,8 @@ def run(settings: ExportSettings) -> Path:
         write_lora(settings, source)
     else:
         write_model(settings, source)
+    if settings.card or settings.results is not None:
+        write_card(settings)
     return settings.out
 
 
@@ -51,6 +54,12 @@ def check(settings: ExportSettings) -> None:
     Raises:
         UserError: it cannot.
     """
+    if (settings.card or settings.results is not None) and settings.source.is_file():
+        raise UserError(f"{settings.source}: a model card is written from a run folder, and this is a file; leave --card and --results out")
+    if settings.arm is not None and settings.results is None:
+        raise UserError("--arm names an arm of --results; give both")
+    if settings.results is not None and not settings.results.is_file():
+        raise UserError(f"{settings.results}: no such file; `dedpo compare` writes results.json beside its report")
     if settings.rank is not None and settings.format not in LORAS:
         raise UserError(f"--rank is of a LoRA, and --format {settings.format} writes a whole model; leave it out")
     if settings.format == "merged":
@@ -203,6 +212,17 @@ def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: 
     save_tensors(settings.out, tensors, source.told(made) | modelspec(base, source.title, lora=False))
     what = f"the whole model as one file, {base.family}"
     say(f"wrote {settings.out}: {what}, {len(tensors)} tensors, {dtype}, {_size(settings.out)}{source.at}")
+
+
+def write_card(settings: ExportSettings) -> None:
+    """The model card beside what was written."""
+    from dedpo_diffusion.weights.card import add_card
+
+    try:
+        path = add_card(settings.out, settings.source, results=settings.results, arm=settings.arm)
+    except UserError as error:
+        raise UserError(f"{error} (the model itself is written; only its card is not)") from error
+    say(f"wrote {path}: the model card; fill in its license before you share the model")
 
 
 def _rounded(lora: Lora, dtype: str) -> Lora:

@@ -289,6 +289,21 @@ def test_the_card_of_a_run(trained, place, tiny_model):
     assert scope["image"].size == (16, 16) and scope["pipe"].get_list_adapters()["unet"]
 
 
+def test_the_command_writes_the_card_too(trained, tmp_path, capsys):
+    command = [str(trained / "run"), "--out", str(tmp_path / "tuned.safetensors"), "--format", "kohya"]
+    assert export.main([*command, "--results", str(write_results(tmp_path / "report", results()))]) == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "this model is `tuned`" in text and "fill in its license" in capsys.readouterr().out
+    for more, words in (
+        (["--arm", "tuned"], "give both"),
+        (["--results", str(tmp_path / "none.json")], "no such file"),
+        (["--results", str(write_results(tmp_path / "two", results("naive", "tuned")))], "the model itself is written"),
+    ):
+        assert export.main([*command, *more]) == 2 and words in " ".join(capsys.readouterr().err.split())
+    other = [str(tmp_path / "tuned.safetensors"), "--out", str(tmp_path / "again.safetensors"), "--card", "true"]
+    assert export.main(other) == 2 and "written from a run folder" in capsys.readouterr().err
+
+
 def test_cards_of_whole_models(trained, place, tiny_model, folders):
     assert export.main([str(trained / "run"), "--out", str(place / "whole"), "--format", "merged"]) == 0
     path = add_card(place / "whole", trained / "run")

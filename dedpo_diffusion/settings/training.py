@@ -261,6 +261,9 @@ class ExportSettings:
         add: other LoRA files to add to it, each with its strength, as "other.safetensors=0.5".
         model: the base model; None takes that of the run, or of the settings in the LoRA file.
         model_config: for a .safetensors model, the diffusers folder or hub id of its architecture.
+        card: of a run, write a model card (README.md) beside what is written.
+        results: the results.json of `dedpo compare`, whose figures and pictures the card shows; it implies the card.
+        arm: which arm of the results this model is; None finds it by the files that its samples were made with.
     """
 
     source: Path
@@ -274,3 +277,6 @@ class ExportSettings:
     add: list[str] = field(default_factory=list)
     model: str | None = None
     model_config: str | None = None
+    card: bool = False
+    results: Path | None = None
+    arm: str | None = None

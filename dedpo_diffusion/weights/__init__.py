@@ -10,6 +10,8 @@
 | writing.py | files whose bytes depend on nothing but what is in them |
 | merging.py | changes worked into a model's weights |
 | base.py | what metadata tell of the base model |
+| inspection.py | what a file or a folder is; header.py, adapters.py, families.py, readers.py, provenance.py serve it |
+| card.py | the model card; card_text.py, card_results.py, markdown.py serve it |
 """
 
 from .diffusers_layout import diffusers_lora, read_metadata, save_lora, to_diffusers

@@ -68,7 +68,16 @@ class Lora:
 
 
 def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation (Frobenius) of a matrix (out, in) by B A: down A (r, in) and up B (out, r), of equal norms, float32."""
-    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return (root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float()
+    """The best approximation (Frobenius) of a matrix (out, in) by B A: down A (r, in) and up B (out, r), of equal norms, float32.
+
+    By the eigenvectors of the smaller of M M' and M' M in double, several times as fast as an SVD. What is lost are singular values below
+    1e-8 of the largest, which float32 does not hold.
+    """
+    wide = matrix.double()
+    if len(wide) > wide.shape[1]:
+        up, down = factors(matrix.T, rank)
+        return down.T.contiguous(), up.T.contiguous()
+    left = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)[:, :rank]
+    right = left.T @ wide  # rows of norm s
+    root = right.norm(dim=1).sqrt()
+    return torch.where(root[:, None] > 0, right / root[:, None], 0.0).float(), (left * root).float()
