@@ -97,8 +97,7 @@ def load_sampler(
 ) -> Any:  # fmt: skip
     """A Stable Diffusion pipeline ready to sample; arguments as in `Recipe`, and the device, None for a GPU if there is one.
 
-    LoRA files may be in the layout of diffusers, with the alpha that their metadata tell, or of kohya; several add up. The
-    pipeline bears the fingerprint of the model without them as `base_fingerprint`.
+    The pipeline bears the fingerprint of the model without LoRAs and `scheduler` as `base_fingerprint`.
 
     Raises:
         UserError: model or adapter cannot be loaded, or the adapter is another model's.
@@ -110,11 +109,7 @@ def load_sampler(
     pipe.base_fingerprint = fingerprint(pipe.unet, pipe.vae, *encoders, facts=_schedule(pipe))
     if scheduler is not None:
         pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
-    files = [lora] if isinstance(lora, Path) else list(lora)
-    for place, file in enumerate(files):
-        _add_lora(pipe, model, file, f"lora_{place}")
-    if files:
-        pipe.set_adapters([f"lora_{place}" for place in range(len(files))], list(strength) or [1.0] * len(files))
+    add_loras(pipe, model, [lora] if isinstance(lora, Path) else lora, strength)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -124,6 +119,24 @@ def _schedule(pipe: Any) -> dict[str, Any]:
     own = inspect.signature(type(pipe.scheduler)).parameters
     config = {name: value for name, value in pipe.scheduler.config.items() if name in own and value not in (math.inf, -math.inf)}
     return {"class": type(pipe.scheduler).__name__, "config": config}
+
+
+def add_loras(pipe: Any, model: str, files: Sequence[Path], strength: Sequence[float] = ()) -> None:
+    """Load LoRA files in the layout of diffusers, with the alpha that their metadata tell, or of kohya; their changes add up.
+
+    Args:
+        pipe: of the model.
+        model: its name, for messages.
+        files: safetensors.
+        strength: how strongly each counts; none are 1 each.
+
+    Raises:
+        UserError: a file that cannot be read, or a part of it that has no place in the model.
+    """
+    for place, file in enumerate(files):
+        _add_lora(pipe, model, file, f"lora_{place}")
+    if files:
+        pipe.set_adapters([f"lora_{place}" for place in range(len(files))], list(strength) or [1.0] * len(files))
 
 
 def _add_lora(pipe: Any, model: str, file: Path, name: str) -> None:
@@ -144,8 +157,10 @@ def _add_lora(pipe: Any, model: str, file: Path, name: str) -> None:
         raise UserError(f"{file}: this adapter does not fit {model} ({(str(error).splitlines() or ['?'])[0]})") from error
     parts = (getattr(pipe, part, None) for part in ("unet", "text_encoder", "text_encoder_2"))
     found = sum(f".lora_A.{name}." in key for part in parts if part is not None for key, _ in part.named_parameters())
-    if found != layers:
+    if found < layers:
         raise UserError(f"{file}: {layers - found} of its {layers} layers have no place in {model}; it is a LoRA of another kind of model")
+    if found > layers:  # those would be left random
+        raise UserError(f"{file}: its metadata name {found} layers of {model}, and it holds {layers}; write it again without them")
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Generator]]:
