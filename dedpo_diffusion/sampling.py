@@ -92,7 +92,7 @@ class Recipe:
 
 
 def load_sampler(
-    model: str, *, config: str | None = None, lora: Path | Sequence[Path] = (), strength: Sequence[float] = (),
+    model: str, *, config: str | None = None, lora: Path | Sequence[Path] | None = None, strength: Sequence[float] = (),
     scheduler: str | None = None, device: str | None = None, dtype: str = "float32",
 ) -> Any:  # fmt: skip
     """A Stable Diffusion pipeline ready to sample; arguments as in `Recipe`, and the device, None for a GPU if there is one.
@@ -109,7 +109,7 @@ def load_sampler(
     pipe.base_fingerprint = fingerprint(pipe.unet, pipe.vae, *encoders, facts=_schedule(pipe))
     if scheduler is not None:
         pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
-    add_loras(pipe, model, [lora] if isinstance(lora, Path) else lora, strength)
+    add_loras(pipe, model, [lora] if isinstance(lora, Path) else lora or (), strength)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
