@@ -61,9 +61,9 @@ class Backbone:
         encoders = list(self.text.encoders)
         words = [[token.get_vocab(), token.pad_token_id, token.model_max_length] for token in self.text.tokenizers]
         told = [words, self.text.absent_is_zero, *(_facts(part) for part in (pipe.vae, *encoders))]
-        self.encoders_fingerprint = _fingerprint(pipe.vae, *encoders, facts=told)
+        self.encoders_fingerprint = fingerprint(pipe.vae, *encoders, facts=told)
         schedule = {"alphas": self.process.alphas_cumprod}
-        self.fingerprint = _fingerprint(pipe.unet, schedule, facts=[_facts(pipe.unet), self.process.prediction]) + self.encoders_fingerprint
+        self.fingerprint = fingerprint(pipe.unet, schedule, facts=[_facts(pipe.unet), self.process.prediction]) + self.encoders_fingerprint
         self.process = self.process.to(device)
         self.vae = pipe.vae.requires_grad_(False).eval()  # float32: half precision overflows in some VAEs
         self.unet = pipe.unet.requires_grad_(False).eval()
@@ -258,7 +258,7 @@ class Backbone:
 
     def reference_fingerprint(self) -> str:
         """Which reference this is: the base model, or another."""
-        return self.fingerprint if self.anchor is None else self.fingerprint + _fingerprint(self.anchor)
+        return self.fingerprint if self.anchor is None else self.fingerprint + fingerprint(self.anchor)
 
     def anchor_at(self, values: Mapping[str, Tensor]) -> None:
         """Make these trained parameters, by name, the reference's."""
@@ -451,7 +451,7 @@ def _facts(module: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_") and name not in idle}
 
 
-def _fingerprint(*parts: nn.Module | Mapping[str, Tensor], facts: Any = None) -> str:
+def fingerprint(*parts: nn.Module | Mapping[str, Tensor], facts: Any = None) -> str:
     """SHA-256 over names, shapes and values of weights, and what else they are used with: which model this is."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for part in parts:

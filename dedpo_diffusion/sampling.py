@@ -1,9 +1,21 @@
-"""Images from a model, each with a seed of its own, so that two models can share prompt, seed and noise."""
+"""Images from a model, each with a seed of its own, so that two models can share prompt, seed and noise.
+
+An image starts from noise that is a function of its seed and the latent's shape alone (`initial_noise`): the same for every
+model of that shape, every LoRA, sampler, precision, device, batch size and number of processes. What a batch holds may change
+how sums are rounded, and so the last bits of an image; so batches are cut from the whole list of images, the same way by
+however many processes, and an image is always sampled in the same company.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import inspect
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,53 +23,197 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError, safe_open
 
-from .bases import LEFT_OUT, load_pipeline
+from .bases import LEFT_OUT, UNLOADABLE, load_pipeline
+from .claims import claim, spread
 from .console import Progress, UserError, say
 from .files import atomic_file, file_digest
-from .models import Backbone
+from .models import Backbone, fingerprint
+from .png import is_whole, parameters, tensor_hash, write_png
 from .records import Conditioning
 from .runs import open_run
+from .scorers.loading import within_memory
+
+SCHEDULERS = {  # by the names of SampleSettings.scheduler
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+LOCKS = ".locks.tmp"  # in a sample folder, as long as it is not finished; by its name no content of it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images are sampled, prompts and seeds aside.
+
+    Attributes:
+        model, config, dtype: what `load_pipeline` takes.
+        steps: sampler steps.
+        guidance: classifier-free guidance scale.
+        batch: images sampled at once.
+        size: pixels of a side, or (height, width); None takes the model's own.
+        negative: the negative prompt of every image; None takes what the pipeline takes for none.
+        lora, strength: adapter files, and how strongly each counts; no strengths are 1 each.
+        scheduler: a key of SCHEDULERS; None takes the model's own.
+    """
+
+    model: str
+    steps: int
+    guidance: float
+    batch: int
+    size: int | tuple[int, int] | None = None
+    negative: str | None = None
+    lora: Sequence[Path] = ()
+    strength: Sequence[float] = ()
+    scheduler: str | None = None
+    config: str | None = None
+    dtype: str = "float32"
+
+    def check(self) -> None:
+        """Refuse what cannot be sampled, before anything is loaded.
+
+        Raises:
+            UserError: a number out of range, or as many strengths as there are no LoRAs.
+        """
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.strength and len(self.strength) != len(self.lora):
+            raise UserError(f"{len(self.strength)} strengths for {len(self.lora)} LoRA files; give one for each file, or none for 1 each")
+        for file in self.lora:
+            if not file.is_file():
+                raise UserError(f"{file}: no such adapter file; `dedpo export RUN --out {file}` writes one")
+
+
+# ---- one batch
 
 
 def load_sampler(
-    model: str, *, config: str | None = None, lora: Path | None = None, device: str | None = None, dtype: str = "float32"
-) -> Any:
-    """A Stable Diffusion pipeline ready to sample, with an adapter file loaded if one is given; `config` as in `load_pipeline`.
+    model: str, *, config: str | None = None, lora: Path | Sequence[Path] | None = None, strength: Sequence[float] = (),
+    scheduler: str | None = None, device: str | None = None, dtype: str = "float32",
+) -> Any:  # fmt: skip
+    """A Stable Diffusion pipeline ready to sample; arguments as in `Recipe`, and the device, None for a GPU if there is one.
+
+    The pipeline bears the fingerprint of the model without LoRAs and `scheduler` as `base_fingerprint`.
 
     Raises:
-        UserError: model or adapter cannot be loaded.
+        UserError: model or adapter cannot be loaded, or the adapter is another model's.
     """
+    import diffusers
+
     pipe = load_pipeline(model, config=config, dtype=getattr(torch, dtype))
-    if lora is not None:
-        if not lora.is_file():
-            raise UserError(f"{lora}: no such adapter file; `dedpo export RUN --out {lora}` writes one")
-        try:
-            pipe.load_lora_weights(lora.parent, weight_name=lora.name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{lora}: this adapter does not fit {model} ({str(error).splitlines()[0]})") from error
+    encoders = [part for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if part is not None]
+    pipe.base_fingerprint = fingerprint(pipe.unet, pipe.vae, *encoders, facts=_schedule(pipe))
+    if scheduler is not None:
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
+    add_loras(pipe, model, [lora] if isinstance(lora, Path) else lora or (), strength)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def sample(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, size: int | None = None
-) -> list[Image.Image]:
-    """One image per (prompt, seed), sampled as one batch; the initial noise depends on the seed alone.
+def _schedule(pipe: Any) -> dict[str, Any]:
+    """The scheduler's class and its own settings, those aside that it was given for another class and those that JSON cannot say."""
+    own = inspect.signature(type(pipe.scheduler)).parameters
+    config = {name: value for name, value in pipe.scheduler.config.items() if name in own and value not in (math.inf, -math.inf)}
+    return {"class": type(pipe.scheduler).__name__, "config": config}
+
+
+def add_loras(pipe: Any, model: str, files: Sequence[Path], strength: Sequence[float] = ()) -> None:
+    """Load LoRA files in the layout of diffusers, with the alpha that their metadata tell, or of kohya; their changes add up.
 
     Args:
+        pipe: of the model.
+        model: its name, for messages.
+        files: safetensors.
+        strength: how strongly each counts; none are 1 each.
+
+    Raises:
+        UserError: a file that cannot be read, or a part of it that has no place in the model.
+    """
+    for place, file in enumerate(files):
+        _add_lora(pipe, model, file, f"lora_{place}")
+    if files:
+        pipe.set_adapters([f"lora_{place}" for place in range(len(files))], list(strength) or [1.0] * len(files))
+
+
+def _add_lora(pipe: Any, model: str, file: Path, name: str) -> None:
+    """Load an adapter file; diffusers passes over what it has no place for, which is refused here."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            keys = list(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read as a .safetensors file ({error}); other formats are not read") from error
+    layers = sum(any(mark in key for mark in ("lora_A.", "lora_down.", "lora.down.")) for key in keys)
+    if not layers:
+        raise UserError(f"{file}: holds no LoRA in the layout of diffusers or kohya; `dedpo export RUN --out FILE` writes one")
+    if any("dora_scale" in key for key in keys):
+        raise UserError(f"{file}: a DoRA in the layout of kohya, which diffusers loads as another LoRA; give it in the layout of diffusers")
+    try:
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name, use_safetensors=True)
+    except UNLOADABLE as error:
+        raise UserError(f"{file}: this adapter does not fit {model} ({(str(error).splitlines() or ['?'])[0]})") from error
+    parts = (getattr(pipe, part, None) for part in ("unet", "text_encoder", "text_encoder_2"))
+    found = sum(f".lora_A.{name}." in key for part in parts if part is not None for key, _ in part.named_parameters())
+    if found < layers:
+        raise UserError(f"{file}: {layers - found} of its {layers} layers have no place in {model}; it is a LoRA of another kind of model")
+    if found > layers:  # those would be left random
+        raise UserError(f"{file}: its metadata name {found} layers of {model}, and it holds {layers}; write it again without them")
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """The noise that images start from, (N, C, h, w) float32 on the CPU, and the generators from which samplers draw on.
+
+    Args:
+        seeds: N seeds; an image's noise depends on its own alone.
+        shape: (C, h, w) of a latent.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators]), generators
+
+
+def image_size(pipe: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) in pixels; `size` as in `Recipe`.
+
+    Raises:
+        UserError: the model cannot draw such images.
+    """
+    if size is None:
+        own = pipe.unet.config.sample_size
+        height, width = (side * pipe.vae_scale_factor for side in (own if isinstance(own, list | tuple) else (own, own)))
+        return height, width
+    height, width = (size, size) if isinstance(size, int) else size
+    step = max(8, pipe.vae_scale_factor)
+    if min(height, width) < step or height % step or width % step:
+        raise UserError(f"{height} x {width} pixels cannot be sampled; height and width must be multiples of {step}")
+    return height, width
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, size: int | tuple[int, int] | None = None,
+    negative: str | None = None,
+) -> list[Image.Image]:  # fmt: skip
+    """One image per (prompt, seed), sampled as one batch from `initial_noise`; a batch of another size may round differently.
+
+    Args:
+        pipe: of `load_sampler`.
         prompts: N prompts.
-        seeds: N seeds, of CPU generators, so a GPU starts from the same noise.
-        steps: sampler steps of the pipeline's own scheduler.
-        guidance: classifier-free guidance scale.
-        size: pixels of a side; None takes the model's own.
+        seeds: N seeds.
+        steps, guidance, size, negative: as in `Recipe`.
 
     Returns:
         N RGB images.
     """
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    result = pipe(list(prompts), generator=generators, num_inference_steps=steps, guidance_scale=guidance, height=size, width=size)
+    height, width = image_size(pipe, size)
+    noise, generators = initial_noise(
+        seeds, (pipe.unet.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    )
+    result = pipe(
+        list(prompts), negative_prompt=None if negative is None else [negative] * len(prompts), generator=generators,
+        latents=noise.to(pipe.unet.dtype), num_inference_steps=steps, guidance_scale=guidance, height=height, width=width,
+    )  # fmt: skip
     return result.images
 
 
@@ -87,8 +243,7 @@ def sample_encoded(
         shape: (C, h, w) of a latent.
     """
     device, count = pipe.unet.device, len(seeds)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators])
+    noise, generators = initial_noise(seeds, shape)
     side = shape[1] * pipe.vae_scale_factor
     words: dict[str, Any] = {"prompt_embeds": prompts.text.to(device)}
     words["negative_prompt_embeds"] = absent.text.to(device).expand(count, -1, -1)
@@ -109,6 +264,18 @@ def sample_encoded(
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
+# ---- a folder of images
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, its place in the set that it is of, and its category, if it has one."""
+
+    index: int
+    text: str
+    category: str | None = None
+
+
 @dataclass(frozen=True)
 class Job:
     """One image to sample; `file` is its name in the sample folder."""
@@ -117,82 +284,175 @@ class Job:
     prompt: str
     prompt_index: int
     seed: int
+    category: str | None = None
 
 
-def jobs(prompts: Sequence[str], per_prompt: int, first_seed: int) -> list[Job]:
-    """`per_prompt` images for each prompt, every image with a seed of its own, counted up from `first_seed`."""
-    return [
-        Job(f"{index:05d}-{first_seed + index * per_prompt + k}.png", prompt, index, first_seed + index * per_prompt + k)
-        for index, prompt in enumerate(prompts)
-        for k in range(per_prompt)
-    ]
-
-
-def sample_folder(
-    folder: Path, work: Sequence[Job], settings: Any, *, model: str, lora: Path | None = None, device: str | None, dtype: str,
-    steps: int, guidance: float, size: int | None, batch: int, config: str | None = None,
-) -> None:  # fmt: skip
-    """Sample every job into `folder` as PNG, then write `index.parquet`; a killed run goes on at its last batch.
+def jobs(prompts: Sequence[Prompt], per_prompt: int, first_seed: int) -> list[Job]:
+    """`per_prompt` images for each prompt, every image of the whole set with a seed of its own, counted up from `first_seed`.
 
     Raises:
-        UserError: the folder holds samples of other settings, or the model cannot be loaded.
+        UserError: fewer than one image a prompt, or seeds that no generator takes.
     """
-    identity = {"lora": _digest(lora)}
-    if (folder / "index.parquet").is_file():
-        open_run(folder, settings, identity)
+    if per_prompt < 1:
+        raise UserError(f"{per_prompt} images of each prompt; give at least 1")
+    if not 0 <= first_seed < 2**62:
+        raise UserError(f"seed is {first_seed}; give a number from 0 to {2**62 - 1}")
+    numbers = [(prompt, first_seed + prompt.index * per_prompt + k) for prompt in prompts for k in range(per_prompt)]
+    return [Job(f"{prompt.index:05d}-{seed}.png", prompt.text, prompt.index, seed, prompt.category) for prompt, seed in numbers]
+
+
+class _Whole:
+    """Which images of a folder are there and whole; a file is looked through once for as long as it stays the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.known: dict[str, tuple[tuple[int, int], bool]] = {}
+
+    def __call__(self, name: str) -> bool:
+        try:
+            found = (self.folder / name).stat()
+        except FileNotFoundError:
+            return False
+        state = (found.st_mtime_ns, found.st_size)
+        if name not in self.known or self.known[name][0] != state:
+            self.known[name] = (state, is_whole(self.folder / name))
+        return self.known[name][1]
+
+
+def sample_folder(folder: Path, work: Sequence[Job], settings: Any, recipe: Recipe, *, device: str | None) -> None:
+    """Sample every job into `folder` as PNG, then write `index.parquet`; a killed run goes on at its last batch.
+
+    Processes and machines that do the same at the same time share the batches, and need not know of each other. An image that
+    is missing or damaged is sampled again, in the company that it had.
+
+    Args:
+        folder: the sample folder.
+        work: the images, in the order in which batches are cut from them.
+        settings: of the stage; another run of the same folder must have the same.
+        recipe: how they are sampled.
+        device: torch device; None takes a GPU if there is one.
+
+    Raises:
+        UserError: the folder holds samples of other settings or prompts, or the model cannot be loaded.
+    """
+    recipe.check()
+    listed = hashlib.sha256(json.dumps([asdict(job) for job in work]).encode()).hexdigest()
+    loras = [{"name": file.stem, "sha256": file_digest(file), "hash": tensor_hash(file)} for file in recipe.lora]
+    identity = {"lora": ",".join(lora["sha256"] for lora in loras), "images": listed}
+    whole, begun = _Whole(folder), (folder / "settings.yaml").is_file()
+    if begun:  # say before a model is loaded what can be said
+        identity_file = folder / "identity.json"
+        held = json.loads(identity_file.read_text(encoding="utf-8")) if identity_file.is_file() else {}
+        open_run(folder, settings, identity | {"model": held.get("model", "")} if "model" in held else identity)
+    if not begun or not all(whole(job.file) for job in work):
+        pipe = load_sampler(
+            recipe.model, config=recipe.config, lora=recipe.lora, strength=recipe.strength, scheduler=recipe.scheduler, device=device,
+            dtype=recipe.dtype,
+        )  # fmt: skip
+        size = image_size(pipe, recipe.size)
+        _open(folder, settings, identity | {"model": pipe.base_fingerprint})  # not before: it may not exist
+        strengths = list(recipe.strength) or [1.0] * len(loras)
+        told = [{**lora, "strength": strength} for lora, strength in zip(loras, strengths, strict=True)]
+        _sample_batches(folder, work, recipe, pipe, whole, _facts(pipe, recipe, size) | {"lora": told})
+    elif _is_index(folder, work):
         say(f"{folder}: all {len(work)} images are there already")
-        return
-    pipe = load_sampler(model, config=config, lora=lora, device=device, dtype=dtype)  # before the folder is claimed: it may not exist
-    open_run(folder, settings, identity)
-    with Progress("sampling", len(work)) as progress:
-        for part in _batches(work, batch):
-            # a batch is sampled as a whole or not at all: a different batch could round differently
-            if not all((folder / job.file).is_file() for job in part):
-                images = sample(pipe, [j.prompt for j in part], [j.seed for j in part], steps=steps, guidance=guidance, size=size)
-                for job, image in zip(part, images, strict=True):
-                    save_png(folder / job.file, image, job, model)
-            progress.advance(len(part))
-    write_index(folder, work)
+    spread(
+        [folder],
+        pending=lambda _: {} if _is_index(folder, work) else {"index": _locks(folder) / "index.lock"},
+        work=lambda *_: write_index(folder, work),
+    )
+    shutil.rmtree(folder / LOCKS, ignore_errors=True)
+
+
+def _open(folder: Path, settings: Any, identity: Mapping[str, str]) -> None:
+    """Claim the folder, one process after the other."""
+    with claim(_locks(folder) / "open.lock", wait=True):  # not held: another process has just finished the folder
+        try:
+            open_run(folder, settings, identity)
+        except UserError:
+            if not (folder / "settings.yaml").is_file():  # somebody's own folder
+                shutil.rmtree(folder / LOCKS, ignore_errors=True)
+            raise
+
+
+def _locks(folder: Path) -> Path:
+    (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+    return folder / LOCKS
+
+
+def _sample_batches(folder: Path, work: Sequence[Job], recipe: Recipe, pipe: Any, whole: _Whole, facts: Mapping[str, Any]) -> None:
+    """Sample what is not there yet; `facts` are those of all images."""
+    parts = [work[start : start + recipe.batch] for start in range(0, len(work), recipe.batch)]
+    finished = {number for number, part in enumerate(parts) if all(whole(job.file) for job in part)}
+    kept = sum(len(parts[number]) for number in finished)
+    if kept:
+        say(f"{kept} of {len(work)} images are there already; going on")
+
+    def pending(number: int) -> dict[str, Path]:
+        if not all(whole(job.file) for job in parts[number]):
+            return {"images": _locks(folder) / f"{number:06d}.lock"}
+        if number not in finished:  # by whomever
+            finished.add(number)
+            progress.advance(len(parts[number]))
+        return {}
+
+    def draw(number: int, _: list[str]) -> None:
+        part = parts[number]
+        missing = [job for job in part if not whole(job.file)]
+        for job in missing:
+            if (folder / job.file).exists():
+                say(f"{folder / job.file} is damaged; it is sampled again")
+        with within_memory("sampling", f"{len(part)} images", "give a smaller --batch, and another --out"):
+            images = sample(
+                pipe, [job.prompt for job in part], [job.seed for job in part], steps=recipe.steps, guidance=recipe.guidance,
+                size=recipe.size, negative=recipe.negative,
+            )  # fmt: skip
+        for job, image in zip(part, images, strict=True):
+            if job in missing:
+                save_png(folder / job.file, image, job, recipe.model, facts)
+
+    with Progress("sampling", len(work), start=kept) as progress:
+        spread([number for number in range(len(parts)) if number not in finished], pending=pending, work=draw)
+
+
+def _facts(pipe: Any, recipe: Recipe, size: tuple[int, int]) -> dict[str, Any]:
+    """What is the same of all images, LoRAs aside; with an image's own prompt and seed it says how to make the image again."""
+    return {
+        "model": recipe.model, "model_config": recipe.config, "model_fingerprint": pipe.base_fingerprint, "negative": recipe.negative,
+        "steps": recipe.steps, "guidance": recipe.guidance, "height": size[0], "width": size[1], "scheduler": _schedule(pipe),
+        "dtype": recipe.dtype, "device": pipe.device.type, "batch": recipe.batch,
+        "versions": {name: version(name) for name in ("dedpo_diffusion", "torch", "diffusers", "transformers", "peft")},
+    }  # fmt: skip
+
+
+def save_png(path: Path, image: Image.Image, job: Job, model: str, facts: Mapping[str, Any] | None = None) -> None:
+    """Write an image with its prompt, seed and model in its text chunks, atomically.
+
+    With `facts` also the keys `dedpo`, JSON with everything that it takes to make the image again, and `parameters`, the same
+    for people's viewers.
+    """
+    texts = {"prompt": job.prompt, "seed": str(job.seed), "model": model}
+    if facts is not None:
+        whole = {"prompt": job.prompt, "seed": job.seed, **facts}
+        texts = {"parameters": parameters(whole), **texts, "dedpo": json.dumps(whole, allow_nan=False)}
+    write_png(path, image, texts)
 
 
 def write_index(folder: Path, work: Sequence[Job]) -> None:
-    """Write `index.parquet`, which says what the images of a folder are."""
-    columns = {name: [getattr(job, name) for job in work] for name in ("file", "prompt", "prompt_index", "seed")}
+    """Write `index.parquet`, which says what the images of a folder are: file, prompt, prompt_index, seed, category."""
     with atomic_file(folder / "index.parquet") as temporary:
-        pq.write_table(pa.table(columns), temporary)
+        pq.write_table(_index(work), temporary)
 
 
-def _batches(work: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
-    for start in range(0, len(work), size):
-        yield work[start : start + size]
+def _index(work: Sequence[Job]) -> pa.Table:
+    texts, whole = pa.string(), pa.int64()
+    kinds = {"file": texts, "prompt": texts, "prompt_index": whole, "seed": whole, "category": texts}
+    return pa.Table.from_pylist([asdict(job) for job in work], schema=pa.schema(kinds.items()))
 
 
-def save_png(path: Path, image: Image.Image, job: Job, model: str) -> None:
-    """Write an image with its prompt, seed and model in its metadata, atomically."""
-    text = PngInfo()
-    for key, value in (("prompt", job.prompt), ("seed", str(job.seed)), ("model", model)):
-        text.add_itxt(key, value)
-    with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=text)
-
-
-def _digest(path: Path | None) -> str:
-    return file_digest(path) if path is not None and path.is_file() else ""
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines are left out.
-
-    Raises:
-        UserError: there is no such file, it is not UTF-8 text, or it holds no prompt.
-    """
+def _is_index(folder: Path, work: Sequence[Job]) -> bool:
+    """Whether the folder's index is there, and says this."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a text file with one prompt a line") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{path}: no prompt in it; write one prompt a line")
-    return prompts
+        return pq.read_table(folder / "index.parquet").equals(_index(work))
+    except (OSError, pa.ArrowInvalid):
+        return False

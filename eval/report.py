@@ -268,7 +268,8 @@ def build_page(settings: CompareSettings, arms: Sequence[Arm], results: dict[str
 
     best, names = best_arm(results), [arm.name for arm in arms]
     method = (
-        f"Intervals: 95 %, paired percentile bootstrap clustered by prompt ({results['resamples']} resamples, seed {results['seed']}). "
+        f"Intervals: 95 %, paired, by prompts: Student's with the bootstrap's standard error ({results['resamples']} resamples, "
+        f"seed {results['seed']}), win rates Wilson's. They cover prompts and seeds of images, not training seeds. "
         "Win rate: ties count half. Gains are means over all images of the arm's score minus the base's, same prompt and seed."
     )
     before = {

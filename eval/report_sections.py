@@ -26,7 +26,7 @@ CAUTIONS = {
 def role(results: Results, scorer: str) -> str:
     """What a scorer is to the arms: one of ROLES."""
     facts = results["scorers"][scorer]
-    return str(facts.get("role", "held_out" if facts["held_out"] else "unknown"))
+    return str(facts["role"])
 
 
 def is_people(results: Results, scorer: str) -> bool:

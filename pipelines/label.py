@@ -64,14 +64,14 @@ def load_judges(settings: LabelSettings) -> list[Judge]:
     return judges
 
 
-def on_this_process(settings: LabelSettings) -> LabelSettings:
-    """The same settings with this process's own GPU, where a launcher started one process for each."""
+def local_device(device: str | None) -> str | None:
+    """This process's own GPU, where none is asked for and a launcher started one process for each."""
     local = os.environ.get("LOCAL_RANK")
-    if settings.device is not None or local is None:
-        return settings
+    if device is not None or local is None:
+        return device
     import torch
 
-    return replace(settings, device=f"cuda:{int(local) % torch.cuda.device_count()}") if torch.cuda.is_available() else settings
+    return f"cuda:{int(local) % torch.cuda.device_count()}" if torch.cuda.is_available() else None
 
 
 # ---- what there is to do
@@ -432,7 +432,7 @@ def run(settings: LabelSettings) -> list[Path]:
 
     reader = PairReader(settings.pairs)
     ids = reader.ids()
-    judges = load_judges(on_this_process(settings))
+    judges = load_judges(replace(settings, device=local_device(settings.device)))
     runs = open_runs(settings, judges, reader, ids)
     facts: dict[str, dict[str, Any]] = {judge.name: {} for judge in judges}
     if runs:

@@ -30,34 +30,38 @@ def pairings(group: Sequence[Job], pairing: str) -> Iterator[tuple[Job, Job]]:
 def run(settings: ProposeSettings) -> Path:
     """Make pairs from a model's own images."""
     from dedpo_diffusion.pairs import PairWriter
+    from dedpo_diffusion.prompts import read_prompts
     from dedpo_diffusion.records import Pair
-    from dedpo_diffusion.sampling import jobs, read_prompts, sample_folder
+    from dedpo_diffusion.sampling import Recipe, jobs, sample_folder
 
     if settings.images_per_prompt < 2 or (settings.pairing == "disjoint" and settings.images_per_prompt % 2):
         raise UserError(f"images_per_prompt {settings.images_per_prompt}: give an even number, or any from 2 on with --pairing all")
     if (settings.out / "pairs").exists():
         raise UserError(f"{settings.out}: holds pairs already; choose another --out")
-    work = jobs(read_prompts(settings.prompts), settings.images_per_prompt, settings.seed)
+    prompts = read_prompts(settings.prompts, categories=settings.categories, limit=settings.limit)
+    work = jobs(prompts, settings.images_per_prompt, settings.seed)
     images = settings.out / "proposals"
-    sample_folder(
-        images, work, settings, model=settings.model, device=settings.device, dtype=settings.dtype,
-        steps=settings.steps, guidance=settings.guidance, size=settings.size, batch=settings.batch, config=settings.model_config,
-    )  # fmt: skip
+    recipe = Recipe(
+        settings.model, settings.steps, settings.guidance, settings.batch, settings.size, config=settings.model_config, dtype=settings.dtype
+    )
+    sample_folder(images, work, settings, recipe, device=settings.device)
     source = {"model": settings.model, "steps": settings.steps, "guidance": settings.guidance}
     with PairWriter(settings.out, shard_pairs=settings.shard_pairs) as writer:
         for _, group in itertools.groupby(work, key=lambda job: job.prompt_index):
             for a, b in pairings(list(group), settings.pairing):
-                seeds = {"seed_0": a.seed, "seed_1": b.seed}
+                told = {**source, "seed_0": a.seed, "seed_1": b.seed}
+                if a.category is not None:
+                    told["category"] = a.category
                 name = f"{a.prompt_index:05d}-{a.seed}-{b.seed}"
-                writer.add(Pair(name, a.prompt, (images / a.file).read_bytes(), (images / b.file).read_bytes(), {**source, **seeds}))
+                writer.add(Pair(name, a.prompt, (images / a.file).read_bytes(), (images / b.file).read_bytes(), told))
     shutil.rmtree(images)
-    say(f"{settings.out}: {len(work)} images of {work[-1].prompt_index + 1} prompt lines, paired {settings.pairing}")
+    say(f"{settings.out}: {len(work)} images of {len(prompts)} prompts, paired {settings.pairing}")
     return settings.out
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    return stage(ProposeSettings, run, argv, prog="dedpo propose")
+    return stage(ProposeSettings, run, argv, prog="dedpo propose", flags={"categories": "categories"})
 
 
 if __name__ == "__main__":

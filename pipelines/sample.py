@@ -1,33 +1,52 @@
 """Sample images, seed-paired with every other model sampled with the same prompts and seed.
 
     dedpo sample --model shapes --lora tuned.safetensors --prompts prompts.txt --out samples/tuned
+    accelerate launch --num_processes 4 pipelines/sample.py --model MODEL --prompts parti --out samples/base
 
-Writes PNG files, index.parquet (file, prompt, prompt_index, seed) and settings.yaml.
+Writes PNG files, index.parquet (file, prompt, prompt_index, seed, category) and settings.yaml. Processes and machines that run
+the same command on the same folder share the images; they need not know of each other.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from dedpo_diffusion.console import stage
+from dedpo_diffusion.console import UserError, stage
+from dedpo_diffusion.pipelines.label import local_device
 from dedpo_diffusion.settings import SampleSettings
+
+
+def image_size(settings: SampleSettings) -> int | tuple[int, int] | None:
+    """Pixels of a side, (height, width), or None for the model's own.
+
+    Raises:
+        UserError: settings that contradict each other.
+    """
+    if settings.height is None and settings.width is None:
+        return settings.size
+    if settings.height is None or settings.width is None or settings.size is not None:
+        raise UserError("give height and width together, or size alone")
+    return settings.height, settings.width
 
 
 def run(settings: SampleSettings) -> Path:
     """Sample images, seed-paired with every other model sampled with the same prompts and seed."""
-    from dedpo_diffusion.sampling import jobs, read_prompts, sample_folder
+    from dedpo_diffusion.prompts import read_prompts
+    from dedpo_diffusion.sampling import Recipe, jobs, sample_folder
 
-    sample_folder(
-        settings.out, jobs(read_prompts(settings.prompts), settings.seeds, settings.seed), settings,
-        model=settings.model, lora=settings.lora, device=settings.device, dtype=settings.dtype,
-        steps=settings.steps, guidance=settings.guidance, size=settings.size, batch=settings.batch, config=settings.model_config,
+    recipe = Recipe(
+        settings.model, settings.steps, settings.guidance, settings.batch, image_size(settings), settings.negative, settings.lora,
+        settings.strength, settings.scheduler, settings.model_config, settings.dtype,
     )  # fmt: skip
+    prompts = read_prompts(settings.prompts, categories=settings.categories, limit=settings.limit)
+    sample_folder(settings.out, jobs(prompts, settings.seeds, settings.seed), settings, recipe, device=local_device(settings.device))
     return settings.out
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    return stage(SampleSettings, run, argv, prog="dedpo sample")
+    flags = {name: name for name in ("categories", "lora", "strength")}
+    return stage(SampleSettings, run, argv, prog="dedpo sample", flags=flags)
 
 
 if __name__ == "__main__":

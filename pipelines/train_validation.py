@@ -40,7 +40,7 @@ def check_validation(settings: TrainSettings) -> None:
     Raises:
         UserError: they do not.
     """
-    from dedpo_diffusion.sampling import read_prompts
+    from dedpo_diffusion.prompts import read_prompts
 
     wanted = settings.validation
     if wanted.every is None:
@@ -225,13 +225,15 @@ class Grid:
     def __init__(self, settings: TrainSettings, model: Backbone, *, size: int) -> None:
         import torch
 
+        from dedpo_diffusion.prompts import read_prompts
         from dedpo_diffusion.records import Conditioning
-        from dedpo_diffusion.sampling import jobs, read_prompts
+        from dedpo_diffusion.sampling import jobs
         from dedpo_diffusion.scorers import load_scorer
 
         self.settings, self.wanted, self.shape = settings, settings.validation, model.latent_shape(size)
-        self.prompts = read_prompts(Path(str(self.wanted.prompts)))
-        self.work = jobs(self.prompts, 1, self.wanted.seed)
+        prompts = read_prompts(str(self.wanted.prompts))
+        self.prompts = [prompt.text for prompt in prompts]
+        self.work = jobs(prompts, 1, self.wanted.seed)
         cpu = torch.device("cpu")
         parts = [model.encode_prompts([prompt]).to(cpu) for prompt in self.prompts]
         self.given = Conditioning.stack([part.at(0) for part in parts])

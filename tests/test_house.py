@@ -58,9 +58,10 @@ FLOORS = {
         "runs",
         "weights",
         "scorers",
+        "png",
     ],
     2: ["tiny", "annotators", "diagnosis", "formats", "inspection", "ballot", "sampling", "step", "feed", "validation"],
-    3: ["cli"],
+    3: ["cli", "prompts"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 GROUND_HELPERS = {"records", "console", "files", "tables", "stopping", "sharding"}  # plain words that every ground-floor file may use

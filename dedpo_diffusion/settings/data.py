@@ -117,8 +117,10 @@ class ProposeSettings:
     Args:
         model: diffusers folder, .safetensors file or hub id; "shapes" is the embedded model.
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
-        prompts: text file, one prompt a line.
+        prompts: as in `dedpo sample`: a set's name, a table with prompts and categories, or a text file, one prompt a line.
         out: the pair dataset to write; must not exist yet.
+        categories: the categories of prompts to take; none takes all.
+        limit: how many prompts to take, as many of each category as of any other; None takes all.
         images_per_prompt: K images for each prompt line, each with a seed of its own.
         pairing: disjoint gives K / 2 independent pairs a prompt, all gives K (K - 1) / 2.
         seed: the first image's seed; image i gets seed + i.
@@ -132,8 +134,10 @@ class ProposeSettings:
     """
 
     model: str
-    prompts: Path
+    prompts: str
     out: Path
+    categories: list[str] = field(default_factory=list)
+    limit: int | None = None
     images_per_prompt: int = 2
     pairing: Literal["disjoint", "all"] = "disjoint"
     seed: int = 0

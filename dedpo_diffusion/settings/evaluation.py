@@ -14,28 +14,43 @@ class SampleSettings:
     Args:
         model: diffusers folder, .safetensors file or hub id; "shapes" is the embedded model.
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
-        prompts: text file, one prompt a line.
+        prompts: parti, geneval or hpsv2; a folder with HPSv2's four lists; a .json, .jsonl, .csv, .tsv or .parquet file with prompts
+            and, if they are there, categories; or a text file, one prompt a line.
         out: folder for the images and index.parquet.
-        lora: adapter file to load.
+        categories: the categories of prompts to sample; none takes all.
+        limit: how many prompts to sample, as many of each category as of any other; None takes all.
+        lora: LoRA files, in the layout of diffusers or kohya; several add up.
+        strength: how strongly each LoRA counts, one number a file; none takes 1 for each.
         seeds: images per prompt.
         seed: the first image's seed; image i gets seed + i.
         steps: sampler steps.
         guidance: classifier-free guidance scale.
+        negative: negative prompt of every image; None takes what the model's pipeline takes for none.
+        scheduler: the sampler; None takes the model's own, in which two models may differ.
         size: pixels of a side; None takes the model's own.
+        height: pixels, in place of size.
+        width: pixels, in place of size.
         batch: images sampled at once.
         device: torch device; None takes a GPU if there is one.
         dtype: precision of the model.
     """
 
     model: str
-    prompts: Path
+    prompts: str
     out: Path
-    lora: Path | None = None
+    categories: list[str] = field(default_factory=list)
+    limit: int | None = None
+    lora: list[Path] = field(default_factory=list)
+    strength: list[float] = field(default_factory=list)
     seeds: int = 1
     seed: int = 0
     steps: int = 50
     guidance: float = 7.5
+    negative: str | None = None
+    scheduler: Literal["ddim", "euler", "euler_a", "dpmpp_2m", "unipc"] | None = None
     size: int | None = None
+    height: int | None = None
+    width: int | None = None
     batch: int = 8
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
