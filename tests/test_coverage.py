@@ -9,40 +9,10 @@ import numpy as np
 import pytest
 
 from dedpo_diffusion.doubts import holm
+from dedpo_diffusion.evaluation.benchmarks.interval_coverage import REPLICATIONS, coverage, draw, percentile_coverage, rows_of
 from dedpo_diffusion.evaluation.intervals import estimates
 
-REPLICATIONS = 1000
 SLACK = 3 * np.sqrt(0.05 * 0.95 / REPLICATIONS)  # three Monte Carlo errors of a coverage of 95 %: 2.1 points
-
-
-def rows_of(rng, prompts: int, equal: bool) -> np.ndarray:
-    """(N,) the prompt of each row: three images a prompt, or one to eight."""
-    return np.repeat(np.arange(prompts), 3 if equal else rng.choice([1, 2, 3, 8], prompts))
-
-
-def draw(rng, kind: str, clusters: np.ndarray) -> tuple[np.ndarray, float]:
-    """(N, 1000) values whose rows share half of their variance with their prompt, and their true mean."""
-    prompts, shape = int(clusters.max()) + 1, (len(clusters), REPLICATIONS)
-    if kind == "normal":
-        return rng.normal(size=(prompts, REPLICATIONS))[clusters] + rng.normal(size=shape), 0.0
-    if kind == "heavy tails":  # Student's t of three degrees of freedom has no fourth moment
-        return rng.standard_t(3, (prompts, REPLICATIONS))[clusters] + rng.standard_t(3, shape), 0.0
-    if kind == "skewed":
-        return np.exp(rng.normal(size=(prompts, REPLICATIONS)))[clusters] + rng.normal(size=shape), float(np.exp(0.5))
-    if kind == "ties":  # 70 % ties, and the images of a prompt all alike
-        return rng.choice([0.0, 0.5, 1.0], (prompts, REPLICATIONS), p=[0.15, 0.7, 0.15])[clusters], 0.5
-    rate = float(kind.removeprefix("wins "))
-    each = rng.beta(4 * rate, 4 * (1 - rate), (prompts, REPLICATIONS))[clusters]
-    return (rng.random(shape) < each).astype(float), rate
-
-
-def coverage(kind: str, prompts: int, equal: bool) -> float:
-    rng = np.random.default_rng((prompts, equal, len(kind)))
-    clusters = rows_of(rng, prompts, equal)
-    values, truth = draw(rng, kind, clusters)
-    found = estimates(values, clusters, resamples=2000)
-    interval = found.rate if kind.startswith(("wins", "ties")) else found.interval
-    return float(np.mean([not interval(k).excludes(truth) for k in range(REPLICATIONS)]))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +42,7 @@ def test_very_skewed_gains_are_covered_less(prompts, least):
 
 def test_three_prompts_have_an_honest_interval():
     """Percentiles of the bootstrap cover 76 % here: no resample lies beyond the three prompts."""
-    assert abs(coverage("normal", 3, True) - 0.95) <= SLACK
+    assert abs(coverage("normal", 3, True) - 0.95) <= SLACK and percentile_coverage("normal", 3, True) < 0.8
 
 
 def test_ignoring_the_clusters_covers_far_too_little():
