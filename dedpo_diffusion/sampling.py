@@ -339,11 +339,11 @@ def sample_folder(folder: Path, work: Sequence[Job], settings: Any, recipe: Reci
     listed = hashlib.sha256(json.dumps([asdict(job) for job in work]).encode()).hexdigest()
     loras = [{"name": file.stem, "sha256": file_digest(file), "hash": tensor_hash(file)} for file in recipe.lora]
     identity = {"lora": ",".join(lora["sha256"] for lora in loras), "images": listed}
-    whole, begun = _Whole(folder), (folder / "settings.yaml").is_file()
+    identity_file = folder / "identity.json"
+    whole, begun = _Whole(folder), identity_file.is_file()  # which is written last, so that there is nothing to write here
     if begun:  # say before a model is loaded what can be said
-        identity_file = folder / "identity.json"
-        held = json.loads(identity_file.read_text(encoding="utf-8")) if identity_file.is_file() else {}
-        open_run(folder, settings, identity | {"model": held.get("model", "")} if "model" in held else identity)
+        held = json.loads(identity_file.read_text(encoding="utf-8"))
+        open_run(folder, settings, identity | ({"model": held["model"]} if "model" in held else {}))
     if not begun or not all(whole(job.file) for job in work):
         pipe = load_sampler(
             recipe.model, config=recipe.config, lora=recipe.lora, strength=recipe.strength, scheduler=recipe.scheduler, device=device,
