@@ -137,19 +137,18 @@ def make_thumbnails(arms: Sequence[Arm], rows: Iterable[int], side: int) -> Thum
 # ---- the gallery
 
 
-def people_said(base: Arm, arm: Arm) -> list[float | None]:
-    """How far people prefer the arm's image of each row, from -1 to 1: means of 2 * preferred - 1; None where nobody answered.
+def people_said(arms: Sequence[Arm]) -> list[list[float | None]]:
+    """By arm, how far people prefer its image of each row to the base's, from -1 to 1; None where nobody answered."""
+    from dedpo_diffusion.evaluation.preferences import read_judged
 
-    Repetitions, and further answers of one person to the same pair, do not count.
-    """
-    from dedpo_diffusion.evaluation.people import read_votes
-
-    answers: list[dict[str, float]] = [{} for _ in arm.rows]
-    votes = read_votes(base.folder, base.rows, arm.folder, arm.rows)
-    for row, rater, preferred, repeat in zip(votes.row, votes.rater, votes.preferred, votes.repeat, strict=True) if votes else ():
-        if not repeat:
-            answers[row].setdefault(rater, 2 * float(preferred) - 1)
-    return [sum(given.values()) / len(given) if given else None for given in answers]
+    found, said = read_judged(arms), []
+    for arm in arms:
+        values: list[float | None] = [None] * len(arm.rows)
+        if arm.name in found:
+            for row, gain in zip(found[arm.name].rows, found[arm.name].gain, strict=True):
+                values[row] = float(gain)
+        said.append(values)
+    return said
 
 
 def gallery_data(arms: Sequence[Arm], results: Results, rows: Sequence[int], thumbnails: Thumbnails, best: str) -> str:
@@ -158,7 +157,7 @@ def gallery_data(arms: Sequence[Arm], results: Results, rows: Sequence[int], thu
     columns = []  # by scorer, by arm: a value for each row
     for name in scorers:
         if is_people(results, name):
-            columns.append([[None] * len(arms[0].rows), *(people_said(arms[0], arm) for arm in arms[1:])])
+            columns.append(people_said(arms))
         else:
             columns.append([arm.scores[name].tolist() for arm in arms])
     pairs = []

@@ -147,9 +147,9 @@ def judge_arms(settings: QuickstartSettings, clock: Clock, prompts: Path, loras:
                 sample.main, "sample", "--model", "shapes", *adapter, "--prompts", prompts, "--out", folder,
                 "--seeds", settings.eval_seeds, "--seed", EVALUATION_SEED + settings.seed, *SAMPLER,
             )  # fmt: skip
-        with clock.stage("score"):
-            call(score.main, "score", folder, "--with", "oracle_reward", f"pickscore={judge}", "--device", "cpu")
         folders.append(folder)
+    with clock.stage("score"):
+        call(score.main, "score", *folders, "--with", "oracle_reward", f"pickscore={judge}", "--device", "cpu")
     return folders
 
 

@@ -98,6 +98,7 @@ def test_labels_of_unequal_propensities_have_no_curve():
     assert describe(merge_labels(human, judge, propensity=np.full(1000, 0.2)).basis) is not None
 
 
+@pytest.mark.slow
 def test_hundreds_of_strata_need_little_memory():
     """The resamples of one stratum (2000 of 8 sums) take 128 kB; of 200 strata together they would take 26 MB."""
     import tracemalloc

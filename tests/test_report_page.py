@@ -39,7 +39,7 @@ def file(arms, tmp_path_factory):
     changed = settings([arm.folder for arm in arms], out=tmp_path_factory.mktemp("out") / "report.html")
     results = told_by_schema_2(compare.analyse(changed, arms))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gallery, "people_said", lambda base, arm: [1.0, 0.0, -0.5, *[None] * 9])
+        patch.setattr(gallery, "people_said", lambda arms: [[None] * 12, *[[1.0, 0.0, -0.5, *[None] * 9]] * (len(arms) - 1)])
         report.write_report(changed, arms, results)
     return changed.out
 

@@ -104,7 +104,7 @@ def _loads(pipe: Any) -> Iterator[None]:
     """While open, a `Backbone` takes this pipeline in place of one from a file, and its weights are not hashed."""
     from dedpo_diffusion import models
 
-    with mock.patch.object(models, "load_pipeline", return_value=pipe), mock.patch.object(models, "_fingerprint", return_value="random"):
+    with mock.patch.object(models, "load_pipeline", return_value=pipe), mock.patch.object(models, "fingerprint", return_value="random"):
         yield
 
 
