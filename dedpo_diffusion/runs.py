@@ -37,7 +37,7 @@ def open_run(folder: Path, settings: Any, identity: Mapping[str, str], free: Seq
         folder: the run folder.
         settings: the stage's dataclass.
         identity: fingerprints of the inputs (base model, targets, ...), by name; a run of an earlier version may know fewer of them.
-        free: settings, as "optim.batch", that may change while the run goes on.
+        free: settings, as "out" or "optim.batch", that may change while the run goes on.
 
     Raises:
         UserError: the folder holds another run, other things, or this run on inputs that have changed since.
@@ -52,9 +52,12 @@ def open_run(folder: Path, settings: Any, identity: Mapping[str, str], free: Seq
         write_text(settings_file, yaml.safe_dump(wanted["settings"], sort_keys=False))
     held = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
     for name in free:
-        room, key = name.split(".")
-        if isinstance(held.get(room), dict):
-            held[room][key] = wanted["settings"][room][key]
+        *rooms, key = name.split(".")
+        there, now = held, wanted["settings"]
+        for room in rooms:
+            there, now = there.get(room), now[room]
+        if isinstance(there, dict):
+            there[key] = now[key]
     difference = first_difference(held, wanted["settings"])
     if difference:
         raise UserError(f"{folder}: holds another run ({difference}); choose another --out, or remove the folder")

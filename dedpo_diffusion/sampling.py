@@ -14,16 +14,16 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 from .bases import LEFT_OUT, UNLOADABLE, load_pipeline
 from .claims import claim, spread
@@ -34,6 +34,7 @@ from .png import is_whole, parameters, tensor_hash, write_png
 from .records import Conditioning
 from .runs import open_run
 from .scorers.loading import within_memory
+from .weights import Lora, read_lora_file, to_diffusers
 
 SCHEDULERS = {  # by the names of SampleSettings.scheduler
     "ddim": "DDIMScheduler",
@@ -76,7 +77,7 @@ class Recipe:
         """Refuse what cannot be sampled, before anything is loaded.
 
         Raises:
-            UserError: a number out of range, or as many strengths as there are no LoRAs.
+            UserError: a number out of range, strengths that are not as many as the LoRAs, or a file that holds no LoRA.
         """
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
@@ -86,6 +87,7 @@ class Recipe:
         for file in self.lora:
             if not file.is_file():
                 raise UserError(f"{file}: no such adapter file; `dedpo export RUN --out {file}` writes one")
+            read_lora_file(file)
 
 
 # ---- one batch
@@ -122,7 +124,7 @@ def _schedule(pipe: Any) -> dict[str, Any]:
 
 
 def add_loras(pipe: Any, model: str, files: Sequence[Path], strength: Sequence[float] = ()) -> None:
-    """Load LoRA files in the layout of diffusers, with the alpha that their metadata tell, or of kohya; their changes add up.
+    """Load LoRA files of the layouts that `read_lora_file` reads; their changes add up.
 
     Args:
         pipe: of the model.
@@ -141,26 +143,22 @@ def add_loras(pipe: Any, model: str, files: Sequence[Path], strength: Sequence[f
 
 def _add_lora(pipe: Any, model: str, file: Path, name: str) -> None:
     """Load an adapter file; diffusers passes over what it has no place for, which is refused here."""
+    read = read_lora_file(file)
+    # diffusers takes alphas that differ by layer for one in the layout of kohya, so that they are worked into the factors
+    scaled = {key: replace(layer, up=layer.up * layer.scale, alpha=float(layer.rank), rslora=False) for key, layer in read.layers.items()}
+    layers = len(scaled)
     try:
-        with safe_open(file, "pt") as tensors:
-            keys = list(tensors.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read as a .safetensors file ({error}); other formats are not read") from error
-    layers = sum(any(mark in key for mark in ("lora_A.", "lora_down.", "lora.down.")) for key in keys)
-    if not layers:
-        raise UserError(f"{file}: holds no LoRA in the layout of diffusers or kohya; `dedpo export RUN --out FILE` writes one")
-    if any("dora_scale" in key for key in keys):
-        raise UserError(f"{file}: a DoRA in the layout of kohya, which diffusers loads as another LoRA; give it in the layout of diffusers")
+        tensors, _ = to_diffusers(Lora(scaled))  # a reader without configuration takes alpha for the rank, as it is now
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     try:
-        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name, use_safetensors=True)
+        pipe.load_lora_weights(tensors, adapter_name=name)
     except UNLOADABLE as error:
         raise UserError(f"{file}: this adapter does not fit {model} ({(str(error).splitlines() or ['?'])[0]})") from error
     parts = (getattr(pipe, part, None) for part in ("unet", "text_encoder", "text_encoder_2"))
     found = sum(f".lora_A.{name}." in key for part in parts if part is not None for key, _ in part.named_parameters())
     if found < layers:
         raise UserError(f"{file}: {layers - found} of its {layers} layers have no place in {model}; it is a LoRA of another kind of model")
-    if found > layers:  # those would be left random
-        raise UserError(f"{file}: its metadata name {found} layers of {model}, and it holds {layers}; write it again without them")
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Generator]]:
@@ -205,6 +203,9 @@ def sample(
 
     Returns:
         N RGB images.
+
+    Raises:
+        UserError: an image with numbers that are not finite.
     """
     height, width = image_size(pipe, size)
     noise, generators = initial_noise(
@@ -213,8 +214,18 @@ def sample(
     result = pipe(
         list(prompts), negative_prompt=None if negative is None else [negative] * len(prompts), generator=generators,
         latents=noise.to(pipe.unet.dtype), num_inference_steps=steps, guidance_scale=guidance, height=height, width=width,
+        output_type="np",
     )  # fmt: skip
-    return result.images
+    remedy = "give --dtype float32 or bfloat16, a smaller --strength, or another LoRA or model"
+    return _finite(pipe, result.images, [f"{seed} of {prompt!r}" for seed, prompt in zip(seeds, prompts, strict=True)], remedy)
+
+
+def _finite(pipe: Any, pixels: np.ndarray, names: Sequence[str], remedy: str) -> list[Image.Image]:
+    """Images of pixels (N, H, W, 3) from 0 to 1; what is not finite would become black."""
+    for name, image in zip(names, pixels, strict=True):
+        if not np.isfinite(image).all():
+            raise UserError(f"the image of seed {name} is not finite; {remedy}")
+    return pipe.image_processor.numpy_to_pil(pixels)
 
 
 def sampler_around(model: Backbone, vae: Any) -> Any:
@@ -241,6 +252,9 @@ def sample_encoded(
         seeds: N seeds.
         steps, guidance: as in `sample`.
         shape: (C, h, w) of a latent.
+
+    Raises:
+        UserError: an image with numbers that are not finite.
     """
     device, count = pipe.unet.device, len(seeds)
     noise, generators = initial_noise(seeds, shape)
@@ -261,7 +275,8 @@ def sample_encoded(
         widened.remove()
     with torch.autocast(device.type, enabled=False):  # half precision overflows in some VAEs
         pixels = pipe.vae.decode(found.images.float() / pipe.vae.config.scaling_factor).sample
-    return pipe.image_processor.postprocess(pixels, output_type="pil")
+    remedy = "the training has diverged; begin anew with a lower optim.lr"
+    return _finite(pipe, pipe.image_processor.postprocess(pixels, output_type="np"), [str(seed) for seed in seeds], remedy)
 
 
 # ---- a folder of images
@@ -343,7 +358,7 @@ def sample_folder(folder: Path, work: Sequence[Job], settings: Any, recipe: Reci
     whole, begun = _Whole(folder), identity_file.is_file()  # which is written last, so that there is nothing to write here
     if begun:  # say before a model is loaded what can be said
         held = json.loads(identity_file.read_text(encoding="utf-8"))
-        open_run(folder, settings, identity | ({"model": held["model"]} if "model" in held else {}))
+        open_run(folder, settings, identity | ({"model": held["model"]} if "model" in held else {}), free=("out",))
     if not begun or not all(whole(job.file) for job in work):
         pipe = load_sampler(
             recipe.model, config=recipe.config, lora=recipe.lora, strength=recipe.strength, scheduler=recipe.scheduler, device=device,
@@ -368,7 +383,7 @@ def _open(folder: Path, settings: Any, identity: Mapping[str, str]) -> None:
     """Claim the folder, one process after the other."""
     with claim(_locks(folder) / "open.lock", wait=True):  # not held: another process has just finished the folder
         try:
-            open_run(folder, settings, identity)
+            open_run(folder, settings, identity, free=("out",))
         except UserError:
             if not (folder / "settings.yaml").is_file():  # somebody's own folder
                 shutil.rmtree(folder / LOCKS, ignore_errors=True)

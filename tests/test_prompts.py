@@ -76,6 +76,12 @@ def test_own_tables_say_the_same(tmp_path, kind, keys):
     assert read_prompts(write(tmp_path, kind, keys)) == [Prompt(k, *row) for k, row in enumerate(ROWS)]
 
 
+def test_a_line_ends_at_a_line_break_alone(tmp_path):
+    """Not at a form feed, U+2028 and the like, which text from web pages and PDFs has within a prompt."""
+    (tmp_path / "own.txt").write_bytes("a\x0cfox\r\na\u2028cat\x85\x1cb\x0bc\na dog".encode())
+    assert read_prompts(tmp_path / "own.txt") == [Prompt(0, "a\x0cfox"), Prompt(1, "a\u2028cat\x85\x1cb\x0bc"), Prompt(2, "a dog")]
+
+
 def test_lists_and_lines_have_no_categories(tmp_path):
     (tmp_path / "own.json").write_text(json.dumps([text for text, _ in ROWS]))
     (tmp_path / "own.txt").write_text("\n\n".join(f"  {text} " for text, _ in ROWS), encoding="utf-8-sig")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dedpo_diffusion import png, sampling
+from dedpo_diffusion.console import UserError
 from dedpo_diffusion.decoding import decode_image
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.pairs import PairReader
@@ -138,6 +139,35 @@ def test_prompt_files_that_cannot_be_used(tiny_model, tmp_path, capsys, content,
     assert words in message
     assert "p.txt" in message
     assert not (tmp_path / "a").exists()
+
+
+def test_images_that_are_not_finite_are_refused(tiny_model, prompts, tmp_path, capsys):
+    """They would be whole PNGs, all black."""
+    write_lora(tiny_model, tmp_path / "one.safetensors", 0.5)
+    given = arguments(tiny_model, prompts, tmp_path / "a", lora=tmp_path / "one.safetensors", strength=1e30, seed=5)
+    assert sample.main(given) == 2
+    said = capsys.readouterr().err
+    assert f"the image of seed 5 of {PROMPTS[0]!r} is not finite" in said and "smaller --strength" in said
+    assert not list((tmp_path / "a").glob("*.png"))
+
+
+def test_encoded_images_that_are_not_finite_are_refused(tiny_model):
+    backbone = Backbone(str(tiny_model), device=torch.device("cpu"))
+    words = backbone.encode_prompts(["a large cross"])
+    vae = backbone.vae
+    next(vae.decoder.parameters()).data.fill_(torch.nan)
+    with pytest.raises(UserError, match="the image of seed 3 is not finite"):
+        sampling.sample_encoded(
+            sampling.sampler_around(backbone, vae), words, words, [3], steps=1, guidance=2.0, shape=backbone.latent_shape(16)
+        )
+
+
+def test_a_folder_goes_on_under_another_spelling_of_its_name(tiny_model, prompts, tmp_path, monkeypatch):
+    assert sample.main(arguments(tiny_model, prompts, tmp_path / "a")) == 0
+    next((tmp_path / "a").glob("*.png")).unlink()
+    monkeypatch.chdir(tmp_path)
+    assert sample.main(arguments(tiny_model, prompts, "a/")) == 0
+    assert len(pixels(tmp_path / "a")) == 3
 
 
 def test_an_adapter_that_does_not_exist(tiny_model, prompts, tmp_path, capsys):

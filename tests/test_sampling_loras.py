@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dedpo_diffusion import sampling
 from dedpo_diffusion.console import UserError
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.pipelines import sample as stage
 from dedpo_diffusion.sampling import Recipe, add_loras, load_sampler, sample
-from dedpo_diffusion.weights import diffusers_lora, save_lora
+from dedpo_diffusion.weights import Lora, LoraLayer, diffusers_lora, read_lora_file, save_lora, to_kohya
+from dedpo_diffusion.weights.merging import merge
 
 RANK = 4
 PREFIX = {"tiny": {"unet": "lora_unet", "text_encoder": "lora_te"}}
@@ -126,8 +128,8 @@ def test_files_that_would_be_passed_over_are_refused(made, tiny_model, tmp_path)
     assert first in one
     bad = {
         "renamed": ({name.replace("down_blocks.0", "down_blocks.7"): value for name, value in one.items()}, "have no place in"),
-        "elsewhere": ({f"transformer.{name}": value for name, value in one.items()}, "have no place in|does not fit"),
-        "loha": ({"lora_unet_mid_block_attn.hada_w1_a": torch.ones(2, 2)}, "holds no LoRA"),
+        "elsewhere": ({f"transformer.{name}": value for name, value in one.items()}, "seems to be a LoRA of a transformer"),
+        "loha": ({"lora_unet_mid_block_attn.hada_w1_a": torch.ones(2, 2)}, "a LoHa of LyCORIS"),
         "wide": (one | {first: torch.ones(RANK, 99)}, "does not fit"),
     }
     pipe = load_sampler(str(tiny_model), device="cpu")
@@ -141,14 +143,78 @@ def test_files_that_would_be_passed_over_are_refused(made, tiny_model, tmp_path)
         save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / f"{name}.safetensors")
         refused(tmp_path / f"{name}.safetensors", words)
     kohya = write_kohya(tmp_path / "dora.safetensors", one, 2.0, PREFIX["tiny"])
-    save_file(load_file(kohya) | {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(16, 1)}, kohya)
-    refused(kohya, "a DoRA in the layout of kohya")
+    half = load_file(kohya)
+    key = next(key for key in half if key.startswith("lora_unet_") and key.endswith(".lora_up.weight"))
+    save_file(half | {key.replace("lora_up.weight", "dora_scale"): torch.ones(len(half[key]), 1)}, kohya)
+    refused(kohya, "dora.safetensors: unet: some of its layers are DoRAs")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    refused(tmp_path / "text.safetensors", r"cannot be read as a \.safetensors")
+    refused(tmp_path / "text.safetensors", "no safetensors file")
     refused(both["sdxl"][0] / "half.safetensors", r"kind of model|does not fit")
-    text = {name: value for name, value in one.items() if "q_proj" in name}
-    save_lora(tmp_path / "more.safetensors", text, {"text_encoder.r": RANK, "text_encoder.target_modules": ["q_proj", "k_proj"]}, {})
-    refused(tmp_path / "more.safetensors", "its metadata name 2 layers of tiny, and it holds 1")
+
+
+def outcome(pipe) -> list[torch.Tensor]:
+    """What the text encoder and the UNet give for the same input."""
+    tokens = pipe.tokenizer("a large cross", return_tensors="pt", padding="max_length", max_length=16, truncation=True).input_ids
+    generator = torch.Generator().manual_seed(0)
+    side = pipe.unet.config.sample_size
+    latents = torch.randn(1, pipe.unet.config.in_channels, side, side, generator=generator)
+    words = torch.randn(1, 7, pipe.unet.config.cross_attention_dim, generator=generator)
+    with torch.no_grad():
+        return [pipe.text_encoder(tokens).last_hidden_state, pipe.unet(latents, 500, words).sample]
+
+
+def odd(path, tensors, *, seed: int, dora: bool = False):
+    """A file in the layout of kohya whose layers have alphas and ranks of their own, and all or none a DoRA's magnitudes."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for place, name in enumerate(sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))):
+        down, up = (tensors[f"{name}.lora_{which}.weight"] for which in "AB")
+        alpha, rank = float(torch.randint(1, 9, (), generator=generator)), RANK - place % 3
+        magnitude = 1 + torch.rand(len(up), generator=generator) if dora else None
+        layers[name] = LoraLayer(0.3 * down[:rank], 0.3 * up[:, :rank], alpha, magnitude=magnitude)
+    save_file(to_kohya(Lora(layers), "sd1"), path)
+    return path
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_loaded_lora_is_a_merged_one(made, tiny_model, tmp_path, dora):
+    """Alphas and ranks that differ by layer, DoRAs in the layout of kohya; and two with text encoders add up."""
+    one, two = made[0]["tiny"][1], adapters(tiny_model, seed=5, text=True)
+    files = [odd(tmp_path / "one.safetensors", one, seed=1, dora=dora)]
+    if not dora:  # whose changes depend on what they are put upon
+        files.append(odd(tmp_path / "two.safetensors", two, seed=2))
+    loaded, merged = (load_sampler(str(tiny_model), device="cpu") for _ in range(2))
+    bare = outcome(merged)
+    add_loras(loaded, "tiny", files)
+    for file in files:
+        merge(merged, read_lora_file(file))
+    for found, wanted, before in zip(outcome(loaded), outcome(merged), bare, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert (wanted - before).abs().max() > 0.05
+
+
+BAD = {  # what people have in place of a LoRA
+    "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "html": b"<!DOCTYPE html><html>sign in</html>",
+    "pickle": b"PK\x03\x04" + bytes(60),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("what", [*BAD, "cut", "nan"])
+def test_files_that_are_no_lora_are_refused_by_the_command(made, tmp_path, capsys, monkeypatch, what):
+    folder, one, _ = made[0]["tiny"]
+    bad = tmp_path / "bad.safetensors"
+    if what == "nan":
+        write(bad, one | {name: torch.full_like(value, torch.nan) for name, value in list(one.items())[:1]})
+    else:
+        bad.write_bytes(BAD[what] if what in BAD else (folder / "half.safetensors").read_bytes()[:-100])
+    monkeypatch.setattr(sampling, "load_sampler", None)  # not reached
+    assert stage.main(["--model", "shapes", "--prompts", "parti", "--out", str(tmp_path / "a"), "--lora", str(bad)]) == 2
+    said = capsys.readouterr().err
+    assert "bad.safetensors: " in said and "Traceback" not in said
+    assert "is not finite" in said or what != "nan"
+    assert not (tmp_path / "a").exists()
 
 
 def test_strengths_go_with_files(made, tiny_model, tmp_path, capsys):

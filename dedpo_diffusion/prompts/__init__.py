@@ -101,7 +101,7 @@ def _read(source: str) -> list[Prompt]:
 def _lines(path: Path) -> list[str]:
     """The prompts of a text file, one a line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() also splits at form feeds, U+2028 and more
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
