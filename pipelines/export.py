@@ -69,8 +69,28 @@ def check(settings: ExportSettings) -> None:
         raise UserError(f"{settings.out}: give a file name that ends in .safetensors")
     if settings.rank is not None and settings.rank < 1:
         raise UserError(f"--rank is {settings.rank}; it must be at least 1")
-    if not -100 < settings.strength < 100 or settings.strength == 0:
-        raise UserError(f"--strength is {settings.strength}; give a number other than 0, where 1 is what was trained")
+    check_strength("--strength", settings.strength)
+    read = [settings.source, *(path for path, _ in map(to_add, settings.add))]
+    again = next((path for path in read if path.resolve() == settings.out.resolve()), None)
+    if again is not None:
+        raise UserError(f"{settings.out}: it is what is read ({again}), and would be overwritten; choose another --out")
+
+
+def check_strength(what: str, strength: float) -> None:
+    """Raises UserError where a strength is not finite, 0, or far from any that is used."""
+    if not 0 < abs(strength) < 100:
+        raise UserError(f"{what} is {strength}; give a number other than 0 between -100 and 100, where 1 is what was trained")
+
+
+def to_add(text: str) -> tuple[Path, float]:
+    """The file and the strength of FILE=STRENGTH. Raises UserError where it is something else."""
+    name, _, number = text.rpartition("=") if "=" in text else (text, "", "1")
+    try:
+        strength = float(number)
+    except ValueError as error:
+        raise UserError(f"--add {text}: {number!r} is no number; give FILE=STRENGTH, as other.safetensors=0.5") from error
+    check_strength(f"--add {text}: the strength", strength)
+    return Path(name), strength
 
 
 def write_lora(settings: ExportSettings, source: Source) -> None:
@@ -107,7 +127,7 @@ def changed_lora(settings: ExportSettings, source: Source) -> tuple[Lora, dict[s
     others, made = added(settings)
     lora, rank = source.lora, settings.rank
     loss = None
-    dora = lora is not None and any(layer.magnitude is not None for layer in lora.layers.values())
+    dora = any(layer.magnitude is not None for one in (lora, *(other for other, _ in others)) if one for layer in one.layers.values())
     if lora is None and rank is None:
         raise UserError(
             f"{settings.source}: the whole UNet was trained, so there is no adapter; give --format merged or --format checkpoint, "
@@ -137,13 +157,7 @@ def added(settings: ExportSettings) -> tuple[list[tuple[Lora, float]], dict[str,
     from dedpo_diffusion.weights import read_lora_file
 
     found, listed = [], []
-    for text in settings.add:
-        name, _, number = text.rpartition("=") if "=" in text else (text, "", "1")
-        try:
-            strength = float(number)
-        except ValueError as error:
-            raise UserError(f"--add {text}: {number!r} is no number; give FILE=STRENGTH, as other.safetensors=0.5") from error
-        path = Path(name)
+    for path, strength in map(to_add, settings.add):
         found.append((read_lora_file(path), strength))
         listed.append({"file": path.name, "sha256": file_digest(path), "strength": strength})
     made: dict[str, Any] = {} if settings.strength == 1 else {"strength": settings.strength}
@@ -232,7 +246,8 @@ def _rounded(lora: Lora, dtype: str) -> Lora:
     def rounded(name: str, value: Tensor | None) -> Tensor | None:
         found = None if value is None else value.to(getattr(torch, dtype))
         if found is not None and not torch.isfinite(found).all():
-            raise UserError(f"{name}: not finite as {dtype}; give --dtype bfloat16 or float32")
+            remedy = "give --dtype bfloat16 or float32" if dtype == "float16" else "give a smaller --strength, or another LoRA"
+            raise UserError(f"{name}: not finite as {dtype}; {remedy}")
         return found
 
     layers = {

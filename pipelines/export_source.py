@@ -65,7 +65,6 @@ class Source:
 
     def apply(self, pipe: Any, strength: float, others: Sequence[tuple[Lora, float]]) -> None:
         """Work this, and other LoRAs, into a pipeline's weights, in float32 and in place."""
-        from dedpo_diffusion.weights.algebra import scaled
         from dedpo_diffusion.weights.merging import merge, replace_weights
 
         if self.weights is not None:
@@ -73,7 +72,7 @@ class Source:
         if self.lora is not None:
             merge(pipe, self.lora, strength=strength)
         for other, by in others:
-            merge(pipe, scaled(other, by))
+            merge(pipe, other, strength=by)
 
     def touched(self, others: Sequence[tuple[Lora, float]]) -> list[str]:
         """The parts of a pipeline that this and other LoRAs change."""
