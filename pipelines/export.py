@@ -97,12 +97,13 @@ def write_lora(settings: ExportSettings, source: Source) -> None:
     """A LoRA as one file, in the layout of diffusers or of kohya."""
     from dedpo_diffusion.weights import to_diffusers, to_kohya
     from dedpo_diffusion.weights.algebra import one_alpha
-    from dedpo_diffusion.weights.base import modelspec, network
+    from dedpo_diffusion.weights.base import KEPT, modelspec, network
     from dedpo_diffusion.weights.diffusers_layout import CONFIG
     from dedpo_diffusion.weights.writing import save_tensors
 
     lora, made = changed_lora(settings, source)
-    told, dtype = source.told(made), settings.dtype or "float32"
+    others = source.lora.metadata if source.lora is not None else {}
+    told, dtype = source.told(made) | {key: others[key] for key in KEPT if key in others}, settings.dtype or "float32"
     if settings.format == "kohya":
         base, lora = base_of_lora(settings, source, lora), one_alpha(lora)
         _warn_of_dora(lora)
@@ -172,7 +173,16 @@ def base_of_lora(settings: ExportSettings, source: Source, lora: Lora) -> Base:
     shown = family_of(lora)
     told = None if source.lora is None or settings.model else told_base(source.lora.metadata)
     if told is None and source.model is not None:
-        told = look_up(source.model, source.model_config)
+        try:
+            told = look_up(source.model, source.model_config)
+        except UserError as error:
+            given = "" if settings.model or "--model," in str(error) else "; give --model, where the base model is now"
+            if settings.model or shown is None:
+                raise UserError(f"{error}{given}") from error
+            say(
+                f"Warning: {error}. The LoRA's layers are those of an {shown}, which is what the file says; what its base predicts and "
+                "of which size is not told in it. Give --model, where the base model is now, to have them told"
+            )
     if told is None and shown is not None:
         told = Base(shown)
     if told is None:
@@ -258,12 +268,10 @@ def _rounded(lora: Lora, dtype: str) -> Lora:
 
 
 def _warn_of_dora(lora: Lora) -> None:
+    from dedpo_diffusion.weights.readers import KOHYA_DORA
+
     if any(layer.magnitude is not None for layer in lora.layers.values()):
-        say(
-            "Warning: programs disagree on a DoRA's magnitudes in the kohya layout: LyCORIS computes what was trained, ComfyUI nearly "
-            "that, diffusers leaves them out, A1111 takes them for those of columns. For all of these, give --rank, which extracts a "
-            "plain LoRA, or --format checkpoint"
-        )
+        say(f"Warning: {KOHYA_DORA}. For all of these, give --rank, which extracts a plain LoRA, or --format checkpoint")
 
 
 def _range(values: list[Any]) -> str:
