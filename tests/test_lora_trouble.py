@@ -208,7 +208,7 @@ def test_damaged_files_of_folders_are_told_in_words(tiny_model, tiny_pairs, tmp_
     samples.mkdir()
     (samples / "settings.yaml").write_text("steps: 2\n")
     (samples / "index.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="index.parquet: cannot be read"):
+    with pytest.raises(UserError, match=r"index\.parquet: cannot be read"):
         inspect_path(samples)
     save_file({"embeddings": torch.ones(2, 2)}, tmp_path / "e.safetensors", metadata={"version": "v", "images": "i", "files": "3"})
     assert "cannot be read" in inspect_path(tmp_path / "e.safetensors")["warnings"][0]
