@@ -69,20 +69,41 @@ def check(settings: ExportSettings) -> None:
         raise UserError(f"{settings.out}: give a file name that ends in .safetensors")
     if settings.rank is not None and settings.rank < 1:
         raise UserError(f"--rank is {settings.rank}; it must be at least 1")
-    if not -100 < settings.strength < 100 or settings.strength == 0:
-        raise UserError(f"--strength is {settings.strength}; give a number other than 0, where 1 is what was trained")
+    check_strength("--strength", settings.strength)
+    read = [settings.source, *(path for path, _ in map(to_add, settings.add))]
+    again = next((path for path in read if path.resolve() == settings.out.resolve()), None)
+    if again is not None:
+        raise UserError(f"{settings.out}: it is what is read ({again}), and would be overwritten; choose another --out")
+
+
+def check_strength(what: str, strength: float) -> None:
+    """Raises UserError where a strength is not finite, 0, or far from any that is used."""
+    if not 0 < abs(strength) < 100:
+        raise UserError(f"{what} is {strength}; give a number other than 0 between -100 and 100, where 1 is what was trained")
+
+
+def to_add(text: str) -> tuple[Path, float]:
+    """The file and the strength of FILE=STRENGTH. Raises UserError where it is something else."""
+    name, _, number = text.rpartition("=") if "=" in text else (text, "", "1")
+    try:
+        strength = float(number)
+    except ValueError as error:
+        raise UserError(f"--add {text}: {number!r} is no number; give FILE=STRENGTH, as other.safetensors=0.5") from error
+    check_strength(f"--add {text}: the strength", strength)
+    return Path(name), strength
 
 
 def write_lora(settings: ExportSettings, source: Source) -> None:
     """A LoRA as one file, in the layout of diffusers or of kohya."""
     from dedpo_diffusion.weights import to_diffusers, to_kohya
     from dedpo_diffusion.weights.algebra import one_alpha
-    from dedpo_diffusion.weights.base import modelspec, network
+    from dedpo_diffusion.weights.base import KEPT, modelspec, network
     from dedpo_diffusion.weights.diffusers_layout import CONFIG
     from dedpo_diffusion.weights.writing import save_tensors
 
     lora, made = changed_lora(settings, source)
-    told, dtype = source.told(made), settings.dtype or "float32"
+    others = source.lora.metadata if source.lora is not None else {}
+    told, dtype = source.told(made) | {key: others[key] for key in KEPT if key in others}, settings.dtype or "float32"
     if settings.format == "kohya":
         base, lora = base_of_lora(settings, source, lora), one_alpha(lora)
         _warn_of_dora(lora)
@@ -107,7 +128,7 @@ def changed_lora(settings: ExportSettings, source: Source) -> tuple[Lora, dict[s
     others, made = added(settings)
     lora, rank = source.lora, settings.rank
     loss = None
-    dora = lora is not None and any(layer.magnitude is not None for layer in lora.layers.values())
+    dora = any(layer.magnitude is not None for one in (lora, *(other for other, _ in others)) if one for layer in one.layers.values())
     if lora is None and rank is None:
         raise UserError(
             f"{settings.source}: the whole UNet was trained, so there is no adapter; give --format merged or --format checkpoint, "
@@ -137,13 +158,7 @@ def added(settings: ExportSettings) -> tuple[list[tuple[Lora, float]], dict[str,
     from dedpo_diffusion.weights import read_lora_file
 
     found, listed = [], []
-    for text in settings.add:
-        name, _, number = text.rpartition("=") if "=" in text else (text, "", "1")
-        try:
-            strength = float(number)
-        except ValueError as error:
-            raise UserError(f"--add {text}: {number!r} is no number; give FILE=STRENGTH, as other.safetensors=0.5") from error
-        path = Path(name)
+    for path, strength in map(to_add, settings.add):
         found.append((read_lora_file(path), strength))
         listed.append({"file": path.name, "sha256": file_digest(path), "strength": strength})
     made: dict[str, Any] = {} if settings.strength == 1 else {"strength": settings.strength}
@@ -158,7 +173,16 @@ def base_of_lora(settings: ExportSettings, source: Source, lora: Lora) -> Base:
     shown = family_of(lora)
     told = None if source.lora is None or settings.model else told_base(source.lora.metadata)
     if told is None and source.model is not None:
-        told = look_up(source.model, source.model_config)
+        try:
+            told = look_up(source.model, source.model_config)
+        except UserError as error:
+            given = "" if settings.model or "--model," in str(error) else "; give --model, where the base model is now"
+            if settings.model or shown is None:
+                raise UserError(f"{error}{given}") from error
+            say(
+                f"Warning: {error}. The LoRA's layers are those of an {shown}, which is what the file says; what its base predicts and "
+                "of which size is not told in it. Give --model, where the base model is now, to have them told"
+            )
     if told is None and shown is not None:
         told = Base(shown)
     if told is None:
@@ -232,7 +256,8 @@ def _rounded(lora: Lora, dtype: str) -> Lora:
     def rounded(name: str, value: Tensor | None) -> Tensor | None:
         found = None if value is None else value.to(getattr(torch, dtype))
         if found is not None and not torch.isfinite(found).all():
-            raise UserError(f"{name}: not finite as {dtype}; give --dtype bfloat16 or float32")
+            remedy = "give --dtype bfloat16 or float32" if dtype == "float16" else "give a smaller --strength, or another LoRA"
+            raise UserError(f"{name}: not finite as {dtype}; {remedy}")
         return found
 
     layers = {
@@ -243,12 +268,10 @@ def _rounded(lora: Lora, dtype: str) -> Lora:
 
 
 def _warn_of_dora(lora: Lora) -> None:
+    from dedpo_diffusion.weights.readers import KOHYA_DORA
+
     if any(layer.magnitude is not None for layer in lora.layers.values()):
-        say(
-            "Warning: programs disagree on a DoRA's magnitudes in the kohya layout: LyCORIS computes what was trained, ComfyUI nearly "
-            "that, diffusers leaves them out, A1111 takes them for those of columns. For all of these, give --rank, which extracts a "
-            "plain LoRA, or --format checkpoint"
-        )
+        say(f"Warning: {KOHYA_DORA}. For all of these, give --rank, which extracts a plain LoRA, or --format checkpoint")
 
 
 def _range(values: list[Any]) -> str:

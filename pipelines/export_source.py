@@ -65,7 +65,6 @@ class Source:
 
     def apply(self, pipe: Any, strength: float, others: Sequence[tuple[Lora, float]]) -> None:
         """Work this, and other LoRAs, into a pipeline's weights, in float32 and in place."""
-        from dedpo_diffusion.weights.algebra import scaled
         from dedpo_diffusion.weights.merging import merge, replace_weights
 
         if self.weights is not None:
@@ -73,7 +72,7 @@ class Source:
         if self.lora is not None:
             merge(pipe, self.lora, strength=strength)
         for other, by in others:
-            merge(pipe, scaled(other, by))
+            merge(pipe, other, strength=by)
 
     def touched(self, others: Sequence[tuple[Lora, float]]) -> list[str]:
         """The parts of a pipeline that this and other LoRAs change."""
@@ -104,18 +103,17 @@ def open_source(settings: ExportSettings) -> Source:
 def _open_file(settings: ExportSettings) -> Source:
     from dedpo_diffusion.files import file_digest
     from dedpo_diffusion.weights import read_lora_file
+    from dedpo_diffusion.weights.header import json_dictionary
 
     for name, usual in (("checkpoint", "last"), ("average", True)):
         if getattr(settings, name) != usual:
             raise UserError(f"--{name} is of a run, and {settings.source} is no run folder; leave it out")
     lora = read_lora_file(settings.source)
-    told = {}
-    for name in ("settings", "sources", "made"):
-        try:
-            told[name] = json.loads(lora.metadata.get(f"dedpo_{name}", "{}"))
-        except ValueError as error:
-            raise UserError(f"{settings.source}: its dedpo_{name} is no JSON ({error}); export it again from the run") from error
+    told = {name: json_dictionary(settings.source, lora.metadata, f"dedpo_{name}") for name in ("settings", "sources", "made")}
     trained = told["settings"]
+    for name in ("model", "model_config"):
+        if settings.model is None and not isinstance(trained.get(name), str | None):
+            raise UserError(f"{settings.source}: its dedpo_settings name {trained[name]!r} as {name}; give --model")
     before: dict[str, Any] = {"from": {"file": settings.source.name, "sha256": file_digest(settings.source)}}
     if told["made"]:
         before["from"]["made"] = told["made"]
@@ -126,11 +124,10 @@ def _open_file(settings: ExportSettings) -> Source:
 
 def _open_run(settings: ExportSettings) -> Source:
     from dedpo_diffusion.checkpoints import check_checkpoint, load_part
-    from dedpo_diffusion.runs import read_settings
     from dedpo_diffusion.weights import from_parameters
 
     run = settings.source
-    trained = read_settings(run)
+    trained = run_settings(run)
     step, folder = chosen(settings)
     try:
         check_checkpoint(folder)
@@ -152,6 +149,47 @@ def _open_run(settings: ExportSettings) -> Source:
     return Source(title, lora, parameters if lora is None else None, *given, {**trained, "step": step}, digests(run, trained))
 
 
+def run_settings(run: Path) -> dict[str, Any]:
+    """The settings of a run, with what an export needs of them.
+
+    Raises:
+        UserError: it is no run folder, or they are damaged.
+    """
+    import yaml
+
+    from dedpo_diffusion.runs import read_settings
+
+    file, remedy = run / "settings.yaml", "give the run folder as training left it"
+    try:
+        found = read_settings(run)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {remedy}") from error
+    parts = {name: found.get(name) if isinstance(found, dict) else None for name in ("data", "objective", "lora")}
+    needed = ["data", "objective"]
+    if isinstance(found, dict) and found.get("weights", "lora") == "lora":
+        needed.append("lora")
+    lacking = next((name for name in needed if not isinstance(parts[name], dict)), None)
+    if lacking is None:
+        alpha = isinstance(parts["lora"]["alpha"] if "alpha" in (parts["lora"] or {}) else None, int | float)
+        whole = {"model": isinstance(found.get("model"), str), "data.pairs": isinstance(found["data"].get("pairs"), str)}
+        whole |= {"data.targets": "targets" in found["data"], "lora.alpha": alpha or "lora" not in needed}
+        lacking = next((name for name, fits in whole.items() if not fits), None)
+    if lacking is not None:
+        raise UserError(f"{file}: it does not say {lacking} as settings of a run do; {remedy}")
+    return found
+
+
+def _dictionary(file: Path) -> dict[str, Any]:
+    """The dictionary in a JSON file of a run. Raises UserError where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); give the run folder as training left it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: no JSON dictionary; give the run folder as training left it")
+    return found
+
+
 def digests(run: Path, trained: Mapping[str, Any]) -> dict[str, str]:
     """What a run was trained with: the fingerprints in its identity.json, and the digest of its targets' label report.
 
@@ -160,7 +198,7 @@ def digests(run: Path, trained: Mapping[str, Any]) -> dict[str, str]:
     from dedpo_diffusion.files import file_digest
 
     file = run / "identity.json"
-    found: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found: dict[str, str] = _dictionary(file) if file.is_file() else {}
     if "targets" not in found:
         return found
     targets = Path(trained["data"]["pairs"]) / "targets" / f"{trained['data']['targets']}.parquet"
@@ -182,7 +220,9 @@ def chosen(settings: ExportSettings) -> tuple[int, Path]:
 
     run = settings.source
     file, found = best_folder(run) / "state.json", checkpoints(run)
-    best = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    best = _dictionary(file) if file.is_file() else None
+    if best is not None and not (isinstance(best.get("step"), int) and "by" in best and isinstance(best.get("value"), int | float)):
+        raise UserError(f"{file}: it does not say which step was best, and by what; give the run folder as training left it")
     if best is not None and (settings.checkpoint == "best" or (found and found[-1][0] != best["step"])):
         other = "" if settings.checkpoint == "best" else ", which --checkpoint best takes"
         say(f"{run}: step {best['step']} was best{other} ({best['by']} {best['value']:.4f})")

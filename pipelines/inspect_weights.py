@@ -9,6 +9,7 @@ Of a model only names and shapes are read, so that gigabytes take a second; of a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -111,6 +112,16 @@ def print_report(report: Mapping[str, Any]) -> None:
         say(f"Warning: {_shown(text)}")
 
 
+def _plain(value: Any) -> Any:
+    """A value of unknown origin as JSON can hold it: numbers that are not finite, dates and the like as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    fits = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if fits else str(value)
+
+
 def run(settings: InspectSettings) -> dict[str, Any]:
     """Say what a weight file or a folder is, for which base, and which programs read it."""
     import json
@@ -122,7 +133,7 @@ def run(settings: InspectSettings) -> dict[str, Any]:
     with redirect_stdout(sys.stderr) if settings.json else nullcontext():  # progress is no part of the JSON
         report = inspect_path(settings.path, hash=settings.hash)
     if settings.json:
-        say(json.dumps(report, indent=2, allow_nan=False))
+        say(json.dumps(_plain(report), indent=2, allow_nan=False))
     else:
         print_report(report)
     return report

@@ -2,7 +2,7 @@
 
 | file | what it is |
 |---|---|
-| lora.py | a LoRA in memory |
+| lora.py | a LoRA in memory; layers.py makes sure of the layers of a file |
 | algebra.py | another strength, another rank, several in one, the LoRA of a whole fine-tune |
 | live.py | the adapter that is being trained |
 | diffusers_layout.py, kohya.py | the two layouts of LoRA files |

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .diffusers_layout import CONFIG, config_alpha
 from .header import Header
 
 _END = re.compile(
@@ -121,17 +122,17 @@ class Adapter:
         return None
 
     def alpha(self, layer: Layer, tensor: Callable[[str], Tensor]) -> float | None:
-        """What the file says of alpha, in a tensor or in its configuration; None where it says nothing, and readers take the rank."""
+        """What the file says of alpha, in a tensor or in its configuration; None where it says nothing, and readers take the rank.
+
+        ValueError tells of a configuration that no reader takes.
+        """
         if "alpha" in layer.tensors:
             found = tensor(layer.tensors["alpha"]).float()
             return float(found) if found.numel() == 1 else None
         if self.config is None:
             return None
-        patterns, bare = self._setting(layer, "alpha_pattern") or {}, layer.name.removeprefix(f"{layer.part}.")
-        # peft: the first pattern that a name ends with (`peft.utils.other.get_pattern_key`)
-        named = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", bare)), None)
-        found = self._setting(layer, "lora_alpha") if named is None else patterns[named]
-        return None if found is None else float(found)
+        keys = [key for key in ("lora_alpha", "alpha_pattern") if key in self.config or f"{layer.part}.{key}" in self.config]
+        return config_alpha({key: self._setting(layer, key) for key in keys}, layer.name.removeprefix(f"{layer.part}."))
 
     def _setting(self, layer: Layer, name: str) -> Any:
         config = self.config or {}
@@ -196,7 +197,7 @@ def find_adapter(header: Header, config: Mapping[str, Any] | None = None) -> Ada
         return None
     order = ("run", "kohya", "old diffusers", "diffusers", "peft")
     layout = next(name for name in order if name in layouts)
-    return Adapter(header, layout, layers, strange, header.stored_json("lora_adapter_metadata") if config is None else config)
+    return Adapter(header, layout, layers, strange, header.stored_json(CONFIG) if config is None else config)
 
 
 def _role(found: Mapping[str, str]) -> str:

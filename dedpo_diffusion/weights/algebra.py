@@ -49,7 +49,10 @@ def combined(loras: Sequence[Lora]) -> Lora:
     """
     if len(loras) > 1:
         for lora in loras:
-            _refuse_dora(lora, "cannot be added to another LoRA; merge it into the model first")
+            _refuse_dora(
+                lora,
+                "cannot be added to another LoRA as it is; give --rank, which extracts a plain LoRA of all, or merge them into the model",
+            )
     names = dict.fromkeys(name for lora in loras for name in lora.layers)
     layers = {name: _stacked(name, [lora.layers[name] for lora in loras if name in lora.layers]) for name in names}
     return Lora(layers, loras[0].metadata)
@@ -74,7 +77,7 @@ def one_alpha(lora: Lora) -> Lora:
     Readers of the kohya layout take no rslora, and diffusers (0.42) takes the alphas of layers that differ for one.
     """
     wanted = {name: layer.scale * layer.rank for name, layer in lora.layers.items()}
-    counts = sorted(wanted.values())
+    counts = sorted(alpha for alpha in wanted.values() if alpha != 0)  # a layer of 0 is 0 at any alpha
     common = max(counts, key=counts.count) if counts else 1.0
     layers = {}
     for name, layer in lora.layers.items():

@@ -17,10 +17,12 @@ from safetensors import safe_open
 from ..bases import UNLOADABLE, resolve_model
 from ..console import UserError
 from ..single_file import family as family_of_file
+from .families import REFINER
 from .kohya import Family
 from .lora import Lora
 from .writing import DIGEST
 
+KEPT = tuple(f"modelspec.{name}" for name in ("author", "license", "description", "trigger_phrase", "usage_hint", "tags"))
 SIZES: dict[Family, int] = {"sd1": 512, "sd2": 512, "sdxl": 1024}  # of the published models
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as ModelSpec and sd-scripts write them
 
@@ -141,10 +143,13 @@ def _one(values: set[Any]) -> str:
 
 
 def told_base(metadata: Mapping[str, str]) -> Base | None:
-    """The base that a LoRA file's metadata name, as far as they do."""
+    """The base that a LoRA file's metadata name, as far as they do; None of another kind, as SDXL's refiner is."""
     architecture, version = metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")
+    if any(REFINER.match(text.lower()) for text in (architecture, version)):
+        return None
     words = {"v": "v_prediction", "epsilon": "epsilon"}
-    prediction = words.get(metadata.get("modelspec.prediction_type", ""))
+    by_kohya = "v_prediction" if version.endswith("_v") or metadata.get("ss_v_parameterization") == "True" else None
+    prediction = words.get(metadata.get("modelspec.prediction_type", ""), by_kohya)
     size = metadata.get("modelspec.resolution", "").partition("x")[0]
     starts: dict[Family, tuple[str, str]] = {
         "sd1": ("stable-diffusion-v1", "sd_v1"), "sd2": ("stable-diffusion-v2", "sd_v2"), "sdxl": ("stable-diffusion-xl", "sdxl_"),

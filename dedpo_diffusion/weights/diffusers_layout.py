@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..console import UserError
 from ..text import NAMES
+from .header import json_dictionary
+from .layers import collect, read_layer
 from .live import from_parameters, full_name
 from .lora import Lora, LoraLayer
 from .writing import save_tensors
@@ -85,27 +87,23 @@ def from_diffusers(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
     Raises:
         UserError: a tensor that is no part of an adapter of UNet or text encoders.
     """
-    try:
-        config = json.loads(metadata.get(CONFIG, "{}"))
-    except ValueError as error:
-        raise UserError(f"{path}: its {CONFIG} is no JSON ({error}); export it again with the program that wrote it") from error
+    config = json_dictionary(path, metadata, CONFIG)
     held: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         match = _NAME.fullmatch(_modern(key))
         if match is None:
             raise UserError(f"{path}: {key!r} is no part of an adapter in the layout of diffusers; give a LoRA of a UNet and text encoders")
-        held.setdefault(full_name(match[1], match[2]), {})[_ENDS[match[3]]] = value
+        collect(held, path, full_name(match[1], match[2]), _ENDS[match[3]], value)
     layers = {}
     for name, found in held.items():
-        if not {"down", "up"} <= set(found):
-            raise UserError(f"{path}: {name} has one of its two matrices alone; the file is not whole, get it again")
         part, _, inside = name.partition(".")
         own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
-        rank = len(found["down"])
-        common = own.get("lora_alpha", rank) if config else found["alpha"].item() if "alpha" in found else rank
-        magnitude = found["magnitude"].float().flatten() if "magnitude" in found else None
-        alpha = float(_pattern(own.get("alpha_pattern") or {}, inside, common))
-        layers[name] = LoraLayer(found["down"].float(), found["up"].float(), alpha, bool(own.get("use_rslora")), magnitude)
+        used = {role: value for role, value in found.items() if role != "alpha"} if config else found  # a configuration overrules it
+        try:
+            alpha = config_alpha(own, inside)
+        except ValueError as error:
+            raise UserError(f"{path}: its {CONFIG} says of {name}: {error}; export it again with the program that wrote it") from error
+        layers[name] = read_layer(path, name, used, alpha, rslora=bool(own.get("use_rslora")))
     return Lora(layers, dict(metadata))
 
 
@@ -122,9 +120,25 @@ def _modern(key: str) -> str:
     return f"{part}." + re.sub(r"\.to_(q|k|v|out)_lora\.(down|up)", layer, rest.replace(".processor.", "."))
 
 
-def _pattern(patterns: Mapping[str, float], name: str, otherwise: float) -> float:
-    """What peft takes for a layer: the first pattern that the end of its name matches."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
+def config_alpha(config: Mapping[str, Any], name: str) -> float | None:
+    """What an adapter's configuration says of a layer's alpha, None where it says nothing.
+
+    As peft reads it (`peft.utils.other.get_pattern_key`): that of the first pattern that the end of the layer's name matches, else the
+    common one. ValueError tells what is wrong with it.
+    """
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"alpha_pattern is {patterns!r}, no dictionary")
+    try:
+        named = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+    except re.error as error:
+        raise ValueError(f"a key of alpha_pattern is no regular expression ({error})") from error
+    if named is None and "lora_alpha" not in config:
+        return None
+    found = config["lora_alpha"] if named is None else patterns[named]
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < 1e38:
+        raise ValueError(f"alpha is {found!r}, not one finite number")
+    return float(found)
 
 
 def diffusers_lora(

@@ -11,12 +11,14 @@ WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "refiner"}  # of the text
 _CROSS = re.compile(r"attn2[._](?:processor[._])?to_[kv]")
 _DEEP = re.compile(r"(attentions|_blocks?)[._]\d+[._](\d+[._])?transformer_blocks[._][1-9]")  # SD1.x and SD2.x have one in a row
 _SECOND = re.compile(r"text_encoder_2\.|lora_te2_")
+REFINER = re.compile(r"^(sdxl|stable-diffusion-xl).*refiner")
 _NAMED = (  # in ss_base_model_version of kohya's scripts, and in modelspec.architecture
+    ("refiner", REFINER),
     ("sdxl", re.compile(r"^(sdxl|stable-diffusion-xl)")),
     ("sd2", re.compile(r"^(sd_v2|stable-diffusion-v2)")),
     ("sd1", re.compile(r"^(sd_v1|sd_1|stable-diffusion-v1)")),
 )
-_DECLARED = ("modelspec.architecture", "ss_base_model_version")
+DECLARED = ("modelspec.architecture", "ss_base_model_version")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def find_base(shapes: Mapping[str, tuple[int, ...] | None], metadata: Mapping[st
         found.append(("sdxl", "several transformer blocks in a row"))
     if any(_SECOND.match(name) for name in shapes):
         found.append(("sdxl", "a second text encoder"))
-    for key in _DECLARED:
+    for key in DECLARED:
         said = metadata.get(key, "")
         named = next((family for family, pattern in _NAMED if pattern.match(said.lower())), None)
         if named is not None:

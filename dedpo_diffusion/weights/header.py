@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,36 @@ class Header:
     def stored_json(self, key: str) -> dict[str, Any] | None:
         """A dictionary that the metadata hold as JSON under this key; None where there is none that can be read."""
         try:
-            found = json.loads(self.metadata.get(key, "null"))
-        except ValueError:
+            return json_dictionary(self.path, self.metadata, key) if key in self.metadata else None
+        except UserError:
             return None
-        return found if isinstance(found, dict) else None
+
+
+def json_dictionary(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """The JSON dictionary that the metadata of a file hold under a key, {} where there is none.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        found = strict_json(metadata.get(key, "{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: its {key} is no JSON ({error}); export it again with the program that wrote it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: its {key} is no JSON dictionary; export it again with the program that wrote it")
+    return found
+
+
+def strict_json(text: str) -> Any:
+    """What JSON holds. Raises ValueError, for NaN and Infinity too, which are none."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def read_header(path: Path) -> Header:

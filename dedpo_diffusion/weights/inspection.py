@@ -19,6 +19,7 @@ from ..files import is_leftover
 from ..runs import best_folder, checkpoints
 from ..single_file import CLIP, OPEN_CLIP, UNET, VAE, family, foreign
 from .adapters import WORDS, Adapter, find_adapter
+from .diffusers_layout import CONFIG
 from .families import FAMILIES, Base, find_base
 from .header import PICKLED, Header, read_header
 from .provenance import in_short, others_facts, own_facts
@@ -46,12 +47,22 @@ def inspect_path(path: Path, *, hash: bool | None = None) -> Report:
         UserError: nothing there, a pickle, or a file that cannot be read.
     """
     if path.is_dir():
-        return inspect_folder(path)
+        return _checked(inspect_folder(path))
     header = read_header(path)
     size = path.stat().st_size
     report = describe(header)
     if hash or (hash is None and size <= HASHED):
         report["sha256"] = digest(path)
+    return _checked(report)
+
+
+def _checked(report: Report) -> Report:
+    """The report, without settings that are none of a training run, whoever wrote them."""
+    try:
+        settings_in_short(report)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+        report["settings"] = None
+        report["warnings"].append("the settings of its training cannot be read")
     return report
 
 
@@ -103,8 +114,11 @@ def describe_adapter(adapter: Adapter) -> Report:
     ranks = sorted({rank for layer in adapter.layers.values() if (rank := adapter.rank(layer)) is not None})
     alphas = measured["alphas"]
     ours = all(layer.part for layer in adapter.layers.values()) and adapter.layout != "run"
-    readers = {name: reading.words() for name, reading in who_reads(adapter).items()} if ours else {}
+    readers = {name: reading.words() for name, reading in who_reads(adapter, alphas).items()} if ours else {}
     warnings += troubles(adapter, alphas, header.path)
+    if measured["untold"] or (CONFIG in header.metadata and adapter.config is None):
+        first = f" ({measured['untold'][0]})" if measured["untold"] else ""
+        warnings.append(f"its {CONFIG} cannot be read{first}, so no reader takes it as it was trained; export it again from where it was")
     if not ours and adapter.layout != "run":
         warnings.append("its layers are not those of a Stable Diffusion UNet or its text encoders: it belongs to another kind of model")
     if adapter.strange:
@@ -146,11 +160,16 @@ def _measure(adapter: Adapter, tensor: Any) -> Report:
     norms: dict[str, list[tuple[float, str]]] = {}
     bad: list[str] = []
     unfit: list[str] = []
+    untold: list[str] = []
     for name, layer in track(adapter.layers.items(), "reading layers", len(adapter.layers)):
         held: dict[str, Tensor] = {stored: tensor(stored) for stored in layer.tensors.values()}
         broken = [stored for stored, value in held.items() if value.is_floating_point() and not torch.isfinite(value.float()).all()]
         bad += broken
-        alphas[name] = adapter.alpha(layer, held.__getitem__)
+        try:
+            alphas[name] = adapter.alpha(layer, held.__getitem__)
+        except ValueError as error:
+            alphas[name] = None
+            untold.append(f"{name}: {error}")
         scales[name] = adapter.scale(layer, alphas[name])
         whole = not broken and layer.kind != "incomplete" and math.isfinite(scales[name])
         try:
@@ -169,7 +188,7 @@ def _measure(adapter: Adapter, tensor: Any) -> Report:
     }
     alphas = {name: alpha if alpha is None or math.isfinite(alpha) else None for name, alpha in alphas.items()}
     scales = {name: scale for name, scale in scales.items() if math.isfinite(scale)}
-    return {"alphas": alphas, "scales": scales, "norms": told, "non_finite": bad, "unfit": unfit}
+    return {"alphas": alphas, "scales": scales, "norms": told, "non_finite": bad, "unfit": unfit, "untold": untold}
 
 
 # ---- other files
@@ -191,8 +210,12 @@ def _whole(header: Header) -> Report:
     if any(name.startswith((UNET, VAE, *CLIP.values(), *OPEN_CLIP.values())) for name in names):
         return _checkpoint(header, known, base, warnings)
     if list(names) == ["embeddings"] and {"version", "images"} <= set(header.metadata):
-        files = len(json.loads(header.metadata.get("files", "[]")))
-        return {"what": "embeddings of a sample folder", "facts": {"scorer": header.metadata["version"], "images": str(files)}}
+        facts = {"scorer": header.metadata["version"]}
+        try:
+            facts["images"] = str(len(json.loads(header.metadata.get("files", "[]"))))
+        except (TypeError, ValueError):
+            warnings.append("the list of its images (files) cannot be read")
+        return {"what": "embeddings of a sample folder", "facts": facts, "warnings": warnings}
     if path.name == "optimizer.safetensors" and all(name.partition(".")[0].isdigit() for name in names):
         return {"what": "optimizer state of a run", "facts": {}}
     first = ", ".join(list(names)[:3])
@@ -329,9 +352,9 @@ def _diffusers_folder(path: Path) -> Report:
         if name in index and name not in parts and not any(text.startswith(name) for text in warnings):
             warnings.append(f"{name} has no weights here; fetch the folder again")
     unet = _json(path / "unet" / "config.json") if (path / "unet" / "config.json").is_file() else {}
-    shapes: dict[str, tuple[int, ...] | None] = (
-        {"unet.attn2.to_k": (0, unet["cross_attention_dim"])} if "cross_attention_dim" in unet else {}
-    )
+    width = unet.get("cross_attention_dim")  # a list has one a block
+    widths = {one for one in (width if isinstance(width, list) else [width]) if isinstance(one, int)}
+    shapes: dict[str, tuple[int, ...] | None] = {f"unet.{k}.attn2.to_k": (0, one) for k, one in enumerate(sorted(widths))}
     if "text_encoder_2" in parts:
         shapes["text_encoder_2."] = None
     base = find_base(shapes, {})
@@ -352,13 +375,17 @@ def _run(path: Path) -> Report:
     trained, found, best = _yaml(path / "settings.yaml"), checkpoints(path), best_folder(path) / "state.json"
     state = _json(best) if best.is_file() else None
     facts = {"checkpoints": ", ".join(f"step {step}" for step, _ in found) or "none yet"}
+    warnings = []
     if state is not None:
-        facts["best"] = f"step {state['step']} ({state['by']} {state['value']:.4f})"
+        try:
+            facts["best"] = f"step {state['step']} ({state['by']} {state['value']:.4f})"
+        except (KeyError, TypeError, ValueError):
+            warnings.append(f"{best} cannot be read, so which step was best is not known")
     identity = path / "identity.json"
     facts["next"] = f"dedpo export {path} --out FILE.safetensors" if found else "train at least checkpoint_every steps"
     return {
         "what": "training run", "facts": facts, "settings": trained, "own": {"identity": _json(identity)} if identity.is_file() else {},
-        "steps": [step for step, _ in found],
+        "steps": [step for step, _ in found], "warnings": warnings,
     }  # fmt: skip
 
 
@@ -375,10 +402,15 @@ def _run_checkpoint(path: Path) -> Report:
 
 
 def _samples(path: Path) -> Report:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    made, table = _yaml(path / "settings.yaml"), pq.read_table(path / "index.parquet", columns=["prompt"])
-    facts = {"images": f"{len(table)} of {len(set(table['prompt'].to_pylist()))} prompts"}
+    made, index = _yaml(path / "settings.yaml"), path / "index.parquet"
+    try:
+        prompts = pq.read_table(index, columns=["prompt"])["prompt"].to_pylist()
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{index}: cannot be read ({error}); give the samples' `dedpo sample` command again") from error
+    facts = {"images": f"{len(prompts)} of {len(set(map(str, prompts)))} prompts"}
     facts |= {name: str(made[name]) for name in ("model", "lora", "steps", "guidance") if made.get(name)}
     facts["scores"] = "yes" if (path / "scores.parquet").is_file() else f"none yet; dedpo score {path} --with SCORER"
     return {"what": "sample folder", "facts": facts}

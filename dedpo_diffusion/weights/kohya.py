@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..console import UserError
 from ..single_file import UNET_ENDS, UNET_RESNET
+from .layers import collect, read_layer
 from .lora import Lora, LoraLayer
 
 Family = Literal["sd1", "sd2", "sdxl"]
@@ -92,24 +93,19 @@ def from_kohya(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         if end not in _ENDS:
             what = next((what for pattern, what in _OTHERS if re.search(pattern, key)), f"no plain LoRA ({key!r})")
             raise UserError(f"{path}: it is {what}, which is not read; merge it with the program it was made for, and give that model")
-        held.setdefault(_name(path, flat), {})[_ENDS[end]] = value
+        collect(held, path, _name(path, flat), _ENDS[end], value)
     return Lora(dict(_layers(path, held)), dict(metadata))
 
 
 def _layers(path: Path, held: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, LoraLayer]]:
     for name, found in held.items():
-        if not {"down", "up"} <= set(found):
-            raise UserError(f"{path}: {name} has one of its two matrices alone; the file is not whole, get it again")
         magnitude = found.get("magnitude")
-        if magnitude is not None:
-            if magnitude.shape[0] != len(found["up"]) or magnitude.numel() != len(magnitude):
-                raise UserError(
-                    f"{path}: {name} is a DoRA with magnitudes of the weight's columns (LyCORIS' wd_on_output=False), which is not read; "
-                    "merge it with the program it was made for, and give that model"
-                )
-            magnitude = magnitude.float().flatten()
-        alpha = found["alpha"].item() if "alpha" in found else len(found["down"])  # sd-scripts' first files have none
-        yield name, LoraLayer(found["down"].float(), found["up"].float(), float(alpha), magnitude=magnitude)
+        if magnitude is not None and magnitude.ndim and magnitude.numel() != len(magnitude):
+            raise UserError(
+                f"{path}: {name} is a DoRA with magnitudes of the weight's columns (LyCORIS' wd_on_output=False), which is not read; "
+                "merge it with the program it was made for, and give that model"
+            )
+        yield name, read_layer(path, name, found)  # sd-scripts' first files have no alpha
 
 
 def _name(path: Path, flat: str) -> str:

@@ -7,21 +7,27 @@ diffusers: `loaders/lora_conversion_utils.py`; ComfyUI: `comfy/lora.py`, `comfy/
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .adapters import Adapter, Layer
 
 DIFFUSERS, COMFY, A1111 = "diffusers", "ComfyUI", "AUTOMATIC1111"
+KOHYA_DORA = (
+    "programs disagree on a DoRA's magnitudes in the kohya layout: LyCORIS computes what was trained, ComfyUI nearly that, diffusers "
+    "leaves them out, A1111 takes them for those of columns"
+)
 _TEXT = ("lora_te_", "lora_te1_", "lora_te2_")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How many of a file's `of` layers a program reads."""
+    """How many of a file's `of` layers a program reads, and what it takes them for if not for what was trained."""
 
     layers: int
     of: int
+    wrong: str = ""
 
     @property
     def whole(self) -> bool:
@@ -29,21 +35,34 @@ class Reading:
         return self.layers == self.of
 
     def words(self) -> str:
-        """ "yes", "no", or "12 of 24 layers"."""
+        """ "yes", "no", "12 of 24 layers", or what goes wrong."""
+        if self.layers and self.wrong:
+            return f"not as trained: {self.wrong}"
         return "yes" if self.whole else f"{self.layers} of {self.of} layers" if self.layers else "no"
 
 
-def who_reads(adapter: Adapter) -> dict[str, Reading]:
-    """By program, the layers of an adapter for a Stable Diffusion that it reads."""
+def who_reads(adapter: Adapter, alphas: Mapping[str, float | None]) -> dict[str, Reading]:
+    """By program, the layers of an adapter for a Stable Diffusion that it reads; alphas by layer, as far as the file stores them."""
+    dora = adapter.layout == "kohya" and any("magnitude" in layer.tensors for layer in adapter.layers.values())
+    wrong = "it leaves the magnitudes out" if dora else "it takes one alpha for all" if _several(adapter, alphas) else ""
     layers, total = list(adapter.layers.values()), len(adapter.layers)
     ours = sum(_diffusers(layer, adapter.layout) for layer in layers)
     # of a file in kohya's layout it reads all or nothing
     refused = adapter.layout == "kohya" and (ours < total or adapter.strange or _unrecognised_text(adapter))
     return {
-        DIFFUSERS: Reading(0 if refused else ours, total),
+        DIFFUSERS: Reading(0 if refused else ours, total, wrong),
         COMFY: Reading(sum(_comfy(layer) for layer in layers), total),
-        A1111: Reading(sum(_kohya(layer) for layer in layers), total),
+        A1111: Reading(sum(_kohya(layer) for layer in layers), total, "it takes the magnitudes for those of columns" if dora else ""),
     }
+
+
+def _several(adapter: Adapter, alphas: Mapping[str, float | None]) -> bool:
+    """Whether layers of one part have alphas that differ in the layout of kohya."""
+    found: dict[str, set[float]] = {}
+    for name, layer in adapter.layers.items():
+        alpha = alphas.get(name)
+        found.setdefault(layer.part, set()).add((adapter.rank(layer) or 0) if alpha is None else alpha)
+    return adapter.layout == "kohya" and any(len(values) > 1 for values in found.values())
 
 
 def _diffusers(layer: Layer, layout: str) -> bool:
@@ -80,7 +99,7 @@ def troubles(adapter: Adapter, alphas: dict[str, float | None], path: Path) -> l
     """What other programs would trip over, each with its remedy."""
     found, layers = [], adapter.layers.values()
     export = f"`dedpo export {path} --format kohya --out {path.stem}-kohya.safetensors`"
-    readings = who_reads(adapter)
+    readings = who_reads(adapter, alphas)
     plain = all(layer.kind == "LoRA" and "mid" not in layer.tensors and layer.part for layer in layers)
     if adapter.layout == "run":
         found.append(
@@ -89,6 +108,12 @@ def troubles(adapter: Adapter, alphas: dict[str, float | None], path: Path) -> l
     elif plain and not all(reading.whole for reading in readings.values()):
         lacking = " and ".join(name for name, reading in readings.items() if not reading.whole)
         found.append(f"{lacking} would leave layers out{_also(adapter, alphas)}; {export} writes what all of them read")
+    if plain and adapter.layout == "kohya" and any("magnitude" in layer.tensors for layer in layers):
+        found.append(
+            f"{KOHYA_DORA}; `dedpo export {path} --rank R`, which extracts a plain LoRA, or --format checkpoint serve all of these"
+        )
+    if plain and _several(adapter, alphas):
+        found.append(f"its layers have several alphas, of which diffusers takes one for all of a part; {export} writes one alpha")
     incomplete = [layer.name for layer in layers if layer.kind == "incomplete"]
     if incomplete:
         found.append(f"{len(incomplete)} layers lack tensors (first: {incomplete[0]}); the file is damaged or of an unknown kind")

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ..console import UserError
 from ..single_file import unreadable
 from .diffusers_layout import PARTS, from_diffusers
+from .families import DECLARED, REFINER
 from .kohya import from_kohya
 from .lora import Lora
 
@@ -62,6 +63,8 @@ def read_lora_file(path: Path) -> Lora:
         told = ((what, remedy) for pattern, what, remedy in _FOREIGN if any(re.search(pattern, name) for name in names))
         what, remedy = next(told, ("no LoRA as far as its tensors' names tell", "give a LoRA as `dedpo export` writes it"))
         raise UserError(f"{path}: it seems to be {what}; {remedy}" if names else f"{path}: there is nothing in it; give another file")
+    if any(REFINER.match(metadata.get(key, "").lower()) for key in DECLARED):
+        raise UserError(f"{path}: it is a LoRA of SDXL's refiner, as its metadata say; give one of an SD1.x, SD2.x or SDXL")
     for name, value in tensors.items():
         if not torch.isfinite(value.float()).all():
             raise UserError(f"{path}: {name} is not finite, so the training of this LoRA had failed; give another")
