@@ -164,7 +164,7 @@ def run_settings(run: Path) -> dict[str, Any]:
         found = read_settings(run)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read ({error}); {remedy}") from error
-    parts = {name: found.get(name) if isinstance(found, dict) else None for name in ("data", "objective", "lora")}
+    parts: dict[str, Any] = {name: found.get(name) if isinstance(found, dict) else None for name in ("data", "objective", "lora")}
     needed = ["data", "objective"]
     if isinstance(found, dict) and found.get("weights", "lora") == "lora":
         needed.append("lora")
