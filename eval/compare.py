@@ -52,13 +52,13 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
     """The results of loaded arms: what `results.json` holds. `told` are the notes of loading them."""
     from dedpo_diffusion.evaluation import numbers, verdict
     from dedpo_diffusion.evaluation.arms import categories, shared_scorers
-    from dedpo_diffusion.evaluation.preferences import NAME, read_judged, summary
+    from dedpo_diffusion.evaluation.preferences import NAME, read_judged, summary, votes_notes
     from dedpo_diffusion.evaluation.spread import spread
 
     if settings.resamples < 100:
         raise UserError(f"resamples is {settings.resamples}; a standard error takes at least 100")
     options: dict[str, Any] = {"resamples": settings.resamples, "seed": settings.seed}
-    base, shared, judged, notes = arms[0], shared_scorers(arms), read_judged(arms), list(told)
+    base, shared, judged, notes = arms[0], shared_scorers(arms), read_judged(arms), [*told, *votes_notes(arms)]
     names, disagreements = categories(arms)
     with Progress("intervals", 2 + len(set(names) - {None})) as progress:
         measured = numbers.measure(arms, shared, judged, **options)

@@ -24,6 +24,7 @@ from dedpo_diffusion.evaluation.samples import Row, images_digest
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
 COLUMNS = ("file_base", "file", "prompt_index", "seed", "rater", "preferred", "repeat")
 TYPES = {
@@ -90,34 +91,34 @@ def votes_session(path: Path) -> str | None:
 def read_votes(base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Sequence[Row]) -> Votes | None:
     """All votes that an arm's folder holds on its present images against the base's present ones; None where there are none.
 
-    A file of votes on other images, of this arm or against another base, does not count.
+    A file of votes on other images, of this arm or against another base, does not count (`votes_left_out` tells of it).
 
     Args:
         base, arm: sample folders.
         base_rows, arm_rows: of their indexes.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file that cannot be read, or whose answers are about other prompts, seeds or pairs than the indexes list.
     """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    mine = {b"base_images": images_digest(base, base_rows).encode(), b"arm_images": images_digest(arm, arm_rows).encode()}
-    place = {row["file"]: number for number, row in enumerate(arm_rows)}
-    answers: list[Row] = []
+    mine, answers = _digests(base, base_rows, arm, arm_rows), []
     for path in sorted((arm / "votes").glob("*.parquet")):
-        try:
-            table = pq.read_table(path)
-            held = table.schema.metadata or {}
-            if all(held.get(key) == value for key, value in mine.items()):
-                found = table.select(COLUMNS).to_pylist()
-                _check(found, place)
-                answers += found
-        except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as votes ({error}); restore it, or remove it") from error
-    if not answers:
-        return None
+        table = _read_table(path)
+        if all(_held(table, key) == value for key, value in mine.items()):
+            try:
+                found = table.select([*COLUMNS, *({"prompt"} & set(table.column_names))]).to_pylist()
+                _check(found, base_rows, arm_rows)
+            except (KeyError, ValueError) as error:
+                remedy = "restore what was changed, or remove the file and vote again with another --name"
+                raise UserError(f"{path} cannot be read as votes on {arm} ({error}); {remedy}") from error
+            answers += found
+    return as_votes(answers, arm_rows) if answers else None
+
+
+def as_votes(answers: Sequence[Row], arm_rows: Sequence[Row]) -> Votes:
+    """Rows of a vote file as `Votes`; `arm_rows` hold their files."""
+    import numpy as np
+
+    place = {row["file"]: number for number, row in enumerate(arm_rows)}
     return Votes(
         np.array([place[answer["file"]] for answer in answers]),
         [answer["rater"] for answer in answers],
@@ -126,10 +127,107 @@ def read_votes(base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Sequen
     )
 
 
-def _check(answers: Sequence[Row], place: dict[str, int]) -> None:
-    """ValueError where an answer is none, or about no image of the arm."""
+def _digests(base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Sequence[Row]) -> dict[str, str]:
+    """What the metadata of votes on these images hold."""
+    return {"base_images": images_digest(base, base_rows), "arm_images": images_digest(arm, arm_rows)}
+
+
+def _read_table(path: Path) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        table.column("rater")
+        return table
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as votes ({error}); restore it, or remove it") from error
+
+
+def _held(table: pa.Table, key: str) -> str | None:
+    value = (table.schema.metadata or {}).get(key.encode())
+    return None if value is None else value.decode(errors="replace")
+
+
+def _check(answers: Sequence[Row], base_rows: Sequence[Row], arm_rows: Sequence[Row]) -> None:
+    """ValueError where an answer is none, or is not about the arm's image of its prompt and seed and the base's of the same."""
+    mine = {row["file"]: row for row in arm_rows}
+    theirs = {(row["prompt"], row["seed"]): row["file"] for row in base_rows}
     for number, answer in enumerate(answers):
-        if answer["file"] not in place:
+        if answer["file"] not in mine:
             raise ValueError(f"row {number} is about {answer['file']!r}, which the folder does not list")
         if answer["preferred"] not in (0, 0.5, 1) or answer["rater"] is None or answer["repeat"] is None:
             raise ValueError(f"row {number} is no answer: preferred {answer['preferred']}, rater {answer['rater']!r}")
+        row = mine[answer["file"]]
+        for name in ("prompt", "seed"):
+            if answer.get(name, row[name]) != row[name]:
+                raise ValueError(f"row {number} is about {answer['file']} of {name} {answer[name]!r}, and the index has {row[name]!r}")
+        partner = theirs.get((row["prompt"], row["seed"]))
+        if answer["file_base"] != partner:
+            of = f"prompt {row['prompt']!r} with seed {row['seed']}"
+            raise ValueError(
+                f"row {number} compares {answer['file']} with {answer['file_base']}, and the base's image of {of} is {partner}"
+            )
+
+
+# ---- votes that do not count
+
+
+def votes_left_out(base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Sequence[Row]) -> list[str]:
+    """What there is to tell of an arm's votes against this base that `read_votes` leaves out: those on images that were changed since,
+    and those that a killed `dedpo vote` did not write. Votes against another base are none of them. Arguments as in `read_votes`."""
+    mine, of, notes = _digests(base, base_rows, arm, arm_rows), base.resolve().name, []
+    for path in sorted((arm / "votes").glob("*.parquet")):
+        table = _read_table(path)
+        other = [key for key, value in mine.items() if _held(table, key) != value]
+        if other and (_held(table, "base") == of or "base_images" not in other):
+            notes.append(
+                _changed(sum(map(bool, table["rater"].to_pylist())), path, [arm if key == "arm_images" else base for key in other])
+            )
+    for path in sorted((arm / "votes").glob("*.sqlite")):
+        try:
+            note = _unwritten(path, base, base_rows, arm, arm_rows)
+        except UserError as error:
+            note = str(error)
+        notes += [] if note is None else [note]
+    return notes
+
+
+def _changed(number: int, path: Path, folders: Sequence[Path]) -> str:
+    folder = " and ".join(map(str, folders))
+    return f"{_votes(number)} in {path} are of other images than {folder} holds now, and do not count; vote again, with another --name."
+
+
+def _votes(number: int) -> str:
+    return f"{number} vote{'' if number == 1 else 's'}"
+
+
+def _unwritten(path: Path, base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Sequence[Row]) -> str | None:
+    """What to tell of the votes that a server keeps in `path`, where the vote file does not hold them all, or holds others."""
+    from dedpo_diffusion.ballot.poll import SKIP
+    from dedpo_diffusion.ballot.samples import fingerprint, match_samples
+    from dedpo_diffusion.ballot.store import read_store
+
+    meta, events = read_store(path)
+    undone, file = {event.undoes for event in events}, path.with_suffix(".parquet")
+    answers = {(e.rater, e.time) for e in events if e.kind == "vote" and e.answer != SKIP and e.number not in undone}
+    digests = (images_digest(base, base_rows), images_digest(arm, arm_rows))
+    if meta.get("images") != fingerprint(digests, match_samples(base, base_rows, arm, arm_rows)):
+        told = file.is_file() or not answers or path.stem != f"vs-{base.resolve().name}"
+        return None if told else _changed(len(answers), path, [base, arm])
+    written = {(row["rater"], row.get("time")) for row in _read_table(file).to_pylist() if row["rater"]} if file.is_file() else set()
+    if written == answers:
+        return None
+    what = f"{_votes(len(answers - written))} in {path} do not count, since {file.name} was not written with them"
+    if written >= answers:
+        what = f"{_votes(len(written - answers))} in {file} count, and were undone since"
+    return f"{what}; write it: `{_export_command(path.stem, meta, base, arm)}`."
+
+
+def _export_command(name: str, meta: dict[str, Any], base: Path, arm: Path) -> str:
+    """The command that writes the vote file of this voting, with the design it was begun with."""
+    from dedpo_diffusion.settings import VoteSettings
+
+    usual = {"name": f"vs-{base.resolve().name}", **{key: getattr(VoteSettings, key) for key in ("seed", "repeats", "overlap")}}
+    options = [f"--{key} {value}" for key, value in {**meta, "name": name}.items() if key in usual and value != usual[key]]
+    return " ".join(["dedpo vote", str(base), str(arm), *options, "--export_only true"])

@@ -59,6 +59,14 @@ def read_judged(arms: Sequence[Arm]) -> dict[str, Judged]:
     return found
 
 
+def votes_notes(arms: Sequence[Arm]) -> list[str]:
+    """Notes on votes against the base that do not count."""
+    from dedpo_diffusion.evaluation.people import votes_left_out
+
+    base = arms[0]
+    return [note for arm in arms[1:] for note in votes_left_out(base.folder, base.rows, arm.folder, arm.rows)]
+
+
 def judge(votes: Votes) -> Judged | None:
     """The mean answer to each pair; None where nobody was asked, or all answers are repetitions."""
     import numpy as np

@@ -12,8 +12,6 @@ from dedpo_diffusion.pipelines.vote import Voting, is_new, voting_name
 from dedpo_diffusion.settings import VoteSettings
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from dedpo_diffusion.ballot.booth import Booth
     from dedpo_diffusion.ballot.samples import SamplePairs
     from dedpo_diffusion.ballot.tally import Export
@@ -130,40 +128,32 @@ def write_votes(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> Pa
 
 
 def outcome(base: str, arm: str, answers: Sequence[dict[str, Any]]) -> str:
-    """How often people preferred the arm, in words: of each pair the majority, as `dedpo compare` has it; repetitions are left out."""
-    import numpy as np
+    """How often people preferred the arm, in words: the gain and the win rate that `dedpo compare` makes of this vote file.
 
-    judged: dict[str, list[float]] = {}
-    prompts = {answer["file"]: answer["prompt"] for answer in answers}
-    for answer in answers:
-        if not answer["repeat"]:
-            judged.setdefault(answer["file"], []).append(answer["preferred"])
-    wins = np.array([(np.sign(np.mean(values) - 0.5) + 1) / 2 for values in judged.values()])
-    of = [prompts[file] for file in judged]
-    mean, (low, high) = win_rate(wins, of)
-    words = "no difference can be told" if low <= 0.5 <= high else f"{arm} is {'better' if mean > 0.5 else 'worse'} than {base}"
-    ties = float(np.mean(wins == 0.5))
-    return (
-        f"People: {words}. {arm} wins {mean:.1%} (95 %: {low:.1%} to {high:.1%}) of {len(wins)} pairs of {len(set(of))} prompts, "
-        f"ties counted as half ({ties:.1%} of the pairs are ties)."
-    )
-
-
-def win_rate(wins: np.ndarray, prompts: Sequence[str]) -> tuple[float, list[float]]:
-    """The mean of (N,) wins of pairs, ties being half, and its 95 % interval, clustered by prompt as in `dedpo compare`.
-
-    For fewer than MIN_RESAMPLED prompts, and where all pairs are alike, resampling prompts tells too little: the interval is then
-    Wilson's, with every prompt as one case.
+    Args:
+        base, arm: names of the models.
+        answers: rows of the vote file.
     """
     import numpy as np
 
-    from dedpo_diffusion.agreement import MIN_RESAMPLED
-    from dedpo_diffusion.debias import wilson_interval
-    from dedpo_diffusion.evaluation.intervals import mean_interval
+    from dedpo_diffusion.evaluation.intervals import rate_interval
+    from dedpo_diffusion.evaluation.people import as_votes
+    from dedpo_diffusion.evaluation.preferences import judge
 
-    mean, cases = float(np.mean(wins)), len(set(prompts))
-    if cases >= MIN_RESAMPLED:
-        found = mean_interval(wins, np.asarray(prompts))
-        if found.high > found.low:
-            return mean, [found.low, found.high]
-    return mean, wilson_interval(mean * cases, cases)
+    rows = list({answer["file"]: answer for answer in answers}.values())
+    judged = judge(as_votes(answers, rows))
+    if judged is None:
+        return "People: no pair is judged; all answers are repetitions."
+    prompts = np.array([rows[row]["prompt"] for row in judged.rows])
+    asked, ties = len(set(prompts.tolist())), float(np.mean(judged.wins == 0.5))
+    tied = f"ties counted as half ({ties:.1%} of the pairs are ties)"
+    if asked < 2:
+        won = f"{arm} wins {np.mean(judged.wins):.1%} of {len(prompts)} {'pair' if len(prompts) == 1 else 'pairs'} of one prompt"
+        return f"People: {won}, {tied}; one prompt tells nothing of other prompts, so there is no interval."
+    share, wins = rate_interval(judged.preferred, prompts), rate_interval(judged.wins, prompts)
+    words = f"{arm} is {'better' if share.mean > 0.5 else 'worse'} than {base}" if share.excludes(0.5) else "no difference can be told"
+    gain = f"gain {2 * share.mean - 1:+.3f} (95 %: {2 * share.low - 1:+.3f} to {2 * share.high - 1:+.3f})"
+    return (
+        f"People: {words}, {gain}. {arm} wins {wins.mean:.1%} (95 %: {wins.low:.1%} to {wins.high:.1%}) of {len(prompts)} pairs "
+        f"of {asked} prompts, {tied}."
+    )

@@ -15,18 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_compare import put_scores
 
 from dedpo_diffusion.agreement import vote_summary
 from dedpo_diffusion.ballot.plan import Plan, turns
 from dedpo_diffusion.ballot.verdict import to_answers
-from dedpo_diffusion.debias import wilson_interval
-from dedpo_diffusion.evaluation.intervals import mean_interval
-from dedpo_diffusion.evaluation.people import read_votes
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.evaluation.compare import compare
+from dedpo_diffusion.evaluation.people import read_votes, votes_left_out
 from dedpo_diffusion.evaluation.samples import read_index
 from dedpo_diffusion.pipelines.vote import main
-from dedpo_diffusion.pipelines.vote_samples import open_samples, outcome, read_samples, win_rate
+from dedpo_diffusion.pipelines.vote_samples import open_samples, outcome, read_samples
 from dedpo_diffusion.records import Votes
-from dedpo_diffusion.settings import VoteSettings
+from dedpo_diffusion.settings import CompareSettings, VoteSettings
 from voting import client_of, command, finish, in_process, make_samples, post
 
 
@@ -118,6 +119,7 @@ def test_a_killed_server_loses_nothing_and_other_images_are_refused(two, capsys)
         server.kill()
         server.wait()
     assert votes_of(base, arm) is None
+    assert [note[:8] for note in left_out(base, arm)] == ["5 votes "]
     with in_process(VoteSettings(two, port=0, repeats=0)) as (_, url), client_of(url) as client:
         after = client.get("/api/next", params={"rater": "anna"}).json()
         assert after["progress"]["answered"] == 5 and after["item"] == state["item"]
@@ -287,7 +289,7 @@ def test_identical_images_are_ties_from_when_their_turn_comes(two):
 
 def answered(values, prompts):
     return [
-        {"file": f"{k}.png", "prompt": prompt, "rater": "anna", "preferred": value, "repeat": False}
+        {"file": f"{k}.png", "prompt": prompt, "seed": k, "rater": "anna", "preferred": value, "repeat": False}
         for k, (value, prompt) in enumerate(zip(values, prompts, strict=True))
     ]  # fmt: skip
 
@@ -297,23 +299,105 @@ def test_the_outcome_counts_every_pair_once_and_leaves_repetitions_out():
     answers = answered([1.0, 0.5], ["a", "b"])
     answers += [{**answers[0], "rater": "ben"}, {**answers[0], "rater": "cleo", "preferred": 0.0}]
     again = [{**answers[0], "preferred": 0.0, "repeat": True}]
-    words = outcome("base", "tuned", answers)
+    words = outcome("base", "tuned", answers)  # of the gain: 2 * (2/3 + 1/2) / 2 - 1
     assert words == outcome("base", "tuned", answers + again)
-    assert (
-        "no difference can be told. tuned wins 75.0% (95 %: " in words
-        and "of 2 pairs of 2 prompts, ties counted as half (50.0% of" in words
-    )
+    assert "no difference can be told, gain +0.167 (95 %: " in words
+    assert "tuned wins 75.0% (95 %: " in words and "of 2 pairs of 2 prompts, ties counted as half (50.0% of" in words
     assert "tuned is better than base" in outcome("base", "tuned", answered([1.0] * 30, range(30)))
     assert "tuned is worse than base" in outcome("base", "tuned", answered([0.0] * 30, range(30)))
 
 
-def test_the_interval_is_clustered_by_prompt_and_never_of_no_width():
-    prompts = [str(k // 2) for k in range(60)]
-    preferred = np.repeat(np.arange(30) % 3 > 0, 2).astype(float)
-    found = mean_interval(preferred, np.array(prompts))
-    assert win_rate(preferred, prompts) == (found.mean, [found.low, found.high])
-    assert win_rate(np.ones(60), prompts) == (1.0, wilson_interval(30, 30))  # 30 prompts say so, not 60 images
-    assert win_rate(preferred[:20], prompts[:20])[1] == wilson_interval(preferred[:20].mean() * 10, 10)
+def test_one_prompt_has_no_interval_and_no_interval_ends_beyond_100_percent():
+    words = outcome("base", "tuned", answered([1.0, 0.5], ["a", "a"]))
+    assert "tuned wins 75.0% of 2 pairs of one prompt" in words and "there is no interval" in words and "95 %" not in words
+    words = outcome("base", "tuned", answered([1.0] * 39 + [0.0], range(40)))  # Student's interval of the mean would end at 102.6 %
+    assert 97.5 < float(re.search(r"tuned wins 97.5% .95 %: [0-9.]+% to ([0-9.]+)%", words)[1]) < 100
+
+
+def vote(two, *answers, **options):
+    """What anna answers to the next pairs, stored and not written, as a killed server leaves it."""
+    with open_samples(VoteSettings(two, **options)) as voting:
+        for answer in answers:
+            item = voting.booth.state("anna")["item"]
+            voting.booth.vote("anna", item["ticket"], answer, 1.0)
+
+
+def test_what_is_printed_is_what_compare_finds(two, capsys):
+    vote(two, *("left", "right", "tie", "left", "left", "right", "left", "left", "left", "tie", "left", "right", "left", "left"))
+    capsys.readouterr()
+    assert main([*map(str, two), "--export_only", "true"]) == 0
+    told = capsys.readouterr().out
+    for folder in two:
+        put_scores(folder, truth=np.arange(24.0))
+    found = compare(CompareSettings(two, out=two[0] / "report.html"))
+    people = found["arms"]["wombat"]["by_scorer"]["people"]
+    gain, wins = people["gain_over_base"], people["win_rate_vs_base"]
+    assert f"gain {gain['mean']:+.3f} (95 %: {gain['ci'][0]:+.3f} to {gain['ci'][1]:+.3f})" in told
+    assert f"wombat wins {wins['mean']:.1%} (95 %: {wins['ci'][0]:.1%} to {wins['ci'][1]:.1%}) of {people['n']} pairs" in told
+    assert not [note for note in found["notes"] if "vote" in note]
+
+
+# ---- votes that do not count are told
+
+
+def left_out(base, arm):
+    return votes_left_out(base, read_index(base), arm, read_index(arm))
+
+
+def test_votes_that_were_not_written_are_told_with_the_command_that_writes_them(two, capsys):
+    assert left_out(*two) == []
+    vote(two, "left", "skip", "tie", "right", repeats=0)
+    (note,) = left_out(*two)
+    kept, command = two[1] / "votes" / "vs-quokka.sqlite", f"dedpo vote {two[0]} {two[1]} --repeats 0 --export_only true"
+    assert note == f"3 votes in {kept} do not count, since vs-quokka.parquet was not written with them; write it: `{command}`."
+    assert main(note.split("`")[1].split()[2:]) == 0 and left_out(*two) == []
+    vote(two, "left", repeats=0)
+    assert left_out(*two)[0].startswith("1 vote in ")
+    with open_samples(VoteSettings(two, repeats=0)) as voting:
+        for _ in range(2):
+            voting.booth.undo("anna")
+    assert "1 vote in" in left_out(*two)[0] and "count, and were undone since" in left_out(*two)[0]
+    vote(two, "left", name="second")
+    assert "--name second --export_only true" in left_out(*two)[0]
+    for folder in two:
+        put_scores(folder, truth=np.arange(24.0))
+    assert set(left_out(*two)) <= set(compare(CompareSettings(two, out=two[0] / "report.html"))["notes"])
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_votes_on_images_that_were_changed_since_are_told(two, tmp_path, written):
+    vote(two, "left", "tie", "right")
+    assert not written or main([*map(str, two), "--export_only", "true"]) == 0
+    other = make_samples(tmp_path / "other")
+    assert left_out(other, two[1]) == []  # another base: quiet
+    Image.new("RGB", (8, 8)).save(two[0] / read_index(two[0])[0]["file"])
+    (note,) = left_out(*two)
+    assert note.startswith("3 votes in ") and "are of other images than" in note and "vote again, with another --name" in note
+    assert votes_of(*two) is None
+
+
+@pytest.mark.parametrize("change", [{"seed": 7}, {"prompt": "another"}, {"file_base": "001-quokka.png"}])
+def test_votes_on_another_prompt_seed_or_pair_are_refused(two, change):
+    vote(two, "left", "tie", "right")
+    assert main([*map(str, two), "--export_only", "true"]) == 0
+    path = two[1] / "votes" / "vs-quokka.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    row = next(row for row in rows if row["file_base"] != "001-quokka.png")
+    row.update(change)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    with pytest.raises(UserError, match=r"cannot be read as votes on .* \(row \d+ .*another --name"):
+        votes_of(*two)
+
+
+def test_prompts_exchanged_in_an_index_take_no_votes_along(two):
+    vote(two, *["left"] * 21, repeats=0)
+    assert main([*map(str, two), "--repeats", "0", "--export_only", "true"]) == 0
+    for folder in two:  # the same prompts and seeds, the same files, paired otherwise
+        reindex(folder, lambda rows, by: [by[100].update(seed=101), by[101].update(seed=100)])
+    with pytest.raises(UserError, match=r"of seed 10\d, and the index has 10\d"):
+        votes_of(*two)
 
 
 # ---- what is refused

@@ -47,6 +47,12 @@ def match_samples(base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Seq
     return [(held[0][row["prompt"], row["seed"]], row) for row in arm_rows]
 
 
+def fingerprint(digests: tuple[str, str], matched: Sequence[tuple[Row, Row]]) -> str:
+    """SHA-256 of two folders' images (`digests`, the base's first), prompts and seeds, whatever the order of their indexes."""
+    lines = sorted("\0".join((str(one["seed"]), one["file"], other["file"], one["prompt"])) for one, other in matched)
+    return hashlib.sha256("\n".join((*digests, *lines)).encode()).hexdigest()
+
+
 class SamplePairs:
     """Pairs of images of the same prompt and seed: image 0 is the base's, image 1 the arm's. Read as `PairReader` is.
 
@@ -71,7 +77,7 @@ class SamplePairs:
                 progress.advance()
         if not self.asked:
             raise UserError(f"every image of {arm} is the same as that of {base}, so there is nothing to vote on; was the LoRA loaded?")
-        self._print = self._fingerprint(matched)
+        self._print = fingerprint(digests, matched)
         self._shown: OrderedDict[int, Pair] = OrderedDict()
 
     def _paths(self, rows: tuple[Row, Row]) -> tuple[Path, Path]:
@@ -86,12 +92,8 @@ class SamplePairs:
             raise UserError(f"{paths[1]} has {sizes}: the size would tell which model it is; sample both at one size")
         return np.array_equal(np.asarray(one), np.asarray(other))
 
-    def _fingerprint(self, matched: Sequence[tuple[Row, Row]]) -> str:
-        lines = sorted("\0".join((str(one["seed"]), one["file"], other["file"], one["prompt"])) for one, other in matched)
-        return hashlib.sha256("\n".join((*self.digests, *lines)).encode()).hexdigest()
-
     def fingerprint(self) -> str:
-        """SHA-256 of both folders' images, prompts and seeds, whatever the order of their indexes."""
+        """Of both folders, as the function of this name has it."""
         return self._print
 
     def ids(self) -> list[str]:

@@ -48,6 +48,30 @@ def store_path(folder: Path, name: str) -> Path:
     return Path(folder) / "votes" / f"{name}.sqlite"
 
 
+def read_store(path: Path) -> tuple[dict[str, Any], list[Event]]:
+    """The meta and the events of a store that another process may have open, or had open when it was killed; nothing is written.
+
+    Raises:
+        UserError: the file is no store.
+    """
+    logged = path.with_name(f"{path.name}-wal").exists()  # without a log nobody writes, and SQLite need not write beside the file
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{'' if logged else '&immutable=1'}", uri=True)) as reader:
+            if not reader.execute("SELECT name FROM sqlite_master WHERE name = 'meta'").fetchone():
+                return {}, []
+            return {key: json.loads(value) for key, value in reader.execute("SELECT key, value FROM meta")}, _events(reader)
+    except sqlite3.Error as error:
+        raise UserError(f"{path} cannot be read as votes ({error}); restore it, or remove it") from error
+
+
+def _events(reader: sqlite3.Connection) -> list[Event]:
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in reader.execute(f"SELECT {', '.join(COLUMNS)} FROM events ORDER BY number")]
+    for row in rows:
+        row["again"] = bool(row["again"])
+        row["swapped"] = None if row["swapped"] is None else bool(row["swapped"])
+    return [Event(**row) for row in rows]
+
+
 class Store:
     """The events of one voting; one process at a time has it open.
 
@@ -139,13 +163,7 @@ class Store:
     def events(self) -> list[Event]:
         """Every event in the order it was stored."""
         with closing(sqlite3.connect(self.path)) as reader:
-            rows = [
-                dict(zip(COLUMNS, row, strict=True)) for row in reader.execute(f"SELECT {', '.join(COLUMNS)} FROM events ORDER BY number")
-            ]
-        for row in rows:
-            row["again"] = bool(row["again"])
-            row["swapped"] = None if row["swapped"] is None else bool(row["swapped"])
-        return [Event(**row) for row in rows]
+            return _events(reader)
 
     def close(self) -> None:
         """Wait for a vote being written, then let the file go."""
