@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.evaluation.page import about, dot, page_file, section, shown
-from dedpo_diffusion.evaluation.report_sections import Results, decimals, is_people, ordered
+from dedpo_diffusion.evaluation.report_sections import Results, is_people, ordered
+from dedpo_diffusion.evaluation.verdict import decimals
 
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.compare import Arm
@@ -51,8 +52,9 @@ def extremes(gain: Any, wanted: int) -> tuple[list[int], list[int]]:
 
 
 def ranking(arms: Sequence[Arm], results: Results) -> str:
-    """The scorer that chooses images: the primary one, unless that is people, who have not judged every pair."""
-    return results["primary"] if results["primary"] in arms[0].scores else next(iter(arms[0].scores))
+    """The scorer that chooses images: the primary one; the first of the others where that is people, who have not judged every pair."""
+    primary = results["primary"]
+    return next(name for name in results["scorers"] if not is_people(results, name)) if is_people(results, primary) else str(primary)
 
 
 def chosen_rows(arms: Sequence[Arm], scorer: str, most: int = MOST) -> tuple[list[int], str]:

@@ -72,10 +72,34 @@ def test_numbers_are_those_of_the_interval_functions(arms):
 
 
 def test_known_values(arms):
-    """even: six gains of 0.1 and six losses of 0.1, one each a prompt, so every resample gives 0 and one half."""
-    even = compare(settings(arms))["arms"]["even"]
-    np.testing.assert_allclose([even["gain_over_base"]["mean"], *even["gain_over_base"]["ci"]], 0, atol=1e-15)
-    assert even["win_rate_vs_base"] == {"mean": 0.5, "ci": [0.5, 0.5]}
+    """even: six gains of 0.1 and six losses of 0.1, one each a prompt: 0 and one half in every resample, of six answers each.
+    t (0.975; 5) = 2.5706; a = t^2 / 6, and half of the rate's interval sqrt(a / 4 + a^2 / 4) / (1 + a)."""
+    even, a = compare(settings(arms))["arms"]["even"], 2.5706**2 / 6
+    half = np.sqrt(a / 4 + a * a / 4) / (1 + a)
+    np.testing.assert_allclose(
+        [even["gain_over_base"]["mean"], *even["gain_over_base"]["ci"]], [0, -np.sqrt(a) / 10, np.sqrt(a) / 10], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        [even["win_rate_vs_base"]["mean"], *even["win_rate_vs_base"]["ci"]], [0.5, 0.5 - half, 0.5 + half], atol=1e-5
+    )
+
+
+def test_rates_stay_within_what_is_possible(arms):
+    """0 and 1 by image: a mean within [0, 1], gains and differences within [-1, 1]; never wrong to always right on six prompts is no
+    certainty: the p of both is that of t = sqrt(6)."""
+    for folder, values in zip(arms, (np.zeros(12), np.eye(12)[0], np.ones(12)), strict=True):
+        put_scores(folder, truth=values)
+    found = compare(settings(arms))
+    entries = {name: (arm["truth"], arm["gain_over_base"], arm["win_rate_vs_base"]) for name, arm in found["arms"].items()}
+    assert all(0 <= end <= 1 for mean, _, wins in entries.values() for end in (*mean["ci"], *wins["ci"]))
+    assert all(-1 <= end <= 1 for _, gain, _ in entries.values() for end in gain["ci"])
+    assert found["differences"]["tuned_minus_even"]["ci"][1] == 1.0
+    _, gain, wins = entries["tuned"]
+    assert (
+        gain["mean"] == gain["ci"][1] == 1.0 and gain["ci"][0] == pytest.approx(1 - 2.5706 / np.sqrt(6), abs=1e-4) and wins["ci"][0] < 0.5
+    )
+    assert gain["p"] == pytest.approx(0.0580, abs=1e-4)
+    assert entries["base"][0]["ci"][0] == 0.0 < entries["base"][0]["ci"][1] and entries["base"][1]["ci"] == [0.0, 0.0]
 
 
 def test_the_base_against_itself_is_exactly_nothing(arms):
