@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dedpo_diffusion.console import Progress, UserError, say, stage
-from dedpo_diffusion.evaluation.arms import Arm, load_arm, load_arms
+from dedpo_diffusion.evaluation.arms import Arm, counted, load_arm, load_arms
 from dedpo_diffusion.evaluation.verdict import best_arm
 from dedpo_diffusion.settings import CompareSettings
 
@@ -58,6 +58,8 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
 
     if settings.resamples < 100:
         raise UserError(f"resamples is {settings.resamples}; a standard error takes at least 100")
+    if settings.seed < 0:
+        raise UserError(f"seed is {settings.seed}; give 0 or a larger whole number")
     options: dict[str, Any] = {"resamples": settings.resamples, "seed": settings.seed}
     base, shared, judged, notes = arms[0], shared_scorers(arms), read_judged(arms), list(told)
     names, disagreements = categories(arms)
@@ -184,10 +186,12 @@ def _people_lines(results: dict[str, Any], name: str) -> list[str]:
     if said is None:
         return []
     raters = f"{len(said['raters'])} {'person' if len(said['raters']) == 1 else 'people'}"
-    line = f"{name}, people: {said['answers']} answers to {said['pairs']} pairs by {raters}"
+    line = f"{name}, people: {counted(said['answers'], 'answer')} to {counted(said['pairs'], 'pair')} by {raters}"
     if said["agreement"] is not None:
         line += f"; two people's answers to one pair are equal in {said['agreement']['raw']['value']:.0%} of cases"
-    alike = [f"{scorer} in {entry['mean']:.0%} of {entry['n']} pairs" for scorer, entry in said["with_scorers"].items() if entry["n"]]
+    alike = [
+        f"{scorer} in {entry['mean']:.0%} of {counted(entry['n'], 'pair')}" for scorer, entry in said["with_scorers"].items() if entry["n"]
+    ]
     return [line + (f"; they agree with {' and '.join(alike)}" if alike else "")]
 
 
@@ -196,6 +200,8 @@ def run(settings: CompareSettings) -> dict[str, Any]:
     from dedpo_diffusion.evaluation.report import write_report
     from dedpo_diffusion.files import write_json
 
+    if settings.out.is_dir():
+        raise UserError(f"--out {settings.out} is a folder; name the page to write, such as {settings.out / 'report.html'}")
     arms, notes = load_arms(settings.folders)
     results = analyse(settings, arms, notes)
     made = write_report(settings, arms, results)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from dedpo_diffusion.evaluation.arms import counted
 from dedpo_diffusion.evaluation.figures import Gain, forest
 from dedpo_diffusion.evaluation.page import about, dot, section, shown, table
 from dedpo_diffusion.evaluation.verdict import decimals, gains_of
@@ -195,7 +196,9 @@ def people_section(results: Results) -> str:
 
 def _people(name: str, series: int, found: dict[str, Any]) -> str:
     raters = len(found["raters"])
-    counts = f"{found['answers']} answers on {found['pairs']} pairs by {raters} {'person' if raters == 1 else 'people'}"
+    counts = (
+        f"{counted(found['answers'], 'answer')} on {counted(found['pairs'], 'pair')} by {raters} {'person' if raters == 1 else 'people'}"
+    )
     between = "".join(f"<li>{escape(line)}</li>" for line in _agreement(found["agreement"]))
     shares = [as_gain(f"{scorer} ({entry['n']})", entry, series) for scorer, entry in found["with_scorers"].items() if entry["n"]]
     plot = forest(shares, f"share of pairs on which scorers agree with people about {name}", line=0.5, form=".0%") if shares else ""

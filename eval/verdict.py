@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dedpo_diffusion.console import UserError
 from dedpo_diffusion.evaluation.arms import Arm
 from dedpo_diffusion.evaluation.preferences import NAME as PEOPLE
 
@@ -103,16 +104,31 @@ def roles(versions: dict[str, str], held_out: Sequence[str], targets: Sequence[P
 
 
 def sampling_notes(arms: Sequence[Arm]) -> list[str]:
-    """Which arms were sampled with other settings than the base."""
-    import yaml
+    """Which arms were sampled with other settings than the base.
 
+    Raises:
+        UserError: a settings.yaml that holds no settings.
+    """
     files = {arm.name: arm.folder / "settings.yaml" for arm in arms}
-    held = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    held = {name: _read_settings(file) for name, file in files.items() if file.is_file()}
     base = held.pop(arms[0].name, {})
     return [
         f"{name} was sampled with {key} {mine[key]}, {arms[0].name} with {base[key]}."
         for name, mine in held.items() for key in base if key not in FREE_SETTINGS and key in mine and mine[key] != base[key]
     ]  # fmt: skip
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    import yaml
+
+    remedy = "restore it, or remove it, and nothing is said of how the images were sampled"
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as YAML ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no settings; {remedy}")
+    return found
 
 
 # ---- what should make a reader doubt

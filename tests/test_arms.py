@@ -85,7 +85,7 @@ def test_a_prompt_that_is_listed_twice_is_one_cluster(pair):
 def test_a_scorer_that_one_folder_lacks_is_left_out_and_told(pair):
     put_scores(pair[0], truth=BASE, beauty=BASE)
     found = compare(settings(pair))
-    assert list(found["scorers"]) == ["truth"] and found["notes"] == ["beauty is left out: tuned have no scores of it."]
+    assert list(found["scorers"]) == ["truth"] and found["notes"] == ["beauty is left out: tuned has no scores of it."]
 
 
 def with_categories(names):
@@ -99,7 +99,7 @@ def test_categories_are_of_the_first_folder_that_has_them(pair):
     assert categories(arms) == (names, [])
     rewrite(pair[0], with_categories(["colour", *names[1:]]))
     arms, _ = load_arms(pair)
-    told = "1 images of tuned are of another category there than in base, whose categories count."
+    told = "1 image of tuned is of another category there than in base, whose categories count."
     assert categories(arms) == (["colour", *names[1:]], [told])
 
 

@@ -157,7 +157,8 @@ def test_the_command_writes_results_page_and_sheet_together(arms, tmp_path, caps
 
 def test_notes_name_arms_sampled_otherwise_and_judges_called_held_out(arms, tmp_path):
     for folder, guidance in zip(arms, (3.0, 3.0, 7.5), strict=True):
-        (folder / "settings.yaml").write_text(yaml.safe_dump({"guidance": guidance, "lora": folder.name, "steps": 20}))
+        free = dict.fromkeys(("lora", "limit", "categories", "size", "height", "width"), folder.name)  # no reason for a note
+        (folder / "settings.yaml").write_text(yaml.safe_dump({"guidance": guidance, "steps": 20, **free}))
     (tmp_path / "mix.json").write_text(json.dumps({"judge": "truth"}))
     found = compare(settings(arms, targets=[tmp_path / "mix.json"]))["notes"]
     assert found == [
@@ -197,6 +198,17 @@ def test_the_first_scorer_that_is_held_out_is_primary_unless_another_is_asked_fo
     assert compare(settings(arms, held_out=[]))["primary"] == "truth"
     assert compare(settings(arms, held_out=["proxy"]))["primary"] == "proxy"
     assert compare(settings(arms, held_out=["proxy"], primary="truth"))["primary"] == "truth"
+
+
+def test_people_who_judged_every_arm_come_before_a_scorer_that_is_not_held_out(arms):
+    from dedpo_diffusion.evaluation.compare import choose_primary
+
+    scorers = {
+        name: {"role": role, "kind": kind} for name, role, kind in (("truth", "made_labels", "scorer"), ("people", "held_out", "people"))
+    }
+    asked = settings(arms, held_out=[])
+    assert [choose_primary(asked, scorers, people=people) for people in (True, False)] == ["people", "truth"]
+    assert choose_primary(asked, scorers | {"hps": {"role": "held_out", "kind": "scorer"}}, people=True) == "hps"
 
 
 def test_p_values_are_corrected_for_the_scorers_of_an_arm(arms):

@@ -241,7 +241,7 @@ def test_no_prompt_can_leave_the_data(made):
     arms = [replace(arm, name=hostile, rows=rows, scores={"truth": np.zeros(1)}) for arm in loaded(made)[:2]]
     results = {"scorers": {"truth": {}}, "primary": "truth", "base": hostile, "arms": {}}
     thumbnails = {(0, k): gallery.Thumbnail("image/png;base64,AAAA", 64, 64) for k in range(2)}
-    page = Page(gallery.gallery_data(arms, results, [0], thumbnails, hostile))
+    page = Page(gallery.gallery_data(arms, results, [0], thumbnails, hostile, [hostile]))
     assert json.loads(page.blocks["known"])["pairs"][0]["prompt"] == hostile and page.open == [] and len(page.blocks) == 3
 
 
