@@ -79,7 +79,7 @@ def chosen_rows(arms: Sequence[Arm], scorer: str, most: int = MOST) -> tuple[lis
         changed += [f"{number} whose {scorer} {word} most"] if any(counts) else []
     rule = (
         f"{most} of {count} pairs: {of_each if changed else ''}{' and '.join(changed)}{', and ' if changed else ''}"
-        f" {len(rest)} evenly spaced among the others, so shares of wins and losses here are not those of all pairs."
+        f"{len(rest)} evenly spaced among the others, so shares of wins and losses here are not those of all pairs."
     )
     return sorted([*held, *rest]), rule
 

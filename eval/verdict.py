@@ -125,7 +125,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as YAML ({error}); {remedy}") from error
+        raise UserError(f"{file} cannot be read as YAML ({' '.join(str(error).split())}); {remedy}") from error
     if not isinstance(found, dict):
         raise UserError(f"{file} holds no settings; {remedy}")
     return found

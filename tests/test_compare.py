@@ -182,7 +182,10 @@ def other_version(folder):
     ("damage", "message"),
     [
         (lambda f: (f / "scores.parquet").unlink(), "tuned holds no scores; run `dedpo score"),
-        (drop_half_the_scores, r"4 of 12 images have no score of truth \(first: 0-0.png\)"),
+        (
+            drop_half_the_scores,
+            r"4 of 12 images have no score of truth \(first: 0-0.png\); .* --with truth=...`, with the same weights as before",
+        ),
         (lambda f: put_scores(f, other=BASE), "share no scorer .*tuned: other"),
         (other_version, "was scored with truth-2, .* with truth-1: such scores do not compare"),
         (lambda f: (f / "3-0.png").unlink(), "3-0.png is missing"),
@@ -244,6 +247,7 @@ def test_categories_have_the_numbers_of_their_rows(arms):
         ({"primary": "beauty"}, r"--primary beauty: no scorer that all folders share \(those are: truth, proxy\)"),
         ({"held_out": ["trut"]}, "--held_out trut: no scorer"),
         ({"resamples": 5}, "resamples is 5"),
+        ({"seed": -1}, "seed is -1; give 0"),
     ],
 )
 def test_bad_settings(arms, changes, message):
@@ -271,3 +275,59 @@ def test_a_mistake_leaves_nothing_half_written(arms, tmp_path, capsys):
     assert main([*map(str, arms), "--out", str(out), "--runs+", str(tmp_path / "no-run")]) == 2
     assert "there is no run folder" in capsys.readouterr().err
     assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "a: [", "\x00"])
+def test_settings_of_a_folder_that_cannot_be_read(arms, text):
+    (arms[2] / "settings.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"(?s)tuned/settings.yaml (holds no settings|cannot be read as YAML).*; restore it, or remove it"):
+        compare(settings(arms))
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"judge": 3},
+        {"judges": [{"n": 3}]},
+        {"judges": ["pickscore"]},
+        {"judges": 1},
+        {"sentences": [1]},
+        {"sentences": "a"},
+        {"warnings": [{}]},
+    ],
+)
+def test_reports_of_targets_of_an_odd_shape(arms, tmp_path, report):
+    (tmp_path / "mix.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match=f"mix.json: '{next(iter(report))}' is not as `dedpo merge` writes it; give"):
+        compare(settings(arms, targets=[tmp_path / "mix.json"]))
+
+
+def test_judges_of_a_report_without_their_numbers(tmp_path):
+    from dedpo_diffusion.evaluation.report import label_section
+
+    (tmp_path / "mix.json").write_text(json.dumps({"judges": [{"name": "a"}, {"name": "b"}]}))
+    with pytest.raises(UserError, match=r"mix.json: its judges, strata or curve are not as"):
+        label_section([tmp_path / "mix.json"])
+
+
+def test_a_page_that_would_be_a_folder_is_refused_at_once(tmp_path, capsys):
+    assert main(["no-base", "no-arm", "--out", str(tmp_path)]) == 2
+    assert "is a folder; name the page to write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["people", "by_scorer", "gain_over_base", "win_rate_vs_base", "categories", "spread", "warnings"])
+def test_scorers_named_as_entries_of_the_results(arms, name):
+    put_scores(arms[1], **{"truth": BASE, name: BASE})
+    with pytest.raises(UserError, match=f"even holds scores of a scorer named '{name}', which .*; rename that scorer"):
+        compare(settings(arms))
+
+
+def test_the_printed_table_has_the_decimals_of_a_small_scale(arms, capsys):
+    from dedpo_diffusion.evaluation.compare import print_tables
+
+    for folder, gain in zip(arms, (0, 1, 2), strict=True):
+        put_scores(folder, truth=1e-3 * (BASE + gain * (1 + 0.2 * BASE)))
+    results = compare(settings(arms))
+    print_tables(results)
+    words = f"{results['arms']['tuned']['gain_over_base']['mean']:+.5f}"
+    assert words in capsys.readouterr().out and f"gain {words}" in results["verdict"]
