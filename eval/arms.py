@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Key = tuple[str, int]  # prompt, seed
 SAME = "sample both with the same prompts and seeds"
+TAKEN = ("people", "by_scorer", "gain_over_base", "win_rate_vs_base", "categories", "spread", "warnings")  # of an arm in results.json
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Arm:
 
         number = {prompt: k for k, prompt in enumerate(sorted({row["prompt"] for row in self.rows}))}
         return np.array([number[row["prompt"]] for row in self.rows])
+
+
+def counted(count: int, word: str) -> str:
+    """ "1 pair", "2 pairs"."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def key(row: Row) -> Key:
@@ -95,7 +101,7 @@ def _scores(folder: Path, rows: Sequence[Row]) -> tuple[dict[str, np.ndarray], d
         missing = [row["file"] for row in rows if row["file"] not in found]
         if missing:
             lacks = f"{len(missing)} of {len(rows)} images have no score of {scorer} (first: {missing[0]})"
-            raise UserError(f"{folder}: {lacks}; run `dedpo score {folder} --with {scorer}`")
+            raise UserError(f"{folder}: {lacks}; run `dedpo score {folder} --with {scorer}=...`, with the same weights as before")
         scores[scorer] = np.array([found[row["file"]]["score"] for row in rows])
         versions[scorer] = next(iter(found.values()))["version"]
     return scores, versions
@@ -191,6 +197,11 @@ def load_arms(folders: Sequence[Path]) -> tuple[list[Arm], list[str]]:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two folders are named {name!r}, and folders name the arms; rename one")
+    for arm in loaded:
+        for scorer in arm.scores:
+            if scorer in TAKEN:
+                what = "stands for people's votes here" if scorer == "people" else "is an entry of results.json"
+                raise UserError(f"{arm.folder} holds scores of a scorer named {scorer!r}, which {what}; rename that scorer")
     base = loaded[0]
     arms = [base, *(paired(base, arm) for arm in loaded[1:])]
     texts, entries = len({row["prompt"] for row in base.rows}), len({row["prompt_index"] for row in base.rows})
@@ -203,7 +214,8 @@ def load_arms(folders: Sequence[Path]) -> tuple[list[Arm], list[str]]:
     if texts < entries:
         notes.append(f"Of {entries} prompts {texts} differ; equal ones count as one prompt.")
     for scorer in dict.fromkeys(scorer for arm in arms for scorer in arm.scores if any(scorer not in other.scores for other in arms)):
-        notes.append(f"{scorer} is left out: {' and '.join(arm.name for arm in arms if scorer not in arm.scores)} have no scores of it.")
+        lacking = [arm.name for arm in arms if scorer not in arm.scores]
+        notes.append(f"{scorer} is left out: {' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no scores of it.")
     return arms, notes + check_sizes(arms)
 
 
@@ -212,7 +224,12 @@ def categories(arms: Sequence[Arm]) -> tuple[list[str | None], list[str]]:
     told = next((arm for arm in arms if any(row["category"] is not None for row in arm.rows)), arms[0])
     found, notes = [row["category"] for row in told.rows], []
     for arm in arms:
-        others = sum(row["category"] not in (None, name) for row, name in zip(arm.rows, found, strict=True))
+        there = [(row["category"], name) for row, name in zip(arm.rows, found, strict=True) if row["category"] is not None]
+        others, alone = sum(mine != name is not None for mine, name in there), sum(name is None for _, name in there)
         if others:
-            notes.append(f"{others} images of {arm.name} are of another category there than in {told.name}, whose categories count.")
+            which = f"{counted(others, 'image')} of {arm.name} {'is' if others == 1 else 'are'}"
+            notes.append(f"{which} of another category there than in {told.name}, whose categories count.")
+        if alone:
+            which = f"{counted(alone, 'image')} of {arm.name} {'has' if alone == 1 else 'have'} a category there and none"
+            notes.append(f"{which} in {told.name}, whose categories count.")
     return found, notes

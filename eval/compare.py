@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dedpo_diffusion.console import Progress, UserError, say, stage
-from dedpo_diffusion.evaluation.arms import Arm, load_arm, load_arms
+from dedpo_diffusion.evaluation.arms import Arm, counted, load_arm, load_arms
 from dedpo_diffusion.evaluation.verdict import best_arm
 from dedpo_diffusion.settings import CompareSettings
 
@@ -22,15 +22,16 @@ __all__ = ["Arm", "best_arm", "compare", "load_arm", "main", "run"]
 SCHEMA = 2
 
 
-def choose_primary(settings: CompareSettings, scorers: dict[str, dict[str, Any]]) -> str:
-    """The scorer of the verdict: the one that is asked for, or the first that is held out, or else the first."""
+def choose_primary(settings: CompareSettings, scorers: dict[str, dict[str, Any]], *, people: bool) -> str:
+    """The scorer of the verdict: the one that is asked for; or the first that is held out; or people, if they judged every arm; or the
+    first."""
     for name, option in ((settings.primary, "--primary"), *((held, "--held_out") for held in settings.held_out)):
         if name is not None and name not in scorers:
             if name == "people":
                 raise UserError(f"{option} people: no votes on these images of two prompts or more; run `dedpo vote BASE ARM` first")
             raise UserError(f"{option} {name}: no scorer that all folders share (those are: {', '.join(scorers)})")
     held_out = [name for name, facts in scorers.items() if facts["role"] == "held_out" and facts["kind"] == "scorer"]
-    return settings.primary or (held_out or list(scorers))[0]
+    return settings.primary or (held_out or (["people"] if people else list(scorers)))[0]
 
 
 def describe_scorers(settings: CompareSettings, base: Arm, shared: Sequence[str], people: bool) -> tuple[dict[str, Any], list[str]]:
@@ -57,6 +58,8 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
 
     if settings.resamples < 100:
         raise UserError(f"resamples is {settings.resamples}; a standard error takes at least 100")
+    if settings.seed < 0:
+        raise UserError(f"seed is {settings.seed}; give 0 or a larger whole number")
     options: dict[str, Any] = {"resamples": settings.resamples, "seed": settings.seed}
     base, shared, judged, notes = arms[0], shared_scorers(arms), read_judged(arms), [*told, *votes_notes(arms)]
     names, disagreements = categories(arms)
@@ -71,7 +74,7 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
         spreads, left_out = spread(arms, **options)
         progress.advance()
     scorers, role_notes = describe_scorers(settings, base, shared, any(NAME in entry for entry in measured.values()))
-    primary = choose_primary(settings, scorers)
+    primary = choose_primary(settings, scorers, people=all(NAME in measured[arm.name] for arm in arms[1:]))
     found: dict[str, Any] = {}
     for arm in arms:
         entry, said = measured[arm.name], judged.get(arm.name)
@@ -122,6 +125,8 @@ def print_tables(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dedpo_diffusion.evaluation import verdict
+
     words = {"held_out": "held out", "made_labels": "made the labels", "unknown": "not known to be held out"}
     for scorer, facts in results["scorers"].items():
         title = f"{scorer} ({facts['version']}), {words[facts['role']]}"
@@ -130,35 +135,37 @@ def print_tables(results: dict[str, Any]) -> None:
         )
         for name, arm in results["arms"].items():
             if scorer in arm["by_scorer"]:
-                table.add_row(name, *_cells(arm, scorer, is_base=name == results["base"], is_people=facts["kind"] == "people"))
+                digits, is_people = verdict.decimals(results, scorer), facts["kind"] == "people"
+                table.add_row(name, *_cells(arm, scorer, digits, is_base=name == results["base"], is_people=is_people))
         Console().print(table)
     others = list(results["arms"])[1:]
     categories = list(dict.fromkeys(category for name in others for category in results["arms"][name]["categories"]))
     if categories:
+        digits = verdict.decimals(results, results["primary"])
         table = Table("category", *others, title=f"gain on {results['primary']} by category", box=box.SIMPLE)
         for category in categories:
             held = [results["arms"][name]["categories"].get(category, {}).get(results["primary"]) for name in others]
-            table.add_row(category, *("-" if entry is None else _signed(entry["gain_over_base"]) for entry in held))
+            table.add_row(category, *("-" if entry is None else _signed(entry["gain_over_base"], digits) for entry in held))
         Console().print(table)
     for name in results["arms"]:
         for line in [*_spread_lines(results, name), *_people_lines(results, name)]:
             say(line)
 
 
-def _signed(entry: dict[str, Any] | None) -> str:
+def _signed(entry: dict[str, Any] | None, digits: int) -> str:
     if entry is None:
         return "-"
-    ends = "" if entry["ci"] is None else f" ({entry['ci'][0]:+.3f} to {entry['ci'][1]:+.3f})"
-    return f"{entry['mean']:+.3f}{ends}"
+    ends = "" if entry["ci"] is None else f" ({entry['ci'][0]:+.{digits}f} to {entry['ci'][1]:+.{digits}f})"
+    return f"{entry['mean']:+.{digits}f}{ends}"
 
 
-def _cells(arm: dict[str, Any], scorer: str, *, is_base: bool, is_people: bool) -> list[str]:
+def _cells(arm: dict[str, Any], scorer: str, digits: int, *, is_base: bool, is_people: bool) -> list[str]:
     entry = arm["by_scorer"][scorer]
     gain, wins = entry["gain_over_base"], entry["win_rate_vs_base"]
     low, high = wins["ci"]
     p = "<0.001" if gain["p_holm"] < 0.001 else f"{gain['p_holm']:.3f}"
-    changes = ["-", "-", "-"] if is_base else [_signed(gain), p, f"{wins['mean']:.1%} ({low:.1%} to {high:.1%})"]
-    return ["-" if is_people else f"{arm[scorer]['mean']:.3f}", *changes]
+    changes = ["-", "-", "-"] if is_base else [_signed(gain, digits), p, f"{wins['mean']:.1%} ({low:.1%} to {high:.1%})"]
+    return ["-" if is_people else f"{arm[scorer]['mean']:.{digits}f}", *changes]
 
 
 def _spread_lines(results: dict[str, Any], name: str) -> list[str]:
@@ -167,7 +174,7 @@ def _spread_lines(results: dict[str, Any], name: str) -> list[str]:
         seen, moved = entry["diversity"], entry["drift"]
         parts = [] if seen is None else [f"diversity over seeds {seen['mean']:.4f}"]
         if name != results["base"]:
-            parts[:1] = [f"{part}, {_signed(entry['diversity_minus_base'])} against {results['base']}" for part in parts]
+            parts[:1] = [f"{part}, {_signed(entry['diversity_minus_base'], 4)} against {results['base']}" for part in parts]
             parts.append(f"drift from {results['base']} {moved['mean']:.4f} ({moved['ci'][0]:.4f} to {moved['ci'][1]:.4f})")
         if parts:
             lines.append(f"{name}, by {embedder}: {'; '.join(parts)}")
@@ -179,10 +186,12 @@ def _people_lines(results: dict[str, Any], name: str) -> list[str]:
     if said is None:
         return []
     raters = f"{len(said['raters'])} {'person' if len(said['raters']) == 1 else 'people'}"
-    line = f"{name}, people: {said['answers']} answers to {said['pairs']} pairs by {raters}"
+    line = f"{name}, people: {counted(said['answers'], 'answer')} to {counted(said['pairs'], 'pair')} by {raters}"
     if said["agreement"] is not None:
         line += f"; two people's answers to one pair are equal in {said['agreement']['raw']['value']:.0%} of cases"
-    alike = [f"{scorer} in {entry['mean']:.0%} of {entry['n']} pairs" for scorer, entry in said["with_scorers"].items() if entry["n"]]
+    alike = [
+        f"{scorer} in {entry['mean']:.0%} of {counted(entry['n'], 'pair')}" for scorer, entry in said["with_scorers"].items() if entry["n"]
+    ]
     return [line + (f"; they agree with {' and '.join(alike)}" if alike else "")]
 
 
@@ -191,6 +200,8 @@ def run(settings: CompareSettings) -> dict[str, Any]:
     from dedpo_diffusion.evaluation.report import write_report
     from dedpo_diffusion.files import write_json
 
+    if settings.out.is_dir():
+        raise UserError(f"--out {settings.out} is a folder; name the page to write, such as {settings.out / 'report.html'}")
     arms, notes = load_arms(settings.folders)
     results = analyse(settings, arms, notes)
     made = write_report(settings, arms, results)

@@ -12,8 +12,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dedpo_diffusion.evaluation.arms import categories
 from dedpo_diffusion.evaluation.page import about, dot, page_file, section, shown
-from dedpo_diffusion.evaluation.report_sections import Results, decimals, is_people, ordered
+from dedpo_diffusion.evaluation.report_sections import Results, is_people, ordered
+from dedpo_diffusion.evaluation.verdict import decimals
 
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.compare import Arm
@@ -51,8 +53,9 @@ def extremes(gain: Any, wanted: int) -> tuple[list[int], list[int]]:
 
 
 def ranking(arms: Sequence[Arm], results: Results) -> str:
-    """The scorer that chooses images: the primary one, unless that is people, who have not judged every pair."""
-    return results["primary"] if results["primary"] in arms[0].scores else next(iter(arms[0].scores))
+    """The scorer that chooses images: the primary one; the first of the others where that is people, who have not judged every pair."""
+    primary = results["primary"]
+    return next(name for name in results["scorers"] if not is_people(results, name)) if is_people(results, primary) else str(primary)
 
 
 def chosen_rows(arms: Sequence[Arm], scorer: str, most: int = MOST) -> tuple[list[int], str]:
@@ -65,12 +68,18 @@ def chosen_rows(arms: Sequence[Arm], scorer: str, most: int = MOST) -> tuple[lis
     if count <= most:
         return list(range(count)), f"All {count} pairs."
     each = most // (4 * (len(arms) - 1))
-    held = {row for arm in arms[1:] for part in extremes(arm.scores[scorer] - arms[0].scores[scorer], each) for row in part}
+    parts = [extremes(arm.scores[scorer] - arms[0].scores[scorer], each) for arm in arms[1:]]
+    held = {row for part in parts for rows in part for row in rows}
     rest = spaced([row for row in range(count) if row not in held], most - len(held))
     of_each = f"of each of {len(arms) - 1} arms " if len(arms) > 2 else ""
+    changed = []
+    for k, word in enumerate(("rose", "fell")):
+        counts = [len(part[k]) for part in parts]
+        number = f"the {counts[0]}" if len(set(counts)) == 1 else f"up to {max(counts)}"
+        changed += [f"{number} whose {scorer} {word} most"] if any(counts) else []
     rule = (
-        f"{most} of {count} pairs: {of_each}the {each} whose {scorer} rose most and the {each} whose {scorer} fell most, "
-        f"and {len(rest)} evenly spaced among the others, so shares of wins and losses here are not those of all pairs."
+        f"{most} of {count} pairs: {of_each if changed else ''}{' and '.join(changed)}{', and ' if changed else ''}"
+        f"{len(rest)} evenly spaced among the others, so shares of wins and losses here are not those of all pairs."
     )
     return sorted([*held, *rest]), rule
 
@@ -151,7 +160,9 @@ def people_said(arms: Sequence[Arm]) -> list[list[float | None]]:
     return said
 
 
-def gallery_data(arms: Sequence[Arm], results: Results, rows: Sequence[int], thumbnails: Thumbnails, best: str) -> str:
+def gallery_data(
+    arms: Sequence[Arm], results: Results, rows: Sequence[int], thumbnails: Thumbnails, best: str, categories: Sequence[str | None]
+) -> str:
     """The end of the page: what the gallery knows of every pair, then the images, each in a block that is read when it is looked at."""
     scorers = [name for name in ordered(results) if is_people(results, name) or name in arms[0].scores]
     columns = []  # by scorer, by arm: a value for each row
@@ -164,8 +175,7 @@ def gallery_data(arms: Sequence[Arm], results: Results, rows: Sequence[int], thu
     for row in rows:
         entry, image = arms[0].rows[row], thumbnails[row, 0]
         scores = [[values[row] for values in by_arm] for by_arm in columns]
-        category = next(filter(None, (arm.rows[row].get("category") for arm in arms)), None)
-        facts = {"row": row, "prompt": entry["prompt"], "seed": entry["seed"], "category": category}
+        facts = {"row": row, "prompt": entry["prompt"], "seed": entry["seed"], "category": categories[row]}
         pairs.append({**facts, "size": [image.width, image.height], "small": image.small, "scores": scores})
     known = {
         "arms": [arm.name for arm in arms], "best": [arm.name for arm in arms].index(best), "pairs": pairs,
@@ -203,7 +213,7 @@ def image_sections(arms: Sequence[Arm], results: Results, best: str) -> tuple[st
         words = words if found else f"No image's {scorer} {word} from {results['base']} to {best}."
         body = section(title, about(words), strips(arms, found, scorer, thumbnails) if found else "")
         parts.append(f"<noscript>{body}</noscript>")
-    return "".join(parts), gallery_data(arms, results, rows, thumbnails, best)
+    return "".join(parts), gallery_data(arms, results, rows, thumbnails, best, categories(arms)[0])
 
 
 def strips(arms: Sequence[Arm], rows: Sequence[int], scorer: str, thumbnails: Thumbnails) -> str:

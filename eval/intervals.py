@@ -10,6 +10,10 @@ Steigerwald (The Review of Economics and Statistics 2017), and 2 at least. The p
 out, so "p < 0.05" and "the 95 % interval excludes 0" are one statement. A rate has Wilson's interval, with the number of
 independent answers that its error implies. All numbers of one call share the same resamples.
 
+Clusters that all say the same have no bootstrap error, which is no certainty. A rate then counts each cluster as one answer; a mean
+takes the root of its rows' mean square over sqrt(C) as its error, so that a gain that is the same in every row has the p-value of its
+win rate, 100 %. Identical models alone, whose differences are all exactly 0, leave no doubt.
+
 What was tried: the percentile interval holds the truth in 93 % of simulations with 25 clusters, in 88 % with 10 and in 76 % with 3;
 this one in 95 %, if the values are not very skewed (tests/test_coverage.py). Bootstrap-t does better with skewed values and
 worse with heavy tails, and has no end where a resample has no spread.
@@ -56,33 +60,42 @@ class Estimates:
 
     Attributes:
         mean, error: (K,).
+        size: (K,) root mean square of the rows' values.
+        tied: (K,) whether every value is one half, as all wins of a model over itself are.
         clusters: the effective number of clusters that the rows come from: their number where they are of equal size, else fewer.
     """
 
     mean: np.ndarray
     error: np.ndarray
+    size: np.ndarray
+    tied: np.ndarray
     clusters: float
 
     def interval(self, column: int = 0, *, level: float = LEVEL) -> Interval:
-        """Student's interval of one column, and the p-value of a mean of 0; for a column without spread the mean itself, and p 0 or 1."""
-        mean, error, quantile = float(self.mean[column]), float(self.error[column]), self._quantile(level)
-        p = self._p_value(mean / error) if error > 0 else float(mean == 0)
+        """Student's interval of one column, and the p-value of a mean of 0; where every value is 0, no width and p 1."""
+        mean, quantile = float(self.mean[column]), self._quantile(level)
+        error = float(self.error[column] if self._differs(column) else self.size[column] / math.sqrt(self.clusters))
+        p = self._p_value(mean / error) if error > 0 else 1.0
         return Interval(mean, mean - quantile * error, mean + quantile * error, p)
 
     def rate(self, column: int = 0, *, level: float = LEVEL) -> Interval:
         """Wilson's interval of a column of values in [0, 1] (score interval, 1927).
 
         Its number of independent answers is that which explains the error, p (1 - p) / error^2. Where all clusters are alike,
-        as where all rows are 1, the error says nothing; the rows of a cluster count as one answer. All alike and one half, as
-        between identical models, is one half without doubt. p is of one half.
+        as where all rows are 1, the error says nothing; the rows of a cluster count as one answer. Where every value is one half,
+        as between identical models, it is one half without doubt. p is of one half.
         """
         p, error = min(1.0, max(0.0, float(self.mean[column]))), float(self.error[column])
-        if p == 0.5 and error == 0:
+        if self.tied[column]:
             return Interval(p, p, p, 1.0)
-        inverse = error**2 / (p * (1 - p)) if error > 0 and 0 < p < 1 else 1 / self.clusters
+        inverse = error**2 / (p * (1 - p)) if self._differs(column) and 0 < p < 1 else 1 / self.clusters
         a = self._quantile(level) ** 2 * inverse
         half, chance = math.sqrt(a * p * (1 - p) + a * a / 4), self._p_value((p - 0.5) / math.sqrt(0.25 * inverse))
         return Interval(p, max(0.0, (p + a / 2 - half) / (1 + a)), min(1.0, (p + a / 2 + half) / (1 + a)), chance)
+
+    def _differs(self, column: int) -> bool:
+        """Whether the clusters' means differ, by more than rounding."""
+        return bool(self.error[column] > ROUNDING * self.size[column])
 
     def _quantile(self, level: float) -> float:
         from scipy.special import stdtrit
@@ -120,7 +133,9 @@ def estimates(values: np.ndarray, clusters: np.ndarray, *, resamples: int = RESA
         squares += (shifts**2).sum(axis=0)
     variance = np.maximum(squares / resamples - (total / resamples) ** 2, 0.0)
     effective = max(2.0, float(size**2 / (counts**2).sum()))
-    return Estimates(mean, np.sqrt(variance * effective / (effective - 1)), effective)
+    rows = np.asarray(values, dtype=np.float64)
+    extent = np.sqrt(np.sort(rows**2, axis=0).mean(axis=0))  # sorted: the order of the rows changes no bit
+    return Estimates(mean, np.sqrt(variance * effective / (effective - 1)), extent, (rows == 0.5).all(axis=0), effective)
 
 
 @lru_cache(maxsize=2)
@@ -195,6 +210,12 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(N,) 1 where a is larger, 0 where b is, 0.5 where they are equal."""
     a, b = _paired(a, b)
     return (a > b) + 0.5 * (a == b)
+
+
+def is_rate(values: np.ndarray) -> bool:
+    """Whether values are outcomes, 0, 1 and perhaps one half, so that their mean is a rate."""
+    values = np.asarray(values)
+    return bool(np.isin(values, (0, 0.5, 1)).all() and np.isin(values, (0, 1)).any())
 
 
 def _paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

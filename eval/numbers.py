@@ -8,11 +8,11 @@ by its interval alone. What people say is a rate, from 0 (all prefer the base's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.evaluation.intervals import Interval, estimates, wins
+from dedpo_diffusion.evaluation.intervals import Interval, estimates, is_rate, wins
 from dedpo_diffusion.evaluation.preferences import NAME as PEOPLE
 
 if TYPE_CHECKING:
@@ -68,14 +68,19 @@ def measure(
 
     prompts, base = arms[0].prompts, arms[0]
     rows = np.arange(len(prompts)) if rows is None else rows
-    columns = []
+    columns, rates = [], {scorer: _rates(arms, scorer) for scorer in shared}
     for arm in arms:
         for scorer in shared:
             mine, other = arm.scores[scorer][rows], base.scores[scorer][rows]
-            columns += [(mine, False), (mine - other, False), (wins(mine, other), True)]
+            columns += [(mine, rates[scorer]), (mine - other, False), (wins(mine, other), True)]
     held = iter(intervals(columns, prompts[rows], **options))
     n, kinds = len(rows), len(np.unique(prompts[rows]))
-    found: Found = {arm.name: {scorer: Measured(next(held), next(held), next(held), n, kinds) for scorer in shared} for arm in arms}
+    found: Found = {}
+    for arm in arms:
+        found[arm.name] = {}
+        for scorer in shared:
+            mean, gain, win = next(held), next(held), next(held)
+            found[arm.name][scorer] = Measured(mean, _within(gain, 1) if rates[scorer] else gain, win, n, kinds)
     for name, said in judged.items():
         of = np.flatnonzero(np.isin(said.rows, rows))
         if len(of):
@@ -84,6 +89,20 @@ def measure(
             gain = Interval(2 * share.mean - 1, 2 * share.low - 1, 2 * share.high - 1, share.p)
             found[name][PEOPLE] = Measured(None, gain, win, len(of), len(np.unique(asked)))
     return found
+
+
+def _within(found: Interval, most: float) -> Interval:
+    """An interval without what is impossible: beyond -most and most. Ends of NaN stay."""
+    import numpy as np
+
+    return replace(found, low=float(np.clip(found.low, -most, most)), high=float(np.clip(found.high, -most, most)))
+
+
+def _rates(arms: Sequence[Arm], scorer: str) -> bool:
+    """Whether all scores of a scorer are outcomes, whose means are rates and differ by 1 at most."""
+    import numpy as np
+
+    return is_rate(np.concatenate([arm.scores[scorer] for arm in arms]))
 
 
 def by_scorer(measured: Mapping[str, Measured]) -> dict[str, Any]:
@@ -148,8 +167,9 @@ def differences(arms: Sequence[Arm], primary: str, judged: Mapping[str, Judged],
             mine, other = judged[later.name], judged[earlier.name]
             common, a, b = np.intersect1d(mine.rows, other.rows, return_indices=True)
             if len(np.unique(prompts := arms[0].prompts[common])) > 1:
-                found[name] = intervals([(mine.gain[a] - other.gain[b], False)], prompts, **options)[0].as_dict()
+                found[name] = _within(intervals([(mine.gain[a] - other.gain[b], False)], prompts, **options)[0], 2).as_dict()
     if columns:
         gaps = intervals(list(columns.values()), arms[0].prompts, **options)
-        found = {name: gap.as_dict() for name, gap in zip(columns, gaps, strict=True)}
+        most = 1 if _rates(arms, primary) else np.inf
+        found = {name: _within(gap, most).as_dict() for name, gap in zip(columns, gaps, strict=True)}
     return found

@@ -161,7 +161,7 @@ def read_targets_report(path: Path) -> dict[str, Any]:
     """The report that `dedpo merge` wrote beside targets.
 
     Raises:
-        UserError: no such file, or no JSON object in it.
+        UserError: no such file, no JSON object in it, or one whose judges, sentences or warnings are not as `dedpo merge` writes them.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -169,12 +169,26 @@ def read_targets_report(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as JSON ({error}); give the report that `dedpo merge` wrote beside the targets") from error
     if not isinstance(report, dict):
         raise UserError(f"{path} holds no report; give the JSON file that `dedpo merge` wrote beside the targets")
+    parts: dict[str, Callable[[Any], bool]] = {
+        "judge": lambda value: isinstance(value, str),
+        "judges": lambda value: _all(value, lambda entry: isinstance(entry, dict) and isinstance(entry.get("name"), str)),
+        "sentences": lambda value: _all(value, lambda entry: isinstance(entry, str)),
+        "warnings": lambda value: _all(value, lambda entry: isinstance(entry, dict) and isinstance(entry.get("text"), str)),
+    }
+    for name, fits in parts.items():
+        if report.get(name) is not None and not fits(report[name]):
+            raise UserError(f"{path}: {name!r} is not as `dedpo merge` writes it; give the report that it wrote beside the targets")
     return report
+
+
+def _all(values: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list) and all(map(fits, values))
 
 
 def label_section(targets: Sequence[Path]) -> str:
     """What the labels were worth: sentences and figures of each targets' report."""
-    reports = {name: read_targets_report(path) for name, path in by_name(targets).items()}
+    paths = by_name(targets)
+    reports = {name: read_targets_report(path) for name, path in paths.items()}
     if not reports:
         return ""
     lines = [
@@ -182,13 +196,19 @@ def label_section(targets: Sequence[Path]) -> str:
         for key, words in LABEL_LINES.items() if any(key in report for report in reports.values())
     ]  # fmt: skip
     words = "".join(_label_words(name, report) for name, report in reports.items())
-    details = "".join(label_details(name, report) for name, report in reports.items())
+    details = ""
+    for name, report in reports.items():
+        try:
+            details += label_details(name, report)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"its judges, strata or curve are not as `dedpo merge` writes them ({error!r})"
+            raise UserError(f"{paths[name]}: {what}; give the report that it wrote beside the targets") from error
     return section("Labels", table(["", *map(escape, reports)], lines), f'<div class="columns">{words}</div>', details)
 
 
 def _label_words(name: str, report: dict[str, Any]) -> str:
     """Sentences and warnings of one report, the warnings last."""
-    told = [*report.get("sentences", []), *(entry["text"] for entry in report.get("warnings") or [])]
+    told = [*(report.get("sentences") or []), *(entry["text"] for entry in report.get("warnings") or [])]
     sentences = "".join(f"<li>{escape(text)}</li>" for text in told if not text.startswith(WARNING))
     warned = [text.removeprefix(WARNING) for text in told if text.startswith(WARNING)]
     notes = "".join(f'<p class="note">{escape(text[0].upper() + text[1:])}</p>' for text in warned)

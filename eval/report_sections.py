@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from dedpo_diffusion.evaluation.arms import counted
 from dedpo_diffusion.evaluation.figures import Gain, forest
 from dedpo_diffusion.evaluation.page import about, dot, section, shown, table
+from dedpo_diffusion.evaluation.verdict import decimals, gains_of
 
 Results = dict[str, Any]
 WARNING = "Warning: "  # how a sentence of a report begins that is one
@@ -37,19 +38,6 @@ def is_people(results: Results, scorer: str) -> bool:
 def ordered(results: Results) -> list[str]:
     """All scorers: the primary one, people, the others."""
     return sorted(results["scorers"], key=lambda name: (name != results["primary"], not is_people(results, name)))
-
-
-def gains_of(results: Results, scorer: str) -> list[tuple[int, str, dict[str, Any]]]:
-    """(number, name, entry) of the arms that have this scorer; the base is none of them."""
-    others = [(k, name, arm) for k, (name, arm) in enumerate(results["arms"].items()) if name != results["base"]]
-    return [(k, name, arm["by_scorer"][scorer]) for k, name, arm in others if scorer in arm["by_scorer"]]
-
-
-def decimals(results: Results, scorer: str) -> int:
-    """Of this scorer's numbers: enough for two digits of the narrowest interval, three at least and six at most."""
-    ends = [entry["gain_over_base"]["ci"] for _, _, entry in gains_of(results, scorer)]
-    width = min((high - low for low, high in ends if high > low), default=1.0)
-    return min(max(3, 1 - math.floor(math.log10(width))), 6)
 
 
 def plots(drawn: Sequence[str]) -> str:
@@ -91,7 +79,7 @@ def headline(results: Results, best: str) -> str:
     for scorer in results["scorers"]:
         if is_people(results, scorer) and scorer != primary and scorer in arm["by_scorer"]:
             asked = arm["by_scorer"][scorer]["win_rate_vs_base"]
-            boxes.append(_card(f"people who prefer {best}", shown(asked["mean"], ".1%"), _ends(asked, ".1%")))
+            boxes.append(_card(f"pairs whose majority prefers {best}", shown(asked["mean"], ".1%"), _ends(asked, ".1%")))
     what = f"{results['n_prompts']} prompts; same prompt, seed and noise in every arm"
     boxes.append(_card("images an arm", str(results["n_images"]), what))
     arms = "".join(f"<li>{dot(k)}{escape(name)}</li>" for k, name in enumerate(results["arms"]))
@@ -208,7 +196,9 @@ def people_section(results: Results) -> str:
 
 def _people(name: str, series: int, found: dict[str, Any]) -> str:
     raters = len(found["raters"])
-    counts = f"{found['answers']} answers on {found['pairs']} pairs by {raters} {'person' if raters == 1 else 'people'}"
+    counts = (
+        f"{counted(found['answers'], 'answer')} on {counted(found['pairs'], 'pair')} by {raters} {'person' if raters == 1 else 'people'}"
+    )
     between = "".join(f"<li>{escape(line)}</li>" for line in _agreement(found["agreement"]))
     shares = [as_gain(f"{scorer} ({entry['n']})", entry, series) for scorer, entry in found["with_scorers"].items() if entry["n"]]
     plot = forest(shares, f"share of pairs on which scorers agree with people about {name}", line=0.5, form=".0%") if shares else ""
@@ -260,7 +250,8 @@ def spread_section(results: Results) -> str:
         for k, (name, arm) in enumerate(results["arms"].items()):
             found = arm.get("spread", {}).get(kind)
             if found:
-                values = [interval(found.get(key), form) for key, form in SPREAD.values()]
+                nothing = ("diversity_minus_base", "drift") if name == results["base"] else ()  # the base from itself
+                values = [interval(None if key in nothing else found.get(key), form) for key, form in SPREAD.values()]
                 rows.append([dot(k) + escape(name), escape(kind), *values])
     how = (
         "Cosine distances of image embeddings. Diversity: between the images of one prompt over its seeds; a fall says that images of a "

@@ -66,12 +66,13 @@ def _read_scores(folder: Path, rows: Sequence[Row]) -> tuple[list[Row], list[str
         if row["score"] is None or not math.isfinite(row["score"]):
             what = f"row {number} has the score {row['score']} of {row['scorer']}"
             raise UserError(f"{path}: {what}; remove the file and run `dedpo score` again")
+    again = f"give all its scorers again ({', '.join(dict.fromkeys(row['scorer'] for row in held))}): the next run writes it anew"
     images = (table.schema.metadata or {}).get(b"images", b"").decode()
     if len(images) == 64:  # hexadecimal digits: a digest of names and sizes
-        return [], [f"{path} was written when images were told apart by name and size alone; its scores do not count any more"]
+        return [], [f"{path} was written when images were told apart by name and size alone; its scores do not count any more; {again}"]
     present = {tuple(row[name] for name in INDEX) for row in rows}
     if images != images_digest(folder, rows) or any(tuple(row[name] for name in INDEX) not in present for row in held):
-        return [], [f"{path} holds scores of other images; they do not count"]
+        return [], [f"{path} holds scores of other images; they do not count; {again}"]
     return _without_mixtures(path, held)
 
 
@@ -212,12 +213,12 @@ def summary(folder: Path, rows: Sequence[Row], scorer: Scorer, scores: dict[str,
     """A folder's mean score in words: never without its scorer, version, number of images and interval."""
     import numpy as np
 
-    from dedpo_diffusion.evaluation.intervals import mean_interval
+    from dedpo_diffusion.evaluation.intervals import is_rate, mean_interval, rate_interval
 
     values, prompts = np.array([scores[row["file"]] for row in rows]), np.array([row["prompt"] for row in rows])
     count = len(set(prompts))
     if count > 1:
-        found = mean_interval(values, prompts)
+        found = (rate_interval if is_rate(values) else mean_interval)(values, prompts)
         sure = f"95 % interval {found.low:.4f} to {found.high:.4f}"
     else:
         sure = "no interval: one prompt tells nothing of others"

@@ -72,7 +72,11 @@ def spread(arms: Sequence[Arm], **options: Any) -> tuple[dict[str, dict[str, Any
         lacking = [arm.name for arm, by_name in zip(arms, held, strict=True) if name not in by_name]
         versions = sorted({by_name[name].version for by_name in held if name in by_name})
         if lacking or len(versions) > 1:
-            why = f"{' and '.join(lacking)} have none of the present images" if lacking else f"they are of {' and of '.join(versions)}"
+            why = (
+                f"{' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} none of the present images"
+                if lacking
+                else f"they are of {' and of '.join(versions)}"
+            )
             notes.append(f"Embeddings of {name} are left out, since {why}; run `dedpo score` on all folders with the same {name}.")
             continue
         embedded, prompts = [by_name[name].values for by_name in held], arms[0].prompts

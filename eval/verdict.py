@@ -6,26 +6,31 @@ People are held out.
 
 **Over-optimisation** ("rises": the 95 % interval of the gain lies above 0; "falls": below). An arm is warned of if
 
-1. a scorer that is not held out rises while a held-out one, or people, fall;
-2. a scorer that made the labels rises, no held-out one does, and the diversity over seeds falls by some embedder and rises by none;
-3. a scorer that made the labels rises, also after Holm's correction, and of the held-out ones, of which there are some, none does.
+1. a scorer that is not held out rises, also after Holm's correction, while a held-out one, or people, fall;
+2. one that made the labels rises so, no held-out one rises, and the diversity over seeds falls by some embedder and rises by none;
+3. one that made the labels rises so, and of the held-out ones, of which there are some, none rises.
 
-The first that holds is told. Where nothing has changed the three together are false alarms in at most 2.5 % of comparisons: one
-chance event is the least that each takes, and that one is corrected (tests/test_verdict.py simulates it).
+The first that holds is told. Where nothing has changed the three together are false alarms in at most 2.5 % of comparisons: each takes
+a rise that is corrected for the number of scorers, also where scorers are opposed (tests/test_verdict.py simulates it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dedpo_diffusion.console import UserError
 from dedpo_diffusion.evaluation.arms import Arm
 from dedpo_diffusion.evaluation.preferences import NAME as PEOPLE
 
 Results = dict[str, Any]
 # sampling settings that arms may differ in: what is compared, what pairing by prompt and seed has checked, what changes no image
-FREE_SETTINGS = ("lora", "strength", "model", "model_config", "prompts", "seeds", "seed", "out", "batch", "device")
+FREE_SETTINGS = (
+    "lora", "strength", "model", "model_config", "prompts", "limit", "categories", "seeds", "seed", "size", "height", "width", "out",
+    "batch", "device",
+)  # fmt: skip
 LEVEL = 0.05
 NAMED = 5  # scorers or categories in one sentence
 CAUTIONS = {
@@ -34,6 +39,36 @@ CAUTIONS = {
     "unknown": ", which is not known to be held out of the training labels",
 }
 OWN = {"made_labels": "which made its labels", "unknown": "which is not known to be held out"}
+
+
+# ---- numbers in words
+
+
+def gains_of(results: Results, scorer: str) -> list[tuple[int, str, dict[str, Any]]]:
+    """(number, name, entry) of the arms that have this scorer; the base is none of them."""
+    others = [(k, name, arm) for k, (name, arm) in enumerate(results["arms"].items()) if name != results["base"]]
+    return [(k, name, arm["by_scorer"][scorer]) for k, name, arm in others if scorer in arm["by_scorer"]]
+
+
+def decimals(results: Results, scorer: str) -> int:
+    """Of this scorer's numbers: enough for two digits of the narrowest interval, three at least and six at most."""
+    return places(entry["gain_over_base"] for _, _, entry in gains_of(results, scorer))
+
+
+def places(entries: Iterable[dict[str, Any]]) -> int:
+    """Decimals as in `decimals`, of any numbers with intervals."""
+    width = min((high - low for low, high in (entry["ci"] for entry in entries if entry["ci"]) if high > low), default=1.0)
+    return min(max(3, 1 - math.floor(math.log10(width))), 6)
+
+
+def signed(value: float, digits: int) -> str:
+    """A gain or an end of its interval."""
+    return f"{value:+.{digits}f}"
+
+
+def _ends(entry: dict[str, Any], digits: int) -> str:
+    low, high = entry["ci"]
+    return f"{signed(entry['mean'], digits)}, {signed(low, digits)} to {signed(high, digits)}"
 
 
 # ---- who judges
@@ -69,16 +104,31 @@ def roles(versions: dict[str, str], held_out: Sequence[str], targets: Sequence[P
 
 
 def sampling_notes(arms: Sequence[Arm]) -> list[str]:
-    """Which arms were sampled with other settings than the base."""
-    import yaml
+    """Which arms were sampled with other settings than the base.
 
+    Raises:
+        UserError: a settings.yaml that holds no settings.
+    """
     files = {arm.name: arm.folder / "settings.yaml" for arm in arms}
-    held = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    held = {name: _read_settings(file) for name, file in files.items() if file.is_file()}
     base = held.pop(arms[0].name, {})
     return [
         f"{name} was sampled with {key} {mine[key]}, {arms[0].name} with {base[key]}."
         for name, mine in held.items() for key in base if key not in FREE_SETTINGS and key in mine and mine[key] != base[key]
     ]  # fmt: skip
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    import yaml
+
+    remedy = "restore it, or remove it, and nothing is said of how the images were sampled"
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as YAML ({' '.join(str(error).split())}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no settings; {remedy}")
+    return found
 
 
 # ---- what should make a reader doubt
@@ -100,29 +150,31 @@ def warnings(results: Results, name: str) -> list[str]:
     gains = {scorer: entry["gain_over_base"] for scorer, entry in arm["by_scorer"].items()}
     role = {scorer: results["scorers"][scorer]["role"] for scorer in gains}
     held = [scorer for scorer in gains if role[scorer] == "held_out"]
-    pleased = [scorer for scorer in gains if scorer not in held and rises(gains[scorer])]
+    pleased = [scorer for scorer in gains if scorer not in held and rises(gains[scorer]) and gains[scorer]["p_holm"] < LEVEL]
     hurt = [scorer for scorer in held if falls(gains[scorer])]
     made = [scorer for scorer in pleased if role[scorer] == "made_labels"]
 
+    def change(scorer: str) -> str:
+        return _ends(gains[scorer], decimals(results, scorer))
+
     def rising(scorers: Sequence[str]) -> str:
-        words = [f"{scorer} ({gains[scorer]['mean']:+.3f}), {OWN[role[scorer]]}" for scorer in scorers]
+        words = [f"{scorer} ({signed(gains[scorer]['mean'], decimals(results, scorer))}), {OWN[role[scorer]]}" for scorer in scorers]
         return f"it rises on {_list(words)}"
 
     if pleased and hurt:
-        losses = [f"{'people' if scorer == PEOPLE else scorer} ({_ends(gains[scorer])})" for scorer in hurt]
+        losses = [f"{'people' if scorer == PEOPLE else scorer} ({change(scorer)})" for scorer in hurt]
         return [f"Over-optimised, as it looks: {rising(pleased)}, and falls on {_list(losses)}, which had no part in its labels."]
     if not made or any(rises(gains[scorer]) for scorer in held):
         return []
     changes = {embedder: entry["diversity_minus_base"] for embedder, entry in arm["spread"].items()}
-    narrowed = [embedder for embedder, change in changes.items() if falls(change)]
+    narrowed = [embedder for embedder, entry in changes.items() if falls(entry)]
     if narrowed and not any(map(rises, changes.values())):
-        fewer = _list([f"{embedder} ({_ends(changes[embedder])})" for embedder in narrowed])
+        fewer = _list([f"{embedder} ({_ends(changes[embedder], places([changes[embedder]]))})" for embedder in narrowed])
         rest = "on no scorer that is held out" if held else "and no scorer here is held out"
         return [f"Over-optimised, as it looks: {rising(made)}, {rest}, and its images of one prompt are less diverse by {fewer}."]
-    sure = [scorer for scorer in made if gains[scorer]["p_holm"] < LEVEL]
-    if sure and held:
-        others = _list([f"{scorer} {_ends(gains[scorer])}" for scorer in held])
-        return [f"Better only on the scorer that made its labels: {rising(sure)}, and on no scorer that is held out ({others})."]
+    if held:
+        others = _list([f"{scorer} {change(scorer)}" for scorer in held])
+        return [f"Better only on the scorer that made its labels: {rising(made)}, and on no scorer that is held out ({others})."]
     return []
 
 
@@ -135,7 +187,9 @@ def category_notes(results: Results) -> list[str]:
         gains = {category: entry[primary]["gain_over_base"] for category, entry in arm["categories"].items() if primary in entry}
         gains = {category: gain for category, gain in gains.items() if gain["ci"] is not None}
         told = [category for category, p in zip(gains, holm([gain["p"] for gain in gains.values()]), strict=True) if p < LEVEL]
-        better, worse = ([f"{c} ({gains[c]['mean']:+.3f})" for c in told if gains[c]["mean"] * sign > 0] for sign in (1, -1))
+        better, worse = (
+            [f"{c} ({signed(gains[c]['mean'], places([gains[c]]))})" for c in told if gains[c]["mean"] * sign > 0] for sign in (1, -1)
+        )
         whole = arm.get("gain_over_base")
         if better and worse:
             halves = f"better on {_list(better)} and worse on {_list(worse)}"
@@ -169,8 +223,9 @@ def verdict(results: Results) -> str:
 def _gain_words(results: Results, name: str) -> str:
     base, arm = results["base"], results["arms"][name]
     gain, wins = arm["gain_over_base"], arm["win_rate_vs_base"]
-    low, high = gain["ci"]
-    numbers = f"{gain['mean']:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+    digits = decimals(results, results["primary"])
+    mean, low, high = (signed(value, digits) for value in (gain["mean"], *gain["ci"]))
+    numbers = f"{mean} (95 % interval {low} to {high})"
     rate = f"win rate {wins['mean']:.1%} ({wins['ci'][0]:.1%} to {wins['ci'][1]:.1%})"
     if not (rises(gain) or falls(gain)):
         return f"no difference between {name} and {base} can be told: gain {numbers}, {rate}"
@@ -201,7 +256,8 @@ def _rival_words(results: Results, best: str) -> str:
             unknown.append(other)
             continue
         mean, low, high = (forward["mean"], *forward["ci"]) if forward else (-backward["mean"], *(-end for end in backward["ci"][::-1]))
-        words = f"{other} ({mean:+.3f}, {low:+.3f} to {high:+.3f})"
+        digits = decimals(results, results["primary"])
+        words = f"{other} ({signed(mean, digits)}, {signed(low, digits)} to {signed(high, digits)})"
         (told if low > 0 or high < 0 else untold).append(words)
     parts = [f"ahead of {' and '.join(told)}"] if told else []
     parts += [f"not distinguishable from {' or '.join(untold)}"] if untold else []
@@ -215,17 +271,12 @@ def _others(results: Results, best: str) -> list[str]:
     others = {s: e["gain_over_base"] for s, e in results["arms"][best]["by_scorer"].items() if s != results["primary"]}
     if not others:
         return []
-    kept = [f"{scorer} ({gain['mean']:+.3f})" for scorer, gain in others.items() if gain["p_holm"] < LEVEL]
+    kept = [f"{scorer} ({signed(gain['mean'], decimals(results, scorer))})" for scorer, gain in others.items() if gain["p_holm"] < LEVEL]
     if not kept:
         return [f"On {_list(list(others), 'or')} no difference survives Holm's correction."]
     rest = [scorer for scorer, gain in others.items() if not gain["p_holm"] < LEVEL]
     tail = f", that on {_list(rest)} does not" if rest else ""
     return [f"After Holm's correction for {len(others) + 1} scorers the difference on {_list(kept)} stands{tail}."]
-
-
-def _ends(entry: dict[str, Any]) -> str:
-    low, high = entry["ci"]
-    return f"{entry['mean']:+.3f}, {low:+.3f} to {high:+.3f}"
 
 
 def _list(parts: Sequence[str], word: str = "and") -> str:

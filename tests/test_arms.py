@@ -85,7 +85,7 @@ def test_a_prompt_that_is_listed_twice_is_one_cluster(pair):
 def test_a_scorer_that_one_folder_lacks_is_left_out_and_told(pair):
     put_scores(pair[0], truth=BASE, beauty=BASE)
     found = compare(settings(pair))
-    assert list(found["scorers"]) == ["truth"] and found["notes"] == ["beauty is left out: tuned have no scores of it."]
+    assert list(found["scorers"]) == ["truth"] and found["notes"] == ["beauty is left out: tuned has no scores of it."]
 
 
 def with_categories(names):
@@ -99,7 +99,7 @@ def test_categories_are_of_the_first_folder_that_has_them(pair):
     assert categories(arms) == (names, [])
     rewrite(pair[0], with_categories(["colour", *names[1:]]))
     arms, _ = load_arms(pair)
-    told = "1 images of tuned are of another category there than in base, whose categories count."
+    told = "1 image of tuned is of another category there than in base, whose categories count."
     assert categories(arms) == (["colour", *names[1:]], [told])
 
 
@@ -169,3 +169,14 @@ def test_an_arm_with_more_images_than_the_base_is_refused(pair):
     rewrite(pair[0], lambda rows: rows[:10])
     with pytest.raises(UserError, match=r"tuned is not paired .*: it has an image of prompt .* seed 110, which is not there \(0 of the 10"):
         compare(settings(pair))
+
+
+def test_categories_that_only_one_folder_tells_are_counted_apart_and_empty_ones_stay(pair):
+    rewrite(pair[0], with_categories(["", "", None, None, *["size"] * 8]))
+    rewrite(pair[1], with_categories(["", "shape", "shape", None, None, *["size"] * 7]))
+    names, notes = categories(load_arms(pair)[0])
+    assert names[:4] == ["", "", None, None]
+    assert notes == [
+        "1 image of tuned is of another category there than in base, whose categories count.",
+        "1 image of tuned has a category there and none in base, whose categories count.",
+    ]

@@ -72,10 +72,34 @@ def test_numbers_are_those_of_the_interval_functions(arms):
 
 
 def test_known_values(arms):
-    """even: six gains of 0.1 and six losses of 0.1, one each a prompt, so every resample gives 0 and one half."""
-    even = compare(settings(arms))["arms"]["even"]
-    np.testing.assert_allclose([even["gain_over_base"]["mean"], *even["gain_over_base"]["ci"]], 0, atol=1e-15)
-    assert even["win_rate_vs_base"] == {"mean": 0.5, "ci": [0.5, 0.5]}
+    """even: six gains of 0.1 and six losses of 0.1, one each a prompt: 0 and one half in every resample, of six answers each.
+    t (0.975; 5) = 2.5706; a = t^2 / 6, and half of the rate's interval sqrt(a / 4 + a^2 / 4) / (1 + a)."""
+    even, a = compare(settings(arms))["arms"]["even"], 2.5706**2 / 6
+    half = np.sqrt(a / 4 + a * a / 4) / (1 + a)
+    np.testing.assert_allclose(
+        [even["gain_over_base"]["mean"], *even["gain_over_base"]["ci"]], [0, -np.sqrt(a) / 10, np.sqrt(a) / 10], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        [even["win_rate_vs_base"]["mean"], *even["win_rate_vs_base"]["ci"]], [0.5, 0.5 - half, 0.5 + half], atol=1e-5
+    )
+
+
+def test_rates_stay_within_what_is_possible(arms):
+    """0 and 1 by image: a mean within [0, 1], gains and differences within [-1, 1]; never wrong to always right on six prompts is no
+    certainty: the p of both is that of t = sqrt(6)."""
+    for folder, values in zip(arms, (np.zeros(12), np.eye(12)[0], np.ones(12)), strict=True):
+        put_scores(folder, truth=values)
+    found = compare(settings(arms))
+    entries = {name: (arm["truth"], arm["gain_over_base"], arm["win_rate_vs_base"]) for name, arm in found["arms"].items()}
+    assert all(0 <= end <= 1 for mean, _, wins in entries.values() for end in (*mean["ci"], *wins["ci"]))
+    assert all(-1 <= end <= 1 for _, gain, _ in entries.values() for end in gain["ci"])
+    assert found["differences"]["tuned_minus_even"]["ci"][1] == 1.0
+    _, gain, wins = entries["tuned"]
+    assert (
+        gain["mean"] == gain["ci"][1] == 1.0 and gain["ci"][0] == pytest.approx(1 - 2.5706 / np.sqrt(6), abs=1e-4) and wins["ci"][0] < 0.5
+    )
+    assert gain["p"] == pytest.approx(0.0580, abs=1e-4)
+    assert entries["base"][0]["ci"][0] == 0.0 < entries["base"][0]["ci"][1] and entries["base"][1]["ci"] == [0.0, 0.0]
 
 
 def test_the_base_against_itself_is_exactly_nothing(arms):
@@ -133,7 +157,8 @@ def test_the_command_writes_results_page_and_sheet_together(arms, tmp_path, caps
 
 def test_notes_name_arms_sampled_otherwise_and_judges_called_held_out(arms, tmp_path):
     for folder, guidance in zip(arms, (3.0, 3.0, 7.5), strict=True):
-        (folder / "settings.yaml").write_text(yaml.safe_dump({"guidance": guidance, "lora": folder.name, "steps": 20}))
+        free = dict.fromkeys(("lora", "limit", "categories", "size", "height", "width"), folder.name)  # no reason for a note
+        (folder / "settings.yaml").write_text(yaml.safe_dump({"guidance": guidance, "steps": 20, **free}))
     (tmp_path / "mix.json").write_text(json.dumps({"judge": "truth"}))
     found = compare(settings(arms, targets=[tmp_path / "mix.json"]))["notes"]
     assert found == [
@@ -157,7 +182,10 @@ def other_version(folder):
     ("damage", "message"),
     [
         (lambda f: (f / "scores.parquet").unlink(), "tuned holds no scores; run `dedpo score"),
-        (drop_half_the_scores, r"4 of 12 images have no score of truth \(first: 0-0.png\)"),
+        (
+            drop_half_the_scores,
+            r"4 of 12 images have no score of truth \(first: 0-0.png\); .* --with truth=...`, with the same weights as before",
+        ),
         (lambda f: put_scores(f, other=BASE), "share no scorer .*tuned: other"),
         (other_version, "was scored with truth-2, .* with truth-1: such scores do not compare"),
         (lambda f: (f / "3-0.png").unlink(), "3-0.png is missing"),
@@ -173,6 +201,17 @@ def test_the_first_scorer_that_is_held_out_is_primary_unless_another_is_asked_fo
     assert compare(settings(arms, held_out=[]))["primary"] == "truth"
     assert compare(settings(arms, held_out=["proxy"]))["primary"] == "proxy"
     assert compare(settings(arms, held_out=["proxy"], primary="truth"))["primary"] == "truth"
+
+
+def test_people_who_judged_every_arm_come_before_a_scorer_that_is_not_held_out(arms):
+    from dedpo_diffusion.evaluation.compare import choose_primary
+
+    scorers = {
+        name: {"role": role, "kind": kind} for name, role, kind in (("truth", "made_labels", "scorer"), ("people", "held_out", "people"))
+    }
+    asked = settings(arms, held_out=[])
+    assert [choose_primary(asked, scorers, people=people) for people in (True, False)] == ["people", "truth"]
+    assert choose_primary(asked, scorers | {"hps": {"role": "held_out", "kind": "scorer"}}, people=True) == "hps"
 
 
 def test_p_values_are_corrected_for_the_scorers_of_an_arm(arms):
@@ -208,6 +247,7 @@ def test_categories_have_the_numbers_of_their_rows(arms):
         ({"primary": "beauty"}, r"--primary beauty: no scorer that all folders share \(those are: truth, proxy\)"),
         ({"held_out": ["trut"]}, "--held_out trut: no scorer"),
         ({"resamples": 5}, "resamples is 5"),
+        ({"seed": -1}, "seed is -1; give 0"),
     ],
 )
 def test_bad_settings(arms, changes, message):
@@ -235,3 +275,59 @@ def test_a_mistake_leaves_nothing_half_written(arms, tmp_path, capsys):
     assert main([*map(str, arms), "--out", str(out), "--runs+", str(tmp_path / "no-run")]) == 2
     assert "there is no run folder" in capsys.readouterr().err
     assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "a: [", "\x00"])
+def test_settings_of_a_folder_that_cannot_be_read(arms, text):
+    (arms[2] / "settings.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"(?s)tuned/settings.yaml (holds no settings|cannot be read as YAML).*; restore it, or remove it"):
+        compare(settings(arms))
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"judge": 3},
+        {"judges": [{"n": 3}]},
+        {"judges": ["pickscore"]},
+        {"judges": 1},
+        {"sentences": [1]},
+        {"sentences": "a"},
+        {"warnings": [{}]},
+    ],
+)
+def test_reports_of_targets_of_an_odd_shape(arms, tmp_path, report):
+    (tmp_path / "mix.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match=f"mix.json: '{next(iter(report))}' is not as `dedpo merge` writes it; give"):
+        compare(settings(arms, targets=[tmp_path / "mix.json"]))
+
+
+def test_judges_of_a_report_without_their_numbers(tmp_path):
+    from dedpo_diffusion.evaluation.report import label_section
+
+    (tmp_path / "mix.json").write_text(json.dumps({"judges": [{"name": "a"}, {"name": "b"}]}))
+    with pytest.raises(UserError, match=r"mix.json: its judges, strata or curve are not as"):
+        label_section([tmp_path / "mix.json"])
+
+
+def test_a_page_that_would_be_a_folder_is_refused_at_once(tmp_path, capsys):
+    assert main(["no-base", "no-arm", "--out", str(tmp_path)]) == 2
+    assert "is a folder; name the page to write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["people", "by_scorer", "gain_over_base", "win_rate_vs_base", "categories", "spread", "warnings"])
+def test_scorers_named_as_entries_of_the_results(arms, name):
+    put_scores(arms[1], **{"truth": BASE, name: BASE})
+    with pytest.raises(UserError, match=f"even holds scores of a scorer named '{name}', which .*; rename that scorer"):
+        compare(settings(arms))
+
+
+def test_the_printed_table_has_the_decimals_of_a_small_scale(arms, capsys):
+    from dedpo_diffusion.evaluation.compare import print_tables
+
+    for folder, gain in zip(arms, (0, 1, 2), strict=True):
+        put_scores(folder, truth=1e-3 * (BASE + gain * (1 + 0.2 * BASE)))
+    results = compare(settings(arms))
+    print_tables(results)
+    words = f"{results['arms']['tuned']['gain_over_base']['mean']:+.5f}"
+    assert words in capsys.readouterr().out and f"gain {words}" in results["verdict"]

@@ -34,10 +34,37 @@ def test_identical_models_are_exactly_equal():
 
 
 def test_differences_that_cancel_in_every_cluster_are_no_difference():
-    """0.1 forth and back: what is left of the sums is rounding, and no evidence."""
+    """0.1 forth and back: what is left of the sums is rounding, and no evidence; nor is it certain that there is no difference."""
     a, clusters = scores(0, each=2)
     found = paired_difference(a + 0.1 * np.tile([1, -1], 30), a, clusters, **FEW)
-    assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.mean, found.p) == (0.0, 1.0) and found.high == -found.low == pytest.approx(0.1 * 2.04523 / np.sqrt(30), rel=1e-4)
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 50])
+def test_a_draw_in_every_prompt_is_no_certainty(prompts):
+    """One win and one loss of two images: as prompts answers, half of them each; certain are ties alone."""
+    clusters = np.repeat(np.arange(prompts), 2)
+    found = rate_interval(np.tile([1.0, 0.0], prompts), clusters, **FEW)
+    assert (found.mean, found.p) == (0.5, 1.0) and found.low < 0.5 < found.high and found.low == pytest.approx(1 - found.high)
+    tied = rate_interval(np.full(2 * prompts, 0.5), clusters, **FEW)
+    assert (tied.mean, tied.low, tied.high, tied.p) == (0.5, 0.5, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("prompts", [2, 5, 6, 7, 49])
+@pytest.mark.parametrize("gain", [1.0, -0.1])
+def test_the_same_gain_everywhere_is_as_sure_as_its_win_rate(prompts, gain):
+    """Also where the differences are equal but for rounding: (a + 0.1) - a."""
+    a, clusters = scores(0, prompts, 2)
+    sure, wins = paired_difference(a + gain, a, clusters, **FEW), win_rate(a + gain, a, clusters, **FEW)
+    assert sure.p == pytest.approx(wins.p) and sure.p > 0 and (sure.p < 0.05) == sure.excludes(0.0) == wins.excludes(0.5)
+    assert (sure.low + sure.high) / 2 == pytest.approx(gain)
+
+
+@pytest.mark.parametrize("share", [1 / 3, 2 / 3, 0.1])
+def test_a_rate_that_is_the_same_everywhere_is_no_certainty_for_all_its_rounding(share):
+    for prompts in (3, 7, 10, 49):
+        found = rate_interval(np.full(prompts, share), np.arange(prompts), **FEW)
+        assert found.high - found.low > 0.1
 
 
 def test_swapping_the_models_mirrors_every_number():

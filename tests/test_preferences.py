@@ -11,7 +11,7 @@ from test_score import write_samples
 
 from dedpo_diffusion.console import UserError
 from dedpo_diffusion.evaluation import score
-from dedpo_diffusion.evaluation.compare import compare
+from dedpo_diffusion.evaluation.compare import compare, main
 from dedpo_diffusion.evaluation.intervals import rate_interval
 
 # one answer to each of the 12 pairs: seven for the arm, two ties, three for the base
@@ -113,7 +113,8 @@ def test_people_may_be_primary_for_the_arms_they_judged(arms):
     assert "not compared" not in found["verdict"] and "gain_over_base" not in found["arms"]["dull"]
     put_votes(arms[0], arms[1], *((k, "bob", 0.5) for k in range(4, 12)))
     found = compare(settings(arms, primary="people"))
-    assert found["differences"]["tuned_minus_dull"]["mean"] == 1.0 and "ahead of dull (+1.000" in found["verdict"]
+    assert found["differences"]["tuned_minus_dull"]["mean"] == 1.0
+    assert "not distinguishable from dull (+1.000, -0.591 to +2.000)" in found["verdict"]  # four prompts that all say the same
 
 
 def test_votes_of_one_prompt_are_told_and_have_no_interval(arms):
@@ -132,3 +133,15 @@ def test_a_scorer_of_that_name_is_refused(arms):
     put_votes(arms[0], arms[2], (0, "ann", 1), (4, "ann", 0))
     with pytest.raises(UserError, match="scorer named 'people', which stands for people's votes"):
         compare(settings(arms, held_out=[]))
+
+
+def test_people_as_primary_leave_images_to_the_first_shared_scorer(arms, tmp_path):
+    """The base's own first scorer is one that no other folder has."""
+    for folder in arms:
+        index = score.read_index(folder)
+        names = ("lone", "truth") if folder == arms[0] else ("truth",)
+        score.write_scores(
+            folder, index, [{**row, "scorer": name, "version": "1", "score": 0.1 * k} for name in names for k, row in enumerate(index)]
+        )
+    put_votes(arms[0], arms[2], *((k, "ann", 1) for k in range(12)))
+    assert main([*map(str, arms), "--out", str(tmp_path / "r.html"), "--resamples", "200", "--primary", "people"]) == 0

@@ -162,9 +162,20 @@ def test_the_page_shows_all_that_the_schema_holds(made):
     assert text.index('role="alert"') < text.index('class="cards"')
     assert "0.042" in page.text and "&lt;0.001" in text  # p after Holm
     assert "+0.310 +0.140 to +0.470" in " ".join(page.text.split()) and "65.5%" in page.text
+    assert "pairs whose majority prefers tuned" in page.text and "people who prefer" not in page.text
     assert "13 answers on 9 pairs by 2 people" in page.text and "equal answers 79% (60% to 90%)" in page.text and "kappa" not in page.text
     assert "<title>&lt;large&gt; (5)</title>" in text and "−0.777" in page.text and "0.1234" in page.text
     assert all(f'<h2 id="{link[1:]}">' in text for link in page.links if link.startswith("#"))
+
+
+def test_the_base_has_no_distance_from_itself(made):
+    results = told_by_schema_2(compare.compare(made))
+    nothing = {"mean": 0.0, "ci": [0.0, 0.0]}
+    spread = {"version": "clip-1", "diversity": {"mean": 0.2, "ci": [0.1, 0.3]}, "diversity_minus_base": nothing, "drift": nothing}
+    results["arms"]["base"]["spread"] = {"clip": spread}
+    results["arms"]["tuned"]["spread"] = {}
+    text = report_sections.spread_section(results)
+    assert text.count("–") == 2 and "0.2000" in text and "0.0000" not in text
 
 
 def test_missing_parts_of_the_schema_leave_no_empty_sections(made):
@@ -180,8 +191,8 @@ def test_missing_parts_of_the_schema_leave_no_empty_sections(made):
 def test_one_person_one_judgement_and_an_unknown_role(made):
     results = told_by_schema_2(compare.compare(made))
     results["scorers"]["proxy"]["role"] = "unknown"
-    results["arms"]["tuned"]["people"] |= {"raters": ["Ada"], "agreement": None, "with_scorers": {}}
-    assert "13 answers on 9 pairs by 1 person" in report_sections.people_section(results)
+    results["arms"]["tuned"]["people"] |= {"answers": 1, "pairs": 1, "raters": ["Ada"], "agreement": None, "with_scorers": {}}
+    assert "1 answer on 1 pair by 1 person" in report_sections.people_section(results)
     assert "proxy may have made the training labels" in report_sections.scores_section(results)
 
 
@@ -210,7 +221,7 @@ def test_images_are_those_of_the_chosen_rows(made):
 def test_the_gallery_knows_every_pair_its_scores_and_its_images(made):
     arms = loaded(made)
     results = told_by_schema_2(compare.analyse(settings(made.folders, primary="truth"), arms))
-    arms[1].rows[3]["category"] = "odd"
+    arms[1].rows[3]["category"], arms[2].rows[3]["category"], arms[2].rows[4]["category"] = "odd", "other", "other"  # the first tells
     _, data = gallery.image_sections(arms, results, "tuned")
     blocks = Page(data).blocks
     known = json.loads(blocks["known"])
@@ -241,7 +252,7 @@ def test_no_prompt_can_leave_the_data(made):
     arms = [replace(arm, name=hostile, rows=rows, scores={"truth": np.zeros(1)}) for arm in loaded(made)[:2]]
     results = {"scorers": {"truth": {}}, "primary": "truth", "base": hostile, "arms": {}}
     thumbnails = {(0, k): gallery.Thumbnail("image/png;base64,AAAA", 64, 64) for k in range(2)}
-    page = Page(gallery.gallery_data(arms, results, [0], thumbnails, hostile))
+    page = Page(gallery.gallery_data(arms, results, [0], thumbnails, hostile, [hostile]))
     assert json.loads(page.blocks["known"])["pairs"][0]["prompt"] == hostile and page.open == [] and len(page.blocks) == 3
 
 
@@ -258,6 +269,9 @@ def test_many_pairs_are_the_largest_changes_and_evenly_spaced_others(made, arms)
         order = np.argsort(arm.scores["s"] - several[0].scores["s"])
         assert {*order[:each], *order[-each:]} <= set(chosen)
     assert rule.startswith("120 of 1000 pairs:") and f"the {each} whose s fell most" in rule
+    risen = [several[0], *(replace(arm, scores={"s": several[0].scores["s"] + np.eye(1000)[k]}) for k, arm in enumerate(several[1:]))]
+    chosen, rule = gallery.chosen_rows(risen, "s", 120)
+    assert "the 1 whose s rose most, and" in rule and "fell most" not in rule and f"and {120 - len(several[1:])} evenly" in rule
     few, rule = gallery.chosen_rows(several, "s", 1000)
     assert few == list(range(1000)) and rule == "All 1000 pairs."
 

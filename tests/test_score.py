@@ -107,7 +107,8 @@ def test_scores_of_earlier_images_do_not_pass_for_those_of_new_ones(folder, caps
     assert run(folder, "brightness", "oracle_reward") == 0
     Image.new("RGB", (64, 64)).save(folder / "0-0.png")
     assert run(folder, "brightness") == 0
-    assert "holds scores of other images" in capsys.readouterr().out
+    told = "holds scores of other images; they do not count; give all its scorers again (brightness, oracle_reward)"
+    assert told in capsys.readouterr().out
     assert rows_of(folder, "brightness")[0]["score"] == 0.0 and rows_of(folder, "oracle_reward") == []
 
 
@@ -308,3 +309,11 @@ def test_one_prompt_has_no_interval(folder, capsys):
     rewrite(folder, lambda rows: rows[:2])
     assert run(folder, "brightness") == 0
     assert "(no interval: one prompt tells nothing of others), the mean of 2 images of 1 prompt (" in capsys.readouterr().out
+
+
+def test_the_printed_mean_of_outcomes_stays_a_rate(folder):
+    """0 and 1 by image, one success of 12: Student's interval would begin below 0."""
+    rows = score.read_index(folder)
+    told = score.summary(folder, rows, Watched(), {row["file"]: float(k == 0) for k, row in enumerate(rows)})
+    low, high = map(float, told.split("95 % interval ")[1].split(")")[0].split(" to "))
+    assert 0 < low < 1 / 12 < high < 1

@@ -76,7 +76,7 @@ def test_embedders_that_not_all_folders_hold_alike_are_left_out_and_told(tmp_pat
     arms, _ = load_arms(sampled(tmp_path, a=(e, e, "11"), b=(e, None, "11"), c=(e, e, "12")))
     found, notes = spread(arms, **FEW)
     assert list(found["tuned"]) == ["a"]
-    assert notes[0].startswith("Embeddings of b are left out, since tuned have none of the present images; run `dedpo score`")
+    assert notes[0].startswith("Embeddings of b are left out, since tuned has none of the present images; run `dedpo score`")
     assert notes[1].startswith("Embeddings of c are left out, since they are of 1 and of 2; run `dedpo score`")
 
 
