@@ -47,20 +47,30 @@ class Source:
 
     def told(self, made: Mapping[str, Any]) -> dict[str, str]:
         """What the metadata of a file say of settings, sources and what was done."""
-        parts = {"settings": self.settings, "sources": self.sources, "made": {**self.before, **made}}
+        parts = {"settings": self.shared, "sources": self.sources, "made": {**self.before, **made}}
         return {f"dedpo_{name}": json.dumps(dict(part), sort_keys=True) for name, part in parts.items() if part}
 
     def told_in_folder(self, made: Mapping[str, Any]) -> dict[str, Any]:
         """The same, for a folder's JSON."""
         parts = {"sources": dict(self.sources), "made": {**self.before, **made}}
-        return {**self.settings, **{name: part for name, part in parts.items() if part}}
+        return {**self.shared, **{name: part for name, part in parts.items() if part}}
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The settings as they may leave the machine."""
+        from dedpo_diffusion.weights.provenance import portable
+
+        return portable(dict(self.settings))
 
     def load_base(self) -> Any:
         """The base model as a pipeline, float32. Raises as `load_pipeline`, and UserError where nothing names it."""
         from dedpo_diffusion.bases import load_pipeline
+        from dedpo_diffusion.weights.provenance import is_hub_id
 
         if self.model is None:
             raise UserError(f"{self.title}: nothing in it names its base model, which is needed here; give --model")
+        if self.model != "shapes" and not is_hub_id(self.model) and not Path(self.model).exists():
+            raise UserError(f"{self.title}: its base model, {self.model!r}, is needed here and is not there; give --model, where it is now")
         return load_pipeline(self.model, config=self.model_config)
 
     def apply(self, pipe: Any, strength: float, others: Sequence[tuple[Lora, float]]) -> None:

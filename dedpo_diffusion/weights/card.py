@@ -22,7 +22,7 @@ from .adapters import find_adapter
 from .card_text import Exported, model_card
 from .header import Header, read_header
 from .inspection import inspect_path
-from .provenance import own_facts
+from .provenance import own_facts, portable
 
 _MARK = re.compile(r"<!-- model card by dedpo_diffusion, sha256 ([0-9a-f]{64}) -->\n")
 
@@ -51,7 +51,7 @@ def add_card(out: Path, run: Path, *, results: Path | None = None, arm: str | No
     exported = describe_exported(out, report)
     trained, embedded = read_settings(run), report.get("settings")
     if embedded is not None:
-        difference = first_difference(trained, {key: embedded.get(key) for key in trained})
+        difference = first_difference(portable(trained), portable({key: embedded.get(key) for key in trained}))
         if difference:
             raise UserError(f"{out}: it was not exported from {run} ({difference}); give the run that it came from")
         trained = {**trained, **({"step": embedded["step"]} if "step" in embedded else {})}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import PurePath, PureWindowsPath
 from typing import Any
 
 KOHYA_FACTS = (  # of the many that kohya's scripts store, what tells how a file was made
@@ -25,6 +25,17 @@ SPEC_FACTS = tuple(
 def base_name(model: str) -> str:
     """What a base model is called: a hub id as it is, a folder or file by its last name, which tells nothing of the machine."""
     return model if is_hub_id(model) else PurePath(model).name
+
+
+def portable(settings: Any) -> Any:
+    """Settings as they may be shared: absolute paths, which tell of the machine and its users, by their last name."""
+    if isinstance(settings, Mapping):
+        return {key: portable(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [portable(value) for value in settings]
+    if isinstance(settings, str) and (settings.startswith(("/", "~")) or PureWindowsPath(settings).is_absolute()):
+        return PureWindowsPath(settings).name
+    return settings
 
 
 def is_hub_id(model: str) -> bool:
