@@ -14,6 +14,7 @@ Metadata: fingerprints of all images of both folders (base_images, arm_images), 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,17 +211,19 @@ def _unwritten(path: Path, base: Path, base_rows: Sequence[Row], arm: Path, arm_
 
     meta, events = read_store(path)
     undone, file = {event.undoes for event in events}, path.with_suffix(".parquet")
-    answers = {(e.rater, e.time) for e in events if e.kind == "vote" and e.answer != SKIP and e.number not in undone}
+    # two answers may come within one millisecond, so they are counted
+    answers = Counter((e.rater, e.time) for e in events if e.kind == "vote" and e.answer != SKIP and e.number not in undone)
     digests = (images_digest(base, base_rows), images_digest(arm, arm_rows))
     if meta.get("images") != fingerprint(digests, match_samples(base, base_rows, arm, arm_rows)):
         told = file.is_file() or not answers or path.stem != f"vs-{base.resolve().name}"
-        return None if told else _changed(len(answers), path, [base, arm])
-    written = {(row["rater"], row.get("time")) for row in _read_table(file).to_pylist() if row["rater"]} if file.is_file() else set()
+        return None if told else _changed(answers.total(), path, [base, arm])
+    held = _read_table(file).to_pylist() if file.is_file() else []
+    written = Counter((row["rater"], row.get("time")) for row in held if row["rater"])
     if written == answers:
         return None
-    what = f"{_votes(len(answers - written))} in {path} do not count, since {file.name} was not written with them"
+    what = f"{_votes((answers - written).total())} in {path} do not count, since {file.name} was not written with them"
     if written >= answers:
-        what = f"{_votes(len(written - answers))} in {file} count, and were undone since"
+        what = f"{_votes((written - answers).total())} in {file} count, and were undone since"
     return f"{what}; write it: `{_export_command(path.stem, meta, base, arm)}`."
 
 

@@ -344,6 +344,21 @@ def left_out(base, arm):
     return votes_left_out(base, read_index(base), arm, read_index(arm))
 
 
+def test_answers_of_one_instant_are_all_counted(two, monkeypatch):
+    from dedpo_diffusion.ballot import store
+
+    class Clock:
+        @staticmethod
+        def now(_):
+            return store_time
+
+    store_time = store.datetime.now(store.UTC)
+    monkeypatch.setattr(store, "datetime", Clock)
+    vote(two, "left", "tie", "right", repeats=0)
+    assert left_out(*two)[0].startswith("3 votes in ")
+    assert main([*map(str, two), "--repeats", "0", "--export_only", "true"]) == 0 and left_out(*two) == []
+
+
 def test_votes_that_were_not_written_are_told_with_the_command_that_writes_them(two, capsys):
     assert left_out(*two) == []
     vote(two, "left", "skip", "tie", "right", repeats=0)
