@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from dedpo_diffusion.checkpoints import save_checkpoint
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.runs import checkpoint_folder, open_run
 from dedpo_diffusion.settings import DataSettings, LoraSettings, TrainSettings
+from dedpo_diffusion.weights import from_parameters, to_diffusers
+from dedpo_diffusion.weights.diffusers_layout import CONFIG
+from dedpo_diffusion.weights.writing import save_tensors
 
 PROMPT = "a small red circle"
 CONV = ["to_q", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj_in", "ff.net.0.proj", "ff.net.2", "conv", "conv_in", "conv_out"]
@@ -96,3 +104,24 @@ def image(pipe) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return torch.tensor(pipe(PROMPT, num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="np").images[0])
+
+
+def diffusers_lora(
+    parameters: Mapping[str, Tensor], *, rank: int, alpha: float, targets: list[str], rslora: bool = False, dora: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`to_diffusers` of an adapter's parameters, with the targets' short names in the configuration of the UNet's."""
+    tensors, config = to_diffusers(from_parameters(parameters, alpha=alpha, rslora=rslora))
+    return tensors, config | {"unet.r": rank, "unet.use_dora": dora, "unet.target_modules": sorted(targets)}
+
+
+def save_lora(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Write the file atomically; `config` where diffusers looks for it, `settings` as JSON under "dedpo_settings"."""
+    told = {CONFIG: json.dumps(dict(config), sort_keys=True), "dedpo_settings": json.dumps(dict(settings), sort_keys=True)}
+    save_tensors(path, tensors, told)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The adapter's configuration, and what `dedpo export` stored in a file: settings, sources, how it was made."""
+    with safe_open(path, "pt") as file:
+        stored = file.metadata() or {}
+    return {key: json.loads(value) for key, value in stored.items() if key == CONFIG or key.startswith("dedpo_")}

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters import diffusers_lora, save_lora
 from dedpo_diffusion import tiny
 from dedpo_diffusion.console import UserError
 from dedpo_diffusion.pipelines import inspect_weights
 from dedpo_diffusion.runs import open_run
 from dedpo_diffusion.settings import DataSettings, SampleSettings, TrainSettings
-from dedpo_diffusion.weights import diffusers_lora, inspection, save_lora
+from dedpo_diffusion.weights import inspection
 from dedpo_diffusion.weights.inspection import inspect_path
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

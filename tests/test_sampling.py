@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from adapters import diffusers_lora, save_lora
 from dedpo_diffusion import png, sampling
 from dedpo_diffusion.console import UserError
 from dedpo_diffusion.decoding import decode_image
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.pairs import PairReader
 from dedpo_diffusion.pipelines import propose, sample
-from dedpo_diffusion.weights import diffusers_lora, save_lora
 
 PROMPTS = ["a small red circle on a white background", "a large blue cross on a gray background", "a large cross"]
 

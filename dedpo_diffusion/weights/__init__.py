@@ -14,13 +14,13 @@
 | card.py | the model card; card_text.py, card_results.py, markdown.py serve it |
 """
 
-from .diffusers_layout import diffusers_lora, read_metadata, save_lora, to_diffusers
+from .diffusers_layout import to_diffusers
 from .kohya import to_kohya
 from .live import from_parameters, to_parameters
 from .lora import Lora, LoraLayer
 from .reading import read_lora_file
 
 __all__ = [
-    "Lora", "LoraLayer", "diffusers_lora", "from_parameters", "read_lora_file", "read_metadata", "save_lora", "to_diffusers", "to_kohya",
+    "Lora", "LoraLayer", "from_parameters", "read_lora_file", "to_diffusers", "to_kohya",
     "to_parameters",
 ]  # fmt: skip

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from ..console import UserError
 from ..text import NAMES
 from .header import json_dictionary
 from .layers import collect, read_layer
-from .live import from_parameters, full_name
+from .live import full_name
 from .lora import Lora, LoraLayer
-from .writing import save_tensors
 
 PARTS = ("unet", *NAMES)
 CONFIG = "lora_adapter_metadata"  # where diffusers looks for the configuration of the adapters
@@ -139,24 +136,3 @@ def config_alpha(config: Mapping[str, Any], name: str) -> float | None:
     if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < 1e38:
         raise ValueError(f"alpha is {found!r}, not one finite number")
     return float(found)
-
-
-def diffusers_lora(
-    parameters: Mapping[str, Tensor], *, rank: int, alpha: float, targets: list[str], rslora: bool = False, dora: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`to_diffusers` of an adapter's parameters, with the targets' short names in the configuration of the UNet's."""
-    tensors, config = to_diffusers(from_parameters(parameters, alpha=alpha, rslora=rslora))
-    return tensors, config | {"unet.r": rank, "unet.use_dora": dora, "unet.target_modules": sorted(targets)}
-
-
-def save_lora(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Write the file atomically; `config` where diffusers looks for it, `settings` as JSON under "dedpo_settings"."""
-    told = {CONFIG: json.dumps(dict(config), sort_keys=True), "dedpo_settings": json.dumps(dict(settings), sort_keys=True)}
-    save_tensors(path, tensors, told)
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The adapter's configuration, and what `dedpo export` stored in a file: settings, sources, how it was made."""
-    with safe_open(path, "pt") as file:
-        stored = file.metadata() or {}
-    return {key: json.loads(value) for key, value in stored.items() if key == CONFIG or key.startswith("dedpo_")}

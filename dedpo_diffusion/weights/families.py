@@ -22,8 +22,8 @@ DECLARED = ("modelspec.architecture", "ss_base_model_version")
 
 
 @dataclass(frozen=True)
-class Base:
-    """A base model as far as it can be told.
+class Evidence:
+    """What shows of a base model, and what that says of its family.
 
     Attributes:
         family: a key of FAMILIES, or None.
@@ -41,7 +41,7 @@ class Base:
         return f"{name} ({'; '.join(self.evidence)})" if self.evidence else name
 
 
-def find_base(shapes: Mapping[str, tuple[int, ...] | None], metadata: Mapping[str, str]) -> Base:
+def find_base(shapes: Mapping[str, tuple[int, ...] | None], metadata: Mapping[str, str]) -> Evidence:
     """The base of weights.
 
     Args:
@@ -64,6 +64,6 @@ def find_base(shapes: Mapping[str, tuple[int, ...] | None], metadata: Mapping[st
             found.append((named, f"{key} is {said}"))
     families = list(dict.fromkeys(family for family, _ in found if family is not None))
     if len(families) < 2:
-        return Base(families[0] if families else None, [words for _, words in found])
+        return Evidence(families[0] if families else None, [words for _, words in found])
     sides = "; ".join(f"{FAMILIES[family]}: {', '.join(words for own, words in found if own == family)}" for family in families)
-    return Base(families[0], [words for family, words in found if family == families[0]], f"the base is contradictory ({sides})")
+    return Evidence(families[0], [words for family, words in found if family == families[0]], f"the base is contradictory ({sides})")

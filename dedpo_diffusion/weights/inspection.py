@@ -20,7 +20,7 @@ from ..runs import best_folder, checkpoints
 from ..single_file import CLIP, OPEN_CLIP, UNET, VAE, family, foreign
 from .adapters import WORDS, Adapter, find_adapter
 from .diffusers_layout import CONFIG
-from .families import FAMILIES, Base, find_base
+from .families import FAMILIES, Evidence, find_base
 from .header import PICKLED, Header, read_header
 from .provenance import in_short, others_facts, own_facts
 from .readers import A1111, COMFY, DIFFUSERS, troubles, who_reads
@@ -94,7 +94,7 @@ def title(report: Report) -> str:
     return report["what"] + layout + (f", for {base['name']}" if base.get("family") else "")
 
 
-def _base_facts(base: Base) -> tuple[Report, list[str]]:
+def _base_facts(base: Evidence) -> tuple[Report, list[str]]:
     known = {"family": base.family, "name": FAMILIES.get(base.family or ""), "evidence": base.evidence}
     return known, [base.contradiction] if base.contradiction else []
 
@@ -222,7 +222,7 @@ def _whole(header: Header) -> Report:
     return {"what": "file of tensors", "warnings": [f"what it is cannot be told by its tensors' names ({first} ...)"], "facts": {}}
 
 
-def _checkpoint(header: Header, known: Report, base: Base, warnings: list[str]) -> Report:
+def _checkpoint(header: Header, known: Report, base: Evidence, warnings: list[str]) -> Report:
     parts = {
         "UNet": (UNET,), "VAE": (VAE,), "text encoders": (*CLIP.values(), *OPEN_CLIP.values(), "cond_stage_model.", "conditioner."),
     }  # fmt: skip
@@ -244,7 +244,7 @@ def _checkpoint(header: Header, known: Report, base: Base, warnings: list[str]) 
         }
     if base.family not in (kind, None):
         warnings = [*warnings, f"its text encoders are those of {FAMILIES[kind]}, its UNet that of {base.words()}"]
-    facts = {"base": Base(kind, ["its text encoders", *base.evidence]).words()}
+    facts = {"base": Evidence(kind, ["its text encoders", *base.evidence]).words()}
     marked = "v_pred" in header.shapes  # ComfyUI and A1111 look for this tensor
     if marked or header.metadata.get("modelspec.prediction_type") == "v":
         facts["predicts"] = "v"
