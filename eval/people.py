@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.console import UserError
+from dedpo_diffusion.evaluation.arms import counted
 from dedpo_diffusion.evaluation.samples import Row, images_digest
 
 if TYPE_CHECKING:
@@ -196,11 +197,7 @@ def votes_left_out(base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Se
 
 def _changed(number: int, path: Path, folders: Sequence[Path]) -> str:
     folder = " and ".join(map(str, folders))
-    return f"{_votes(number)} in {path} are of other images than {folder} holds now, and do not count; vote again, with another --name."
-
-
-def _votes(number: int) -> str:
-    return f"{number} vote{'' if number == 1 else 's'}"
+    return f"{counted(number, 'vote')} in {path} are of other images than {folder} holds now, and do not count; vote again, with another --name."
 
 
 def _unwritten(path: Path, base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Sequence[Row]) -> str | None:
@@ -221,9 +218,9 @@ def _unwritten(path: Path, base: Path, base_rows: Sequence[Row], arm: Path, arm_
     written = Counter((row["rater"], row.get("time")) for row in held if row["rater"])
     if written == answers:
         return None
-    what = f"{_votes((answers - written).total())} in {path} do not count, since {file.name} was not written with them"
+    what = f"{counted((answers - written).total(), 'vote')} in {path} do not count, since {file.name} was not written with them"
     if written >= answers:
-        what = f"{_votes((written - answers).total())} in {file} count, and were undone since"
+        what = f"{counted((written - answers).total(), 'vote')} in {file} count, and were undone since"
     return f"{what}; write it: `{_export_command(path.stem, meta, base, arm)}`."
 
 

@@ -136,6 +136,7 @@ def outcome(base: str, arm: str, answers: Sequence[dict[str, Any]]) -> str:
     """
     import numpy as np
 
+    from dedpo_diffusion.evaluation.arms import counted
     from dedpo_diffusion.evaluation.intervals import rate_interval
     from dedpo_diffusion.evaluation.people import as_votes
     from dedpo_diffusion.evaluation.preferences import judge
@@ -148,7 +149,7 @@ def outcome(base: str, arm: str, answers: Sequence[dict[str, Any]]) -> str:
     asked, ties = len(set(prompts.tolist())), float(np.mean(judged.wins == 0.5))
     tied = f"ties counted as half ({ties:.1%} of the pairs are ties)"
     if asked < 2:
-        won = f"{arm} wins {np.mean(judged.wins):.1%} of {len(prompts)} {'pair' if len(prompts) == 1 else 'pairs'} of one prompt"
+        won = f"{arm} wins {np.mean(judged.wins):.1%} of {counted(len(prompts), 'pair')} of one prompt"
         return f"People: {won}, {tied}; one prompt tells nothing of other prompts, so there is no interval."
     share, wins = rate_interval(judged.preferred, prompts), rate_interval(judged.wins, prompts)
     words = f"{arm} is {'better' if share.mean > 0.5 else 'worse'} than {base}" if share.excludes(0.5) else "no difference can be told"
