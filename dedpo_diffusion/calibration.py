@@ -24,7 +24,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logit, logsumexp
 
-from .debias import bootstrap_sums, wilson_interval
+from dedpo_diffusion.debias import bootstrap_sums, wilson_interval
 
 METHODS = ("temperature", "isotonic", "stack")
 PRIOR_SD = 5.0  # of a slope, for differences of RMS 1: weak, but separable answers keep a finite slope

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .debias import Basis, bootstrap_sums, own_weights, reference_sentences
+from dedpo_diffusion.debias import Basis, bootstrap_sums, own_weights, reference_sentences
 
 POINTS = 24  # of a curve
 STEPS = 129  # at which the interval of a plan is looked up

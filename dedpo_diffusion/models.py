@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .bases import load_pipeline
-from .console import UserError
-from .images import bucket_shapes
-from .noising import ForwardProcess, image_errors
-from .records import Conditioning
-from .sharding import own_part, reshard
-from .text import TextEncoders, chunks
+from dedpo_diffusion.bases import load_pipeline
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.images import bucket_shapes
+from dedpo_diffusion.noising import ForwardProcess, image_errors
+from dedpo_diffusion.records import Conditioning
+from dedpo_diffusion.sharding import own_part, reshard
+from dedpo_diffusion.text import TextEncoders, chunks
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the UNet's attention projections, the customary LoRA targets
 GRAPHS = 64  # compiled for one block at most

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .console import UserError
-from .sharding import own_part
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.sharding import own_part
 
 
 def build_optimizer(

@@ -25,16 +25,16 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from .bases import LEFT_OUT, UNLOADABLE, load_pipeline
-from .claims import claim, spread
-from .console import Progress, UserError, say
-from .files import atomic_file, file_digest
-from .models import Backbone, fingerprint
-from .png import is_whole, parameters, tensor_hash, write_png
-from .records import Conditioning
-from .runs import open_run
-from .scorers.loading import within_memory
-from .weights import Lora, read_lora_file, to_diffusers
+from dedpo_diffusion.bases import LEFT_OUT, UNLOADABLE, load_pipeline
+from dedpo_diffusion.claims import claim, spread
+from dedpo_diffusion.console import Progress, UserError, say
+from dedpo_diffusion.files import atomic_file, file_digest
+from dedpo_diffusion.models import Backbone, fingerprint
+from dedpo_diffusion.png import is_whole, parameters, tensor_hash, write_png
+from dedpo_diffusion.records import Conditioning
+from dedpo_diffusion.runs import open_run
+from dedpo_diffusion.scorers.loading import within_memory
+from dedpo_diffusion.weights import Lora, read_lora_file, to_diffusers
 
 SCHEDULERS = {  # by the names of SampleSettings.scheduler
     "ddim": "DDIMScheduler",

@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .balance import balance_coefficients, guard_factors, probability_scale, scale_gradients
-from .losses import implicit_rewards, margin
-from .noising import ForwardProcess, image_errors, residual_cosine
-from .objectives import OBJECTIVES, objective_loss
-from .records import Conditioning, PairBatch, StepResult
+from dedpo_diffusion.balance import balance_coefficients, guard_factors, probability_scale, scale_gradients
+from dedpo_diffusion.losses import implicit_rewards, margin
+from dedpo_diffusion.noising import ForwardProcess, image_errors, residual_cosine
+from dedpo_diffusion.objectives import OBJECTIVES, objective_loss
+from dedpo_diffusion.records import Conditioning, PairBatch, StepResult
 
 
 class Model(Protocol):

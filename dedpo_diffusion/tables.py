@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .console import UserError
+from dedpo_diffusion.console import UserError
 
 SOURCE = "source_"
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .debias import wilson_interval
-from .losses import implicit_rewards, margin
-from .metrics import BUCKETS
-from .noising import Draws, TimestepDraw, step_generator
-from .objectives import OBJECTIVES, objective_loss
-from .pairs import PairReader
+from dedpo_diffusion.debias import wilson_interval
+from dedpo_diffusion.losses import implicit_rewards, margin
+from dedpo_diffusion.metrics import BUCKETS
+from dedpo_diffusion.noising import Draws, TimestepDraw, step_generator
+from dedpo_diffusion.objectives import OBJECTIVES, objective_loss
+from dedpo_diffusion.pairs import PairReader
 
 STREAM = 1003  # of `step_generator`: no draw of training uses it
 LEVEL = 0.95  # of intervals

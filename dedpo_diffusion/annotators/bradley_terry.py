@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL.Image import Image
 
-from ..console import UserError
-from ..scorers import Scorer
-from . import Answers, Judge, Question
+from dedpo_diffusion.annotators import Answers, Judge, Question
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.scorers import Scorer
 
 
 class BradleyTerry(Judge):

@@ -30,11 +30,11 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from ..console import UserError, say
-from ..scorers.http import Connection, ServerFailure, finite, png_base64
-from ..settings.labelling import ServerSettings, VlmSettings
-from . import Answers, Judge, Question
-from .question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
+from dedpo_diffusion.annotators import Answers, Judge, Question
+from dedpo_diffusion.annotators.question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
+from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.scorers.http import Connection, ServerFailure, finite, png_base64
+from dedpo_diffusion.settings.labelling import ServerSettings, VlmSettings
 
 T = TypeVar("T")
 Pair = tuple[OrderAnswer, OrderAnswer, bool]  # the answers in both orders, and whether the server failed

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..console import UserError
-from . import Answers
+from dedpo_diffusion.annotators import Answers
+from dedpo_diffusion.console import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -21,20 +21,20 @@ from safetensors.torch import load_file
 from scipy.special import log_expit, logsumexp
 from torch import Tensor
 
-from ..checkpoints import check_checkpoint
-from ..console import UserError, say
-from ..files import file_digest
-from ..following import visited_pairs
-from ..images import pair_views
-from ..labels import read_targets
-from ..losses import implicit_rewards
-from ..models import Backbone
-from ..noising import step_generator
-from ..pairs import PairReader
-from ..records import Conditioning
-from ..runs import checkpoints, read_settings
-from ..settings import SelfTrainingSettings
-from . import Answers, Judge, Question
+from dedpo_diffusion.annotators import Answers, Judge, Question
+from dedpo_diffusion.checkpoints import check_checkpoint
+from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.following import visited_pairs
+from dedpo_diffusion.images import pair_views
+from dedpo_diffusion.labels import read_targets
+from dedpo_diffusion.losses import implicit_rewards
+from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.noising import step_generator
+from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.records import Conditioning
+from dedpo_diffusion.runs import checkpoints, read_settings
+from dedpo_diffusion.settings import SelfTrainingSettings
 
 LOG_ODDS = ("sigmoid", "uncertainty")  # objectives whose best margin is the log-odds of an answer
 

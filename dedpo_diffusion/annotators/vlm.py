@@ -15,12 +15,21 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..console import UserError
-from ..files import file_digest
-from ..scorers.loading import check_options, folder_digest, in_one_line, load_whole, local_or_hub, model_type, usable, within_memory
-from ..settings import VlmSettings
-from . import Answers, Judge, Question
-from .question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
+from dedpo_diffusion.annotators import Answers, Judge, Question
+from dedpo_diffusion.annotators.question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.scorers.loading import (
+    check_options,
+    folder_digest,
+    in_one_line,
+    load_whole,
+    local_or_hub,
+    model_type,
+    usable,
+    within_memory,
+)
+from dedpo_diffusion.settings import VlmSettings
 
 SETUP = ["*.json", "*.txt", "*.jinja", "*.model"]  # configuration, tokenizer, chat template
 FILES = [*SETUP, "*.safetensors"]  # nothing that would have to be unpickled

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..console import UserError
-from ..files import atomic_file
-from ..records import Pair
-from ..tables import open_parquet
-from . import Answers, Judge, Question
-from .bradley_terry import BradleyTerry
+from dedpo_diffusion.annotators import Answers, Judge, Question
+from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.files import atomic_file
+from dedpo_diffusion.records import Pair
+from dedpo_diffusion.tables import open_parquet
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..console import UserError
-from ..decoding import decode_image, read_header
-from ..pairs import PairReader
-from .plan import Plan
-from .poll import Asked, Event, Poll
-from .samples import SamplePairs
-from .store import Store
+from dedpo_diffusion.ballot.plan import Plan
+from dedpo_diffusion.ballot.poll import Asked, Event, Poll
+from dedpo_diffusion.ballot.samples import SamplePairs
+from dedpo_diffusion.ballot.store import Store
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.decoding import decode_image, read_header
+from dedpo_diffusion.pairs import PairReader
 
 SHOWN = {  # what every browser shows as it is
     "PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "AVIF": "image/avif",

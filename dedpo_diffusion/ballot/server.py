@@ -29,9 +29,9 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..console import UserError
-from .booth import Booth, Refusal
-from .tally import Export
+from dedpo_diffusion.ballot.booth import Booth, Refusal
+from dedpo_diffusion.ballot.tally import Export
+from dedpo_diffusion.console import UserError
 
 T = TypeVar("T")
 MAX_BODY = 16 << 10

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..console import UserError
-from .poll import Event
+from dedpo_diffusion.ballot.poll import Event
+from dedpo_diffusion.console import UserError
 
 SCHEMA = 1
 TABLES = """

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..records import Votes
-from .booth import Booth
-from .poll import SKIP, Event
-from .samples import Row, SamplePairs
-from .tally import to_votes
+from dedpo_diffusion.ballot.booth import Booth
+from dedpo_diffusion.ballot.poll import SKIP, Event
+from dedpo_diffusion.ballot.samples import Row, SamplePairs
+from dedpo_diffusion.ballot.tally import to_votes
+from dedpo_diffusion.records import Votes
 
 NOBODY = ""  # in place of a rater, where nobody was asked; no person can have this name
 
@@ -58,7 +58,7 @@ def passed(booth: Booth, reader: SamplePairs, events: Sequence[Event]) -> list[t
 
 def summary(booth: Booth, reader: SamplePairs) -> dict[str, Any]:
     """What the votes so far are worth, as tally.summary tells it: progress, consistency and agreement, and nothing of who is ahead."""
-    from ..agreement import vote_summary
+    from dedpo_diffusion.agreement import vote_summary
 
     events, undone = booth.snapshot()
     votes = to_votes(events)

@@ -24,15 +24,24 @@ unbiased up to terms of order 1 / labels. Several judges have one power each; st
 
 from __future__ import annotations
 
-from .estimate import Estimate, estimate
-from .exact import exact_power
-from .merging import Merged, merge_labels
-from .powers import Fit, best_powers, fit_power, fit_powers, judge_moments, power_cap
-from .propensity import Propensity, estimate_propensity
-from .report import reference_sentences
-from .strata import SMALL_STRATA, Strata, group_strata, own_weights
-from .weights import METHODS, RULES, inverse_propensity, mix_judges, pair_targets, pair_weights
-from .worth import NORMAL_975, RESAMPLES, Basis, agreement, bootstrap_sums, judge_bias, variance_ratio, wilson_interval
+from dedpo_diffusion.debias.estimate import Estimate, estimate
+from dedpo_diffusion.debias.exact import exact_power
+from dedpo_diffusion.debias.merging import Merged, merge_labels
+from dedpo_diffusion.debias.powers import Fit, best_powers, fit_power, fit_powers, judge_moments, power_cap
+from dedpo_diffusion.debias.propensity import Propensity, estimate_propensity
+from dedpo_diffusion.debias.report import reference_sentences
+from dedpo_diffusion.debias.strata import SMALL_STRATA, Strata, group_strata, own_weights
+from dedpo_diffusion.debias.weights import METHODS, RULES, inverse_propensity, mix_judges, pair_targets, pair_weights
+from dedpo_diffusion.debias.worth import (
+    NORMAL_975,
+    RESAMPLES,
+    Basis,
+    agreement,
+    bootstrap_sums,
+    judge_bias,
+    variance_ratio,
+    wilson_interval,
+)
 
 __all__ = [
     "METHODS",

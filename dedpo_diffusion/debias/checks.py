@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .powers import MAX_JUDGES
-from .weights import METHODS, RULES
+from dedpo_diffusion.debias.powers import MAX_JUDGES
+from dedpo_diffusion.debias.weights import METHODS, RULES
 
 
 def check_options(method: str, power: Any, propensity: Any, max_overshoot: float, rule: str, folds: int) -> None:

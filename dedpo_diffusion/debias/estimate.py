@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .checks import check_options, check_powers, check_present, checked_judges, checked_labels, checked_names
-from .strata import Powers, Strata, assign_cells, choose_powers, group_strata
-from .weights import inverse_propensity, mix_judges, pair_targets, pair_weights
+from dedpo_diffusion.debias.checks import check_options, check_powers, check_present, checked_judges, checked_labels, checked_names
+from dedpo_diffusion.debias.strata import Powers, Strata, assign_cells, choose_powers, group_strata
+from dedpo_diffusion.debias.weights import inverse_propensity, mix_judges, pair_targets, pair_weights
 
 
 @dataclass(frozen=True)

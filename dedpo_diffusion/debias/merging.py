@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .estimate import estimate
-from .report import make_basis, make_report
-from .weights import judge_doubt
-from .worth import Basis
+from dedpo_diffusion.debias.estimate import estimate
+from dedpo_diffusion.debias.report import make_basis, make_report
+from dedpo_diffusion.debias.weights import judge_doubt
+from dedpo_diffusion.debias.worth import Basis
 
 
 @dataclass(frozen=True)

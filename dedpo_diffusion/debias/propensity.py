@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .worth import NORMAL_975
+from dedpo_diffusion.debias.worth import NORMAL_975
 
 
 @dataclass(frozen=True)

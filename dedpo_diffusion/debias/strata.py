@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .powers import ALIKE, Fit, best_powers, fit_powers, power_cap
+from dedpo_diffusion.debias.powers import ALIKE, Fit, best_powers, fit_powers, power_cap
 
 SMALL_STRATA = "(small strata)"
 LEAST_LABELS = 10  # a stratum with fewer human labels is joined with others

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .powers import judge_moments
+from dedpo_diffusion.debias.powers import judge_moments
 
 NORMAL_975 = 1.959963984540054  # 97.5 % quantile of the standard normal
 RESAMPLES = 2000

@@ -18,9 +18,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ..console import UserError
-from ..settings import IngestSettings
-from .sources import Source, open_source
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.sources import Source, open_source
+from dedpo_diffusion.settings import IngestSettings
 
 PUBLISHED = ("pickapic", "hpdv2", "hpdv3", "imagereward", "open_image_preferences", "rapidata")
 FORMATS = {name: f"{__name__}.{name}" for name in (*PUBLISHED, "table", "imagefolder")} | {"datasets": f"{__name__}.saved_datasets"}

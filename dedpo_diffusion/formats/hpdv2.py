@@ -24,10 +24,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ..console import UserError
-from ..settings import IngestSettings
-from .entry import Answer, Entry, ImageSource, better, image_source, is_folder, is_list, number, text
-from .sources import Source, open_file, open_source, split_file
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.entry import Answer, Entry, ImageSource, better, image_source, is_folder, is_list, number, text
+from dedpo_diffusion.formats.sources import Source, open_file, open_source, split_file
+from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
 NEEDS = "prompt and file_path with human_preference, or prompt and image_path with rank"

@@ -23,9 +23,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import UserError
-from ..settings import IngestSettings
-from .entry import Answer, Entry, counted, image_source, number, text
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.entry import Answer, Entry, counted, image_source, number, text
+from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = True
 COLUMNS = ("prompt", "path1", "path2")

@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from ..ahead import ahead
-from ..console import UserError
-from ..decoding import decode_image
-from ..files import write_json
-from ..labels import aggregate, write_labels, write_votes
-from ..pairs import PairWriter
-from ..records import Pair, Votes
-from ..settings import IngestSettings
-from .entry import Answer, Entry
+from dedpo_diffusion.ahead import ahead
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.decoding import decode_image
+from dedpo_diffusion.files import write_json
+from dedpo_diffusion.formats.entry import Answer, Entry
+from dedpo_diffusion.labels import aggregate, write_labels, write_votes
+from dedpo_diffusion.pairs import PairWriter
+from dedpo_diffusion.records import Pair, Votes
+from dedpo_diffusion.settings import IngestSettings
 
 COUNTS = (
     "empty_rows", "comparisons", "kept", "duplicates_merged", "duplicates_kept", "renamed", "sides_swapped",

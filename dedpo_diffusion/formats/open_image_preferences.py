@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ..console import UserError
-from ..settings import IngestSettings
-from .entry import Answer, Entry, ImageSource, image_source, text
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.entry import Answer, Entry, ImageSource, image_source, text
+from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
 NEEDS = "images and preference.responses, or prompt, chosen, rejected, chosen_model, rejected_model and evolution"

@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..console import UserError
-from ..settings import IngestSettings
-from .entry import Answer, Entry, image_source, number, text
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.entry import Answer, Entry, image_source, number, text
+from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
 NEEDS = "caption, jpg_0, jpg_1 (the images themselves) and label_0"

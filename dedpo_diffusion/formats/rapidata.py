@@ -29,11 +29,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import UserError
-from ..settings import IngestSettings
-from .entry import Answer, Entry, counted, image_source, number, text
-from .sources import Source, listed, open_source
-from .sources.parquet import ParquetSource
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.entry import Answer, Entry, counted, image_source, number, text
+from dedpo_diffusion.formats.sources import Source, listed, open_source
+from dedpo_diffusion.formats.sources.parquet import ParquetSource
+from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
 NEEDS = "prompt, image1, image2 and votes_image1, weighted_results_image1_preference, aggregated_results or detailed_results"

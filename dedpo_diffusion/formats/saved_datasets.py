@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..console import UserError
-from ..settings import IngestSettings
-from .sources import Source, is_saved, open_source
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.sources import Source, is_saved, open_source
+from dedpo_diffusion.settings import IngestSettings
 
 
 def open(source: str, settings: IngestSettings) -> Source:  # the name that formats share

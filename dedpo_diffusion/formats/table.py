@@ -37,10 +37,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..console import UserError
-from ..settings import IngestSettings
-from .entry import Answer, Entry, ImageSource, counted, image_source, number, text
-from .sources import Source
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.entry import Answer, Entry, ImageSource, counted, image_source, number, text
+from dedpo_diffusion.formats.sources import Source
+from dedpo_diffusion.settings import IngestSettings
 
 PROMPT = ("prompt", "caption", "text")
 ORDERED = ("chosen", "rejected")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .registry import OBJECTIVES as OBJECTIVES
-from .registry import Objective as Objective
-from .registry import objective_loss as objective_loss
+from dedpo_diffusion.objectives.registry import OBJECTIVES as OBJECTIVES
+from dedpo_diffusion.objectives.registry import Objective as Objective
+from dedpo_diffusion.objectives.registry import objective_loss as objective_loss

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from ..console import UserError
-from ..sampling import Prompt
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.sampling import Prompt
 
 CARRIED = {"parti": "parti.tsv", "geneval": "geneval.jsonl"}
 HPSV2, HPSV2_HUB = "hpsv2", "zhwang/HPDv2"
@@ -123,7 +123,7 @@ def _strings(path: Path) -> list[str] | None:
 
 def _rows(path: Path) -> list[Prompt]:
     """The prompts of a table; columns other than prompt and category are left aside."""
-    from ..formats.sources import open_file
+    from dedpo_diffusion.formats.sources import open_file
 
     table = open_file(path)
     if not table.columns:
@@ -168,7 +168,7 @@ def _hpsv2(lists: dict[str, Path]) -> list[Prompt]:
 def _from_hub(file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    from ..scorers.loading import fetching
+    from dedpo_diffusion.scorers.loading import fetching
 
     remedy = f"take benchmark/{{{','.join(STYLES)}}}.json of the dataset {HPSV2_HUB} elsewhere, and give --prompts FOLDER"
     with fetching("prompts hpsv2", f"{file} of {HPSV2_HUB}", remedy):

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..console import UserError
-from ..files import file_digest
-from .clip import OpenClipScorer, find_source, folder_source, only, weight_files
-from .embedding import normalised
-from .loading import in_one_line
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.scorers.clip import OpenClipScorer, find_source, folder_source, only, weight_files
+from dedpo_diffusion.scorers.embedding import normalised
+from dedpo_diffusion.scorers.loading import in_one_line
 
 MODEL = "ViT-L-14:openai"
 FILE = "sac+logos+ava1-l14-linearMSE.pth"

@@ -15,9 +15,9 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 
-from ..console import UserError
-from .embedding import EmbeddingScorer
-from .loading import fetching, in_one_line, weights_digest
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.scorers.embedding import EmbeddingScorer
+from dedpo_diffusion.scorers.loading import fetching, in_one_line, weights_digest
 
 DEFAULT = "ViT-B-32:openai"  # the model of the CLIP score paper
 CONFIG = "open_clip_config.json"

@@ -13,8 +13,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..console import say
-from .loading import in_one_line, usable, within_memory
+from dedpo_diffusion.console import say
+from dedpo_diffusion.scorers.loading import in_one_line, usable, within_memory
 
 
 class EmbeddingScorer(ABC):

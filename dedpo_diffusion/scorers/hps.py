@@ -9,9 +9,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..console import UserError
-from .clip import OpenClipScorer, Source, folder_source, only, weight_files
-from .loading import fetching
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.scorers.clip import OpenClipScorer, Source, folder_source, only, weight_files
+from dedpo_diffusion.scorers.loading import fetching
 
 MODEL = "ViT-H-14"
 REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import UserError, say
-from ..files import file_digest
-from . import DTYPES
+from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.scorers import DTYPES
 
 if TYPE_CHECKING:
     import torch

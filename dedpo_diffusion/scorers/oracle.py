@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from ..console import UserError
-from ..shapes.human import TEMPERATURE
-from ..shapes.oracle import TERMS, correct, read, reward
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.shapes.human import TEMPERATURE
+from dedpo_diffusion.shapes.oracle import TERMS, correct, read, reward
 
 VERSION = "shapes-oracle-1"  # of what is read off an image, and of the reward
 

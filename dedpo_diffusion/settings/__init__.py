@@ -5,11 +5,26 @@ Field descriptions are the command line's help. Paths are relative to the workin
 
 from __future__ import annotations
 
-from .data import IngestSettings, ProposeSettings, ValidateSettings, VoteSettings
-from .evaluation import CompareSettings, QuickstartSettings, SampleSettings, ScoreSettings
-from .labelling import CalibrateSettings, LabelSettings, MergeSettings, SelfTrainingSettings, ServerSettings, VlmSettings
-from .training import DataSettings, ExportSettings, LoraSettings, ObjectiveSettings, OptimSettings, TrainSettings, ValidationSettings
-from .weights import InspectSettings
+from dedpo_diffusion.settings.data import IngestSettings, ProposeSettings, ValidateSettings, VoteSettings
+from dedpo_diffusion.settings.evaluation import CompareSettings, QuickstartSettings, SampleSettings, ScoreSettings
+from dedpo_diffusion.settings.labelling import (
+    CalibrateSettings,
+    LabelSettings,
+    MergeSettings,
+    SelfTrainingSettings,
+    ServerSettings,
+    VlmSettings,
+)
+from dedpo_diffusion.settings.training import (
+    DataSettings,
+    ExportSettings,
+    LoraSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    TrainSettings,
+    ValidationSettings,
+)
+from dedpo_diffusion.settings.weights import InspectSettings
 
 __all__ = [
     "CalibrateSettings",

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from .world import BACKGROUNDS, COLOURS, PIXELS, SHAPES, SIZES, parse_prompt, shape_mask
+from dedpo_diffusion.shapes.world import BACKGROUNDS, COLOURS, PIXELS, SHAPES, SIZES, parse_prompt, shape_mask
 
 TERMS = ("shape", "colour", "size", "background", "clean")
 CONTRAST = 0.16  # a pixel this far (RGB distance, 1 = one full channel) from the background is foreground

@@ -14,11 +14,11 @@
 | card.py | the model card; card_text.py, card_results.py, markdown.py serve it |
 """
 
-from .diffusers_layout import to_diffusers
-from .kohya import to_kohya
-from .live import from_parameters, to_parameters
-from .lora import Lora, LoraLayer
-from .reading import read_lora_file
+from dedpo_diffusion.weights.diffusers_layout import to_diffusers
+from dedpo_diffusion.weights.kohya import to_kohya
+from dedpo_diffusion.weights.live import from_parameters, to_parameters
+from dedpo_diffusion.weights.lora import Lora, LoraLayer
+from dedpo_diffusion.weights.reading import read_lora_file
 
 __all__ = [
     "Lora", "LoraLayer", "from_parameters", "read_lora_file", "to_diffusers", "to_kohya",

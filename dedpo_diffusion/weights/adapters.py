@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .diffusers_layout import CONFIG, config_alpha
-from .header import Header
+from dedpo_diffusion.weights.diffusers_layout import CONFIG, config_alpha
+from dedpo_diffusion.weights.header import Header
 
 _END = re.compile(
     r"(?P<layer>.+?)(?:"

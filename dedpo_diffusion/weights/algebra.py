@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..console import UserError, track
-from .lora import Lora, LoraLayer, factors
+from dedpo_diffusion.console import UserError, track
+from dedpo_diffusion.weights.lora import Lora, LoraLayer, factors
 
 
 @dataclass(frozen=True)

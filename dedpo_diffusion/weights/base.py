@@ -14,13 +14,13 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..bases import UNLOADABLE, resolve_model
-from ..console import UserError
-from ..single_file import family as family_of_file
-from .families import REFINER
-from .kohya import Family
-from .lora import Lora
-from .writing import DIGEST
+from dedpo_diffusion.bases import UNLOADABLE, resolve_model
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.single_file import family as family_of_file
+from dedpo_diffusion.weights.families import REFINER
+from dedpo_diffusion.weights.kohya import Family
+from dedpo_diffusion.weights.lora import Lora
+from dedpo_diffusion.weights.writing import DIGEST
 
 KEPT = tuple(f"modelspec.{name}" for name in ("author", "license", "description", "trigger_phrase", "usage_hint", "tags"))
 SIZES: dict[Family, int] = {"sd1": 512, "sd2": 512, "sdxl": 1024}  # of the published models

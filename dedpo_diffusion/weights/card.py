@@ -15,14 +15,14 @@ from typing import Any
 
 import yaml
 
-from ..console import UserError, say
-from ..files import atomic_file, file_digest, write_text
-from ..runs import first_difference, read_settings
-from .adapters import find_adapter
-from .card_text import Exported, model_card
-from .header import Header, read_header
-from .inspection import inspect_path
-from .provenance import own_facts, portable
+from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.files import atomic_file, file_digest, write_text
+from dedpo_diffusion.runs import first_difference, read_settings
+from dedpo_diffusion.weights.adapters import find_adapter
+from dedpo_diffusion.weights.card_text import Exported, model_card
+from dedpo_diffusion.weights.header import Header, read_header
+from dedpo_diffusion.weights.inspection import inspect_path
+from dedpo_diffusion.weights.provenance import own_facts, portable
 
 _MARK = re.compile(r"<!-- model card by dedpo_diffusion, sha256 ([0-9a-f]{64}) -->\n")
 

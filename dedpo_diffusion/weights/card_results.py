@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from .markdown import code, items, plain, table
+from dedpo_diffusion.weights.markdown import code, items, plain, table
 
 ROLES = {"held_out": "held out", "made_labels": "**made the labels**", "unknown": "not known to be held out"}
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from .card_results import results_section, role_of
-from .families import FAMILIES
-from .markdown import code, items, plain, table
-from .provenance import base_name, in_short, is_hub_id
+from dedpo_diffusion.weights.card_results import results_section, role_of
+from dedpo_diffusion.weights.families import FAMILIES
+from dedpo_diffusion.weights.markdown import code, items, plain, table
+from dedpo_diffusion.weights.provenance import base_name, in_short, is_hub_id
 
 PAPERS = {"dedpo": "2602.06195", "tuned": "2602.06195"}  # of the way labels were merged
 NO_DPO = {"sft", "kto", "mapo", "self_npo"}  # objectives that are no direct preference optimisation

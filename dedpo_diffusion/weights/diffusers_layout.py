@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..console import UserError
-from ..text import NAMES
-from .header import json_dictionary
-from .layers import collect, read_layer
-from .live import full_name
-from .lora import Lora, LoraLayer
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.text import NAMES
+from dedpo_diffusion.weights.header import json_dictionary
+from dedpo_diffusion.weights.layers import collect, read_layer
+from dedpo_diffusion.weights.live import full_name
+from dedpo_diffusion.weights.lora import Lora, LoraLayer
 
 PARTS = ("unet", *NAMES)
 CONFIG = "lora_adapter_metadata"  # where diffusers looks for the configuration of the adapters

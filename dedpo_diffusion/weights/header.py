@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..console import UserError
-from ..single_file import unreadable
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.single_file import unreadable
 
 PICKLED = {".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle"}
 DTYPES = {

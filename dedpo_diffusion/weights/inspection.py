@@ -14,16 +14,16 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from ..console import Progress, UserError, track
-from ..files import is_leftover
-from ..runs import best_folder, checkpoints
-from ..single_file import CLIP, OPEN_CLIP, UNET, VAE, family, foreign
-from .adapters import WORDS, Adapter, find_adapter
-from .diffusers_layout import CONFIG
-from .families import FAMILIES, Evidence, find_base
-from .header import PICKLED, Header, read_header
-from .provenance import in_short, others_facts, own_facts
-from .readers import A1111, COMFY, DIFFUSERS, troubles, who_reads
+from dedpo_diffusion.console import Progress, UserError, track
+from dedpo_diffusion.files import is_leftover
+from dedpo_diffusion.runs import best_folder, checkpoints
+from dedpo_diffusion.single_file import CLIP, OPEN_CLIP, UNET, VAE, family, foreign
+from dedpo_diffusion.weights.adapters import WORDS, Adapter, find_adapter
+from dedpo_diffusion.weights.diffusers_layout import CONFIG
+from dedpo_diffusion.weights.families import FAMILIES, Evidence, find_base
+from dedpo_diffusion.weights.header import PICKLED, Header, read_header
+from dedpo_diffusion.weights.provenance import in_short, others_facts, own_facts
+from dedpo_diffusion.weights.readers import A1111, COMFY, DIFFUSERS, troubles, who_reads
 
 HASHED = 2**30  # bytes; the digest of a larger file is told when it is asked for
 BESIDE = ("sources", "made")  # what `dedpo export` stores beside the settings

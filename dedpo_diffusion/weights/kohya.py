@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..console import UserError
-from ..single_file import UNET_ENDS, UNET_RESNET
-from .layers import collect, read_layer
-from .lora import Lora, LoraLayer
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.single_file import UNET_ENDS, UNET_RESNET
+from dedpo_diffusion.weights.layers import collect, read_layer
+from dedpo_diffusion.weights.lora import Lora, LoraLayer
 
 Family = Literal["sd1", "sd2", "sdxl"]
 PREFIXES = {

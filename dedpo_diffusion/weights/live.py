@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..text import NAMES
-from .lora import Lora, LoraLayer
+from dedpo_diffusion.text import NAMES
+from dedpo_diffusion.weights.lora import Lora, LoraLayer
 
 KINDS = {"down": ".lora_A.default.weight", "up": ".lora_B.default.weight", "magnitude": ".lora_magnitude_vector.default.weight"}
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..console import UserError
-from ..text import NAMES
-from .lora import Lora
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.text import NAMES
+from dedpo_diffusion.weights.lora import Lora
 
 PARTS = ("unet", *NAMES)
 

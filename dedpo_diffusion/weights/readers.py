@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapters import Adapter, Layer
+from dedpo_diffusion.weights.adapters import Adapter, Layer
 
 DIFFUSERS, COMFY, A1111 = "diffusers", "ComfyUI", "AUTOMATIC1111"
 KOHYA_DORA = (

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..console import UserError
-from ..single_file import unreadable
-from .diffusers_layout import PARTS, from_diffusers
-from .families import DECLARED, REFINER
-from .kohya import from_kohya
-from .lora import Lora
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.single_file import unreadable
+from dedpo_diffusion.weights.diffusers_layout import PARTS, from_diffusers
+from dedpo_diffusion.weights.families import DECLARED, REFINER
+from dedpo_diffusion.weights.kohya import from_kohya
+from dedpo_diffusion.weights.lora import Lora
 
 _FOREIGN = (  # what the names of tensors show a file to be, and what to give instead
     (r"\.default(_\d+)?\.(weight)$|\.lora_[AB]\.default", "a checkpoint of training", "give the run folder"),

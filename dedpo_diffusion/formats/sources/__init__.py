@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ...console import UserError
-from ...settings import IngestSettings
-from .base import Located, Row, Source, fingerprint, listed, picked, split_file
-from .hub import HubSource, SavedSource, is_saved
-from .imagefolder import METADATA, ImageFolderSource
-from .parquet import ParquetSource
-from .texts import CsvSource, JsonLinesSource, JsonSource
-from .webdataset import WebdatasetSource
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.sources.base import Located, Row, Source, fingerprint, listed, picked, split_file
+from dedpo_diffusion.formats.sources.hub import HubSource, SavedSource, is_saved
+from dedpo_diffusion.formats.sources.imagefolder import METADATA, ImageFolderSource
+from dedpo_diffusion.formats.sources.parquet import ParquetSource
+from dedpo_diffusion.formats.sources.texts import CsvSource, JsonLinesSource, JsonSource
+from dedpo_diffusion.formats.sources.webdataset import WebdatasetSource
+from dedpo_diffusion.settings import IngestSettings
 
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 TARS = (".tar", ".tar.gz", ".tgz")

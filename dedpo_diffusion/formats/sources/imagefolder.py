@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from ...console import UserError
-from .base import Located, Source, fingerprint
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.sources.base import Located, Source, fingerprint
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 NAME = "_file_name"

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...console import UserError
-from .base import Located, Row, Source, fingerprint
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.sources.base import Located, Row, Source, fingerprint
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 NOT_UTF8 = "is not UTF-8 text; save it again as UTF-8"

@@ -11,8 +11,8 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from ...console import UserError
-from .base import Located, Row, Source, fingerprint
+from dedpo_diffusion.console import UserError
+from dedpo_diffusion.formats.sources.base import Located, Row, Source, fingerprint
 
 KEY = "__key__"
 Member = tuple[str, str, tarfile.TarInfo]  # sample, column, where its bytes lie
