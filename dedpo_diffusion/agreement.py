@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.core.records import Votes
 from dedpo_diffusion.debias import agreement, judge_bias, wilson_interval
-from dedpo_diffusion.records import Votes
 
 CATEGORIES = 3  # image 1, tie, image 0
 MIN_COMMON = 10  # pairs that two people must share for a kappa of theirs to enter Light's mean

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.single_file import family
 
 CONFIGS = {  # where diffusers looks up what a single file leaves unsaid: sizes, scheduler, tokenizers; SD2.x files differ in them

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.files import atomic_file, remove_leftovers, write_json
-from dedpo_diffusion.records import Conditioning
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import atomic_file, remove_leftovers, write_json
+from dedpo_diffusion.core.records import Conditioning
 
 LAYOUT = 4  # of the files, and the rules images are decoded by; a cache of another layout gets another name
 PROMPTS = 256  # in one file

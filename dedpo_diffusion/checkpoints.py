@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.files import atomic_folder, file_checksum, write_json
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import atomic_folder, file_checksum, write_json
 from dedpo_diffusion.sharding import own_part, whole
 
 CHECKSUMS = "checksums.json"  # of the other files of a checkpoint; those of earlier versions have none

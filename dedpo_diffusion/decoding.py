@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192: four times what the largest models draw; a decompression bomb claims more
 UNREADABLE = (  # what Pillow's readers raise on bad bytes

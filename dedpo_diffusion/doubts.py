@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.tables import categories
+from dedpo_diffusion.core.tables import categories
 
 LEVEL = 0.01  # of a test, after Holm's correction for all columns
 FEW = 20  # different numbers; a column with no more is compared value by value

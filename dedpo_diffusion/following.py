@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.records import PairBatch, Targets
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import PairBatch, Targets
 
 LEAST_POWER = 0.1  # that visits are planned for: pairs without a human label stay in sight while the power is 0
 WIDE = 1.0  # mean |margin| beyond which the estimate is too high, and is halved

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.files import atomic_file, write_text
-from dedpo_diffusion.records import Labels, Targets, Votes
-from dedpo_diffusion.tables import check_columns, check_no_nulls, check_types, check_unique, open_parquet
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import atomic_file, write_text
+from dedpo_diffusion.core.records import Labels, Targets, Votes
+from dedpo_diffusion.core.tables import check_columns, check_no_nulls, check_types, check_unique, open_parquet
 
 LABEL_COLUMNS = ("pair_id", "label_0")
 LABEL_EXTRAS = (

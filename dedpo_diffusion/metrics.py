@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.records import PairBatch, StepResult
+from dedpo_diffusion.core.records import PairBatch, StepResult
 
 BUCKETS = 10
 SATURATED = 0.1  # of its value at margin 0: below it the sigmoid's slope hardly moves a pair any more (|margin| above 3.64)

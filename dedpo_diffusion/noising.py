@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.records import Tensors
+from dedpo_diffusion.core.records import Tensors
 
 
 @dataclass(frozen=True)

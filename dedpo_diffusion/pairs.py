@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.files import atomic_file, atomic_folder
-from dedpo_diffusion.records import Pair
-from dedpo_diffusion.tables import SOURCE, check_columns, check_no_nulls, check_types, first_repeat, open_parquet
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import atomic_file, atomic_folder
+from dedpo_diffusion.core.records import Pair
+from dedpo_diffusion.core.tables import SOURCE, check_columns, check_no_nulls, check_types, first_repeat, open_parquet
 
 PAIR_COLUMNS = ("pair_id", "prompt", "image_0", "image_1")
 PAIR_TYPES = {"pair_id": "text", "prompt": "text", "image_0": "binary", "image_1": "binary"}

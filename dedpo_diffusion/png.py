@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from dedpo_diffusion.core.files import atomic_file
 from dedpo_diffusion.decoding import UNREADABLE
-from dedpo_diffusion.files import atomic_file
 
 SAMPLERS = {  # what A1111 calls the schedulers of diffusers
     "DDIMScheduler": "DDIM",

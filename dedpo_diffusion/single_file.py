@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 _FIRST_LAYER = UNET + "input_blocks.0.0.weight"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dedpo_diffusion.balance import balance_coefficients, guard_factors, probability_scale, scale_gradients
+from dedpo_diffusion.core.records import Conditioning, PairBatch, StepResult
 from dedpo_diffusion.losses import implicit_rewards, margin
 from dedpo_diffusion.noising import ForwardProcess, image_errors, residual_cosine
 from dedpo_diffusion.objectives import OBJECTIVES, objective_loss
-from dedpo_diffusion.records import Conditioning, PairBatch, StepResult
 
 
 class Model(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dedpo_diffusion.records import Conditioning
+from dedpo_diffusion.core.records import Conditioning
 
 AT_ONCE = 4  # prompts
 ABSENT = -1  # in place of the tokens of a prompt whose embedding is zeros

@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import dedpo_diffusion
-from dedpo_diffusion import cli, console, weights
+from dedpo_diffusion import cli, weights
+from dedpo_diffusion.core import console
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = re.compile(r"\]\((\.\./[^)#\s]+)")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dedpo_diffusion.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.evaluation.arms import Arm, counted, load_arm, load_arms
 from dedpo_diffusion.evaluation.verdict import best_arm
 from dedpo_diffusion.settings import CompareSettings
@@ -197,8 +197,8 @@ def _people_lines(results: dict[str, Any], name: str) -> list[str]:
 
 def run(settings: CompareSettings) -> dict[str, Any]:
     """Compare sample folders that share prompts and seeds; the first is the base."""
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.evaluation.report import write_report
-    from dedpo_diffusion.files import write_json
 
     if settings.out.is_dir():
         raise UserError(f"--out {settings.out} is a folder; name the page to write, such as {settings.out / 'report.html'}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation.samples import Row, images_digest
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def write_embeddings(folder: Path, rows: Sequence[Row], scorer: str, found: Embe
     import numpy as np
     from safetensors.numpy import save_file
 
-    from dedpo_diffusion.files import atomic_file
+    from dedpo_diffusion.core.files import atomic_file
 
     path, names = _path(folder, scorer), list(files) if files is not None else [row["file"] for row in rows]
     if len(names) != len(found.values):

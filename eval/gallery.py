@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dedpo_diffusion.core.page import about, dot, page_file, section, shown
 from dedpo_diffusion.evaluation.arms import categories
-from dedpo_diffusion.evaluation.page import about, dot, page_file, section, shown
 from dedpo_diffusion.evaluation.report_sections import Results, is_people, ordered
 from dedpo_diffusion.evaluation.verdict import decimals
 
@@ -129,8 +129,8 @@ def make_thumbnails(arms: Sequence[Arm], rows: Iterable[int], side: int) -> Thum
     Raises:
         UserError: an image that cannot be decoded.
     """
-    from dedpo_diffusion.ahead import ahead
-    from dedpo_diffusion.console import Progress
+    from dedpo_diffusion.core.console import Progress
+    from dedpo_diffusion.core.prefetch import ahead
 
     wanted = [(row, k) for row in sorted(set(rows)) for k in range(len(arms))]
     workers, found = os.cpu_count() or 1, {}

@@ -7,8 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dedpo_diffusion.core.files import atomic_file
 from dedpo_diffusion.diagnosis import LEVEL
-from dedpo_diffusion.files import atomic_file
 from dedpo_diffusion.image_statistics import WORDS
 
 if TYPE_CHECKING:

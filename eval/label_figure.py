@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dedpo_diffusion.core.files import atomic_file
 from dedpo_diffusion.evaluation.judge_figure import BLUE, DOTS, INK, PALE, PANEL, PAPER, RULE, SOFT, STYLE, plain, reach
-from dedpo_diffusion.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

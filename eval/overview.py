@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.evaluation.page import document
-from dedpo_diffusion.files import write_text
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import write_text
+from dedpo_diffusion.core.page import document
 from dedpo_diffusion.pairs import PairReader
 
 SAMPLE = 12  # pairs shown at random

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation.arms import counted
 from dedpo_diffusion.evaluation.samples import Row, images_digest
 
@@ -66,7 +66,7 @@ def write_votes(arm: Path, name: str, answers: Sequence[Row], metadata: dict[str
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from dedpo_diffusion.files import atomic_file
+    from dedpo_diffusion.core.files import atomic_file
 
     path = arm / "votes" / f"{name}.parquet"
     held = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}

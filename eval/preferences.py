@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,8 +113,8 @@ def summary(arm: Arm, base: Arm, judged: Judged, shared: Sequence[str], **option
     import numpy as np
 
     from dedpo_diffusion.agreement import vote_summary
+    from dedpo_diffusion.core.records import Votes as Answers
     from dedpo_diffusion.evaluation.numbers import intervals
-    from dedpo_diffusion.records import Votes as Answers
 
     votes, given = judged.votes, np.flatnonzero(_asked(judged.votes))
     first, raters = np.intersect1d(given, np.flatnonzero(_first(votes))), [votes.rater[k] for k in given]

@@ -14,10 +14,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.evaluation.figures import Curve, chart, contact_sheet
+from dedpo_diffusion.core.charts import Curve, chart, contact_sheet
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.page import about, document, dot, page_file, section, shown, table
 from dedpo_diffusion.evaluation.gallery import evenly_spaced, image_sections, ranking
-from dedpo_diffusion.evaluation.page import about, document, dot, page_file, section, shown, table
 from dedpo_diffusion.evaluation.report_sections import (
     WARNING,
     anchors,
@@ -337,7 +337,7 @@ def write_report(settings: CompareSettings, arms: Sequence[Arm], results: dict[s
     Raises:
         UserError: a run folder, metrics or an image that cannot be read.
     """
-    from dedpo_diffusion.files import atomic_file, write_text
+    from dedpo_diffusion.core.files import atomic_file, write_text
 
     page, sheet = build_page(settings, arms, results), build_sheet(arms, ranking(arms, results))
     picture = settings.out.parent / "contact_sheet.png"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from dedpo_diffusion.core.charts import Gain, forest
+from dedpo_diffusion.core.page import about, dot, section, shown, table
 from dedpo_diffusion.evaluation.arms import counted
-from dedpo_diffusion.evaluation.figures import Gain, forest
-from dedpo_diffusion.evaluation.page import about, dot, section, shown, table
 from dedpo_diffusion.evaluation.verdict import decimals, gains_of
 
 Results = dict[str, Any]

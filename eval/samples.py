@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa

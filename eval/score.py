@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.evaluation.samples import INDEX, Row, images_digest, load_images, read_index, resolutions, unlisted
 from dedpo_diffusion.settings import ScoreSettings
 
@@ -105,7 +105,7 @@ def write_scores(folder: Path, rows: Sequence[Row], scores: Sequence[Row]) -> No
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from dedpo_diffusion.files import atomic_file
+    from dedpo_diffusion.core.files import atomic_file
 
     schema = _schema().with_metadata({"images": images_digest(folder, rows)})
     with atomic_file(folder / "scores.parquet") as temporary:
@@ -228,7 +228,7 @@ def summary(folder: Path, rows: Sequence[Row], scorer: Scorer, scores: dict[str,
 
 def share_out(settings: ScoreSettings, scorer: Scorer, indexes: dict[Path, list[Row]]) -> None:
     """Score every folder that no other process is scoring, then wait for the others and complete what those left."""
-    from dedpo_diffusion.claims import claim
+    from dedpo_diffusion.core.locks import claim
 
     busy = []
     for folder, rows in indexes.items():

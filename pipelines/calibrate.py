@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.pipelines.judge_summary import Judge, judge_answers, stat_words, summarise
 from dedpo_diffusion.settings import CalibrateSettings, MergeSettings
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dedpo_diffusion.calibration import Calibrated
-    from dedpo_diffusion.records import Labels
+    from dedpo_diffusion.core.records import Labels
 
 RAW = ("score_0", "score_1", "judge_version")
 TAUGHT = "self-"  # starts the version of a judge that trained on people's labels
@@ -166,7 +166,7 @@ def plan(settings: CalibrateSettings, judges: Sequence[str]) -> dict[str, list[s
 
 def calibrated_version(settings: CalibrateSettings, judges: dict[str, Judge]) -> str:
     """What the new labels depend on, in one line."""
-    from dedpo_diffusion.files import file_digest
+    from dedpo_diffusion.core.files import file_digest
 
     digest = file_digest(label_path(settings, settings.human))[:12]
     versions = " + ".join(judge.version or f"{name} of no version" for name, judge in judges.items())
@@ -178,7 +178,7 @@ def as_labels(made: Calibrated, ids: list[str], version: str) -> Labels:
     """The label file's content: pairs without an answer are left out, and sigmoid(score_0 - score_1) is the label."""
     import numpy as np
 
-    from dedpo_diffusion.records import Labels
+    from dedpo_diffusion.core.records import Labels
 
     rows = np.flatnonzero(~np.isnan(made.log_odds))
     half = made.log_odds[rows] / 2
@@ -191,7 +191,7 @@ def calibrate_file(settings: CalibrateSettings, name: str, judges: dict[str, Jud
     import numpy as np
 
     from dedpo_diffusion.calibration import calibrate
-    from dedpo_diffusion.files import file_digest
+    from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.labels import CALIBRATED, write_labels
 
     differences = np.stack([judge.scores[:, 0] - judge.scores[:, 1] for judge in judges.values()], axis=1)
@@ -234,7 +234,7 @@ def print_report(report: dict[str, Any], title: str) -> None:
 
 def run(settings: CalibrateSettings) -> list[Path]:
     """Calibrate judges' labels on the human ones, or stack several judges into one."""
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     asked, files = read_human(settings), choose_judges(settings)
     made = plan(settings, list(files))

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.settings import ExportSettings
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def changed_lora(settings: ExportSettings, source: Source) -> tuple[Lora, dict[s
 
 def added(settings: ExportSettings) -> tuple[list[tuple[Lora, float]], dict[str, Any]]:
     """The LoRAs to add with their strengths, and how the result was made, as far as the settings tell."""
-    from dedpo_diffusion.files import file_digest
+    from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.weights import read_lora_file
 
     found, listed = [], []
@@ -196,7 +196,7 @@ def write_model(settings: ExportSettings, source: Source) -> None:
     """The base model with what was trained worked in, as a diffusers folder or as one file."""
     import torch
 
-    from dedpo_diffusion.files import atomic_folder, write_json
+    from dedpo_diffusion.core.files import atomic_folder, write_json
     from dedpo_diffusion.weights.merging import cast
 
     others, made = added(settings)

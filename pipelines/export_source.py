@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.settings import ExportSettings
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def open_source(settings: ExportSettings) -> Source:
 
 
 def _open_file(settings: ExportSettings) -> Source:
-    from dedpo_diffusion.files import file_digest
+    from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.weights import read_lora_file
     from dedpo_diffusion.weights.header import json_dictionary
 
@@ -205,7 +205,7 @@ def digests(run: Path, trained: Mapping[str, Any]) -> dict[str, str]:
 
     The report counts only while the targets beside it are those that were trained on.
     """
-    from dedpo_diffusion.files import file_digest
+    from dedpo_diffusion.core.files import file_digest
 
     file = run / "identity.json"
     found: dict[str, str] = _dictionary(file) if file.is_file() else {}

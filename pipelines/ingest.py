@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.settings import IngestSettings
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _take_up(settings: IngestSettings, partial: Path, identity: dict[str, Any]) 
 
 def run(settings: IngestSettings) -> None:
     """Read a preference format into a pair dataset."""
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.formats import choose
     from dedpo_diffusion.formats.intake import count_lines, shuffles, take_in
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dedpo_diffusion.console import say, stage
+from dedpo_diffusion.core.console import say, stage
 from dedpo_diffusion.settings import InspectSettings
 
 LONGEST = 200  # characters of somebody else's metadata in the table

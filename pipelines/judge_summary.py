@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import say, track
+from dedpo_diffusion.core.console import say, track
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from dedpo_diffusion.core.records import Labels, Pair
     from dedpo_diffusion.pairs import PairReader
-    from dedpo_diffusion.records import Labels, Pair
 
 LEAST = 10  # pairs with both labels; fewer say nothing
 VALUES = (2, 50)  # different values of a source column that pairs are split by
@@ -60,8 +60,8 @@ def summarise(
     """
     import numpy as np
 
+    from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.diagnosis import diagnose
-    from dedpo_diffusion.files import file_digest
     from dedpo_diffusion.labels import align, label_names, read_labels
     from dedpo_diffusion.pairs import PairReader
 
@@ -201,7 +201,7 @@ def _look(reader: PairReader, rows: np.ndarray) -> _Seen:
 def _looks(reader: PairReader, rows: list[int]) -> Iterator[tuple[str, dict[str, Any], list[dict[str, float]]]]:
     import os
 
-    from dedpo_diffusion.ahead import ahead
+    from dedpo_diffusion.core.prefetch import ahead
     from dedpo_diffusion.decoding import decode_image
     from dedpo_diffusion.image_statistics import image_statistics
 
@@ -218,8 +218,8 @@ def _looks(reader: PairReader, rows: list[int]) -> Iterator[tuple[str, dict[str,
 
 
 def _write(pairs: Path, human: str, reports: dict[str, dict[str, Any]]) -> None:
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.evaluation.judge_figure import draw
-    from dedpo_diffusion.files import write_json
 
     for name, report in reports.items():
         path = pairs / "labels" / f"{name}.json"

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.settings import LabelSettings
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from dedpo_diffusion.annotators import Judge
     from dedpo_diffusion.annotators.work import FirstUses, Images, Work
+    from dedpo_diffusion.core.records import Pair
     from dedpo_diffusion.pairs import PairReader
-    from dedpo_diffusion.records import Pair
 
 SHOWN = 3  # reasons for missing answers that are printed
 
@@ -164,7 +164,7 @@ def is_done(run: Run, ids: list[str]) -> bool:
 
 def open_runs(settings: LabelSettings, judges: Sequence[Judge], reader: PairReader, ids: list[str]) -> list[Run]:
     """The judges' labels that are still to be made."""
-    from dedpo_diffusion.claims import claim
+    from dedpo_diffusion.core.locks import claim
 
     stamp = {"dataset": reader.fingerprint(), "shard size": str(settings.shard)}
     runs = []
@@ -190,7 +190,7 @@ def take_up(run: Run) -> None:
         UserError: another judge, dataset or shard size made what is there.
     """
     from dedpo_diffusion.annotators.work import check_stamp, count_missing, read_part
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     if run.mark.is_file():
         check_stamp(run.parts, json.loads(run.mark.read_text(encoding="utf-8")), run.stamp)
@@ -213,8 +213,8 @@ def first_uses(reader: PairReader, fingerprint: str) -> FirstUses:
     import numpy as np
 
     from dedpo_diffusion.annotators.work import FirstUses, item_keys
-    from dedpo_diffusion.claims import spread
-    from dedpo_diffusion.files import atomic_file
+    from dedpo_diffusion.core.files import atomic_file
+    from dedpo_diffusion.core.locks import spread
 
     folder = reader.folder / "labels" / f".keys-{fingerprint[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ class Clock:
 
 def judge_stretch(settings: LabelSettings, reader: PairReader, rows: range, works: Sequence[Work], clock: Clock) -> list[pa.Table]:
     """Every judge's answers to a stretch of pairs; images are decoded in threads, once for all judges."""
-    from dedpo_diffusion.ahead import ahead
+    from dedpo_diffusion.core.prefetch import ahead
     from dedpo_diffusion.decoding import decode_image
 
     def load(item: tuple[int, Pair]) -> Images:
@@ -299,7 +299,7 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
     """Judge every stretch that is not done, sharing them with other processes."""
     from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
     from dedpo_diffusion.annotators.work import ImageWork, PairWork, read_part, write_part
-    from dedpo_diffusion.claims import spread
+    from dedpo_diffusion.core.locks import spread
 
     rows, by_name, clock = stretches(settings, len(reader)), {run.judge.name: run for run in runs}, Clock()
 
@@ -351,8 +351,8 @@ def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: 
     from dedpo_diffusion.annotators import probability
     from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
     from dedpo_diffusion.annotators.work import PART_COLUMNS, TOKENS, joined, read_part
+    from dedpo_diffusion.core.records import Labels
     from dedpo_diffusion.labels import write_labels
-    from dedpo_diffusion.records import Labels
 
     table = joined([read_part(run.part(shard), run.stamp) for shard in range(shards)])
     if isinstance(run.judge, BradleyTerry):
@@ -375,7 +375,7 @@ def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: 
 
 def finish(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> Outcome | None:
     """Write the label file, unless another process does."""
-    from dedpo_diffusion.claims import spread
+    from dedpo_diffusion.core.locks import spread
 
     outcome: Outcome | None = None
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.settings import MergeSettings
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
     """
     import numpy as np
 
+    from dedpo_diffusion.core.tables import SOURCE
     from dedpo_diffusion.pipelines.merge_columns import comparable, plain_sources, strata_of
-    from dedpo_diffusion.tables import SOURCE
 
     human, propensity = read_human(settings, ids)
     if propensity is not None:
@@ -220,7 +220,7 @@ def parts(settings: MergeSettings, reader: PairReader) -> dict[str, np.ndarray]:
 
 def _label_files(settings: MergeSettings, judges: Sequence[str]) -> dict[str, Any]:
     """Names and digests of the label files that were merged."""
-    from dedpo_diffusion.files import file_digest
+    from dedpo_diffusion.core.files import file_digest
 
     roles = {"human": settings.human} | {f"judge {k + 1}" if k else "judge": name for k, name in enumerate(judges)}
     paths = {role: settings.pairs / "labels" / f"{name}.parquet" for role, name in roles.items()}
@@ -232,8 +232,8 @@ def write_part(settings: MergeSettings, name: str, ids: list[str], rows: np.ndar
     """Write targets of all pairs, those that were left out with weight 0."""
     import numpy as np
 
+    from dedpo_diffusion.core.records import Targets
     from dedpo_diffusion.labels import write_targets
-    from dedpo_diffusion.records import Targets
 
     def placed(values: np.ndarray | None, left_out: float) -> np.ndarray | None:
         if values is None or rows.all():

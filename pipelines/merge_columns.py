@@ -9,7 +9,7 @@ import dataclasses
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.settings import MergeSettings
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def comparable(columns: dict[str, pa.ChunkedArray]) -> dict[str, np.ndarray]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    from dedpo_diffusion.core.tables import SOURCE, categories
     from dedpo_diffusion.doubts import MOST
-    from dedpo_diffusion.tables import SOURCE, categories
 
     found = {}
     for name, column in columns.items():
@@ -67,7 +67,7 @@ def strata_of(
     Raises:
         UserError: no such column.
     """
-    from dedpo_diffusion.tables import SOURCE, categories
+    from dedpo_diffusion.core.tables import SOURCE, categories
 
     if column == "prompt":
         return categories(reader.prompts())

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.settings import MergeSettings
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def write_plan(settings: MergeSettings, name: str, answers: Answers, merged: Mer
     Raises:
         UserError: a worth that makes no sense, or labels that say nothing of it.
     """
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.label_plan import plan
     from dedpo_diffusion.labels import targets_path
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.settings import ProposeSettings
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ def pairings(group: Sequence[Job], pairing: str) -> Iterator[tuple[Job, Job]]:
 
 def run(settings: ProposeSettings) -> Path:
     """Make pairs from a model's own images."""
+    from dedpo_diffusion.core.records import Pair
     from dedpo_diffusion.pairs import PairWriter
     from dedpo_diffusion.prompts import read_prompts
-    from dedpo_diffusion.records import Pair
     from dedpo_diffusion.sampling import Recipe, jobs, sample_folder
 
     if settings.images_per_prompt < 2 or (settings.pairing == "disjoint" and settings.images_per_prompt % 2):

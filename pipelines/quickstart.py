@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.settings import QuickstartSettings
 
 ARMS = ("human_only", "naive", "tuned")
@@ -37,7 +37,7 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time spent within to stage `name`."""
-        from dedpo_diffusion.files import write_json
+        from dedpo_diffusion.core.files import write_json
 
         began = time.monotonic()
         try:
@@ -58,7 +58,7 @@ def call(main: Callable[[list[str]], int], name: str, *arguments: object) -> Non
 
 def write_prompts(settings: QuickstartSettings) -> tuple[Path, Path]:
     """The prompts that pairs are proposed for (a random draw) and those of the evaluation (all 144)."""
-    from dedpo_diffusion.files import write_text
+    from dedpo_diffusion.core.files import write_text
     from dedpo_diffusion.shapes.world import VOCABULARY
 
     rng = np.random.default_rng((settings.seed, 0))
@@ -71,11 +71,11 @@ def write_prompts(settings: QuickstartSettings) -> tuple[Path, Path]:
 
 def ask_the_human(pairs: Path, settings: QuickstartSettings) -> None:
     """Let the simulated human label a random share of the pairs: Bradley-Terry answers on the oracle's reward."""
-    from dedpo_diffusion.console import track
+    from dedpo_diffusion.core.console import track
+    from dedpo_diffusion.core.records import Labels
     from dedpo_diffusion.decoding import decode_image
     from dedpo_diffusion.labels import write_labels
     from dedpo_diffusion.pairs import PairReader
-    from dedpo_diffusion.records import Labels
     from dedpo_diffusion.shapes.human import answers
     from dedpo_diffusion.shapes.oracle import reward
 
@@ -155,8 +155,8 @@ def judge_arms(settings: QuickstartSettings, clock: Clock, prompts: Path, loras:
 
 def write_verdict(settings: QuickstartSettings, clock: Clock, pairs: Path, folders: list[Path]) -> dict[str, Any]:
     """Compare the arms; results.json gets the comparison, the label report's figures and the seconds of each stage."""
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.evaluation import compare
-    from dedpo_diffusion.files import write_json
 
     report = settings.out / "report.html"
     runs = [part for arm in ARMS for part in ("--runs+", settings.out / "runs" / arm)]

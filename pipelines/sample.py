@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dedpo_diffusion.console import UserError, stage
+from dedpo_diffusion.core.console import UserError, stage
 from dedpo_diffusion.pipelines.label import local_device
 from dedpo_diffusion.settings import SampleSettings
 

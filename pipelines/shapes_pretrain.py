@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from dedpo_diffusion.checkpoints import load_checkpoint, save_checkpoint
-from dedpo_diffusion.console import Progress, say, stage
-from dedpo_diffusion.files import atomic_folder, write_json
+from dedpo_diffusion.core.console import Progress, say, stage
+from dedpo_diffusion.core.files import atomic_folder, write_json
 from dedpo_diffusion.shapes import world
 
 TOKENS = 16  # a Shapes prompt has 8 words; a short text side keeps cross-attention cheap

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.settings import OptimSettings, TrainSettings
 
 STEP_OPTIONS = ("beta", "kind", "options", "margin_cap", "balance", "balance_clip", "balance_tempering", "guard")  # of `preference_step`
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
+    from dedpo_diffusion.core.records import PairBatch, StepResult
+    from dedpo_diffusion.core.stopping import StopSignal
     from dedpo_diffusion.feed import Loaded
     from dedpo_diffusion.health import Watch
     from dedpo_diffusion.noising import Draws
     from dedpo_diffusion.pipelines.train_setup import Session
     from dedpo_diffusion.pipelines.train_validation import Validation
-    from dedpo_diffusion.records import PairBatch, StepResult
-    from dedpo_diffusion.stopping import StopSignal
 
 
 def learning_rate(optim: OptimSettings, step: int) -> float:
@@ -158,7 +158,7 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
     """This process's micro-batches from step `done` on, loaded in another thread while the device computes, pinned where there is a GPU."""
     import torch
 
-    from dedpo_diffusion.ahead import ahead
+    from dedpo_diffusion.core.prefetch import ahead
     from dedpo_diffusion.noising import draw
 
     settings, feed, accelerator = session.settings, session.feed, session.accelerator
@@ -218,12 +218,12 @@ def run(settings: TrainSettings) -> Path:
 
     if settings.smoke is not None:
         return try_out(settings)
+    from dedpo_diffusion.core.stopping import StopSignal, Terminated
     from dedpo_diffusion.health import Watch
     from dedpo_diffusion.metrics import step_metrics
     from dedpo_diffusion.noising import step_generator
     from dedpo_diffusion.pipelines.train_setup import set_up
     from dedpo_diffusion.runs import MetricsLog, read_metrics
-    from dedpo_diffusion.stopping import StopSignal, Terminated
 
     session = set_up(settings)
     settings, accelerator, model, follow = session.settings, session.accelerator, session.model, session.follow

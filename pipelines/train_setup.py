@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.settings import DataSettings, LoraSettings, ObjectiveSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     """Load the model, encode the pairs or get ready to, and read the targets; also: identity of the inputs, validation."""
     import torch
 
+    from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.feed import Feed
-    from dedpo_diffusion.files import file_digest
     from dedpo_diffusion.models import Backbone
     from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.pipelines.train_validation import open_validation

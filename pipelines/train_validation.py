@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import Progress, UserError, say
+from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.settings import DataSettings, TrainSettings, ValidationSettings
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def shrink_validation(wanted: ValidationSettings, folder: Path) -> ValidationSet
     """The same, for a run of three steps: random pairs and prompts in a folder, no scorers."""
     import numpy as np
 
-    from dedpo_diffusion.files import write_text
+    from dedpo_diffusion.core.files import write_text
+    from dedpo_diffusion.core.records import Labels
     from dedpo_diffusion.labels import write_labels
-    from dedpo_diffusion.records import Labels
     from dedpo_diffusion.tiny import write_pairs
 
     if wanted.every is None:
@@ -125,7 +125,7 @@ class HeldOut:
     def __init__(self, settings: TrainSettings, model: Backbone, accelerator: Accelerator, *, size: int) -> None:
         import numpy as np
 
-        from dedpo_diffusion.files import file_digest
+        from dedpo_diffusion.core.files import file_digest
         from dedpo_diffusion.labels import align, read_labels
         from dedpo_diffusion.pairs import PairReader
         from dedpo_diffusion.pipelines.train_setup import open_source
@@ -225,8 +225,8 @@ class Grid:
     def __init__(self, settings: TrainSettings, model: Backbone, *, size: int) -> None:
         import torch
 
+        from dedpo_diffusion.core.records import Conditioning
         from dedpo_diffusion.prompts import read_prompts
-        from dedpo_diffusion.records import Conditioning
         from dedpo_diffusion.sampling import jobs
         from dedpo_diffusion.scorers import load_scorer
 
@@ -315,8 +315,8 @@ class Grid:
 
     def write(self, step: int, images: Sequence[Image], scores: Mapping[str, np.ndarray]) -> None:
         """Write the images as PNG with their index, as `dedpo sample` does, and `grid.png`: one row a prompt, before training and now."""
-        from dedpo_diffusion.evaluation.figures import contact_sheet
-        from dedpo_diffusion.files import atomic_folder
+        from dedpo_diffusion.core.charts import contact_sheet
+        from dedpo_diffusion.core.files import atomic_folder
         from dedpo_diffusion.sampling import save_png, write_index
 
         def told(found: Mapping[str, np.ndarray]) -> list[str]:
@@ -351,7 +351,7 @@ class Validation:
 
     def identity(self) -> dict[str, str]:
         """What a resumed run must find unchanged."""
-        from dedpo_diffusion.files import file_digest
+        from dedpo_diffusion.core.files import file_digest
 
         prompts = self.settings.validation.prompts
         found = {} if self.held_out is None else dict(self.held_out.identity)
@@ -379,7 +379,7 @@ class Validation:
 
         A run that was stopped between its last checkpoint and that step's validation has the validation now; its line is returned.
         """
-        from dedpo_diffusion.files import remove_folder
+        from dedpo_diffusion.core.files import remove_folder
         from dedpo_diffusion.runs import MetricsLog, best_folder, read_metrics
 
         self.lines = list(read_metrics(self.settings.out, done, LOG))

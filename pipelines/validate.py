@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.settings import ValidateSettings
 
 NAMED = 10  # errors that the last message names
@@ -83,8 +83,8 @@ def _complain(pairs: Path, errors: list[str], page: Path) -> None:
 
 def run(settings: ValidateSettings) -> dict[str, Any]:
     """Check a pair dataset, its labels and votes, and say what training would trip over."""
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.evaluation.overview import write_overview
-    from dedpo_diffusion.files import write_json
     from dedpo_diffusion.inspection.findings import look
     from dedpo_diffusion.inspection.scan import scan_dataset
     from dedpo_diffusion.pairs import PairReader

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.settings import VoteSettings
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def judge_labels(settings: VoteSettings, ids: list[str]) -> tuple[np.ndarray, di
     """
     import numpy as np
 
-    from dedpo_diffusion.files import file_digest
+    from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.labels import CALIBRATED, align, label_names, label_origin, read_labels
 
     pairs = settings.folders[0]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dedpo_diffusion.agreement import _alpha, _cohen, _raw, judge_agreement, vote_summary
-from dedpo_diffusion.records import Votes
+from dedpo_diffusion.core.records import Votes
 
 FEW = {"resamples": 200}
 

@@ -10,7 +10,7 @@ from PIL import Image
 from test_compare import BASE, put_scores, settings
 from test_score import PROMPTS, write_samples
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.evaluation.arms import categories, load_arms
 from dedpo_diffusion.evaluation.compare import compare

@@ -14,10 +14,10 @@ from dedpo_diffusion.ballot.booth import Booth, Refusal
 from dedpo_diffusion.ballot.plan import Plan, disagreement, pull, uniform
 from dedpo_diffusion.ballot.poll import GAP, LEASE_SECONDS, SKIP, Asked, Event, Poll
 from dedpo_diffusion.ballot.store import Store
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.decoding import decode_image
 from dedpo_diffusion.pairs import PairReader, PairWriter
-from dedpo_diffusion.records import Pair
 
 IDS = [f"p{k}" for k in range(30)]
 KINDS = {3: "TIFF", 5: "JPEG", 6: "WEBP", 7: "BMP"}

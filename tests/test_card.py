@@ -18,8 +18,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.runs import read_settings
 from dedpo_diffusion.weights.card import add_card

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dedpo_diffusion import cache, checkpoints, files, runs
+from dedpo_diffusion import cache, checkpoints, runs
 from dedpo_diffusion.cache import PairCache
 from dedpo_diffusion.checkpoints import CHECKSUMS, check_checkpoint, save_checkpoint
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core import files
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.records import Conditioning
 from training import arguments, deviation, final, fresh_accelerate_state, metrics  # noqa: F401 - one is a fixture
 
 FILES = ["average.safetensors", "optimizer.safetensors", "parameters.safetensors", "reference.safetensors", "state.json"]
@@ -123,7 +124,7 @@ def test_a_pruned_checkpoint_never_looks_whole(tmp_path, monkeypatch):
         (next(path.glob("param*"))).unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dedpo_diffusion.files.shutil.rmtree", dies)
+    monkeypatch.setattr("dedpo_diffusion.core.files.shutil.rmtree", dies)
     with pytest.raises(KeyboardInterrupt):
         runs.prune_checkpoints(tmp_path, 2)
     monkeypatch.undo()

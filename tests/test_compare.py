@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_score import PROMPTS, write_samples
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.evaluation.compare import compare, main
 from dedpo_diffusion.evaluation.intervals import paired_difference, win_rate

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dedpo_diffusion import console
+from dedpo_diffusion.core import console
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ import numpy as np
 import pytest
 
 from conftest import picture, write_pairs
-from dedpo_diffusion import cli, console
+from dedpo_diffusion import cli
+from dedpo_diffusion.core import console
+from dedpo_diffusion.core.records import Labels
 from dedpo_diffusion.labels import write_labels
 from dedpo_diffusion.pairs import PairReader
-from dedpo_diffusion.records import Labels
 from training import fresh_accelerate_state  # noqa: F401
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adapters import adapted, as_run, embeddings, image, live_embeddings, pipeline, prediction, whole_run
-from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.pipelines import export
 from dedpo_diffusion.weights import from_parameters, read_lora_file
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from dedpo_diffusion.cache import PairCache
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.evaluation.benchmarks.feed_memory import make
 from dedpo_diffusion.feed import CachedSource, Feed
 from dedpo_diffusion.pairs import PairReader, PairWriter
-from dedpo_diffusion.records import Pair
 
 
 def tensors() -> int:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dedpo_diffusion import files
 from dedpo_diffusion.checkpoints import load_checkpoint, save_checkpoint
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core import files
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.images import pair_views
 from dedpo_diffusion.runs import MetricsLog, checkpoint_folder, checkpoints, first_difference, open_run, prune_checkpoints
 

@@ -14,7 +14,7 @@ from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 from conftest import picture
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.formats import FORMATS, PUBLISHED, choose, load
 from dedpo_diffusion.formats.entry import Answer
 from dedpo_diffusion.formats.sources.hub import HubSource

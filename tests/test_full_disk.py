@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from conftest import write_pairs
-from dedpo_diffusion import cache, checkpoints, console, feed, files, runs
+from dedpo_diffusion import cache, checkpoints, feed, runs
+from dedpo_diffusion.core import console, files
 from dedpo_diffusion.pipelines import export, train
 from training import arguments, deviation, final, fresh_accelerate_state, metrics  # noqa: F401 - one is a fixture
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.scorers import http, load_scorer
 from dedpo_diffusion.scorers.http import HttpScore, png_base64
 from dedpo_diffusion.scorers.server import reference_server

@@ -12,13 +12,13 @@ from PIL import Image
 from scipy.special import expit
 from test_diagnosis import scenes
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import file_digest
+from dedpo_diffusion.core.records import Labels, Pair
 from dedpo_diffusion.image_statistics import image_statistics
 from dedpo_diffusion.labels import read_labels, write_labels
 from dedpo_diffusion.pairs import PairWriter
 from dedpo_diffusion.pipelines.judge_summary import summarise
-from dedpo_diffusion.records import Labels, Pair
 from dedpo_diffusion.shapes import human, oracle
 
 COUNT = 170

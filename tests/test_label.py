@@ -20,10 +20,10 @@ from test_scorers import build_judge
 
 from dedpo_diffusion import annotators, decoding
 from dedpo_diffusion.annotators import Answers, Judge
+from dedpo_diffusion.core.records import Labels, Pair
 from dedpo_diffusion.labels import read_labels, write_labels
 from dedpo_diffusion.pairs import PairReader, PairWriter
 from dedpo_diffusion.pipelines.label import main
-from dedpo_diffusion.records import Labels, Pair
 from dedpo_diffusion.shapes import world
 from doubles import Brightness, Watched, register
 
@@ -215,7 +215,7 @@ def test_runs_that_begin_at_once_with_other_judges_of_one_name_do_not_mix(pairs,
 
 
 def test_keys_that_another_run_removes_are_made_again(pairs, monkeypatch):
-    from dedpo_diffusion import claims
+    from dedpo_diffusion.core import locks as claims
 
     spread, removed = claims.spread, []
 

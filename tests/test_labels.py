@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import Labels, Targets, Votes
 from dedpo_diffusion.labels import (
     aggregate,
     align,
@@ -25,7 +26,6 @@ from dedpo_diffusion.labels import (
     write_targets,
     write_votes,
 )  # fmt: skip
-from dedpo_diffusion.records import Labels, Targets, Votes
 
 
 def table_file(path, **columns):

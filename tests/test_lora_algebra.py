@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.weights.algebra import combined, extracted, resized, scaled
 from dedpo_diffusion.weights.lora import Lora, LoraLayer, factors
 

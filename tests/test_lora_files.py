@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adapters import CONV, adapted, embeddings, live_embeddings, pipeline, prediction
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.weights import Lora, LoraLayer, from_parameters, read_lora_file, to_diffusers, to_kohya, to_parameters
 from dedpo_diffusion.weights.algebra import one_alpha
 from dedpo_diffusion.weights.base import Base, look_up, modelspec, network, told_base

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters import adapted, as_run
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pipelines import export, inspect_weights
 from dedpo_diffusion.weights import Lora, LoraLayer, read_lora_file
 from dedpo_diffusion.weights.algebra import one_alpha

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from dedpo_diffusion.calibration import assign_folds
+from dedpo_diffusion.core.records import Labels, Pair, Targets
 from dedpo_diffusion.debias import merge_labels
 from dedpo_diffusion.labels import read_targets, write_labels, write_targets
 from dedpo_diffusion.pairs import PairReader, PairWriter
 from dedpo_diffusion.pipelines.ingest import main as ingest
 from dedpo_diffusion.pipelines.merge import main as stage
-from dedpo_diffusion.records import Labels, Pair, Targets
 
 N, N_HUMAN = 80, 20
 RNG = np.random.default_rng(0)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dedpo_diffusion.core.records import Labels, Pair
 from dedpo_diffusion.debias import estimate_propensity, merge_labels
 from dedpo_diffusion.evaluation import report as page
 from dedpo_diffusion.labels import read_targets, write_labels
 from dedpo_diffusion.pairs import PairWriter
 from dedpo_diffusion.pipelines.merge import main
-from dedpo_diffusion.records import Labels, Pair
 
 N, ASKED = 400, 160
 IDS = [f"p{i}" for i in range(N)]

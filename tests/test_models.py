@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from dedpo_diffusion import tiny
 from dedpo_diffusion.bases import load_pipeline
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import Conditioning, PairBatch
 from dedpo_diffusion.images import pair_views
 from dedpo_diffusion.models import Backbone
-from dedpo_diffusion.records import Conditioning, PairBatch
 from dedpo_diffusion.step import preference_step
 
 CPU = torch.device("cpu")

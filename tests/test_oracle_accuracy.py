@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.scorers import Embedder, load_scorer
 from dedpo_diffusion.shapes import oracle, world
 

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from dedpo_diffusion import pairs as pairs_module
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.pairs import (
     PairReader,
     PairWriter,
 )
-from dedpo_diffusion.records import Pair
 
 
 def picture(colour, fmt="JPEG", size=16, mode="RGB"):

@@ -9,7 +9,7 @@ import pytest
 from test_compare import BASE, CLUSTERS, put_scores, settings
 from test_score import write_samples
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.evaluation.compare import compare, main
 from dedpo_diffusion.evaluation.intervals import rate_interval

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dedpo_diffusion import prompts
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.prompts import STYLES, read_prompts, spread_evenly
 from dedpo_diffusion.sampling import Prompt, jobs
 

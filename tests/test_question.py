@@ -13,7 +13,7 @@ from PIL import Image
 
 from dedpo_diffusion.annotators import probability
 from dedpo_diffusion.annotators.question import TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 LOGITS = st.floats(-30, 30)
 

@@ -17,9 +17,10 @@ from PIL import Image
 from test_compare import BASE, put_scores, settings
 from test_score import PROMPTS, write_samples
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.evaluation import compare, figures, gallery, people, report, report_sections
-from dedpo_diffusion.evaluation.page import document, page_file
+from dedpo_diffusion.core import charts as figures
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.page import document, page_file
+from dedpo_diffusion.evaluation import compare, gallery, people, report, report_sections
 
 NAMES = ("base", "human_only", "tuned")
 CHANGE = np.array([0, 0.4, 0.3, 0.2, 0.1, 0.05, 0, -0.05, -0.1, -0.2, -0.3, 0])

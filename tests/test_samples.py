@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from test_score import rewrite, write_samples
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation import samples
 from dedpo_diffusion.evaluation.samples import images_digest, load_images, read_index, resolutions, unlisted
 

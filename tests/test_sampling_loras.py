@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters import diffusers_lora, save_lora
 from dedpo_diffusion import sampling
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.pipelines import sample as stage
 from dedpo_diffusion.sampling import Recipe, add_loras, load_sampler, sample

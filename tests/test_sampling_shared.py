@@ -25,8 +25,8 @@ from PIL.PngImagePlugin import PngInfo
 from test_sampling import arguments, pixels
 
 from dedpo_diffusion import sampling
-from dedpo_diffusion.claims import claim
-from dedpo_diffusion.files import HOST
+from dedpo_diffusion.core.files import HOST
+from dedpo_diffusion.core.locks import claim
 from dedpo_diffusion.pipelines import sample
 from dedpo_diffusion.pipelines.label import local_device
 from dedpo_diffusion.png import is_whole

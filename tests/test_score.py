@@ -17,7 +17,7 @@ from PIL import Image
 from test_scorers import build_judge
 
 from dedpo_diffusion import scorers
-from dedpo_diffusion.claims import claim
+from dedpo_diffusion.core.locks import claim
 from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.evaluation.intervals import mean_interval
 from dedpo_diffusion.shapes import oracle, world

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dedpo_diffusion.annotators import Question, probability
 from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.scorers import load_scorer
 from dedpo_diffusion.shapes import oracle, world
 from doubles import Brightness

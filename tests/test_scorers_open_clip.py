@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.scorers import load_scorer
 
 SIDE, CONTEXT, WIDTH, LAYERS = 32, 16, 12, (0, 2, 4, 6, 7)

@@ -16,7 +16,7 @@ from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 from conftest import picture
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.formats.entry import image_source
 from dedpo_diffusion.formats.sources import hub, open_file, open_source
 from dedpo_diffusion.formats.sources.hub import HubSource

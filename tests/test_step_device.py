@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dedpo_diffusion.core.records import Conditioning, PairBatch
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.noising import ForwardProcess, TimestepDraw
 from dedpo_diffusion.objectives import OBJECTIVES
-from dedpo_diffusion.records import Conditioning, PairBatch
 from dedpo_diffusion.step import preference_step
 
 DEVICE = torch.device("cuda")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation.benchmarks import study
 from dedpo_diffusion.evaluation.benchmarks.study import Block, StudySettings, cells
 from dedpo_diffusion.evaluation.benchmarks.study_report import regimes, summarise, table

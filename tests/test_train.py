@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from conftest import picture, write_pairs
+from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.labels import write_targets
 from dedpo_diffusion.pipelines import train
-from dedpo_diffusion.records import Targets
 from dedpo_diffusion.runs import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
@@ -128,8 +128,8 @@ def test_pairs_without_weight_are_not_visited_and_the_mean_is_kept(tiny_model, t
 
 def test_flip_and_crop_treat_both_images_alike(tiny_model, tmp_path):
     """Two equal images stay equal through every view, whatever their size; so all margins stay 0."""
+    from dedpo_diffusion.core.records import Pair
     from dedpo_diffusion.pairs import PairWriter
-    from dedpo_diffusion.records import Pair
 
     with PairWriter(tmp_path / "data") as writer:
         for k in range(4):

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from conftest import write_pairs
 from dedpo_diffusion import merge_labels
 from dedpo_diffusion.balance import probability_scale
+from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.feed import Feed
 from dedpo_diffusion.labels import write_targets
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.noising import TimestepDraw, draw
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.records import Targets
 from dedpo_diffusion.runs import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import picture, write_pairs
+from dedpo_diffusion.core.records import Labels, Pair, Targets
 from dedpo_diffusion.labels import write_labels, write_targets
 from dedpo_diffusion.pairs import PairWriter
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.records import Labels, Pair, Targets
 from dedpo_diffusion.runs import checkpoints
 from dedpo_diffusion.sampling import load_sampler, sample
 from training import arguments, deviation, final, fresh_accelerate_state, metrics  # noqa: F401 - one is a fixture

@@ -16,10 +16,10 @@ from PIL import Image
 from dedpo_diffusion.annotators import Question, probability
 from dedpo_diffusion.annotators.vlm import VisionLanguageJudge
 from dedpo_diffusion.cli import main
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.labels import read_labels
 from dedpo_diffusion.pairs import PairWriter
-from dedpo_diffusion.records import Pair
 from dedpo_diffusion.settings import VlmSettings
 
 QWEN = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL.Image import Image
 
 from dedpo_diffusion.annotators import Answers, Judge, Question
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.scorers import Scorer
 
 

@@ -32,7 +32,7 @@ from PIL import Image
 
 from dedpo_diffusion.annotators import Answers, Judge, Question
 from dedpo_diffusion.annotators.question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
-from dedpo_diffusion.console import UserError, say
+from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.scorers.http import Connection, ServerFailure, finite, png_base64
 from dedpo_diffusion.settings.labelling import ServerSettings, VlmSettings
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from dedpo_diffusion.annotators import Answers, Judge, Question
 from dedpo_diffusion.checkpoints import check_checkpoint
-from dedpo_diffusion.console import UserError, say
-from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.core.console import UserError, say
+from dedpo_diffusion.core.files import file_digest
+from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.following import visited_pairs
 from dedpo_diffusion.images import pair_views
 from dedpo_diffusion.labels import read_targets
@@ -32,7 +33,6 @@ from dedpo_diffusion.losses import implicit_rewards
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.noising import step_generator
 from dedpo_diffusion.pairs import PairReader
-from dedpo_diffusion.records import Conditioning
 from dedpo_diffusion.runs import checkpoints, read_settings
 from dedpo_diffusion.settings import SelfTrainingSettings
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from dedpo_diffusion.annotators import Answers, Judge, Question
 from dedpo_diffusion.annotators.question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.scorers.loading import (
     check_options,
     folder_digest,

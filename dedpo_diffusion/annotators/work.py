@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 from dedpo_diffusion.annotators import Answers, Judge, Question
 from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.files import atomic_file
-from dedpo_diffusion.records import Pair
-from dedpo_diffusion.tables import open_parquet
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import atomic_file
+from dedpo_diffusion.core.records import Pair
+from dedpo_diffusion.core.tables import open_parquet
 
 if TYPE_CHECKING:
     from PIL.Image import Image

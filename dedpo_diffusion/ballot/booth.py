@@ -18,7 +18,7 @@ from dedpo_diffusion.ballot.plan import Plan
 from dedpo_diffusion.ballot.poll import Asked, Event, Poll
 from dedpo_diffusion.ballot.samples import SamplePairs
 from dedpo_diffusion.ballot.store import Store
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.decoding import decode_image, read_header
 from dedpo_diffusion.pairs import PairReader
 

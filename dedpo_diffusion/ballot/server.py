@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dedpo_diffusion.ballot.booth import Booth, Refusal
 from dedpo_diffusion.ballot.tally import Export
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 T = TypeVar("T")
 MAX_BODY = 16 << 10

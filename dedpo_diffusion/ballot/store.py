@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.ballot.poll import Event
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 SCHEMA = 1
 TABLES = """

@@ -12,9 +12,9 @@ import numpy as np
 from dedpo_diffusion.ballot.booth import Booth
 from dedpo_diffusion.ballot.plan import Plan
 from dedpo_diffusion.ballot.poll import SKIP, Event
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import Labels, Votes
 from dedpo_diffusion.labels import aggregate, align, label_names, label_origin, read_labels, write_labels, write_votes
-from dedpo_diffusion.records import Labels, Votes
 
 LEFT_WINS = {"left": 1.0, "tie": 0.5, "right": 0.0}
 

@@ -11,7 +11,7 @@ from dedpo_diffusion.ballot.booth import Booth
 from dedpo_diffusion.ballot.poll import SKIP, Event
 from dedpo_diffusion.ballot.samples import Row, SamplePairs
 from dedpo_diffusion.ballot.tally import to_votes
-from dedpo_diffusion.records import Votes
+from dedpo_diffusion.core.records import Votes
 
 NOBODY = ""  # in place of a rater, where nobody was asked; no person can have this name
 

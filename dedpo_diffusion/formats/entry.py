@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 ImageSource = bytes | Path | None  # an encoded file's bytes, where the file lies, or nothing
 

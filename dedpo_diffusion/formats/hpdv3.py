@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.formats.entry import Answer, Entry, counted, image_source, number, text
 from dedpo_diffusion.settings import IngestSettings
 

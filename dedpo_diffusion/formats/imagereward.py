@@ -27,11 +27,11 @@ from itertools import combinations, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.tables import open_parquet
 from dedpo_diffusion.formats.entry import Answer, Entry, better, image_source, is_folder, is_list, number, text
 from dedpo_diffusion.formats.sources import Located, Row, Source, fingerprint, open_source, split_file
 from dedpo_diffusion.settings import IngestSettings
-from dedpo_diffusion.tables import open_parquet
 
 WINNER_FIRST = False
 NEEDS = "prompt_id, prompt, image_path and rank, or prompt, generations and ranking"

@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.ahead import ahead
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import write_json
+from dedpo_diffusion.core.prefetch import ahead
+from dedpo_diffusion.core.records import Pair, Votes
 from dedpo_diffusion.decoding import decode_image
-from dedpo_diffusion.files import write_json
 from dedpo_diffusion.formats.entry import Answer, Entry
 from dedpo_diffusion.labels import aggregate, write_labels, write_votes
 from dedpo_diffusion.pairs import PairWriter
-from dedpo_diffusion.records import Pair, Votes
 from dedpo_diffusion.settings import IngestSettings
 
 COUNTS = (

@@ -29,7 +29,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.formats.entry import Answer, Entry, counted, image_source, number, text
 from dedpo_diffusion.formats.sources import Source, listed, open_source
 from dedpo_diffusion.formats.sources.parquet import ParquetSource

@@ -21,11 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import atomic_file
+from dedpo_diffusion.core.tables import open_parquet
 from dedpo_diffusion.decoding import decode_image, read_header
-from dedpo_diffusion.files import atomic_file
 from dedpo_diffusion.pairs import PAIR_COLUMNS, PairReader, shard_digest
-from dedpo_diffusion.tables import open_parquet
 
 VERSION = 1  # of the numbers below
 ROWS = 256  # pairs of one task, in whole row groups

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.sampling import Prompt
 
 CARRIED = {"parti": "parti.tsv", "geneval": "geneval.jsonl"}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.scorers.clip import OpenClipScorer, find_source, folder_source, only, weight_files
 from dedpo_diffusion.scorers.embedding import normalised
 from dedpo_diffusion.scorers.loading import in_one_line

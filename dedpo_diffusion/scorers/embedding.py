@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from dedpo_diffusion.console import say
+from dedpo_diffusion.core.console import say
 from dedpo_diffusion.scorers.loading import in_one_line, usable, within_memory
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.scorers.clip import OpenClipScorer, Source, folder_source, only, weight_files
 from dedpo_diffusion.scorers.loading import fetching
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 if TYPE_CHECKING:
     import httpx

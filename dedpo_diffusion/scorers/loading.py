@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.console import UserError, say
-from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.core.console import UserError, say
+from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.scorers import DTYPES
 
 if TYPE_CHECKING:

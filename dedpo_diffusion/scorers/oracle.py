@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.shapes.human import TEMPERATURE
 from dedpo_diffusion.shapes.oracle import TERMS, correct, read, reward
 

@@ -12,7 +12,7 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.scorers.embedding import EmbeddingScorer
 from dedpo_diffusion.scorers.loading import folder_digest, in_one_line, load_whole, local_or_hub, model_type
 

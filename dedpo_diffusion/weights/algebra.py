@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.console import UserError, track
+from dedpo_diffusion.core.console import UserError, track
 from dedpo_diffusion.weights.lora import Lora, LoraLayer, factors
 
 

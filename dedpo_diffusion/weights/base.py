@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dedpo_diffusion.bases import UNLOADABLE, resolve_model
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.single_file import family as family_of_file
 from dedpo_diffusion.weights.families import REFINER
 from dedpo_diffusion.weights.kohya import Family

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from dedpo_diffusion.console import UserError, say
-from dedpo_diffusion.files import atomic_file, file_digest, write_text
+from dedpo_diffusion.core.console import UserError, say
+from dedpo_diffusion.core.files import atomic_file, file_digest, write_text
 from dedpo_diffusion.runs import first_difference, read_settings
 from dedpo_diffusion.weights.adapters import find_adapter
 from dedpo_diffusion.weights.card_text import Exported, model_card

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.single_file import unreadable
 
 PICKLED = {".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle"}

@@ -14,8 +14,8 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from dedpo_diffusion.console import Progress, UserError, track
-from dedpo_diffusion.files import is_leftover
+from dedpo_diffusion.core.console import Progress, UserError, track
+from dedpo_diffusion.core.files import is_leftover
 from dedpo_diffusion.runs import best_folder, checkpoints
 from dedpo_diffusion.single_file import CLIP, OPEN_CLIP, UNET, VAE, family, foreign
 from dedpo_diffusion.weights.adapters import WORDS, Adapter, find_adapter

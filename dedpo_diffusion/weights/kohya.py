@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.single_file import UNET_ENDS, UNET_RESNET
 from dedpo_diffusion.weights.layers import collect, read_layer
 from dedpo_diffusion.weights.lora import Lora, LoraLayer

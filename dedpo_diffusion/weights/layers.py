@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.weights.lora import LoraLayer
 
 _AGAIN = "the file is damaged, get it again or export it again with the program that wrote it"

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dedpo_diffusion.files import atomic_file
+from dedpo_diffusion.core.files import atomic_file
 
 DIGEST = "sha256 of the tensors".ljust(
     64, "."

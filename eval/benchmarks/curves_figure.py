@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dedpo_diffusion.console import say, stage
+from dedpo_diffusion.core.console import say, stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,10 +75,10 @@ def make_pairs(settings: CurvesFigure, name: str, count: int, seed: int) -> Path
 
 def make_targets(pairs: Path, seed: int) -> None:
     """Targets people (all answers), few (the answers to FEW pairs drawn at random), and judge (the carried judge's labels of all pairs)."""
+    from dedpo_diffusion.core.records import Labels
     from dedpo_diffusion.labels import label_names, read_labels, write_labels
     from dedpo_diffusion.pipelines import label, merge
     from dedpo_diffusion.pipelines.quickstart import call
-    from dedpo_diffusion.records import Labels
 
     if "pickscore" not in label_names(pairs):
         judge = files("dedpo_diffusion.shapes") / "model" / "judge"
@@ -96,7 +96,7 @@ def make_targets(pairs: Path, seed: int) -> None:
 
 def train_run(settings: CurvesFigure, name: str, pairs: Path, held_out: Path) -> Path:
     """One of RUNS, with its validations."""
-    from dedpo_diffusion.files import write_text
+    from dedpo_diffusion.core.files import write_text
     from dedpo_diffusion.pipelines import train
     from dedpo_diffusion.pipelines.quickstart import call
     from dedpo_diffusion.shapes.world import VOCABULARY
@@ -160,8 +160,8 @@ def draw(report: Line, path: Path, run: Path) -> Path:
     from matplotlib import pyplot as plt
     from PIL import Image
 
+    from dedpo_diffusion.core.files import atomic_file
     from dedpo_diffusion.evaluation.judge_figure import PAPER, SOFT, STYLE
-    from dedpo_diffusion.files import atomic_file
 
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(9.6, 10.4), layout="constrained", facecolor=PAPER)
@@ -259,7 +259,7 @@ def _scores(axes: Axes, report: Line) -> None:
 
 def run(settings: CurvesFigure) -> Path:
     """Curves of runs that go well and wrong, as JSON and pictures."""
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     pairs = make_pairs(settings, "training", PAIRS, settings.seed)
     held_out = make_pairs(settings, "held-out", HELD_OUT, settings.seed + 1)

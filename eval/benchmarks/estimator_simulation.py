@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage
 
 ARMS = ("human_100", "naive", "power_1", "tuned", "half", "minus_se", "cross_fitted")
 FRESH = 4000  # pairs that the error is measured on
@@ -174,8 +174,8 @@ def run(settings: SimulationSettings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dedpo_diffusion.console import track
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.console import track
+    from dedpo_diffusion.core.files import write_json
 
     if settings.seeds < 2:
         raise UserError(f"seeds is {settings.seeds}; an interval needs at least 2")

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.console import say, stage, track
+from dedpo_diffusion.core.console import say, stage, track
 
 SHAPE, TEXT = (4, 8, 8), (4, 8)  # of a latent, and of an embedding
 
@@ -58,9 +58,9 @@ def make(folder: Path, count: int, *, shard_pairs: int = 1000) -> Path:
     from PIL import Image
 
     from dedpo_diffusion.cache import fill
+    from dedpo_diffusion.core.records import Conditioning, Pair, Targets
     from dedpo_diffusion.labels import write_targets
     from dedpo_diffusion.pairs import PairReader, PairWriter
-    from dedpo_diffusion.records import Conditioning, Pair, Targets
 
     rng = np.random.default_rng(0)
 
@@ -153,8 +153,8 @@ def measure(folder: Path, settings: FeedMemorySettings) -> dict[str, Any]:
 
 def run(settings: FeedMemorySettings) -> None:
     """Measure the memory of training's input by the number of pairs."""
-    from dedpo_diffusion.console import UserError
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.console import UserError
+    from dedpo_diffusion.core.files import write_json
 
     if settings.read is not None:
         return read(settings)

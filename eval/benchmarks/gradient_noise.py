@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import Progress, say, stage
+from dedpo_diffusion.core.console import Progress, say, stage
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def run(settings: NoiseSettings) -> dict[str, Any]:
     """Compare the noise of a step's gradient under both samplings."""
     import torch
 
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.feed import CachedSource, Feed, open_cache
-    from dedpo_diffusion.files import write_json
     from dedpo_diffusion.models import Backbone
     from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.settings import DataSettings

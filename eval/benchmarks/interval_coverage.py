@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import say, stage, track
+from dedpo_diffusion.core.console import say, stage, track
 
 REPLICATIONS = 1000
 KINDS = ("normal", "heavy tails", "skewed", "wins 0.5", "wins 0.75", "wins 0.95", "ties")
@@ -89,8 +89,8 @@ def run(settings: CoverageSettings) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.debias import wilson_interval
-    from dedpo_diffusion.files import write_json
 
     cases = [(kind, prompts, equal) for kind in KINDS for prompts in settings.prompts for equal in (True, False)]
     found: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import say, stage
+from dedpo_diffusion.core.console import say, stage
 from dedpo_diffusion.evaluation.benchmarks.validate_throughput import make, resident
 
 
@@ -73,7 +73,7 @@ def one_run(folder: Path, processes: int) -> dict[str, float]:
 
 def run(settings: LabelThroughputSettings) -> None:
     """Measure pairs a second, waiting and memory of `dedpo label`."""
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory(dir=settings.folder) as place:

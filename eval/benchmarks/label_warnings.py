@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def share(hits: int, n: int) -> dict[str, Any]:
 
 def simulate(settings: WarningSettings) -> list[dict[str, Any]]:
     """How often each case is warned of, and whether it should be."""
-    from dedpo_diffusion.console import track
+    from dedpo_diffusion.core.console import track
 
     seeds, found = range(settings.seeds), []
     cases = [("none", odds, False) for odds in (1.0, 1.5, 2.0, 3.0)] + [("true", 3.0, False), ("true", 3.0, True)]
@@ -107,7 +107,7 @@ def run(settings: WarningSettings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     if settings.seeds < 1 or not 20 <= settings.human < settings.pairs / 2:
         raise UserError("give at least 1 seed, and from 20 human labels to less than half of the pairs")

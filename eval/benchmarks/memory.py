@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from dedpo_diffusion.console import say, stage, track
+from dedpo_diffusion.core.console import say, stage, track
 
 if TYPE_CHECKING:
+    from dedpo_diffusion.core.records import PairBatch
     from dedpo_diffusion.models import Backbone
-    from dedpo_diffusion.records import PairBatch
 
 BLOCK = 512  # bytes
 OVERHEAD = 0.8 * 2**30  # bytes assumed for CUDA's context, workspaces and fragmentation
@@ -110,7 +110,7 @@ def some_batch(model: Backbone, pairs: int, size: int, width: int, *, stored: bo
     """A batch without meaning; `width` is that of the text embeddings."""
     import torch
 
-    from dedpo_diffusion.records import Conditioning, PairBatch
+    from dedpo_diffusion.core.records import Conditioning, PairBatch
 
     pooled = (
         model.unet.config.projection_class_embeddings_input_dim - 6 * model.unet.config.addition_time_embed_dim if model.told_sizes else 0
@@ -215,7 +215,7 @@ def run(settings: MemorySettings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     cases = [(name, stored) for name in settings.configs for stored in (True, False)]
     lines = [by_config(name, stored=stored) for name, stored in track(cases, "computing", len(cases))]

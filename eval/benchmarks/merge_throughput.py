@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import say, stage, track
+from dedpo_diffusion.core.console import say, stage, track
 
 WAYS = {
     "one judge": ["--judge", "judge-0"],
@@ -48,9 +48,9 @@ class MergeThroughputSettings:
 
 def make(folder: Path, count: int) -> Path:
     """A dataset of `count` pairs with human labels for a quarter and judges that agree on 60, 75 and 85 %, by model more or less."""
+    from dedpo_diffusion.core.records import Labels, Pair
     from dedpo_diffusion.labels import write_labels
     from dedpo_diffusion.pairs import PairWriter
-    from dedpo_diffusion.records import Labels, Pair
 
     rng = np.random.default_rng(0)
     model, score = rng.integers(20, size=count), rng.normal(size=count)
@@ -82,7 +82,7 @@ def one_run(folder: Path, options: list[str]) -> dict[str, float]:
 
 def run(settings: MergeThroughputSettings) -> None:
     """Measure seconds and memory of `dedpo merge`."""
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory(dir=settings.folder) as place:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import say, stage, track
+from dedpo_diffusion.core.console import say, stage, track
 from dedpo_diffusion.evaluation.intervals import seed_interval
 
 JUDGES = {"in_sample": "self-in-sample", "cross_fitted": "self"}
@@ -83,10 +83,10 @@ def label_in_sample(settings: SelfTrainingBenchmark, run: Path, pairs: Path, nam
     """Let one policy label all pairs, those that it trained on too, which `dedpo label` refuses."""
     from dedpo_diffusion.annotators import Question, probability
     from dedpo_diffusion.annotators.self_training import PolicyRewards, read_policy
+    from dedpo_diffusion.core.records import Labels
     from dedpo_diffusion.decoding import decode_image
     from dedpo_diffusion.labels import label_names, write_labels
     from dedpo_diffusion.pairs import PairReader
-    from dedpo_diffusion.records import Labels
     from dedpo_diffusion.settings import SelfTrainingSettings
 
     if name in label_names(pairs):
@@ -154,7 +154,7 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
 
 def run(settings: SelfTrainingBenchmark) -> None:
     """Compare in-sample with cross-fitted self-training."""
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     lines = [one_seed(settings, seed) for seed in settings.seeds]
     names = list(lines[0]["in_sample"])

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dedpo_diffusion.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.evaluation.intervals import seed_interval
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def run(settings: StackingSettings) -> None:
     """Compare a calibrated stack of two judges with each of them alone."""
     from importlib.resources import files
 
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.scorers import load_scorer
 
     if settings.seeds < 2:

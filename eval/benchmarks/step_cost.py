@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.console import say, stage, track
+from dedpo_diffusion.core.console import say, stage, track
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run(settings: CostSettings) -> None:
     """Time both parts of a step at every batch size."""
     import torch
 
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     torch.set_num_threads(settings.threads)
     work = {(pairs, name): part for pairs in settings.pairs for name, part in parts(pairs).items()}

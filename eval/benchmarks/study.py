@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dedpo_diffusion.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.evaluation.benchmarks.study_world import (
     JUDGES,
     LABEL_DRAWS,
@@ -230,7 +230,7 @@ class Study:
 
     def do(self, cell: Cell) -> None:
         """Train and judge one cell, and keep its result."""
-        from dedpo_diffusion.files import write_json
+        from dedpo_diffusion.core.files import write_json
 
         began = time.monotonic()
         line: dict[str, Any] = asdict(cell)
@@ -246,7 +246,7 @@ class Study:
 
     def outcome(self, cell: Cell, sample: Sample, merged: Merged) -> dict[str, Any]:
         """The verdict on the cell's policy; runs that are the same to the bit, such as tuned at power 0 and human, are trained once."""
-        from dedpo_diffusion.files import write_json
+        from dedpo_diffusion.core.files import write_json
 
         same = asdict(cell) | {"arm": asdict(ARMS[cell.arm]) | {"method": "", "all_human": False, "rule": ""}, "judge": "", "share": 0.0}
         if ARMS[cell.arm].follow:
@@ -277,8 +277,8 @@ class Study:
 
     def self_labels(self, cell: Cell, sample: Sample) -> np.ndarray:
         """(n,) labels by two policies, each trained on the human labels of half of the prompts and judging the pairs of the other half."""
-        from dedpo_diffusion.claims import claim
-        from dedpo_diffusion.files import write_json
+        from dedpo_diffusion.core.files import write_json
+        from dedpo_diffusion.core.locks import claim
 
         key = replace(cell, arm="human", judge="none", balance="none", sampling="uniform", learning_rate=rate_of(self.settings, "human"))
         folder = self.settings.work / "self"
@@ -347,8 +347,8 @@ class Study:
 
     def write_targets(self, name: str, sample: Sample, merged: Merged) -> None:
         """Targets of the whole pool: weight 0 but for the sample's pairs, whose weights make up for the others' number."""
+        from dedpo_diffusion.core.records import Targets
         from dedpo_diffusion.labels import write_targets
-        from dedpo_diffusion.records import Targets
 
         size = len(self.pool.ids)
 
@@ -379,7 +379,7 @@ def restore(settings: StudySettings, file: Path) -> None:
     """Put the cells of an earlier report back into the work folder, where they are missing."""
     import pyarrow.parquet as pq
 
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     names = {field.name for field in fields(Cell)}
     for line in pq.read_table(file).to_pylist():
@@ -395,7 +395,7 @@ def restore(settings: StudySettings, file: Path) -> None:
 
 def run(settings: StudySettings) -> None:
     """Do all cells of the study that are not done yet, and report."""
-    from dedpo_diffusion.claims import claim
+    from dedpo_diffusion.core.locks import claim
 
     wanted, began = cells(settings), time.monotonic()
     locks = settings.work / "locks"

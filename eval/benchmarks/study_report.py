@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dedpo_diffusion.console import say
+from dedpo_diffusion.core.console import say
 from dedpo_diffusion.evaluation.intervals import seed_interval
 from dedpo_diffusion.evaluation.judge_figure import STYLE
 
@@ -155,7 +155,7 @@ def draw(rows: Sequence[Line], path: Path, title: str) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from dedpo_diffusion.files import atomic_file
+    from dedpo_diffusion.core.files import atomic_file
 
     share = _commonest([row["share"] for row in rows if row["judge"] != "none"])
     names = list(dict.fromkeys(arm_name(row) for row in rows))
@@ -229,7 +229,7 @@ def write_report(settings: Any, files: Sequence[Path]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from dedpo_diffusion.files import atomic_file, write_json, write_text
+    from dedpo_diffusion.core.files import atomic_file, write_json, write_text
 
     folder: Path = settings.report
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from dedpo_diffusion.core.records import Conditioning
     from dedpo_diffusion.models import Backbone
     from dedpo_diffusion.pairs import PairReader
-    from dedpo_diffusion.records import Conditioning
 
 SAMPLER = {"steps": 12, "guidance": 1.0}  # of the pool's images and of the verdict's
 JUDGES = ("perfect", "random-90", "random-80", "biased-80", "coin", "adversarial", "clip", "self")
@@ -47,7 +47,7 @@ def make_pool(work: Path, pairs: int) -> Pool:
     Raises:
         UserError: a pool of another size is there.
     """
-    from dedpo_diffusion.files import write_text
+    from dedpo_diffusion.core.files import write_text
     from dedpo_diffusion.labels import align, label_names, read_labels
     from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.pipelines import label, propose
@@ -76,9 +76,9 @@ def _look(reader: PairReader, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Oracle rewards and clutter of both images of every pair, kept in `file`."""
     import json
 
-    from dedpo_diffusion.console import track
+    from dedpo_diffusion.core.console import track
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.decoding import decode_image
-    from dedpo_diffusion.files import write_json
     from dedpo_diffusion.shapes.oracle import TERMS, read, terms
 
     if not file.is_file():
@@ -229,8 +229,8 @@ class Verdict:
         """Errors of the policy and of the reference, (B, 2) each; the reference's are computed once a pair and draw."""
         import torch
 
+        from dedpo_diffusion.core.records import Conditioning
         from dedpo_diffusion.noising import step_generator
-        from dedpo_diffusion.records import Conditioning
 
         encoded = [self._encode(row) for row in rows]
         latents, given = torch.stack([part for part, _ in encoded]), Conditioning.stack([part for _, part in encoded])

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dedpo_diffusion.console import Progress, UserError, say, stage, track
+from dedpo_diffusion.core.console import Progress, UserError, say, stage, track
 
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.benchmarks.throughput_arms import Bench
@@ -258,9 +258,9 @@ def run(settings: ThroughputSettings) -> None:
     """Time a training step beside the published one."""
     import torch
 
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.evaluation.benchmarks.random_models import SIZES, random_backbone
     from dedpo_diffusion.evaluation.benchmarks.throughput_arms import DTYPES, set_up
-    from dedpo_diffusion.files import write_json
 
     check(settings)
     if settings.device == "cpu":

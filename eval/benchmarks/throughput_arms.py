@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from dedpo_diffusion.console import track
+from dedpo_diffusion.core.console import track
 
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings
@@ -85,9 +85,9 @@ def write_dataset(folder: Path, count: int, size: int) -> Path:
     """A dataset of smooth random JPEGs with a prompt and a hard label each."""
     from PIL import Image
 
+    from dedpo_diffusion.core.records import Pair, Targets
     from dedpo_diffusion.labels import write_targets
     from dedpo_diffusion.pairs import PairWriter
-    from dedpo_diffusion.records import Pair, Targets
 
     rng = np.random.default_rng(0)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import say, stage, track
+from dedpo_diffusion.core.console import say, stage, track
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def make(folder: Path, count: int) -> Path:
     """A dataset of `count` pairs; 2,000 pictures are drawn, and each file of them gets a comment of its own."""
     from PIL import Image
 
+    from dedpo_diffusion.core.records import Pair
     from dedpo_diffusion.pairs import PairWriter
-    from dedpo_diffusion.records import Pair
 
     rng = np.random.default_rng(0)
     pool = []
@@ -113,7 +113,7 @@ def compared(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def run(settings: ThroughputSettings) -> None:
     """Measure pairs a second and memory of `dedpo validate`."""
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
 
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=settings.folder) as place:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.console import UserError, say, stage, track
+from dedpo_diffusion.core.console import UserError, say, stage, track
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def measure(settings: OrderSettings, p: np.ndarray, g: np.ndarray) -> list[dict[
 
 def run(settings: OrderSettings) -> None:
     """Compare orders of asking at the same number of answers."""
-    from dedpo_diffusion.files import write_json
+    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.labels import align, read_labels
     from dedpo_diffusion.pairs import PairReader
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.formats.sources.base import Located, Row, Source, fingerprint, listed, picked, split_file
 from dedpo_diffusion.formats.sources.hub import HubSource, SavedSource, is_saved
 from dedpo_diffusion.formats.sources.imagefolder import METADATA, ImageFolderSource

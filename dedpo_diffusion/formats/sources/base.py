@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.console import UserError
-from dedpo_diffusion.files import file_digest
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.files import file_digest
 
 Row = dict[str, Any]
 Located = tuple[str, Row, Path | None]  # where the row stands, the row, the folder that its paths are relative to

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.formats.sources.base import Located, Source, fingerprint
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.formats.sources.base import Located, Row, Source, fingerprint
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -9,7 +9,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from dedpo_diffusion.evaluation.figures import colour
+from dedpo_diffusion.core.charts import colour
 
 
 def document(title: str, body: str, *, script: str = "", data: str = "") -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.console import NoSpace, is_full
+from dedpo_diffusion.core.console import NoSpace, is_full
 
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dedpo_diffusion.console import UserError
+from dedpo_diffusion.core.console import UserError
 
 SOURCE = "source_"
 

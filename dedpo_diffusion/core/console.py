@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from dedpo_diffusion.stopping import Terminated
+from dedpo_diffusion.core.stopping import Terminated
 
 T = TypeVar("T")
 S = TypeVar("S")
