@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dedpo_diffusion.balance import balance_errors as balance_errors
     from dedpo_diffusion.debias import Merged as Merged
     from dedpo_diffusion.debias import merge_labels as merge_labels
-    from dedpo_diffusion.losses import implicit_rewards as implicit_rewards
-    from dedpo_diffusion.losses import margin as margin
-    from dedpo_diffusion.losses import preference_loss as preference_loss
-    from dedpo_diffusion.step import preference_step as preference_step
+    from dedpo_diffusion.dpo.balance import balance_errors as balance_errors
+    from dedpo_diffusion.dpo.losses import implicit_rewards as implicit_rewards
+    from dedpo_diffusion.dpo.losses import margin as margin
+    from dedpo_diffusion.dpo.losses import preference_loss as preference_loss
+    from dedpo_diffusion.dpo.step import preference_step as preference_step
 
 _HOME = {
     "Merged": "debias",

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dedpo_diffusion.debias import wilson_interval
-from dedpo_diffusion.losses import implicit_rewards, margin
+from dedpo_diffusion.dpo.losses import implicit_rewards, margin
+from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, step_generator
+from dedpo_diffusion.dpo.objectives import OBJECTIVES, objective_loss
 from dedpo_diffusion.metrics import BUCKETS
-from dedpo_diffusion.noising import Draws, TimestepDraw, step_generator
-from dedpo_diffusion.objectives import OBJECTIVES, objective_loss
 from dedpo_diffusion.pairs import PairReader
 
 STREAM = 1003  # of `step_generator`: no draw of training uses it

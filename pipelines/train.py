@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from dedpo_diffusion.core.records import PairBatch, StepResult
     from dedpo_diffusion.core.stopping import StopSignal
+    from dedpo_diffusion.dpo.noising import Draws
     from dedpo_diffusion.feed import Loaded
     from dedpo_diffusion.health import Watch
-    from dedpo_diffusion.noising import Draws
     from dedpo_diffusion.pipelines.train_setup import Session
     from dedpo_diffusion.pipelines.train_validation import Validation
 
@@ -159,7 +159,7 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
     import torch
 
     from dedpo_diffusion.core.prefetch import ahead
-    from dedpo_diffusion.noising import draw
+    from dedpo_diffusion.dpo.noising import draw
 
     settings, feed, accelerator = session.settings, session.feed, session.accelerator
     optim, processes, rank = settings.optim, accelerator.num_processes, accelerator.process_index
@@ -186,7 +186,7 @@ def learn(session: Session, loaded: Loaded) -> tuple[StepResult, PairBatch, Tens
     Returns:
         The step's result, its pairs, their timesteps (B,), and what a power that follows is measured by, else None.
     """
-    from dedpo_diffusion.step import preference_step
+    from dedpo_diffusion.dpo.step import preference_step
 
     accelerator, model, follow = session.accelerator, session.model, session.follow
     batch, draws = session.feed.batch(loaded, model)
@@ -219,9 +219,9 @@ def run(settings: TrainSettings) -> Path:
     if settings.smoke is not None:
         return try_out(settings)
     from dedpo_diffusion.core.stopping import StopSignal, Terminated
+    from dedpo_diffusion.dpo.noising import step_generator
     from dedpo_diffusion.health import Watch
     from dedpo_diffusion.metrics import step_metrics
-    from dedpo_diffusion.noising import step_generator
     from dedpo_diffusion.pipelines.train_setup import set_up
     from dedpo_diffusion.runs import MetricsLog, read_metrics
 

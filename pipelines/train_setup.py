@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
     from torch.distributed import ProcessGroup
 
+    from dedpo_diffusion.dpo.adaptive_power import FollowedPower
+    from dedpo_diffusion.dpo.noising import TimestepDraw
     from dedpo_diffusion.feed import Feed, ReferenceGrid, Source
-    from dedpo_diffusion.following import FollowedPower
     from dedpo_diffusion.models import Backbone
-    from dedpo_diffusion.noising import TimestepDraw
     from dedpo_diffusion.optimizers import Average
     from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.pipelines.train_validation import Validation
@@ -110,11 +110,11 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     import torch
 
     from dedpo_diffusion.core.files import file_digest
+    from dedpo_diffusion.dpo.step import needs_reference
     from dedpo_diffusion.feed import Feed
     from dedpo_diffusion.models import Backbone
     from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.pipelines.train_validation import open_validation
-    from dedpo_diffusion.step import needs_reference
 
     data = settings.data
     reader = PairReader(data.pairs)
@@ -216,7 +216,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     Raises:
         UserError: an option that cannot be used, or does not go with the objective.
     """
-    from dedpo_diffusion.objectives import OBJECTIVES
+    from dedpo_diffusion.dpo.objectives import OBJECTIVES
     from dedpo_diffusion.pipelines.train_validation import check_validation
 
     check_validation(settings)
@@ -273,7 +273,7 @@ def check(settings: TrainSettings, feed: Feed) -> None:
     """
     import torch
 
-    from dedpo_diffusion.objectives import objective_loss
+    from dedpo_diffusion.dpo.objectives import objective_loss
 
     errors = torch.ones(len(feed.target), 2)
     numbers = {name: getattr(settings.objective, name) for name in ("kind", "beta", "options", "margin_cap")}
@@ -289,7 +289,7 @@ def timestep_draw(objective: ObjectiveSettings, schedule: int) -> TimestepDraw:
     Raises:
         UserError: a range that is empty or beyond the schedule, or another number that cannot be used.
     """
-    from dedpo_diffusion.noising import TimestepDraw
+    from dedpo_diffusion.dpo.noising import TimestepDraw
 
     first, last = objective.timesteps or (0, schedule)
     if last > schedule:
@@ -340,7 +340,7 @@ def follow_power(objective: ObjectiveSettings, feed: Feed) -> FollowedPower | No
         UserError: a number that cannot be used.
     """
     from dedpo_diffusion.debias import power_cap
-    from dedpo_diffusion.following import FollowedPower
+    from dedpo_diffusion.dpo.adaptive_power import FollowedPower
 
     if feed.parts is None:
         return None

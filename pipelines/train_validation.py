@@ -188,7 +188,7 @@ class HeldOut:
         """Errors of the policy (P, K, 2), on the CPU; each process predicts for its part of the pairs."""
         import torch
 
-        from dedpo_diffusion.noising import Draws
+        from dedpo_diffusion.dpo.noising import Draws
 
         accelerator, model, draws, batch = session.accelerator, session.model, self.wanted.draws, session.settings.optim.batch
         found = torch.zeros(len(self.rows), draws, 2, device=model.device)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dedpo_diffusion import balance_errors, implicit_rewards, margin, preference_loss
-from dedpo_diffusion.balance import balance_coefficients, guard_factors, probability_scale, scale_gradients
-from dedpo_diffusion.noising import image_errors
+from dedpo_diffusion.dpo.balance import balance_coefficients, guard_factors, probability_scale, scale_gradients
+from dedpo_diffusion.dpo.noising import image_errors
 
 
 def random_errors(seed: int, dtype=torch.float32) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dedpo_diffusion.noising import Draws, ForwardProcess, TimestepDraw, draw, residual_cosine
+from dedpo_diffusion.dpo.noising import Draws, ForwardProcess, TimestepDraw, draw, residual_cosine
 
 SCHEDULE = torch.cumprod(1 - torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64), 0)
 

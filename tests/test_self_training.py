@@ -100,7 +100,7 @@ def test_rewards_equal_a_plain_loop_over_images_and_draws(trained, tiny_model):
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
 
-    from dedpo_diffusion.noising import step_generator
+    from dedpo_diffusion.dpo.noising import step_generator
 
     pairs, runs = trained
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)

@@ -10,10 +10,10 @@ import torch
 
 from conftest import build_tiny_model
 from dedpo_diffusion import preference_step
-from dedpo_diffusion.balance import probability_scale
 from dedpo_diffusion.core.records import Conditioning, PairBatch
+from dedpo_diffusion.dpo.balance import probability_scale
+from dedpo_diffusion.dpo.noising import ForwardProcess
 from dedpo_diffusion.models import Backbone
-from dedpo_diffusion.noising import ForwardProcess
 
 TARGETS = torch.tensor([-3.0, 0.0, 0.3, 1.0, 4.0])
 

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dedpo_diffusion.core.records import Conditioning, PairBatch
+from dedpo_diffusion.dpo.noising import ForwardProcess, TimestepDraw
+from dedpo_diffusion.dpo.objectives import OBJECTIVES
+from dedpo_diffusion.dpo.step import preference_step
 from dedpo_diffusion.models import Backbone
-from dedpo_diffusion.noising import ForwardProcess, TimestepDraw
-from dedpo_diffusion.objectives import OBJECTIVES
-from dedpo_diffusion.step import preference_step
 
 DEVICE = torch.device("cuda")
 LOOKS = {"dr_dpo"}  # at its weights in every step

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from dedpo_diffusion import tiny
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import PairBatch
+from dedpo_diffusion.dpo.step import preference_step
 from dedpo_diffusion.evaluation.benchmarks import memory, random_models, throughput, throughput_arms
 from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
 from dedpo_diffusion.evaluation.benchmarks.tally import Tally, storage_bytes
@@ -25,7 +26,6 @@ from dedpo_diffusion.feed import LiveSource
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.pairs import PairReader
 from dedpo_diffusion.settings import DataSettings
-from dedpo_diffusion.step import preference_step
 from training import fresh_accelerate_state  # noqa: F401
 
 CPU = torch.device("cpu")

@@ -138,8 +138,8 @@ def test_flip_and_crop_treat_both_images_alike(tiny_model, tmp_path):
     changes = {"data__flip": "true", "data__crop": "random", "optim__steps": 4}
     assert train.main(arguments(tiny_model, tmp_path / "data", tmp_path / "run", **changes)) == 0
     # the VAE's posterior is drawn for each image apart, so equality is only up to that draw's spread: compare the pixels
+    from dedpo_diffusion.dpo.noising import step_generator
     from dedpo_diffusion.feed import view_pair
-    from dedpo_diffusion.noising import step_generator
     from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.settings import DataSettings
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from conftest import write_pairs
 from dedpo_diffusion import merge_labels
-from dedpo_diffusion.balance import probability_scale
 from dedpo_diffusion.core.records import Targets
+from dedpo_diffusion.dpo.balance import probability_scale
+from dedpo_diffusion.dpo.noising import TimestepDraw, draw
 from dedpo_diffusion.feed import Feed
 from dedpo_diffusion.labels import write_targets
 from dedpo_diffusion.models import Backbone
-from dedpo_diffusion.noising import TimestepDraw, draw
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.runs import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
@@ -93,7 +93,7 @@ def test_a_power_that_follows_is_logged_moves_and_survives_a_stop(tiny_model, me
 
 
 def test_a_power_that_stays_equals_the_fixed_one(tiny_model, merged_pairs, tmp_path, monkeypatch):
-    from dedpo_diffusion.following import FollowedPower
+    from dedpo_diffusion.dpo.adaptive_power import FollowedPower
 
     assert train.main(options(tiny_model, merged_pairs, tmp_path / "fixed")) == 0
     monkeypatch.setattr(FollowedPower, "update", lambda self, sums: None)

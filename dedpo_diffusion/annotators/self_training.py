@@ -26,12 +26,12 @@ from dedpo_diffusion.checkpoints import check_checkpoint
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.core.records import Conditioning
-from dedpo_diffusion.following import visited_pairs
+from dedpo_diffusion.dpo.adaptive_power import visited_pairs
+from dedpo_diffusion.dpo.losses import implicit_rewards
+from dedpo_diffusion.dpo.noising import step_generator
 from dedpo_diffusion.images import pair_views
 from dedpo_diffusion.labels import read_targets
-from dedpo_diffusion.losses import implicit_rewards
 from dedpo_diffusion.models import Backbone
-from dedpo_diffusion.noising import step_generator
 from dedpo_diffusion.pairs import PairReader
 from dedpo_diffusion.runs import checkpoints, read_settings
 from dedpo_diffusion.settings import SelfTrainingSettings

@@ -102,8 +102,8 @@ def read(settings: FeedMemorySettings) -> None:
     import torch
 
     from dedpo_diffusion.cache import PairCache
+    from dedpo_diffusion.dpo.noising import TimestepDraw, draw
     from dedpo_diffusion.feed import CachedSource, Feed
-    from dedpo_diffusion.noising import TimestepDraw, draw
     from dedpo_diffusion.pairs import PairReader
 
     class Plain:

@@ -48,8 +48,8 @@ def gradients(settings: NoiseSettings, model: Any, feed: Any, shape: tuple[int, 
     """(draws, parameters) gradients of independent steps."""
     import torch
 
-    from dedpo_diffusion.noising import TimestepDraw, draw
-    from dedpo_diffusion.step import preference_step
+    from dedpo_diffusion.dpo.noising import TimestepDraw, draw
+    from dedpo_diffusion.dpo.step import preference_step
 
     found, everywhere = [], TimestepDraw(0, len(model.process))
     for step in range(settings.draws):

@@ -133,9 +133,9 @@ def training_bytes(model: Backbone, batch: PairBatch, *, accumulation: int, tall
     """
     import torch
 
+    from dedpo_diffusion.dpo.step import preference_step
     from dedpo_diffusion.evaluation.benchmarks.tally import storage_bytes
     from dedpo_diffusion.optimizers import build_optimizer
-    from dedpo_diffusion.step import preference_step
 
     trained = list(model.trainable().values())
     mine = {id(parameter) for parameter in trained}

@@ -213,7 +213,7 @@ class Verdict:
         """(n,) mean margin of pairs of the pool over evenly spread timesteps, noises the same for every policy."""
         import torch
 
-        from dedpo_diffusion.losses import implicit_rewards, margin
+        from dedpo_diffusion.dpo.losses import implicit_rewards, margin
 
         found = []
         for start in range(0, len(rows), 32):
@@ -230,7 +230,7 @@ class Verdict:
         import torch
 
         from dedpo_diffusion.core.records import Conditioning
-        from dedpo_diffusion.noising import step_generator
+        from dedpo_diffusion.dpo.noising import step_generator
 
         encoded = [self._encode(row) for row in rows]
         latents, given = torch.stack([part for part, _ in encoded]), Conditioning.stack([part for _, part in encoded])

@@ -107,7 +107,7 @@ def write_dataset(folder: Path, count: int, size: int) -> Path:
 
 def ours(sessions: dict[str, Session], name: str) -> Callable[[Stations | None], Any]:
     """The step of `dedpo train` in this arm."""
-    from dedpo_diffusion.noising import draw
+    from dedpo_diffusion.dpo.noising import draw
     from dedpo_diffusion.pipelines import train
 
     session, done = sessions[name], [0]

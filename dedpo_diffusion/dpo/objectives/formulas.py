@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dedpo_diffusion.losses import preference_loss
-from dedpo_diffusion.objectives.quantities import Pairs
+from dedpo_diffusion.dpo.losses import preference_loss
+from dedpo_diffusion.dpo.objectives.quantities import Pairs
 
 
 def _require(holds: bool, words: str) -> None:

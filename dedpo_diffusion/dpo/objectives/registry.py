@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.objectives import formulas
-from dedpo_diffusion.objectives.quantities import Pairs
+from dedpo_diffusion.dpo.objectives import formulas
+from dedpo_diffusion.dpo.objectives.quantities import Pairs
 
 
 @dataclass(frozen=True)

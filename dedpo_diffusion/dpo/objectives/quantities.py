@@ -11,7 +11,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from dedpo_diffusion.losses import implicit_rewards, margin
+from dedpo_diffusion.dpo.losses import implicit_rewards, margin
 
 
 @dataclass(frozen=True)

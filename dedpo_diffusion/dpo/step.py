@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.balance import balance_coefficients, guard_factors, probability_scale, scale_gradients
 from dedpo_diffusion.core.records import Conditioning, PairBatch, StepResult
-from dedpo_diffusion.losses import implicit_rewards, margin
-from dedpo_diffusion.noising import ForwardProcess, image_errors, residual_cosine
-from dedpo_diffusion.objectives import OBJECTIVES, objective_loss
+from dedpo_diffusion.dpo.balance import balance_coefficients, guard_factors, probability_scale, scale_gradients
+from dedpo_diffusion.dpo.losses import implicit_rewards, margin
+from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors, residual_cosine
+from dedpo_diffusion.dpo.objectives import OBJECTIVES, objective_loss
 
 
 class Model(Protocol):
