@@ -25,7 +25,7 @@ from dedpo_diffusion.decoding import decode_image
 from dedpo_diffusion.dpo.adaptive_power import LEAST_POWER, Parts, followed, retarget, visited_pairs
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, step_generator
 from dedpo_diffusion.images import nearest_shape, pair_views
-from dedpo_diffusion.labels import read_targets
+from dedpo_diffusion.labels.files import read_targets
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.pairs import PairReader
 from dedpo_diffusion.runs import first_difference

@@ -111,7 +111,7 @@ def by_scorer(measured: Mapping[str, Measured]) -> dict[str, Any]:
     Args:
         measured: of one arm, by scorer, over two prompts or more each.
     """
-    from dedpo_diffusion.doubts import holm
+    from dedpo_diffusion.labels.warnings import holm
 
     corrected = holm([entry.gain.p for entry in measured.values() if entry.gain.p is not None])
     return {

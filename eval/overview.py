@@ -48,7 +48,7 @@ def write_overview(path: Path, reader: PairReader, report: dict[str, Any], *, hu
 
 
 def _labels(reader: PairReader, human: str) -> dict[str, float]:
-    from dedpo_diffusion.labels import label_names, read_labels
+    from dedpo_diffusion.labels.files import label_names, read_labels
 
     if human not in label_names(reader.folder):
         return {}

@@ -112,9 +112,9 @@ def summary(arm: Arm, base: Arm, judged: Judged, shared: Sequence[str], **option
     """
     import numpy as np
 
-    from dedpo_diffusion.agreement import vote_summary
     from dedpo_diffusion.core.records import Votes as Answers
     from dedpo_diffusion.evaluation.numbers import intervals
+    from dedpo_diffusion.labels.agreement import vote_summary
 
     votes, given = judged.votes, np.flatnonzero(_asked(judged.votes))
     first, raters = np.intersect1d(given, np.flatnonzero(_first(votes))), [votes.rater[k] for k in given]

@@ -180,7 +180,7 @@ def warnings(results: Results, name: str) -> list[str]:
 
 def category_notes(results: Results) -> list[str]:
     """Arms that are better on some categories of prompts and worse on others, on the primary scorer, after Holm's correction."""
-    from dedpo_diffusion.doubts import holm
+    from dedpo_diffusion.labels.warnings import holm
 
     primary, found = results["primary"], []
     for name, arm in results["arms"].items():

@@ -21,8 +21,8 @@ from dedpo_diffusion.settings import CalibrateSettings, MergeSettings
 if TYPE_CHECKING:
     import numpy as np
 
-    from dedpo_diffusion.calibration import Calibrated
     from dedpo_diffusion.core.records import Labels
+    from dedpo_diffusion.labels.calibration import Calibrated
 
 RAW = ("score_0", "score_1", "judge_version")
 TAUGHT = "self-"  # starts the version of a judge that trained on people's labels
@@ -51,7 +51,7 @@ def choose_judges(settings: CalibrateSettings) -> dict[str, Labels]:
     Raises:
         UserError: none, the human file, one twice, or one that was calibrated.
     """
-    from dedpo_diffusion.labels import CALIBRATED, label_names, label_origin, read_labels
+    from dedpo_diffusion.labels.files import CALIBRATED, label_names, label_origin, read_labels
 
     if settings.judges:
         for name in settings.judges:
@@ -121,7 +121,7 @@ def read_human(settings: CalibrateSettings) -> Asked:
         UserError: no such file.
     """
     from dedpo_diffusion.debias import inverse_propensity
-    from dedpo_diffusion.labels import label_names
+    from dedpo_diffusion.labels.files import label_names
     from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.pipelines import merge
 
@@ -145,7 +145,7 @@ def plan(settings: CalibrateSettings, judges: Sequence[str]) -> dict[str, list[s
     Raises:
         UserError: a stack of one, one name for several files, or a file that something else made.
     """
-    from dedpo_diffusion.labels import CALIBRATED, label_names, label_origin
+    from dedpo_diffusion.labels.files import CALIBRATED, label_names, label_origin
 
     stack = settings.method == "stack"
     if stack and len(judges) < 2:
@@ -190,9 +190,9 @@ def calibrate_file(settings: CalibrateSettings, name: str, judges: dict[str, Jud
     """Calibrate, write and tell one new label file; returns what a summary of it does not know: where it is from, and how."""
     import numpy as np
 
-    from dedpo_diffusion.calibration import calibrate
     from dedpo_diffusion.core.files import file_digest
-    from dedpo_diffusion.labels import CALIBRATED, write_labels
+    from dedpo_diffusion.labels.calibration import calibrate
+    from dedpo_diffusion.labels.files import CALIBRATED, write_labels
 
     differences = np.stack([judge.scores[:, 0] - judge.scores[:, 1] for judge in judges.values()], axis=1)
     try:

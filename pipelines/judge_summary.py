@@ -61,8 +61,8 @@ def summarise(
     import numpy as np
 
     from dedpo_diffusion.core.files import file_digest
-    from dedpo_diffusion.diagnosis import diagnose
-    from dedpo_diffusion.labels import align, label_names, read_labels
+    from dedpo_diffusion.labels.files import align, label_names, read_labels
+    from dedpo_diffusion.labels.judge_diagnosis import diagnose
     from dedpo_diffusion.pairs import PairReader
 
     path, names = pairs / "labels" / f"{human}.parquet", [name for name in names if name != human]
@@ -134,7 +134,7 @@ def judge_answers(labels: Labels, ids: list[str], *, folder: Path, name: str) ->
     """
     import numpy as np
 
-    from dedpo_diffusion.labels import align
+    from dedpo_diffusion.labels.files import align
 
     label_0 = align(labels, ids, folder=folder, name=name)
     place = {pair_id: row for row, pair_id in enumerate(labels.pair_id)}
@@ -203,7 +203,7 @@ def _looks(reader: PairReader, rows: list[int]) -> Iterator[tuple[str, dict[str,
 
     from dedpo_diffusion.core.prefetch import ahead
     from dedpo_diffusion.decoding import decode_image
-    from dedpo_diffusion.image_statistics import image_statistics
+    from dedpo_diffusion.labels.image_statistics import image_statistics
 
     def look(item: tuple[int, Pair]) -> list[dict[str, float]]:
         row, pair = item
@@ -219,7 +219,7 @@ def _looks(reader: PairReader, rows: list[int]) -> Iterator[tuple[str, dict[str,
 
 def _write(pairs: Path, human: str, reports: dict[str, dict[str, Any]]) -> None:
     from dedpo_diffusion.core.files import write_json
-    from dedpo_diffusion.evaluation.judge_figure import draw
+    from dedpo_diffusion.labels.judge_figure import draw
 
     for name, report in reports.items():
         path = pairs / "labels" / f"{name}.json"
@@ -236,7 +236,7 @@ def stat_words(stat: dict[str, Any], form: str) -> str:
 
 
 def _lean(report: dict[str, Any]) -> str:
-    from dedpo_diffusion.diagnosis import lean_phrase
+    from dedpo_diffusion.labels.judge_diagnosis import lean_phrase
 
     named = [lean for lean in report["leans"] if lean["named"]]
     return f"{lean_phrase(named[0]).split(' (')[0]}, by {abs(named[0]['value']):.2f}" if named else "-"

@@ -42,7 +42,7 @@ def load_judges(settings: LabelSettings) -> list[Judge]:
         UserError: one that cannot be had, or two of one name.
     """
     from dedpo_diffusion.annotators import load_judge
-    from dedpo_diffusion.labels import label_origin
+    from dedpo_diffusion.labels.files import label_origin
 
     if settings.name is not None and len(settings.judges) > 1:
         raise UserError(f"--name {settings.name} names one label file, and there are {len(settings.judges)} judges; run each alone")
@@ -143,7 +143,7 @@ def is_done(run: Run, ids: list[str]) -> bool:
     Raises:
         UserError: a file of that name holds other labels, or lacks answers that can no longer be added.
     """
-    from dedpo_diffusion.labels import label_names, label_origin, read_labels
+    from dedpo_diffusion.labels.files import label_names, label_origin, read_labels
 
     dataset = run.folder.parent
     if run.judge.name not in label_names(dataset):
@@ -352,7 +352,7 @@ def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: 
     from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
     from dedpo_diffusion.annotators.work import PART_COLUMNS, TOKENS, joined, read_part
     from dedpo_diffusion.core.records import Labels
-    from dedpo_diffusion.labels import write_labels
+    from dedpo_diffusion.labels.files import write_labels
 
     table = joined([read_part(run.part(shard), run.stamp) for shard in range(shards)])
     if isinstance(run.judge, BradleyTerry):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def choose_judges(settings: MergeSettings) -> list[str]:
     """The judges' label files: those named, or the only one that is not human; none only for human_only."""
-    from dedpo_diffusion.labels import label_names
+    from dedpo_diffusion.labels.files import label_names
 
     named = [name.strip() for text in settings.judges for name in text.split(",") if name.strip()]
     if named and settings.judge is not None:
@@ -62,7 +62,7 @@ def read_judge(settings: MergeSettings, ids: list[str], judge: str) -> np.ndarra
     """
     import numpy as np
 
-    from dedpo_diffusion.labels import align, read_labels
+    from dedpo_diffusion.labels.files import align, read_labels
 
     labels = align(read_labels(settings.pairs, judge, extras=()), ids, folder=settings.pairs, name=judge)
     missing = np.flatnonzero(np.isnan(labels))
@@ -81,7 +81,7 @@ def read_human(settings: MergeSettings, ids: list[str]) -> tuple[np.ndarray, np.
     """
     import numpy as np
 
-    from dedpo_diffusion.labels import align, label_names, read_labels, row_of
+    from dedpo_diffusion.labels.files import align, label_names, read_labels, row_of
 
     if settings.method == "naive" and settings.human == "human" and "human" not in label_names(settings.pairs):
         return np.full(len(ids), np.nan), None
@@ -145,7 +145,7 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
     import numpy as np
 
     from dedpo_diffusion.core.tables import SOURCE
-    from dedpo_diffusion.pipelines.merge_columns import comparable, plain_sources, strata_of
+    from dedpo_diffusion.labels.merge_columns import comparable, plain_sources, strata_of
 
     human, propensity = read_human(settings, ids)
     if propensity is not None:
@@ -201,7 +201,7 @@ def parts(settings: MergeSettings, reader: PairReader) -> dict[str, np.ndarray]:
     every = {name: np.ones(len(reader), dtype=bool)}
     if settings.folds == 0:
         return every
-    from dedpo_diffusion.calibration import assign_folds
+    from dedpo_diffusion.labels.calibration import assign_folds
 
     prompts = reader.prompts()
     if len(set(prompts)) < settings.folds:
@@ -233,7 +233,7 @@ def write_part(settings: MergeSettings, name: str, ids: list[str], rows: np.ndar
     import numpy as np
 
     from dedpo_diffusion.core.records import Targets
-    from dedpo_diffusion.labels import write_targets
+    from dedpo_diffusion.labels.files import write_targets
 
     def placed(values: np.ndarray | None, left_out: float) -> np.ndarray | None:
         if values is None or rows.all():
@@ -270,7 +270,7 @@ def print_next(settings: MergeSettings, names: list[str], judges: Sequence[str])
 
 def say_stale(settings: MergeSettings, written: list[str]) -> None:
     """Name targets by fold of an earlier merge of this name, which do not belong to the new ones."""
-    from dedpo_diffusion.labels import target_names
+    from dedpo_diffusion.labels.files import target_names
 
     start = f"{written[0]}-fold-"
     stale = [
@@ -284,10 +284,10 @@ def run(settings: MergeSettings) -> Path:
     """Merge human and judge labels into one target and weight per pair, or plan how many more labels to ask for."""
     import numpy as np
 
-    from dedpo_diffusion.labels import targets_path
+    from dedpo_diffusion.labels.files import targets_path
+    from dedpo_diffusion.labels.merge_columns import with_propensity
+    from dedpo_diffusion.labels.merge_report import complete, draw_report, further_sentences, print_report, write_plan
     from dedpo_diffusion.pairs import PairReader
-    from dedpo_diffusion.pipelines.merge_columns import with_propensity
-    from dedpo_diffusion.pipelines.merge_report import complete, draw_report, further_sentences, print_report, write_plan
 
     reader = PairReader(settings.pairs)
     targets_path(settings.pairs, settings.name or settings.method)  # a name that leads elsewhere is refused before all else

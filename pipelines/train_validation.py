@@ -65,7 +65,7 @@ def shrink_validation(wanted: ValidationSettings, folder: Path) -> ValidationSet
 
     from dedpo_diffusion.core.files import write_text
     from dedpo_diffusion.core.records import Labels
-    from dedpo_diffusion.labels import write_labels
+    from dedpo_diffusion.labels.files import write_labels
     from dedpo_diffusion.tiny import write_pairs
 
     if wanted.every is None:
@@ -126,7 +126,7 @@ class HeldOut:
         import numpy as np
 
         from dedpo_diffusion.core.files import file_digest
-        from dedpo_diffusion.labels import align, read_labels
+        from dedpo_diffusion.labels.files import align, read_labels
         from dedpo_diffusion.pairs import PairReader
         from dedpo_diffusion.pipelines.train_setup import open_source
 

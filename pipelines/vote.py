@@ -119,7 +119,7 @@ def judge_labels(settings: VoteSettings, ids: list[str]) -> tuple[np.ndarray, di
     import numpy as np
 
     from dedpo_diffusion.core.files import file_digest
-    from dedpo_diffusion.labels import CALIBRATED, align, label_names, label_origin, read_labels
+    from dedpo_diffusion.labels.files import CALIBRATED, align, label_names, label_origin, read_labels
 
     pairs = settings.folders[0]
     calibrated = {name for name in label_names(pairs) if label_origin(pairs, name) == CALIBRATED}

@@ -57,7 +57,7 @@ def open_samples(settings: VoteSettings) -> Iterator[Voting]:
 def check_name(arm: Path, name: str, session: str | None = None) -> None:
     """The vote file of this name is made by this voting, or is not there; UserError otherwise. `session` is None for a new voting."""
     from dedpo_diffusion.evaluation.people import votes_session
-    from dedpo_diffusion.labels import named_file
+    from dedpo_diffusion.labels.files import named_file
 
     path = named_file(arm, "votes", name)
     if path.is_file() and (session is None or votes_session(path) != session):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dedpo_diffusion.doubts import holm
 from dedpo_diffusion.evaluation.intervals import Interval
+from dedpo_diffusion.labels.warnings import holm
 
 
 def interval(mean, half=0.01):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dedpo_diffusion.agreement import _alpha, _cohen, _raw, judge_agreement, vote_summary
 from dedpo_diffusion.core.records import Votes
+from dedpo_diffusion.labels.agreement import _alpha, _cohen, _raw, judge_agreement, vote_summary
 
 FEW = {"resamples": 200}
 
@@ -154,9 +154,9 @@ def test_the_first_pairs_have_honest_intervals():
 def test_groups_of_pairs_have_the_pairs_intervals(monkeypatch):
     rows = random_votes(0, pairs=900)
     plain = between(rows, resamples=1000)["kappa"]["ci"]
-    monkeypatch.setattr("dedpo_diffusion.agreement.MAX_UNITS", 100)
+    monkeypatch.setattr("dedpo_diffusion.labels.agreement.MAX_UNITS", 100)
     np.testing.assert_allclose(between(rows, resamples=1000)["kappa"]["ci"], plain, atol=0.02)
-    monkeypatch.setattr("dedpo_diffusion.agreement.DRAWN", 1000)  # many small draws
+    monkeypatch.setattr("dedpo_diffusion.labels.agreement.DRAWN", 1000)  # many small draws
     np.testing.assert_allclose(between(rows, resamples=1000)["kappa"]["ci"], plain, atol=0.02)
 
 

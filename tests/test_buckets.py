@@ -17,7 +17,7 @@ from dedpo_diffusion.cache import PairCache
 from dedpo_diffusion.core.records import Pair, Targets
 from dedpo_diffusion.feed import Feed
 from dedpo_diffusion.images import WIDEST, bucket_shapes, nearest_shape, pair_views
-from dedpo_diffusion.labels import write_targets
+from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.pairs import PairWriter
 from dedpo_diffusion.pipelines import train

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import expit
 
-from dedpo_diffusion.calibration import (
+from dedpo_diffusion.debias import agreement, merge_labels
+from dedpo_diffusion.labels.calibration import (
     PRIOR_SD,
     assign_folds,
     calibrate,
@@ -23,7 +24,6 @@ from dedpo_diffusion.calibration import (
     judge_sign,
     score_agreement,
 )
-from dedpo_diffusion.debias import agreement, merge_labels
 
 METHODS = ("temperature", "isotonic", "stack")
 SOLVED = 1e-6  # relative; the gradient of the mean loss is at most 1e-12 or as small as rounding lets it be

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from dedpo_diffusion.core.records import Labels
 from dedpo_diffusion.core.tables import categories, first_repeat
-from dedpo_diffusion.labels import read_labels, row_of, write_labels
+from dedpo_diffusion.labels.files import read_labels, row_of, write_labels
+from dedpo_diffusion.labels.merge_columns import comparable, plain_sources
 from dedpo_diffusion.pairs import PairReader
-from dedpo_diffusion.pipelines.merge_columns import comparable, plain_sources
 
 
 @given(st.lists(st.one_of(st.none(), st.sampled_from(["b", "a", "c c"])), min_size=1))

@@ -12,9 +12,9 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from dedpo_diffusion.calibration import calibrate
-from dedpo_diffusion.diagnosis import diagnose, holm
-from dedpo_diffusion.image_statistics import image_statistics
+from dedpo_diffusion.labels.calibration import calibrate
+from dedpo_diffusion.labels.image_statistics import image_statistics
+from dedpo_diffusion.labels.judge_diagnosis import diagnose, holm
 from dedpo_diffusion.shapes import human, oracle, world
 
 

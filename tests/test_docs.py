@@ -33,7 +33,7 @@ from conftest import picture, write_pairs
 from dedpo_diffusion import cli
 from dedpo_diffusion.core import console
 from dedpo_diffusion.core.records import Labels
-from dedpo_diffusion.labels import write_labels
+from dedpo_diffusion.labels.files import write_labels
 from dedpo_diffusion.pairs import PairReader
 from training import fresh_accelerate_state  # noqa: F401
 

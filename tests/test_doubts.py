@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from dedpo_diffusion.debias import inverse_propensity, merge_labels
-from dedpo_diffusion.doubts import LEVEL, holm, overshoot_doubts, seen_human_labels, strata_doubts, unbalanced, unlike, unlike_doubts
+from dedpo_diffusion.labels.warnings import (
+    LEVEL,
+    holm,
+    overshoot_doubts,
+    seen_human_labels,
+    strata_doubts,
+    unbalanced,
+    unlike,
+    unlike_doubts,
+)
 
 
 def allowed(level, runs):

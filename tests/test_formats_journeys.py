@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import picture
-from dedpo_diffusion.labels import read_labels, read_votes
+from dedpo_diffusion.labels.files import read_labels, read_votes
 from dedpo_diffusion.pairs import PairReader
 from dedpo_diffusion.pipelines.ingest import main
 from format_rows import (

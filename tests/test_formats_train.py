@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dedpo_diffusion.labels import read_labels
+from dedpo_diffusion.labels.files import read_labels
 from dedpo_diffusion.pairs import PairReader
 from dedpo_diffusion.pipelines import ingest, merge, train, validate
 from dedpo_diffusion.shapes.world import VOCABULARY, render, sample_scene

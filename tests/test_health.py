@@ -13,7 +13,7 @@ from test_step import batch as batch_of_step
 
 from dedpo_diffusion import preference_step, tiny
 from dedpo_diffusion.health import WINDOW, Watch, symptoms
-from dedpo_diffusion.labels import read_targets
+from dedpo_diffusion.labels.files import read_targets
 from dedpo_diffusion.metrics import summarise
 from dedpo_diffusion.pipelines import train
 from dedpo_diffusion.runs import checkpoints

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dedpo_diffusion.decoding import decode_image
-from dedpo_diffusion.labels import label_names, read_labels
+from dedpo_diffusion.labels.files import label_names, read_labels
 from dedpo_diffusion.pairs import PairReader
 from dedpo_diffusion.pipelines.ingest import main
 

@@ -14,7 +14,7 @@ from conftest import picture
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.formats.entry import Answer, Entry, counted, image_source, number, text
 from dedpo_diffusion.formats.intake import Journal, Ledger, count_lines, take_in
-from dedpo_diffusion.labels import label_names, label_origin, read_labels, read_votes, vote_names
+from dedpo_diffusion.labels.files import label_names, label_origin, read_labels, read_votes, vote_names
 from dedpo_diffusion.pairs import PairReader
 from dedpo_diffusion.settings import IngestSettings
 

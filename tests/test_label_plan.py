@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dedpo_diffusion.debias import estimate, merge_labels
 from dedpo_diffusion.debias.report import make_basis
-from dedpo_diffusion.label_plan import Pool, describe, judge_curve, plan, worth, worth_curve
+from dedpo_diffusion.labels.plan import Pool, describe, judge_curve, plan, worth, worth_curve
 
 
 def answers(n=1000, n_human=250, accuracy=0.8, seed=0):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Labels, Targets, Votes
-from dedpo_diffusion.labels import (
+from dedpo_diffusion.labels.files import (
     aggregate,
     align,
     label_names,

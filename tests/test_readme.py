@@ -13,7 +13,7 @@ import pytest
 from conftest import picture
 from dedpo_diffusion.cli import STAGES
 from dedpo_diffusion.formats import FORMATS
-from dedpo_diffusion.labels import read_labels
+from dedpo_diffusion.labels.files import read_labels
 from dedpo_diffusion.pairs import PairReader
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import torch
 
 from conftest import picture, write_pairs
 from dedpo_diffusion.core.records import Targets
-from dedpo_diffusion.labels import write_targets
+from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.pipelines import train
 from dedpo_diffusion.runs import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture

@@ -23,7 +23,7 @@ from dedpo_diffusion.core.records import Labels, Pair, Targets, Votes
 from dedpo_diffusion.inspection import scan as scanning
 from dedpo_diffusion.inspection.near import look_alikes, near_pairs
 from dedpo_diffusion.inspection.scan import perceptual_hash, scan_dataset, tasks
-from dedpo_diffusion.labels import write_labels, write_targets, write_votes
+from dedpo_diffusion.labels.files import write_labels, write_targets, write_votes
 from dedpo_diffusion.pairs import PairReader, PairWriter
 from dedpo_diffusion.pipelines.validate import main
 

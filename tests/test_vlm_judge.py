@@ -18,7 +18,7 @@ from dedpo_diffusion.annotators.vlm import VisionLanguageJudge
 from dedpo_diffusion.cli import main
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Pair
-from dedpo_diffusion.labels import read_labels
+from dedpo_diffusion.labels.files import read_labels
 from dedpo_diffusion.pairs import PairWriter
 from dedpo_diffusion.settings import VlmSettings
 

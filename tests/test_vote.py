@@ -18,7 +18,7 @@ import pytest
 
 from conftest import picture
 from dedpo_diffusion.core.records import Labels
-from dedpo_diffusion.labels import CALIBRATED, label_origin, read_labels, read_votes, write_labels
+from dedpo_diffusion.labels.files import CALIBRATED, label_origin, read_labels, read_votes, write_labels
 from dedpo_diffusion.pipelines.vote import judge_labels, main, open_booth
 from dedpo_diffusion.settings import VoteSettings
 from voting import PAIRS, client_of, command, connect, finish, in_process, make_pairs, post

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dedpo_diffusion.core.records import Labels
-from dedpo_diffusion.labels import write_labels
+from dedpo_diffusion.labels.files import write_labels
 from dedpo_diffusion.pipelines.vote import allowed_hosts, main
 from dedpo_diffusion.settings import VoteSettings
 from voting import client_of, command, connect, finish, make_pairs

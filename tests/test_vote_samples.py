@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_compare import put_scores
 
-from dedpo_diffusion.agreement import vote_summary
 from dedpo_diffusion.ballot.plan import Plan, turns
 from dedpo_diffusion.ballot.verdict import to_answers
 from dedpo_diffusion.core.console import UserError
@@ -25,6 +24,7 @@ from dedpo_diffusion.core.records import Votes
 from dedpo_diffusion.evaluation.compare import compare
 from dedpo_diffusion.evaluation.people import read_votes, votes_left_out
 from dedpo_diffusion.evaluation.samples import read_index
+from dedpo_diffusion.labels.agreement import vote_summary
 from dedpo_diffusion.pipelines.vote import main
 from dedpo_diffusion.pipelines.vote_samples import open_samples, outcome, read_samples
 from dedpo_diffusion.settings import CompareSettings, VoteSettings

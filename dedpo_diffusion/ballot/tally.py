@@ -14,7 +14,7 @@ from dedpo_diffusion.ballot.plan import Plan
 from dedpo_diffusion.ballot.poll import SKIP, Event
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Labels, Votes
-from dedpo_diffusion.labels import aggregate, align, label_names, label_origin, read_labels, write_labels, write_votes
+from dedpo_diffusion.labels.files import aggregate, align, label_names, label_origin, read_labels, write_labels, write_votes
 
 LEFT_WINS = {"left": 1.0, "tie": 0.5, "right": 0.0}
 
@@ -111,7 +111,7 @@ def export(booth: Booth, name: str) -> Export:
     Raises:
         UserError: there is no vote yet, or a label file of that name was made by something else.
     """
-    from dedpo_diffusion.agreement import vote_summary
+    from dedpo_diffusion.labels.agreement import vote_summary
 
     folder, (events, undone, votes) = booth.reader.folder, _votes_so_far(booth)
     if not votes.pair_id:
@@ -125,7 +125,7 @@ def export(booth: Booth, name: str) -> Export:
 
 def summary(booth: Booth, name: str) -> dict[str, Any]:
     """What the votes so far are worth: each rater's consistency, agreement between raters, and with the judges."""
-    from dedpo_diffusion.agreement import vote_summary
+    from dedpo_diffusion.labels.agreement import vote_summary
 
     events, undone, votes = _votes_so_far(booth)
     if not votes.pair_id:
@@ -138,7 +138,7 @@ def summary(booth: Booth, name: str) -> dict[str, Any]:
 
 def _judges(booth: Booth, name: str, labels: Labels) -> tuple[list[dict[str, Any]], list[str]]:
     """Agreement of every other label file with people; a file that cannot be used is told, and stops nobody."""
-    from dedpo_diffusion.agreement import judge_agreement
+    from dedpo_diffusion.labels.agreement import judge_agreement
 
     folder, judges, sentences = booth.reader.folder, [], []
     place = {pair_id: i for i, pair_id in enumerate(booth.plan.ids)}

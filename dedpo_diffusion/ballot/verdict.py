@@ -58,7 +58,7 @@ def passed(booth: Booth, reader: SamplePairs, events: Sequence[Event]) -> list[t
 
 def summary(booth: Booth, reader: SamplePairs) -> dict[str, Any]:
     """What the votes so far are worth, as tally.summary tells it: progress, consistency and agreement, and nothing of who is ahead."""
-    from dedpo_diffusion.agreement import vote_summary
+    from dedpo_diffusion.labels.agreement import vote_summary
 
     events, undone = booth.snapshot()
     votes = to_votes(events)

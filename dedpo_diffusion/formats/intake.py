@@ -27,7 +27,7 @@ from dedpo_diffusion.core.prefetch import ahead
 from dedpo_diffusion.core.records import Pair, Votes
 from dedpo_diffusion.decoding import decode_image
 from dedpo_diffusion.formats.entry import Answer, Entry
-from dedpo_diffusion.labels import aggregate, write_labels, write_votes
+from dedpo_diffusion.labels.files import aggregate, write_labels, write_votes
 from dedpo_diffusion.pairs import PairWriter
 from dedpo_diffusion.settings import IngestSettings
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.agreement import judge_agreement, share, vote_summary
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.tables import open_parquet
-from dedpo_diffusion.labels import align, label_names, read_labels, read_targets, read_votes, target_names, vote_names
+from dedpo_diffusion.labels.agreement import judge_agreement, share, vote_summary
+from dedpo_diffusion.labels.files import align, label_names, read_labels, read_targets, read_votes, target_names, vote_names
 
 
 @dataclass

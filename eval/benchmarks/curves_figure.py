@@ -76,7 +76,7 @@ def make_pairs(settings: CurvesFigure, name: str, count: int, seed: int) -> Path
 def make_targets(pairs: Path, seed: int) -> None:
     """Targets people (all answers), few (the answers to FEW pairs drawn at random), and judge (the carried judge's labels of all pairs)."""
     from dedpo_diffusion.core.records import Labels
-    from dedpo_diffusion.labels import label_names, read_labels, write_labels
+    from dedpo_diffusion.labels.files import label_names, read_labels, write_labels
     from dedpo_diffusion.pipelines import label, merge
     from dedpo_diffusion.pipelines.quickstart import call
 
@@ -161,7 +161,7 @@ def draw(report: Line, path: Path, run: Path) -> Path:
     from PIL import Image
 
     from dedpo_diffusion.core.files import atomic_file
-    from dedpo_diffusion.evaluation.judge_figure import PAPER, SOFT, STYLE
+    from dedpo_diffusion.labels.judge_figure import PAPER, SOFT, STYLE
 
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(9.6, 10.4), layout="constrained", facecolor=PAPER)

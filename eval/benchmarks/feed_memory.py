@@ -59,7 +59,7 @@ def make(folder: Path, count: int, *, shard_pairs: int = 1000) -> Path:
 
     from dedpo_diffusion.cache import fill
     from dedpo_diffusion.core.records import Conditioning, Pair, Targets
-    from dedpo_diffusion.labels import write_targets
+    from dedpo_diffusion.labels.files import write_targets
     from dedpo_diffusion.pairs import PairReader, PairWriter
 
     rng = np.random.default_rng(0)

@@ -51,7 +51,7 @@ def asked(rng: np.random.Generator, settings: WarningSettings, odds: float, smoo
 def not_at_random(settings: WarningSettings, odds: float, smooth: bool, propensities: str, seed: int) -> bool:
     """Whether labels are doubted: taken as at random (`none`), with their `true` propensities, or with `estimated` ones."""
     from dedpo_diffusion.debias import estimate_propensity, inverse_propensity
-    from dedpo_diffusion.doubts import unbalanced, unlike, unlike_doubts
+    from dedpo_diffusion.labels.warnings import unbalanced, unlike, unlike_doubts
 
     labelled, p, columns = asked(np.random.default_rng(seed), settings, odds, smooth)
     if propensities == "none":
@@ -65,7 +65,7 @@ def not_at_random(settings: WarningSettings, odds: float, smooth: bool, propensi
 
 def seen(settings: WarningSettings, memory: float, temperature: float, seed: int) -> bool:
     """Whether a judge is said to have seen the human labels, of which it knows the share `memory` by heart."""
-    from dedpo_diffusion.doubts import seen_human_labels
+    from dedpo_diffusion.labels.warnings import seen_human_labels
 
     rng = np.random.default_rng(seed)
     logit = rng.normal(0, 1.2, settings.pairs)

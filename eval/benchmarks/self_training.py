@@ -85,7 +85,7 @@ def label_in_sample(settings: SelfTrainingBenchmark, run: Path, pairs: Path, nam
     from dedpo_diffusion.annotators.self_training import PolicyRewards, read_policy
     from dedpo_diffusion.core.records import Labels
     from dedpo_diffusion.decoding import decode_image
-    from dedpo_diffusion.labels import label_names, write_labels
+    from dedpo_diffusion.labels.files import label_names, write_labels
     from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.settings import SelfTrainingSettings
 
@@ -106,7 +106,7 @@ def label_in_sample(settings: SelfTrainingBenchmark, run: Path, pairs: Path, nam
 
 def figures(pairs: Path, judge: str, z: np.ndarray, p: np.ndarray) -> dict[str, float]:
     """What one judge's labels look like against people's: `z` the answers trained on, `p` the probability of a fresh answer."""
-    from dedpo_diffusion.labels import align, read_labels
+    from dedpo_diffusion.labels.files import align, read_labels
     from dedpo_diffusion.pairs import PairReader
 
     g = align(read_labels(pairs, judge), PairReader(pairs).ids(), folder=pairs, name=judge, complete=True)
@@ -126,7 +126,7 @@ def figures(pairs: Path, judge: str, z: np.ndarray, p: np.ndarray) -> dict[str, 
 def one_seed(settings: SelfTrainingBenchmark, seed: int) -> dict[str, Any]:
     """All stages of a seed, and its figures."""
     from dedpo_diffusion.evaluation.benchmarks.vote_order import true_preferences
-    from dedpo_diffusion.labels import align, read_labels
+    from dedpo_diffusion.labels.files import align, read_labels
     from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.pipelines import label, merge
     from dedpo_diffusion.pipelines.quickstart import call

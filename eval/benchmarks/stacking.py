@@ -104,7 +104,7 @@ def planted_score(prompts: Sequence[str], images: Sequence[Image], sees: Sequenc
 
 def held_out(settings: StackingSettings, seed: int, prompts: list[str], d: np.ndarray, human: np.ndarray, z: np.ndarray) -> dict[str, Any]:
     """Of judges with differences (N, 2): log loss, agreement and weights on the pairs where `human` is NaN, with answers z."""
-    from dedpo_diffusion.calibration import calibrate, log_losses
+    from dedpo_diffusion.labels.calibration import calibrate, log_losses
 
     fresh = np.isnan(human)
     arms: dict[str, Any] = {"stack": ("stack", d)} | {name: ("temperature", d[:, [j]]) for j, name in enumerate(JUDGES)}

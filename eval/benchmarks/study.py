@@ -291,8 +291,8 @@ class Study:
 
     def fold_labels(self, key: Cell, sample: Sample) -> np.ndarray:
         """(n,) labels of both fold policies, trained as the cell `key` says."""
-        from dedpo_diffusion.calibration import assign_folds
         from dedpo_diffusion.debias import merge_labels
+        from dedpo_diffusion.labels.calibration import assign_folds
 
         human = human_labels(sample, key.share)
         fold = assign_folds([self.pool.prompts[row] for row in sample.rows], 2, key.seed)
@@ -348,7 +348,7 @@ class Study:
     def write_targets(self, name: str, sample: Sample, merged: Merged) -> None:
         """Targets of the whole pool: weight 0 but for the sample's pairs, whose weights make up for the others' number."""
         from dedpo_diffusion.core.records import Targets
-        from dedpo_diffusion.labels import write_targets
+        from dedpo_diffusion.labels.files import write_targets
 
         size = len(self.pool.ids)
 

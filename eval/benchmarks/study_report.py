@@ -11,7 +11,7 @@ import numpy as np
 
 from dedpo_diffusion.core.console import say
 from dedpo_diffusion.evaluation.intervals import seed_interval
-from dedpo_diffusion.evaluation.judge_figure import STYLE
+from dedpo_diffusion.labels.judge_figure import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

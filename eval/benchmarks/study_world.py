@@ -48,7 +48,7 @@ def make_pool(work: Path, pairs: int) -> Pool:
         UserError: a pool of another size is there.
     """
     from dedpo_diffusion.core.files import write_text
-    from dedpo_diffusion.labels import align, label_names, read_labels
+    from dedpo_diffusion.labels.files import align, label_names, read_labels
     from dedpo_diffusion.pairs import PairReader
     from dedpo_diffusion.pipelines import label, propose
     from dedpo_diffusion.pipelines.quickstart import call

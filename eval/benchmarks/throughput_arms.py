@@ -86,7 +86,7 @@ def write_dataset(folder: Path, count: int, size: int) -> Path:
     from PIL import Image
 
     from dedpo_diffusion.core.records import Pair, Targets
-    from dedpo_diffusion.labels import write_targets
+    from dedpo_diffusion.labels.files import write_targets
     from dedpo_diffusion.pairs import PairWriter
 
     rng = np.random.default_rng(0)

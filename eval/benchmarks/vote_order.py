@@ -102,7 +102,7 @@ def measure(settings: OrderSettings, p: np.ndarray, g: np.ndarray) -> list[dict[
 def run(settings: OrderSettings) -> None:
     """Compare orders of asking at the same number of answers."""
     from dedpo_diffusion.core.files import write_json
-    from dedpo_diffusion.labels import align, read_labels
+    from dedpo_diffusion.labels.files import align, read_labels
     from dedpo_diffusion.pairs import PairReader
 
     ids = PairReader(settings.pairs).ids()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dedpo_diffusion.debias import Merged, Strata
-    from dedpo_diffusion.label_plan import Pool
+    from dedpo_diffusion.labels.plan import Pool
     from dedpo_diffusion.pipelines.merge import Answers
 
 SHOWN = 20  # strata in a table on the console
@@ -40,7 +40,7 @@ def strata_of(answers: Answers) -> Strata | None:
 
 def known_of(settings: MergeSettings, merged: Merged) -> Pool | None:
     """What the labels say of the pool, for curve and plan; None where they say nothing."""
-    from dedpo_diffusion.label_plan import describe
+    from dedpo_diffusion.labels.plan import describe
 
     if settings.method in ("human_only", "naive") or merged.basis is None:
         return None
@@ -49,7 +49,7 @@ def known_of(settings: MergeSettings, merged: Merged) -> Pool | None:
 
 def curves(settings: MergeSettings, pool: Pool | None) -> dict[str, Any] | None:
     """Worth against the number of human labels, and against the agreement of a judge."""
-    from dedpo_diffusion.label_plan import judge_curve, worth_curve
+    from dedpo_diffusion.labels.plan import judge_curve, worth_curve
 
     if pool is None:
         return None
@@ -63,7 +63,7 @@ def doubts(settings: MergeSettings, answers: Answers, merged: Merged) -> list[di
     """Everything in labels and targets that a person should look at."""
     import numpy as np
 
-    from dedpo_diffusion import doubts as look
+    from dedpo_diffusion.labels import warnings as look
 
     labelled = ~np.isnan(answers.human)
     found: list[dict[str, Any]] = []
@@ -81,7 +81,7 @@ def not_at_random(answers: Answers, labelled: np.ndarray, merged: Merged) -> lis
     """Doubts about labels that are merged as if taken at random, in each stratum or in all, or about propensities."""
     import numpy as np
 
-    from dedpo_diffusion.doubts import unbalanced, unlike, unlike_doubts
+    from dedpo_diffusion.labels.warnings import unbalanced, unlike, unlike_doubts
 
     if not 0 < labelled.sum() < len(labelled):
         return []
@@ -221,7 +221,7 @@ def draw_report(settings: MergeSettings, report: dict[str, Any], path: Path) -> 
     if report["curve"] is None or not settings.picture:
         picture.unlink(missing_ok=True)
         return
-    from dedpo_diffusion.evaluation.label_figure import draw
+    from dedpo_diffusion.labels.worth_figure import draw
 
     draw(report, picture, f"targets {report['name']}: what the labels are worth")
     say(f"drew {picture.name}")
@@ -237,8 +237,8 @@ def write_plan(settings: MergeSettings, name: str, answers: Answers, merged: Mer
         UserError: a worth that makes no sense, or labels that say nothing of it.
     """
     from dedpo_diffusion.core.files import write_json
-    from dedpo_diffusion.label_plan import plan
-    from dedpo_diffusion.labels import targets_path
+    from dedpo_diffusion.labels.files import targets_path
+    from dedpo_diffusion.labels.plan import plan
 
     wanted = settings.plan
     if wanted is None or not wanted > 0:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.files import atomic_file
-from dedpo_diffusion.evaluation.judge_figure import BLUE, DOTS, INK, PALE, PANEL, PAPER, RULE, SOFT, STYLE, plain, reach
+from dedpo_diffusion.labels.judge_figure import BLUE, DOTS, INK, PALE, PANEL, PAPER, RULE, SOFT, STYLE, plain, reach
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

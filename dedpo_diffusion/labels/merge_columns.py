@@ -38,7 +38,7 @@ def comparable(columns: dict[str, pa.ChunkedArray]) -> dict[str, np.ndarray]:
     import pyarrow.compute as pc
 
     from dedpo_diffusion.core.tables import SOURCE, categories
-    from dedpo_diffusion.doubts import MOST
+    from dedpo_diffusion.labels.warnings import MOST
 
     found = {}
     for name, column in columns.items():
@@ -102,7 +102,7 @@ def with_propensity(settings: MergeSettings, answers: Answers) -> tuple[Answers,
     import numpy as np
 
     from dedpo_diffusion.debias import estimate_propensity
-    from dedpo_diffusion.doubts import MOST
+    from dedpo_diffusion.labels.warnings import MOST
 
     labelled = ~np.isnan(answers.human)
     if not labelled.any() or labelled.all():
@@ -128,7 +128,7 @@ def features(answers: Answers) -> dict[str, np.ndarray]:
     """
     import numpy as np
 
-    from dedpo_diffusion.doubts import MOST
+    from dedpo_diffusion.labels.warnings import MOST
 
     judged = answers.judged()
     found = {}
@@ -149,7 +149,7 @@ def features(answers: Answers) -> dict[str, np.ndarray]:
 
 def left_out(answers: Answers) -> list[str]:
     """What `features` cannot use: strata and source columns of too many values."""
-    from dedpo_diffusion.doubts import MOST
+    from dedpo_diffusion.labels.warnings import MOST
 
     strata = [] if answers.strata is None or len(answers.strata_names) <= MOST else ["the strata"]
     return [*strata, *answers.too_many]

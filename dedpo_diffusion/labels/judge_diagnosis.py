@@ -17,8 +17,9 @@ import numpy as np
 from scipy.special import logit
 from scipy.stats import t as student
 
-from dedpo_diffusion.agreement import share
-from dedpo_diffusion.calibration import (
+from dedpo_diffusion.debias import NORMAL_975, agreement, judge_bias, wilson_interval
+from dedpo_diffusion.labels.agreement import share
+from dedpo_diffusion.labels.calibration import (
     HELD,
     MIN_BIN,
     MIN_CLUSTERS,
@@ -29,8 +30,7 @@ from dedpo_diffusion.calibration import (
     percentile_intervals,
     stated_confidence,
 )
-from dedpo_diffusion.debias import NORMAL_975, agreement, judge_bias, wilson_interval
-from dedpo_diffusion.image_statistics import WORDS
+from dedpo_diffusion.labels.image_statistics import WORDS
 
 BINS = 10  # of the reliability diagram
 MIN_CALIBRATED = 50  # pairs; fewer leave a fold too little to fit a temperature

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.files import atomic_file
-from dedpo_diffusion.diagnosis import LEVEL
-from dedpo_diffusion.image_statistics import WORDS
+from dedpo_diffusion.labels.image_statistics import WORDS
+from dedpo_diffusion.labels.judge_diagnosis import LEVEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
