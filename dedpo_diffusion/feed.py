@@ -21,13 +21,13 @@ from dedpo_diffusion.cache import PairCache, cache_folder, fill, read_index
 from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers
 from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Targets, Tensors
-from dedpo_diffusion.decoding import decode_image
 from dedpo_diffusion.dpo.adaptive_power import LEAST_POWER, Parts, followed, retarget, visited_pairs
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, step_generator
-from dedpo_diffusion.images import nearest_shape, pair_views
 from dedpo_diffusion.labels.files import read_targets
 from dedpo_diffusion.models import Backbone
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
+from dedpo_diffusion.pairs.decoding import decode_image
+from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
 from dedpo_diffusion.runs import first_difference
 from dedpo_diffusion.settings import DataSettings
 from dedpo_diffusion.text import TextEncoders

@@ -18,7 +18,7 @@ from dedpo_diffusion.bases import load_pipeline
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors
-from dedpo_diffusion.images import bucket_shapes
+from dedpo_diffusion.pairs.pixels import bucket_shapes
 from dedpo_diffusion.sharding import own_part, reshard
 from dedpo_diffusion.text import TextEncoders, chunks
 

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dedpo_diffusion.core.files import atomic_file
-from dedpo_diffusion.decoding import UNREADABLE
+from dedpo_diffusion.pairs.decoding import UNREADABLE
 
 SAMPLERS = {  # what A1111 calls the schedulers of diffusers
     "DDIMScheduler": "DDIM",

@@ -16,7 +16,7 @@ from PIL import Image
 from dedpo_diffusion.bases import load_pipeline, resolve_model
 from dedpo_diffusion.core.records import Pair, Targets
 from dedpo_diffusion.labels.files import write_targets
-from dedpo_diffusion.pairs import PairWriter
+from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.single_file import to_single_file
 
 KINDS = ("sd15", "sd21", "sdxl")

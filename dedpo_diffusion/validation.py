@@ -20,7 +20,7 @@ from dedpo_diffusion.dpo.losses import implicit_rewards, margin
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, step_generator
 from dedpo_diffusion.dpo.objectives import OBJECTIVES, objective_loss
 from dedpo_diffusion.metrics import BUCKETS
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
 
 STREAM = 1003  # of `step_generator`: no draw of training uses it
 LEVEL = 0.95  # of intervals

@@ -156,8 +156,8 @@ def image_sizes(arm: Arm) -> list[tuple[int, int]]:
     Raises:
         UserError: a file that is no image.
     """
-    from dedpo_diffusion.decoding import read_header
     from dedpo_diffusion.evaluation.samples import REMEDY
+    from dedpo_diffusion.pairs.decoding import read_header
 
     paths = [arm.folder / row["file"] for row in arm.rows]
     headers = [read_header(path, str(path), remedy=REMEDY) for path in paths]

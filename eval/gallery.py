@@ -109,7 +109,7 @@ def thumbnail(path: Path, side: int) -> Thumbnail:
     """
     from PIL import Image
 
-    from dedpo_diffusion.decoding import decode_image
+    from dedpo_diffusion.pairs.decoding import decode_image
 
     image, buffer = decode_image(path.read_bytes(), str(path)), io.BytesIO()
     if max(image.size) <= PIXEL_ART:

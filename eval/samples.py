@@ -125,7 +125,7 @@ def resolutions(folder: Path, rows: Sequence[Row]) -> dict[tuple[int, int], int]
     Raises:
         UserError: a file that is no image, or one of a kind that is refused.
     """
-    from dedpo_diffusion.decoding import read_header
+    from dedpo_diffusion.pairs.decoding import read_header
 
     images = [folder / row["file"] for row in rows]
     headers = [read_header(image, f"{image} (index.parquet row {number})", remedy=REMEDY) for number, image in enumerate(images)]
@@ -145,7 +145,7 @@ def load_images(folder: Path, rows: Sequence[Row]) -> list[Any]:
     Raises:
         UserError: an image that cannot be decoded.
     """
-    from dedpo_diffusion.decoding import decode_image
+    from dedpo_diffusion.pairs.decoding import decode_image
 
     paths = [folder / row["file"] for row in rows]
     return [decode_image(path.read_bytes(), str(path), remedy=REMEDY) for path in paths]

@@ -122,7 +122,7 @@ def read_human(settings: CalibrateSettings) -> Asked:
     """
     from dedpo_diffusion.debias import inverse_propensity
     from dedpo_diffusion.labels.files import label_names
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines import merge
 
     if settings.human not in label_names(settings.pairs):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dedpo_diffusion.core.records import Labels, Pair
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
 LEAST = 10  # pairs with both labels; fewer say nothing
 VALUES = (2, 50)  # different values of a source column that pairs are split by
@@ -63,7 +63,7 @@ def summarise(
     from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.labels.files import align, label_names, read_labels
     from dedpo_diffusion.labels.judge_diagnosis import diagnose
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
     path, names = pairs / "labels" / f"{human}.parquet", [name for name in names if name != human]
     people = read_labels(pairs, human) if human in label_names(pairs) else None
@@ -202,8 +202,8 @@ def _looks(reader: PairReader, rows: list[int]) -> Iterator[tuple[str, dict[str,
     import os
 
     from dedpo_diffusion.core.prefetch import ahead
-    from dedpo_diffusion.decoding import decode_image
     from dedpo_diffusion.labels.image_statistics import image_statistics
+    from dedpo_diffusion.pairs.decoding import decode_image
 
     def look(item: tuple[int, Pair]) -> list[dict[str, float]]:
         row, pair = item

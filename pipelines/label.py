@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.annotators import Judge
     from dedpo_diffusion.annotators.work import FirstUses, Images, Work
     from dedpo_diffusion.core.records import Pair
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
 SHOWN = 3  # reasons for missing answers that are printed
 
@@ -275,7 +275,7 @@ class Clock:
 def judge_stretch(settings: LabelSettings, reader: PairReader, rows: range, works: Sequence[Work], clock: Clock) -> list[pa.Table]:
     """Every judge's answers to a stretch of pairs; images are decoded in threads, once for all judges."""
     from dedpo_diffusion.core.prefetch import ahead
-    from dedpo_diffusion.decoding import decode_image
+    from dedpo_diffusion.pairs.decoding import decode_image
 
     def load(item: tuple[int, Pair]) -> Images:
         place, pair = item
@@ -428,7 +428,7 @@ def spending(judge: Judge, tokens: dict[str, int]) -> dict[str, Any]:
 def run(settings: LabelSettings) -> list[Path]:
     """Label every pair of a dataset with machine judges."""
     from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
     reader = PairReader(settings.pairs)
     ids = reader.ids()

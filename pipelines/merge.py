@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dedpo_diffusion.debias import Merged
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
 
 # ---- what is merged
@@ -287,7 +287,7 @@ def run(settings: MergeSettings) -> Path:
     from dedpo_diffusion.labels.files import targets_path
     from dedpo_diffusion.labels.merge_columns import with_propensity
     from dedpo_diffusion.labels.merge_report import complete, draw_report, further_sentences, print_report, write_plan
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
     reader = PairReader(settings.pairs)
     targets_path(settings.pairs, settings.name or settings.method)  # a name that leads elsewhere is refused before all else

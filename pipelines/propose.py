@@ -30,7 +30,7 @@ def pairings(group: Sequence[Job], pairing: str) -> Iterator[tuple[Job, Job]]:
 def run(settings: ProposeSettings) -> Path:
     """Make pairs from a model's own images."""
     from dedpo_diffusion.core.records import Pair
-    from dedpo_diffusion.pairs import PairWriter
+    from dedpo_diffusion.pairs.dataset import PairWriter
     from dedpo_diffusion.prompts import read_prompts
     from dedpo_diffusion.sampling import Recipe, jobs, sample_folder
 

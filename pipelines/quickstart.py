@@ -73,9 +73,9 @@ def ask_the_human(pairs: Path, settings: QuickstartSettings) -> None:
     """Let the simulated human label a random share of the pairs: Bradley-Terry answers on the oracle's reward."""
     from dedpo_diffusion.core.console import track
     from dedpo_diffusion.core.records import Labels
-    from dedpo_diffusion.decoding import decode_image
     from dedpo_diffusion.labels.files import write_labels
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pairs.decoding import decode_image
     from dedpo_diffusion.shapes.human import answers
     from dedpo_diffusion.shapes.oracle import reward
 

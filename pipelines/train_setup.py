@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.feed import Feed, ReferenceGrid, Source
     from dedpo_diffusion.models import Backbone
     from dedpo_diffusion.optimizers import Average
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines.train_validation import Validation
 
 
@@ -113,7 +113,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     from dedpo_diffusion.dpo.step import needs_reference
     from dedpo_diffusion.feed import Feed
     from dedpo_diffusion.models import Backbone
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines.train_validation import open_validation
 
     data = settings.data

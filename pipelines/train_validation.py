@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.feed import Feed
     from dedpo_diffusion.models import Backbone
     from dedpo_diffusion.optimizers import Average
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines.train_setup import Session
     from dedpo_diffusion.runs import MetricsLog
 
@@ -127,7 +127,7 @@ class HeldOut:
 
         from dedpo_diffusion.core.files import file_digest
         from dedpo_diffusion.labels.files import align, read_labels
-        from dedpo_diffusion.pairs import PairReader
+        from dedpo_diffusion.pairs.dataset import PairReader
         from dedpo_diffusion.pipelines.train_setup import open_source
 
         self.settings, self.wanted, self.shape = settings, settings.validation, model.latent_shape(size)
@@ -254,7 +254,7 @@ class Grid:
 
     def begin(self, model: Backbone) -> None:
         """Sample before training, once a run, and score that."""
-        from dedpo_diffusion.decoding import decode_image
+        from dedpo_diffusion.pairs.decoding import decode_image
 
         folder = self.folder(0)
         if folder.is_dir():

@@ -84,10 +84,10 @@ def _complain(pairs: Path, errors: list[str], page: Path) -> None:
 def run(settings: ValidateSettings) -> dict[str, Any]:
     """Check a pair dataset, its labels and votes, and say what training would trip over."""
     from dedpo_diffusion.core.files import write_json
-    from dedpo_diffusion.evaluation.overview import write_overview
-    from dedpo_diffusion.inspection.findings import look
-    from dedpo_diffusion.inspection.scan import scan_dataset
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pairs.inspection.findings import look
+    from dedpo_diffusion.pairs.inspection.page import write_overview
+    from dedpo_diffusion.pairs.inspection.scan import scan_dataset
 
     _check(settings)
     reader = PairReader(settings.pairs)

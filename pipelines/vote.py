@@ -140,7 +140,7 @@ def open_booth(settings: VoteSettings) -> Iterator[Booth]:
     from dedpo_diffusion.ballot.plan import Plan, disagreement, pull
     from dedpo_diffusion.ballot.store import Store
     from dedpo_diffusion.ballot.tally import check_name
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
     folder, name = settings.folders[0], voting_name(settings)
     reader = PairReader(folder)

@@ -16,8 +16,8 @@ from dedpo_diffusion.ballot.poll import GAP, LEASE_SECONDS, SKIP, Asked, Event, 
 from dedpo_diffusion.ballot.store import Store
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Pair
-from dedpo_diffusion.decoding import decode_image
-from dedpo_diffusion.pairs import PairReader, PairWriter
+from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
+from dedpo_diffusion.pairs.decoding import decode_image
 
 IDS = [f"p{k}" for k in range(30)]
 KINDS = {3: "TIFF", 5: "JPEG", 6: "WEBP", 7: "BMP"}

@@ -14,7 +14,7 @@ from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.core.records import Labels, Pair
 from dedpo_diffusion.labels.calibration import calibrate
 from dedpo_diffusion.labels.files import align, label_names, read_labels, read_targets, write_labels
-from dedpo_diffusion.pairs import PairWriter
+from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pipelines.calibrate import choose_judges, main, run
 from dedpo_diffusion.pipelines.merge import main as merge
 from dedpo_diffusion.settings import CalibrateSettings

@@ -15,7 +15,7 @@ from dedpo_diffusion.core.records import Labels
 from dedpo_diffusion.core.tables import categories, first_repeat
 from dedpo_diffusion.labels.files import read_labels, row_of, write_labels
 from dedpo_diffusion.labels.merge_columns import comparable, plain_sources
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
 
 
 @given(st.lists(st.one_of(st.none(), st.sampled_from(["b", "a", "c c"])), min_size=1))

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from dedpo_diffusion import decoding
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.decoding import decode_image, read_header
+from dedpo_diffusion.pairs import decoding
+from dedpo_diffusion.pairs.decoding import decode_image, read_header
 
 
 def picture(colour, fmt="JPEG", size=16, mode="RGB"):

@@ -34,7 +34,7 @@ from dedpo_diffusion import cli
 from dedpo_diffusion.core import console
 from dedpo_diffusion.core.records import Labels
 from dedpo_diffusion.labels.files import write_labels
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
 from training import fresh_accelerate_state  # noqa: F401
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.evaluation.benchmarks.feed_memory import make
 from dedpo_diffusion.feed import CachedSource, Feed
-from dedpo_diffusion.pairs import PairReader, PairWriter
+from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 
 
 def tensors() -> int:

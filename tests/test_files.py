@@ -10,7 +10,7 @@ from PIL import Image
 from dedpo_diffusion.checkpoints import load_checkpoint, save_checkpoint
 from dedpo_diffusion.core import files
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.images import pair_views
+from dedpo_diffusion.pairs.pixels import pair_views
 from dedpo_diffusion.runs import MetricsLog, checkpoint_folder, checkpoints, first_difference, open_run, prune_checkpoints
 
 

@@ -17,7 +17,7 @@ from dedpo_diffusion.debias import power_cap
 from dedpo_diffusion.dpo.adaptive_power import FollowedPower, Parts, followed, retarget, visited_pairs
 from dedpo_diffusion.feed import Feed, Source
 from dedpo_diffusion.labels.files import read_targets, write_labels, write_targets
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import merge
 
 

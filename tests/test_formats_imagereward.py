@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats import imagereward
+from dedpo_diffusion.pairs.formats import imagereward
 from format_rows import image_row, labels, ranking_row, read, settings, write_database
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import picture
 from dedpo_diffusion.labels.files import read_labels, read_votes
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines.ingest import main
 from format_rows import (
     chosen_row,

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats import hpdv2, hpdv3, imagereward, open_image_preferences, rapidata
-from dedpo_diffusion.formats.entry import Answer
+from dedpo_diffusion.pairs.formats import hpdv2, hpdv3, imagereward, open_image_preferences, rapidata
+from dedpo_diffusion.pairs.formats.entry import Answer
 from format_rows import (
     chosen_row,
     counts_row,

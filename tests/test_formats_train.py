@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dedpo_diffusion.labels.files import read_labels
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import ingest, merge, train, validate
 from dedpo_diffusion.shapes.world import VOCABULARY, render, sample_scene
 from format_rows import chosen_row, counts_row, pair_row, ranked_row, result_row, train_row

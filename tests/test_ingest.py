@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dedpo_diffusion.decoding import decode_image
 from dedpo_diffusion.labels.files import label_names, read_labels
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
+from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pipelines.ingest import main
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from conftest import picture
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.entry import Answer, Entry, counted, image_source, number, text
-from dedpo_diffusion.formats.intake import Journal, Ledger, count_lines, take_in
 from dedpo_diffusion.labels.files import label_names, label_origin, read_labels, read_votes, vote_names
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
+from dedpo_diffusion.pairs.formats.entry import Answer, Entry, counted, image_source, number, text
+from dedpo_diffusion.pairs.formats.intake import Journal, Ledger, count_lines, take_in
 from dedpo_diffusion.settings import IngestSettings
 
 PICTURES = [picture(seed) for seed in range(40)]

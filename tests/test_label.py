@@ -18,11 +18,12 @@ from PIL import Image
 from scipy.special import expit
 from test_scorers import build_judge
 
-from dedpo_diffusion import annotators, decoding
+from dedpo_diffusion import annotators
 from dedpo_diffusion.annotators import Answers, Judge
 from dedpo_diffusion.core.records import Labels, Pair
 from dedpo_diffusion.labels.files import read_labels, write_labels
-from dedpo_diffusion.pairs import PairReader, PairWriter
+from dedpo_diffusion.pairs import decoding
+from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.pipelines.label import main
 from dedpo_diffusion.shapes import world
 from doubles import Brightness, Watched, register

@@ -17,7 +17,7 @@ from dedpo_diffusion.core.records import Labels, Pair, Targets
 from dedpo_diffusion.debias import merge_labels
 from dedpo_diffusion.labels.calibration import assign_folds
 from dedpo_diffusion.labels.files import read_targets, write_labels, write_targets
-from dedpo_diffusion.pairs import PairReader, PairWriter
+from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.pipelines.ingest import main as ingest
 from dedpo_diffusion.pipelines.merge import main as stage
 

@@ -15,8 +15,8 @@ from dedpo_diffusion.bases import load_pipeline
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning, PairBatch
 from dedpo_diffusion.dpo.step import preference_step
-from dedpo_diffusion.images import pair_views
 from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.pairs.pixels import pair_views
 
 CPU = torch.device("cpu")
 PROMPTS = ["a small red circle", "a large cross"]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dedpo_diffusion.labels.files import read_labels, read_votes
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines.ingest import main
 from layouts import LAYOUTS, PICTURES, records, save_csv, save_jsonl, write
 

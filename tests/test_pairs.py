@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dedpo_diffusion import pairs as pairs_module
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Pair
-from dedpo_diffusion.pairs import (
+from dedpo_diffusion.pairs import dataset as pairs_module
+from dedpo_diffusion.pairs.dataset import (
     PairReader,
     PairWriter,
 )

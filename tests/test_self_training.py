@@ -18,10 +18,10 @@ from dedpo_diffusion.annotators.self_training import PolicyRewards, SelfTrainedJ
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Labels, Pair, Targets
 from dedpo_diffusion.debias import inverse_propensity, pair_targets, pair_weights
-from dedpo_diffusion.decoding import decode_image
 from dedpo_diffusion.labels.calibration import assign_folds
 from dedpo_diffusion.labels.files import read_targets, write_labels, write_targets
-from dedpo_diffusion.pairs import PairReader, PairWriter
+from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
+from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pipelines import merge, train
 from dedpo_diffusion.runs import checkpoints
 from dedpo_diffusion.settings import LabelSettings, SelfTrainingSettings

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from conftest import picture
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.entry import image_source
-from dedpo_diffusion.formats.sources import hub, open_file, open_source
-from dedpo_diffusion.formats.sources.hub import HubSource
-from dedpo_diffusion.formats.sources.texts import CsvSource
+from dedpo_diffusion.pairs.formats.entry import image_source
+from dedpo_diffusion.pairs.formats.sources import hub, open_file, open_source
+from dedpo_diffusion.pairs.formats.sources.hub import HubSource
+from dedpo_diffusion.pairs.formats.sources.texts import CsvSource
 from layouts import (
     LAYOUTS,
     PICTURES,

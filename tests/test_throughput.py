@@ -24,7 +24,7 @@ from dedpo_diffusion.evaluation.benchmarks.tally import Tally, storage_bytes
 from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings, count_flop, ratio
 from dedpo_diffusion.feed import LiveSource
 from dedpo_diffusion.models import Backbone
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.settings import DataSettings
 from training import fresh_accelerate_state  # noqa: F401
 

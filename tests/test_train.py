@@ -129,7 +129,7 @@ def test_pairs_without_weight_are_not_visited_and_the_mean_is_kept(tiny_model, t
 def test_flip_and_crop_treat_both_images_alike(tiny_model, tmp_path):
     """Two equal images stay equal through every view, whatever their size; so all margins stay 0."""
     from dedpo_diffusion.core.records import Pair
-    from dedpo_diffusion.pairs import PairWriter
+    from dedpo_diffusion.pairs.dataset import PairWriter
 
     with PairWriter(tmp_path / "data") as writer:
         for k in range(4):
@@ -140,7 +140,7 @@ def test_flip_and_crop_treat_both_images_alike(tiny_model, tmp_path):
     # the VAE's posterior is drawn for each image apart, so equality is only up to that draw's spread: compare the pixels
     from dedpo_diffusion.dpo.noising import step_generator
     from dedpo_diffusion.feed import view_pair
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.settings import DataSettings
 
     pair = PairReader(tmp_path / "data").pair(0)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from conftest import picture, write_pairs
 from dedpo_diffusion.core.records import Labels, Pair, Targets
 from dedpo_diffusion.labels.files import write_labels, write_targets
-from dedpo_diffusion.pairs import PairWriter
+from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.runs import checkpoints
 from dedpo_diffusion.sampling import load_sampler, sample

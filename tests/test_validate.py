@@ -20,11 +20,11 @@ from scipy.sparse.csgraph import connected_components
 
 from conftest import picture, write_pairs
 from dedpo_diffusion.core.records import Labels, Pair, Targets, Votes
-from dedpo_diffusion.inspection import scan as scanning
-from dedpo_diffusion.inspection.near import look_alikes, near_pairs
-from dedpo_diffusion.inspection.scan import perceptual_hash, scan_dataset, tasks
 from dedpo_diffusion.labels.files import write_labels, write_targets, write_votes
-from dedpo_diffusion.pairs import PairReader, PairWriter
+from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
+from dedpo_diffusion.pairs.inspection import scan as scanning
+from dedpo_diffusion.pairs.inspection.near import look_alikes, near_pairs
+from dedpo_diffusion.pairs.inspection.scan import perceptual_hash, scan_dataset, tasks
 from dedpo_diffusion.pipelines.validate import main
 
 
@@ -73,7 +73,7 @@ def test_chunks_change_nothing(monkeypatch):
     hashes = np.unique(np.random.default_rng(0).integers(0, 64, 60, dtype=np.uint64))
     whole = near_pairs(hashes, 2)
     for compared in (1, 7, 100):
-        monkeypatch.setattr("dedpo_diffusion.inspection.near.COMPARED", compared)
+        monkeypatch.setattr("dedpo_diffusion.pairs.inspection.near.COMPARED", compared)
         np.testing.assert_array_equal(near_pairs(hashes, 2), whole)
     assert len(whole) > 50
 
@@ -91,7 +91,7 @@ def test_groups_are_chains_of_near_duplicates_and_examples_are_the_closest(value
     pairs = [k // 2 for k in range(len(hashes))]
     bits = np.array([[(one ^ two).bit_count() for two in hashes] for one in hashes])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dedpo_diffusion.inspection.near.COMPARED", compared)
+        patch.setattr("dedpo_diffusion.pairs.inspection.near.COMPARED", compared)
         group, examples = alike(hashes, distance, pairs=pairs, shown=1000)
     number, expected = connected_components(bits <= distance, directed=False)
     assert len(set(group.tolist())) == number == len({*zip(group.tolist(), expected.tolist(), strict=True)})
@@ -426,7 +426,7 @@ def test_no_more_than_a_few_images_are_in_memory(tmp_path):
     folder = write(tmp_path / "d", [("x", images[k % 8] + b"%d" % k, images[(k + 1) % 8]) for k in range(64_000_000 // (size // 4))])
     code = (
         "import resource, sys\n"
-        "from dedpo_diffusion.inspection.scan import scan_dataset\nfrom dedpo_diffusion.pairs import PairReader\n"
+        "from dedpo_diffusion.pairs.inspection.scan import scan_dataset\nfrom dedpo_diffusion.pairs.dataset import PairReader\n"
         "reader = PairReader(sys.argv[1])\n"
         "import imagehash, PIL.Image\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "scan = scan_dataset(reader, 'headers', workers=1, advance=lambda n: None)\n"

@@ -15,7 +15,7 @@ from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.evaluation import people
 from dedpo_diffusion.evaluation.samples import read_index
 from dedpo_diffusion.labels.files import read_labels, read_votes
-from dedpo_diffusion.pairs import PairReader, PairWriter
+from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.shapes.world import render, sample_scene
 from voting import command, finish, make_samples
 

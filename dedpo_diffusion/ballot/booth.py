@@ -19,8 +19,8 @@ from dedpo_diffusion.ballot.poll import Asked, Event, Poll
 from dedpo_diffusion.ballot.samples import SamplePairs
 from dedpo_diffusion.ballot.store import Store
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.decoding import decode_image, read_header
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
+from dedpo_diffusion.pairs.decoding import decode_image, read_header
 
 SHOWN = {  # what every browser shows as it is
     "PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "AVIF": "image/avif",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines.merge import Answers
 
 BINS = 4  # strata by confidence

@@ -123,7 +123,7 @@ def _strings(path: Path) -> list[str] | None:
 
 def _rows(path: Path) -> list[Prompt]:
     """The prompts of a table; columns other than prompt and category are left aside."""
-    from dedpo_diffusion.formats.sources import open_file
+    from dedpo_diffusion.pairs.formats.sources import open_file
 
     table = open_file(path)
     if not table.columns:

@@ -60,7 +60,7 @@ def make(folder: Path, count: int, *, shard_pairs: int = 1000) -> Path:
     from dedpo_diffusion.cache import fill
     from dedpo_diffusion.core.records import Conditioning, Pair, Targets
     from dedpo_diffusion.labels.files import write_targets
-    from dedpo_diffusion.pairs import PairReader, PairWriter
+    from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 
     rng = np.random.default_rng(0)
 
@@ -104,7 +104,7 @@ def read(settings: FeedMemorySettings) -> None:
     from dedpo_diffusion.cache import PairCache
     from dedpo_diffusion.dpo.noising import TimestepDraw, draw
     from dedpo_diffusion.feed import CachedSource, Feed
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
     class Plain:
         """What `Feed.batch` asks of a model."""

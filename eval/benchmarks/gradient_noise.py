@@ -84,7 +84,7 @@ def run(settings: NoiseSettings) -> dict[str, Any]:
     from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.feed import CachedSource, Feed, open_cache
     from dedpo_diffusion.models import Backbone
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.settings import DataSettings
 
     model, reader = Backbone(settings.model, device=torch.device("cpu")), PairReader(settings.pairs)

@@ -50,7 +50,7 @@ def make(folder: Path, count: int) -> Path:
     """A dataset of `count` pairs with human labels for a quarter and judges that agree on 60, 75 and 85 %, by model more or less."""
     from dedpo_diffusion.core.records import Labels, Pair
     from dedpo_diffusion.labels.files import write_labels
-    from dedpo_diffusion.pairs import PairWriter
+    from dedpo_diffusion.pairs.dataset import PairWriter
 
     rng = np.random.default_rng(0)
     model, score = rng.integers(20, size=count), rng.normal(size=count)

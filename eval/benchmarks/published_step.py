@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dedpo_diffusion.models import Backbone
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
 
 Station = Callable[[str], AbstractContextManager[None]]
 ENCODED = 8  # images that the VAE takes at once

@@ -84,9 +84,9 @@ def label_in_sample(settings: SelfTrainingBenchmark, run: Path, pairs: Path, nam
     from dedpo_diffusion.annotators import Question, probability
     from dedpo_diffusion.annotators.self_training import PolicyRewards, read_policy
     from dedpo_diffusion.core.records import Labels
-    from dedpo_diffusion.decoding import decode_image
     from dedpo_diffusion.labels.files import label_names, write_labels
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pairs.decoding import decode_image
     from dedpo_diffusion.settings import SelfTrainingSettings
 
     if name in label_names(pairs):
@@ -107,7 +107,7 @@ def label_in_sample(settings: SelfTrainingBenchmark, run: Path, pairs: Path, nam
 def figures(pairs: Path, judge: str, z: np.ndarray, p: np.ndarray) -> dict[str, float]:
     """What one judge's labels look like against people's: `z` the answers trained on, `p` the probability of a fresh answer."""
     from dedpo_diffusion.labels.files import align, read_labels
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
     g = align(read_labels(pairs, judge), PairReader(pairs).ids(), folder=pairs, name=judge, complete=True)
     report = json.loads((pairs / "targets" / f"{judge}.json").read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def one_seed(settings: SelfTrainingBenchmark, seed: int) -> dict[str, Any]:
     """All stages of a seed, and its figures."""
     from dedpo_diffusion.evaluation.benchmarks.vote_order import true_preferences
     from dedpo_diffusion.labels.files import align, read_labels
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines import label, merge
     from dedpo_diffusion.pipelines.quickstart import call
 

@@ -74,8 +74,8 @@ def rendered_pairs(settings: StackingSettings, seed: int) -> Triple:
 
 def proposed_pairs(settings: StackingSettings, seed: int) -> Triple:
     """Images of the embedded model, sampled as the quickstart does, for random prompts."""
-    from dedpo_diffusion.decoding import decode_image
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pairs.decoding import decode_image
     from dedpo_diffusion.pipelines import propose
     from dedpo_diffusion.settings import ProposeSettings
     from dedpo_diffusion.shapes.world import VOCABULARY

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from dedpo_diffusion.core.records import Conditioning
     from dedpo_diffusion.models import Backbone
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
 SAMPLER = {"steps": 12, "guidance": 1.0}  # of the pool's images and of the verdict's
 JUDGES = ("perfect", "random-90", "random-80", "biased-80", "coin", "adversarial", "clip", "self")
@@ -49,7 +49,7 @@ def make_pool(work: Path, pairs: int) -> Pool:
     """
     from dedpo_diffusion.core.files import write_text
     from dedpo_diffusion.labels.files import align, label_names, read_labels
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines import label, propose
     from dedpo_diffusion.pipelines.quickstart import call
     from dedpo_diffusion.shapes.world import VOCABULARY
@@ -78,7 +78,7 @@ def _look(reader: PairReader, file: Path) -> tuple[np.ndarray, np.ndarray]:
 
     from dedpo_diffusion.core.console import track
     from dedpo_diffusion.core.files import write_json
-    from dedpo_diffusion.decoding import decode_image
+    from dedpo_diffusion.pairs.decoding import decode_image
     from dedpo_diffusion.shapes.oracle import TERMS, read, terms
 
     if not file.is_file():
@@ -246,8 +246,8 @@ class Verdict:
     def _encode(self, row: int) -> tuple[torch.Tensor, Conditioning]:
         """Latents (2, C, h, w), the posterior's mean, and the conditioning of a pair of the pool."""
         from dedpo_diffusion.feed import decode_pair
-        from dedpo_diffusion.images import pair_views
-        from dedpo_diffusion.pairs import PairReader
+        from dedpo_diffusion.pairs.dataset import PairReader
+        from dedpo_diffusion.pairs.pixels import pair_views
 
         if row not in self.encoded:
             reader = PairReader(self.pool.folder)

@@ -87,7 +87,7 @@ def write_dataset(folder: Path, count: int, size: int) -> Path:
 
     from dedpo_diffusion.core.records import Pair, Targets
     from dedpo_diffusion.labels.files import write_targets
-    from dedpo_diffusion.pairs import PairWriter
+    from dedpo_diffusion.pairs.dataset import PairWriter
 
     rng = np.random.default_rng(0)
 
@@ -169,7 +169,7 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
     from dedpo_diffusion.feed import CachedSource, Feed, LiveSource, open_cache
     from dedpo_diffusion.optimizers import build_optimizer
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines.train_setup import Session, add_lora, open_grid, timestep_draw
 
     full, size = settings.weights == "full", model.size

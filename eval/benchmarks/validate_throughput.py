@@ -48,7 +48,7 @@ def make(folder: Path, count: int) -> Path:
     from PIL import Image
 
     from dedpo_diffusion.core.records import Pair
-    from dedpo_diffusion.pairs import PairWriter
+    from dedpo_diffusion.pairs.dataset import PairWriter
 
     rng = np.random.default_rng(0)
     pool = []

@@ -44,8 +44,8 @@ class OrderSettings:
 
 def true_preferences(pairs: Path) -> np.ndarray:
     """(N,) probability that a person prefers image 0, from the oracle's rewards."""
-    from dedpo_diffusion.decoding import decode_image
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pairs.decoding import decode_image
     from dedpo_diffusion.shapes.human import preference
     from dedpo_diffusion.shapes.oracle import reward
 
@@ -103,7 +103,7 @@ def run(settings: OrderSettings) -> None:
     """Compare orders of asking at the same number of answers."""
     from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.labels.files import align, read_labels
-    from dedpo_diffusion.pairs import PairReader
+    from dedpo_diffusion.pairs.dataset import PairReader
 
     ids = PairReader(settings.pairs).ids()
     if not 0 < settings.answers < len(ids):

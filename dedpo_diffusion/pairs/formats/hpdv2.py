@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.entry import Answer, Entry, ImageSource, better, image_source, is_folder, is_list, number, text
-from dedpo_diffusion.formats.sources import Source, open_file, open_source, split_file
+from dedpo_diffusion.pairs.formats.entry import Answer, Entry, ImageSource, better, image_source, is_folder, is_list, number, text
+from dedpo_diffusion.pairs.formats.sources import Source, open_file, open_source, split_file
 from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False

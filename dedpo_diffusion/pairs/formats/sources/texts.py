@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.sources.base import Located, Row, Source, fingerprint
+from dedpo_diffusion.pairs.formats.sources.base import Located, Row, Source, fingerprint
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 NOT_UTF8 = "is not UTF-8 text; save it again as UTF-8"

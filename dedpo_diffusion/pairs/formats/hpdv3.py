@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.entry import Answer, Entry, counted, image_source, number, text
+from dedpo_diffusion.pairs.formats.entry import Answer, Entry, counted, image_source, number, text
 from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = True

@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.entry import Answer, Entry, ImageSource, image_source, text
+from dedpo_diffusion.pairs.formats.entry import Answer, Entry, ImageSource, image_source, text
 from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False

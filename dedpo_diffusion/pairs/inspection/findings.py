@@ -9,10 +9,10 @@ import numpy as np
 
 from dedpo_diffusion.core.console import Progress
 from dedpo_diffusion.core.tables import open_parquet
-from dedpo_diffusion.inspection.answers import Findings, look_at_answers
-from dedpo_diffusion.inspection.near import hamming, look_alikes
-from dedpo_diffusion.inspection.scan import SIDES, Scan
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
+from dedpo_diffusion.pairs.inspection.answers import Findings, look_at_answers
+from dedpo_diffusion.pairs.inspection.near import hamming, look_alikes
+from dedpo_diffusion.pairs.inspection.scan import SIDES, Scan
 
 TINY = 64  # pixels of a side: less than the smallest model here draws
 LONG_PROMPT = 60  # words; CLIP reads 77 tokens, and English has about 1.3 tokens a word

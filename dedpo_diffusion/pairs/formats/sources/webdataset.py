@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.sources.base import Located, Row, Source, fingerprint
+from dedpo_diffusion.pairs.formats.sources.base import Located, Row, Source, fingerprint
 
 KEY = "__key__"
 Member = tuple[str, str, tarfile.TarInfo]  # sample, column, where its bytes lie

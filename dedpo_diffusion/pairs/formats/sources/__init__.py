@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.sources.base import Located, Row, Source, fingerprint, listed, picked, split_file
-from dedpo_diffusion.formats.sources.hub import HubSource, SavedSource, is_saved
-from dedpo_diffusion.formats.sources.imagefolder import METADATA, ImageFolderSource
-from dedpo_diffusion.formats.sources.parquet import ParquetSource
-from dedpo_diffusion.formats.sources.texts import CsvSource, JsonLinesSource, JsonSource
-from dedpo_diffusion.formats.sources.webdataset import WebdatasetSource
+from dedpo_diffusion.pairs.formats.sources.base import Located, Row, Source, fingerprint, listed, picked, split_file
+from dedpo_diffusion.pairs.formats.sources.hub import HubSource, SavedSource, is_saved
+from dedpo_diffusion.pairs.formats.sources.imagefolder import METADATA, ImageFolderSource
+from dedpo_diffusion.pairs.formats.sources.parquet import ParquetSource
+from dedpo_diffusion.pairs.formats.sources.texts import CsvSource, JsonLinesSource, JsonSource
+from dedpo_diffusion.pairs.formats.sources.webdataset import WebdatasetSource
 from dedpo_diffusion.settings import IngestSettings
 
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")

@@ -29,8 +29,8 @@ from typing import Any
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.tables import open_parquet
-from dedpo_diffusion.formats.entry import Answer, Entry, better, image_source, is_folder, is_list, number, text
-from dedpo_diffusion.formats.sources import Located, Row, Source, fingerprint, open_source, split_file
+from dedpo_diffusion.pairs.formats.entry import Answer, Entry, better, image_source, is_folder, is_list, number, text
+from dedpo_diffusion.pairs.formats.sources import Located, Row, Source, fingerprint, open_source, split_file
 from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False

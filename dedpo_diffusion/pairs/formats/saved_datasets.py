@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.sources import Source, is_saved, open_source
+from dedpo_diffusion.pairs.formats.sources import Source, is_saved, open_source
 from dedpo_diffusion.settings import IngestSettings
 
 

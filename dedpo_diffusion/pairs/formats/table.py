@@ -38,8 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.entry import Answer, Entry, ImageSource, counted, image_source, number, text
-from dedpo_diffusion.formats.sources import Source
+from dedpo_diffusion.pairs.formats.entry import Answer, Entry, ImageSource, counted, image_source, number, text
+from dedpo_diffusion.pairs.formats.sources import Source
 from dedpo_diffusion.settings import IngestSettings
 
 PROMPT = ("prompt", "caption", "text")

@@ -25,10 +25,10 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import write_json
 from dedpo_diffusion.core.prefetch import ahead
 from dedpo_diffusion.core.records import Pair, Votes
-from dedpo_diffusion.decoding import decode_image
-from dedpo_diffusion.formats.entry import Answer, Entry
 from dedpo_diffusion.labels.files import aggregate, write_labels, write_votes
-from dedpo_diffusion.pairs import PairWriter
+from dedpo_diffusion.pairs.dataset import PairWriter
+from dedpo_diffusion.pairs.decoding import decode_image
+from dedpo_diffusion.pairs.formats.entry import Answer, Entry
 from dedpo_diffusion.settings import IngestSettings
 
 COUNTS = (

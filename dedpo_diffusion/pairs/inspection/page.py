@@ -14,7 +14,7 @@ import numpy as np
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import write_text
 from dedpo_diffusion.core.page import document
-from dedpo_diffusion.pairs import PairReader
+from dedpo_diffusion.pairs.dataset import PairReader
 
 SAMPLE = 12  # pairs shown at random
 THUMBNAIL = 176  # pixels of a side
@@ -160,7 +160,7 @@ def _pair(reader: PairReader, row: int, labels: dict[str, float]) -> str:
 
 def _image(data: bytes, side: int) -> str:
     """A small picture inside the page."""
-    from dedpo_diffusion.decoding import decode_image
+    from dedpo_diffusion.pairs.decoding import decode_image
 
     name = f"image {side}"
     try:

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.sources import Source, open_source
+from dedpo_diffusion.pairs.formats.sources import Source, open_source
 from dedpo_diffusion.settings import IngestSettings
 
 PUBLISHED = ("pickapic", "hpdv2", "hpdv3", "imagereward", "open_image_preferences", "rapidata")

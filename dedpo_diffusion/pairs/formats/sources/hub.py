@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.sources.base import Located, Source, fingerprint, listed
+from dedpo_diffusion.pairs.formats.sources.base import Located, Source, fingerprint, listed
 
 BATCH = 32  # rows in memory
 FETCHED = "hf://"  # how the hub's own files are named; other addresses in a row are not followed

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.sources.base import Located, Source, fingerprint
+from dedpo_diffusion.pairs.formats.sources.base import Located, Source, fingerprint
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 NAME = "_file_name"

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.sources.base import Located, Source, fingerprint
+from dedpo_diffusion.pairs.formats.sources.base import Located, Source, fingerprint
 
 BATCH = 32  # rows in memory
 BUFFER = 1 << 20  # bytes read at once of each column; else whole row groups are read (a page is always read whole)

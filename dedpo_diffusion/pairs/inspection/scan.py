@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import atomic_file
 from dedpo_diffusion.core.tables import open_parquet
-from dedpo_diffusion.decoding import decode_image, read_header
-from dedpo_diffusion.pairs import PAIR_COLUMNS, PairReader, shard_digest
+from dedpo_diffusion.pairs.dataset import PAIR_COLUMNS, PairReader, shard_digest
+from dedpo_diffusion.pairs.decoding import decode_image, read_header
 
 VERSION = 1  # of the numbers below
 ROWS = 256  # pairs of one task, in whole row groups

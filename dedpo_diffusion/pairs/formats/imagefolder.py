@@ -6,8 +6,8 @@ Everything else is as in `table`: the columns are what they are called there, wi
 from __future__ import annotations
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.formats.sources import METADATA, Source, open_source
-from dedpo_diffusion.formats.table import bind
+from dedpo_diffusion.pairs.formats.sources import METADATA, Source, open_source
+from dedpo_diffusion.pairs.formats.table import bind
 from dedpo_diffusion.settings import IngestSettings
 
 __all__ = ["bind", "open"]
