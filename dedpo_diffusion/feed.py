@@ -24,13 +24,13 @@ from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Targets,
 from dedpo_diffusion.dpo.adaptive_power import LEAST_POWER, Parts, followed, retarget, visited_pairs
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, step_generator
 from dedpo_diffusion.labels.files import read_targets
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models.backbone import Backbone
+from dedpo_diffusion.models.text_encoders import TextEncoders
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
 from dedpo_diffusion.runs import first_difference
 from dedpo_diffusion.settings import DataSettings
-from dedpo_diffusion.text import TextEncoders
 from dedpo_diffusion.visits import BucketedVisits, Order, StratifiedVisits, Visits, visit_probability
 
 VIEWS = 1  # stream of `step_generator` for flips and crops

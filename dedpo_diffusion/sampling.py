@@ -25,15 +25,15 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from dedpo_diffusion.bases import LEFT_OUT, UNLOADABLE, load_pipeline
 from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, file_digest
 from dedpo_diffusion.core.locks import claim, spread
 from dedpo_diffusion.core.records import Conditioning
-from dedpo_diffusion.models import Backbone, fingerprint
+from dedpo_diffusion.models.backbone import Backbone, fingerprint
+from dedpo_diffusion.models.loading import LEFT_OUT, UNLOADABLE, load_pipeline
+from dedpo_diffusion.models.pretrained import within_memory
 from dedpo_diffusion.png import is_whole, parameters, tensor_hash, write_png
 from dedpo_diffusion.runs import open_run
-from dedpo_diffusion.scorers.loading import within_memory
 from dedpo_diffusion.weights import Lora, read_lora_file, to_diffusers
 
 SCHEDULERS = {  # by the names of SampleSettings.scheduler

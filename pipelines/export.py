@@ -220,7 +220,7 @@ def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: 
     """The whole model as one file in the original layout; a v-prediction is marked by a tensor, as ComfyUI and A1111 look for it."""
     import torch
 
-    from dedpo_diffusion.single_file import to_single_file
+    from dedpo_diffusion.models.single_file import to_single_file
     from dedpo_diffusion.weights.base import base_of, modelspec
     from dedpo_diffusion.weights.writing import save_tensors
 

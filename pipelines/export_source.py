@@ -64,7 +64,7 @@ class Source:
 
     def load_base(self) -> Any:
         """The base model as a pipeline, float32. Raises as `load_pipeline`, and UserError where nothing names it."""
-        from dedpo_diffusion.bases import load_pipeline
+        from dedpo_diffusion.models.loading import load_pipeline
         from dedpo_diffusion.weights.provenance import is_hub_id
 
         if self.model is None:

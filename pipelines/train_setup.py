@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.dpo.adaptive_power import FollowedPower
     from dedpo_diffusion.dpo.noising import TimestepDraw
     from dedpo_diffusion.feed import Feed, ReferenceGrid, Source
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.optimizers import Average
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines.train_validation import Validation
@@ -80,8 +80,8 @@ def set_up(settings: TrainSettings) -> Session:
 
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     """The same settings, for three steps on a tiny random model and random pairs in a folder, on the CPU."""
+    from dedpo_diffusion.models.tiny import SIDE, build, write_pairs
     from dedpo_diffusion.pipelines.train_validation import shrink_validation
-    from dedpo_diffusion.tiny import SIDE, build, write_pairs
 
     kind, optim, data = str(settings.smoke), settings.optim, settings.data
     say(f"trying the settings on a tiny random {kind}: size {SIDE}, 3 steps, on the CPU")
@@ -112,7 +112,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.dpo.step import needs_reference
     from dedpo_diffusion.feed import Feed
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines.train_validation import open_validation
 
@@ -193,7 +193,7 @@ def add_lora(settings: TrainSettings, model: Backbone) -> None:
     """
     import torch
 
-    from dedpo_diffusion.models import ATTENTION
+    from dedpo_diffusion.models.backbone import ATTENTION
     from dedpo_diffusion.weights import read_lora_file, to_parameters
 
     lora = settings.lora

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
 
 
 def build_accelerator(settings: TrainSettings) -> Accelerator:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dedpo_diffusion.feed import Feed
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.optimizers import Average
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines.train_setup import Session
@@ -66,7 +66,7 @@ def shrink_validation(wanted: ValidationSettings, folder: Path) -> ValidationSet
     from dedpo_diffusion.core.files import write_text
     from dedpo_diffusion.core.records import Labels
     from dedpo_diffusion.labels.files import write_labels
-    from dedpo_diffusion.tiny import write_pairs
+    from dedpo_diffusion.models.tiny import write_pairs
 
     if wanted.every is None:
         return wanted

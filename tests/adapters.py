@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dedpo_diffusion.checkpoints import save_checkpoint
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.runs import checkpoint_folder, open_run
 from dedpo_diffusion.settings import DataSettings, LoraSettings, TrainSettings
 from dedpo_diffusion.weights import from_parameters, to_diffusers

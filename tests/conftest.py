@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dedpo_diffusion import tiny
 from dedpo_diffusion.core.records import Pair, Targets
 from dedpo_diffusion.labels.files import write_targets
+from dedpo_diffusion.models import tiny
 from dedpo_diffusion.pairs.dataset import PairWriter
 
 # tiny tensors are faster on one thread, and so are the commands that the tests start

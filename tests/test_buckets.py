@@ -17,7 +17,7 @@ from dedpo_diffusion.cache import PairCache
 from dedpo_diffusion.core.records import Pair, Targets
 from dedpo_diffusion.feed import Feed
 from dedpo_diffusion.labels.files import write_targets
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pairs.pixels import WIDEST, bucket_shapes, nearest_shape, pair_views
 from dedpo_diffusion.pipelines import train

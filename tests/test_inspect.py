@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters import diffusers_lora, save_lora
-from dedpo_diffusion import tiny
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.models import tiny
 from dedpo_diffusion.pipelines import inspect_weights
 from dedpo_diffusion.runs import open_run
 from dedpo_diffusion.settings import DataSettings, SampleSettings, TrainSettings

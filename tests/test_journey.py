@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dedpo_diffusion.bases import resolve_model
+from dedpo_diffusion.models.loading import resolve_model
 from dedpo_diffusion.pipelines import quickstart
 
 # what a user does with the exported file: no line of this project in it

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dedpo_diffusion.tiny import KINDS, _unet
+from dedpo_diffusion.models.tiny import KINDS, _unet
 from several import FSDP
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -300,7 +300,7 @@ def test_the_same_content_is_the_same_bytes_and_its_digest_is_right(tmp_path):
 
 
 def test_families_are_told_apart(folders, tmp_path):
-    from dedpo_diffusion import tiny
+    from dedpo_diffusion.models import tiny
 
     assert look_up(str(folders["sd15"])) == Base("sd1", "epsilon", 64)
     assert look_up(str(folders["sd21"])) == Base("sd2", "v_prediction", 64)

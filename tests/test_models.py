@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dedpo_diffusion import tiny
-from dedpo_diffusion.bases import load_pipeline
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning, PairBatch
 from dedpo_diffusion.dpo.step import preference_step
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models import tiny
+from dedpo_diffusion.models.backbone import Backbone
+from dedpo_diffusion.models.loading import load_pipeline
 from dedpo_diffusion.pairs.pixels import pair_views
 
 CPU = torch.device("cpu")

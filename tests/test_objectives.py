@@ -14,7 +14,7 @@ import torch
 from dedpo_diffusion import balance_errors, implicit_rewards, margin, preference_loss, preference_step
 from dedpo_diffusion.core.records import PairBatch
 from dedpo_diffusion.dpo.objectives import OBJECTIVES, objective_loss
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.settings.training import Kind
 from dedpo_diffusion.shapes.world import parse_prompt, render, sample_scene
 

@@ -14,7 +14,7 @@ from PIL import Image
 from adapters import diffusers_lora, save_lora
 from dedpo_diffusion import png, sampling
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pipelines import propose, sample

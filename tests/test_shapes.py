@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dedpo_diffusion.bases import resolve_model
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models.backbone import Backbone
+from dedpo_diffusion.models.loading import resolve_model
 from dedpo_diffusion.shapes import human, oracle, world
 
 MODEL = Path(resolve_model("shapes"))

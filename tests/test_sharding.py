@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import write_pairs
-from dedpo_diffusion.bases import load_pipeline
+from dedpo_diffusion.models.loading import load_pipeline
+from dedpo_diffusion.models.sharding import own_part, reshard, whole
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.runs import checkpoints
-from dedpo_diffusion.sharding import own_part, reshard, whole
 from several import DEEPSPEED, FSDP, launch, together, write_job
 from training import arguments, deviation, final, fresh_accelerate_state, metrics  # noqa: F401 - one is a fixture
 

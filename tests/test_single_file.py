@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dedpo_diffusion import tiny
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.single_file import family, to_single_file
+from dedpo_diffusion.models import tiny
+from dedpo_diffusion.models.single_file import family, to_single_file
 
 FAMILY = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 

@@ -13,7 +13,7 @@ from dedpo_diffusion import preference_step
 from dedpo_diffusion.core.records import Conditioning, PairBatch
 from dedpo_diffusion.dpo.balance import probability_scale
 from dedpo_diffusion.dpo.noising import ForwardProcess
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models.backbone import Backbone
 
 TARGETS = torch.tensor([-3.0, 0.0, 0.3, 1.0, 4.0])
 

@@ -13,7 +13,7 @@ from dedpo_diffusion.core.records import Conditioning, PairBatch
 from dedpo_diffusion.dpo.noising import ForwardProcess, TimestepDraw
 from dedpo_diffusion.dpo.objectives import OBJECTIVES
 from dedpo_diffusion.dpo.step import preference_step
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models.backbone import Backbone
 
 DEVICE = torch.device("cuda")
 LOOKS = {"dr_dpo"}  # at its weights in every step

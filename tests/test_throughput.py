@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from dedpo_diffusion import tiny
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import PairBatch
 from dedpo_diffusion.dpo.step import preference_step
@@ -23,7 +22,8 @@ from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, Publi
 from dedpo_diffusion.evaluation.benchmarks.tally import Tally, storage_bytes
 from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings, count_flop, ratio
 from dedpo_diffusion.feed import LiveSource
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models import tiny
+from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.settings import DataSettings
 from training import fresh_accelerate_state  # noqa: F401

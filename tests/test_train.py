@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_m
 
 
 def test_an_image_that_encodes_to_nan_is_told_apart_from_a_rate_that_is_too_high(tiny_model, tiny_pairs, tmp_path, monkeypatch, capsys):
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
 
     real = Backbone.encode_images
     monkeypatch.setattr(Backbone, "encode_images", lambda self, pixels: tuple(value * float("nan") for value in real(self, pixels)))

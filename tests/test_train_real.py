@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import write_pairs
-from dedpo_diffusion import tiny
-from dedpo_diffusion.bases import load_pipeline
+from dedpo_diffusion.models import tiny
+from dedpo_diffusion.models.loading import load_pipeline
 from dedpo_diffusion.pipelines import export, sample, train
 from dedpo_diffusion.runs import checkpoints
 from dedpo_diffusion.sampling import load_sampler

@@ -30,7 +30,7 @@ from dedpo_diffusion.dpo.adaptive_power import visited_pairs
 from dedpo_diffusion.dpo.losses import implicit_rewards
 from dedpo_diffusion.dpo.noising import step_generator
 from dedpo_diffusion.labels.files import read_targets
-from dedpo_diffusion.models import Backbone
+from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.pixels import pair_views
 from dedpo_diffusion.runs import checkpoints, read_settings

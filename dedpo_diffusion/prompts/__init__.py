@@ -168,7 +168,7 @@ def _hpsv2(lists: dict[str, Path]) -> list[Prompt]:
 def _from_hub(file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    from dedpo_diffusion.scorers.loading import fetching
+    from dedpo_diffusion.models.pretrained import fetching
 
     remedy = f"take benchmark/{{{','.join(STYLES)}}}.json of the dataset {HPSV2_HUB} elsewhere, and give --prompts FOLDER"
     with fetching("prompts hpsv2", f"{file} of {HPSV2_HUB}", remedy):

@@ -96,7 +96,7 @@ def load_scorer(spec: str, *, device: str | None, batch: int, dtype: str = "floa
     name, _, location = spec.partition("=")
     if name not in SCORERS:
         raise UserError(f"there is no scorer {name!r}; known: {', '.join(SCORERS)} (as name or name=location)")
-    from dedpo_diffusion.scorers.loading import check_options  # late: it imports from here
+    from dedpo_diffusion.models.pretrained import check_options  # late: it imports from here
 
     check_options(batch, dtype)
     return SCORERS[name](location or None, device=device, batch=batch, dtype=dtype)

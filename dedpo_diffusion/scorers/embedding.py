@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dedpo_diffusion.core.console import say
-from dedpo_diffusion.scorers.loading import in_one_line, usable, within_memory
+from dedpo_diffusion.models.pretrained import in_one_line, usable, within_memory
 
 
 class EmbeddingScorer(ABC):

@@ -14,9 +14,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dedpo_diffusion.bases import UNLOADABLE, resolve_model
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.single_file import family as family_of_file
+from dedpo_diffusion.models.loading import UNLOADABLE, resolve_model
+from dedpo_diffusion.models.single_file import family as family_of_file
 from dedpo_diffusion.weights.families import REFINER
 from dedpo_diffusion.weights.kohya import Family
 from dedpo_diffusion.weights.lora import Lora

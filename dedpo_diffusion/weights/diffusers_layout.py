@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.text import NAMES
+from dedpo_diffusion.models.text_encoders import NAMES
 from dedpo_diffusion.weights.header import json_dictionary
 from dedpo_diffusion.weights.layers import collect, read_layer
 from dedpo_diffusion.weights.live import full_name

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.single_file import unreadable
+from dedpo_diffusion.models.single_file import unreadable
 
 PICKLED = {".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle"}
 DTYPES = {

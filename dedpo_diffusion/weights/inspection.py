@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dedpo_diffusion.core.console import Progress, UserError, track
 from dedpo_diffusion.core.files import is_leftover
+from dedpo_diffusion.models.single_file import CLIP, OPEN_CLIP, UNET, VAE, family, foreign
 from dedpo_diffusion.runs import best_folder, checkpoints
-from dedpo_diffusion.single_file import CLIP, OPEN_CLIP, UNET, VAE, family, foreign
 from dedpo_diffusion.weights.adapters import WORDS, Adapter, find_adapter
 from dedpo_diffusion.weights.diffusers_layout import CONFIG
 from dedpo_diffusion.weights.families import FAMILIES, Evidence, find_base

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.single_file import UNET_ENDS, UNET_RESNET
+from dedpo_diffusion.models.single_file import UNET_ENDS, UNET_RESNET
 from dedpo_diffusion.weights.layers import collect, read_layer
 from dedpo_diffusion.weights.lora import Lora, LoraLayer
 

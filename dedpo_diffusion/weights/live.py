@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dedpo_diffusion.text import NAMES
+from dedpo_diffusion.models.text_encoders import NAMES
 from dedpo_diffusion.weights.lora import Lora, LoraLayer
 
 KINDS = {"down": ".lora_A.default.weight", "up": ".lora_B.default.weight", "magnitude": ".lora_magnitude_vector.default.weight"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.text import NAMES
+from dedpo_diffusion.models.text_encoders import NAMES
 from dedpo_diffusion.weights.lora import Lora
 
 PARTS = ("unet", *NAMES)

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.single_file import unreadable
+from dedpo_diffusion.models.single_file import unreadable
 from dedpo_diffusion.weights.diffusers_layout import PARTS, from_diffusers
 from dedpo_diffusion.weights.families import DECLARED, REFINER
 from dedpo_diffusion.weights.kohya import from_kohya

@@ -83,7 +83,7 @@ def run(settings: NoiseSettings) -> dict[str, Any]:
 
     from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.feed import CachedSource, Feed, open_cache
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.settings import DataSettings
 

@@ -27,7 +27,7 @@ from dedpo_diffusion.core.console import say, stage, track
 
 if TYPE_CHECKING:
     from dedpo_diffusion.core.records import PairBatch
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
 
 BLOCK = 512  # bytes
 OVERHEAD = 0.8 * 2**30  # bytes assumed for CUDA's context, workspaces and fragmentation

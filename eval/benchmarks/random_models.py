@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
 
 CLIP_L = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768,
@@ -79,7 +79,7 @@ def random_pipeline(kind: str, *, device: str = "cpu") -> Any:
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    from dedpo_diffusion.bases import resolve_model
+    from dedpo_diffusion.models.loading import resolve_model
 
     sizes = SIZES[kind]
     tokenizers = [
@@ -102,7 +102,7 @@ def random_pipeline(kind: str, *, device: str = "cpu") -> Any:
 @contextmanager
 def _loads(pipe: Any) -> Iterator[None]:
     """While open, a `Backbone` takes this pipeline in place of one from a file, and its weights are not hashed."""
-    from dedpo_diffusion import models
+    from dedpo_diffusion.models import backbone as models
 
     with mock.patch.object(models, "load_pipeline", return_value=pipe), mock.patch.object(models, "fingerprint", return_value="random"):
         yield
@@ -110,7 +110,7 @@ def _loads(pipe: Any) -> Iterator[None]:
 
 def random_backbone(kind: str, *, device: torch.device, dtype: torch.dtype) -> Backbone:
     """The project's own `Backbone` around a random pipeline; nothing is written or read."""
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
 
     with _loads(random_pipeline(kind, device=str(device))):
         return Backbone(kind, device=device, dtype=dtype)

@@ -40,7 +40,7 @@ def parts(pairs: int) -> dict[str, Callable[[], Any]]:
     """The reference's forward pass, and the policy's forward and backward pass with the optimizer's step, on random latents."""
     import torch
 
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
 
     model = Backbone("shapes", device=torch.device("cpu"))
     model.add_lora(rank=8, alpha=8)

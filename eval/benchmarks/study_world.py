@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from dedpo_diffusion.core.records import Conditioning
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
 
 SAMPLER = {"steps": 12, "guidance": 1.0}  # of the pool's images and of the verdict's
@@ -162,7 +162,7 @@ class Verdict:
     def __init__(self, pool: Pool, *, held_out: int, images: int, rank: int, alpha: float) -> None:
         import torch
 
-        from dedpo_diffusion.models import Backbone
+        from dedpo_diffusion.models.backbone import Backbone
         from dedpo_diffusion.sampling import load_sampler
         from dedpo_diffusion.scorers import load_scorer
         from dedpo_diffusion.shapes.world import VOCABULARY

@@ -35,7 +35,7 @@ from dedpo_diffusion.core.console import Progress, UserError, say, stage, track
 
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.benchmarks.throughput_arms import Bench
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
 
 SHEET = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16, by its maker
 

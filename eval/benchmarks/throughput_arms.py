@@ -19,7 +19,7 @@ from dedpo_diffusion.core.console import track
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings
     from dedpo_diffusion.feed import Loaded
-    from dedpo_diffusion.models import Backbone
+    from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pipelines.train_setup import Session
 
 OURS = ("live", "cached", "stored")

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from dedpo_diffusion.core.console import UserError, say
-from dedpo_diffusion.single_file import family
+from dedpo_diffusion.models.single_file import family
 
 CONFIGS = {  # where diffusers looks up what a single file leaves unsaid: sizes, scheduler, tokenizers; SD2.x files differ in them
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from dedpo_diffusion.bases import load_pipeline
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors
+from dedpo_diffusion.models.loading import load_pipeline
+from dedpo_diffusion.models.sharding import own_part, reshard
+from dedpo_diffusion.models.text_encoders import TextEncoders, chunks
 from dedpo_diffusion.pairs.pixels import bucket_shapes
-from dedpo_diffusion.sharding import own_part, reshard
-from dedpo_diffusion.text import TextEncoders, chunks
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the UNet's attention projections, the customary LoRA targets
 GRAPHS = 64  # compiled for one block at most

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dedpo_diffusion.bases import load_pipeline, resolve_model
 from dedpo_diffusion.core.records import Pair, Targets
 from dedpo_diffusion.labels.files import write_targets
+from dedpo_diffusion.models.loading import load_pipeline, resolve_model
+from dedpo_diffusion.models.single_file import to_single_file
 from dedpo_diffusion.pairs.dataset import PairWriter
-from dedpo_diffusion.single_file import to_single_file
 
 KINDS = ("sd15", "sd21", "sdxl")
 SIDE = 64  # pixels; 8 x 8 latents, which the UNets of SD1.5 and SD2.1 shrink to one
