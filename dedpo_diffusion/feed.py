@@ -29,9 +29,9 @@ from dedpo_diffusion.models.text_encoders import TextEncoders
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
-from dedpo_diffusion.runs import first_difference
 from dedpo_diffusion.settings import DataSettings
 from dedpo_diffusion.visits import BucketedVisits, Order, StratifiedVisits, Visits, visit_probability
+from dedpo_diffusion.weights.run_folder import first_difference
 
 VIEWS = 1  # stream of `step_generator` for flips and crops
 CHOICE = 1001  # for which of a pair's pre-drawn noises a visit gets

@@ -26,16 +26,16 @@ from dedpo_diffusion.settings import ExportSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dedpo_diffusion.pipelines.export_source import Source
     from dedpo_diffusion.weights import Lora
     from dedpo_diffusion.weights.base import Base
+    from dedpo_diffusion.weights.source import Source
 
 LORAS = ("diffusers", "kohya")
 
 
 def run(settings: ExportSettings) -> Path:
     """Write what a run trained, or another LoRA, so that other programs load it."""
-    from dedpo_diffusion.pipelines.export_source import open_source
+    from dedpo_diffusion.weights.source import open_source
 
     check(settings)
     source = open_source(settings)
@@ -122,8 +122,8 @@ def write_lora(settings: ExportSettings, source: Source) -> None:
 
 def changed_lora(settings: ExportSettings, source: Source) -> tuple[Lora, dict[str, Any]]:
     """The source's LoRA at the strength and rank that were asked for, with others added, and what is to be said of that."""
-    from dedpo_diffusion.pipelines.export_source import weights_of
     from dedpo_diffusion.weights.algebra import combined, extracted, resized, scaled
+    from dedpo_diffusion.weights.source import weights_of
 
     others, made = added(settings)
     lora, rank = source.lora, settings.rank

@@ -177,7 +177,7 @@ def write_verdict(settings: QuickstartSettings, clock: Clock, pairs: Path, folde
 
 def run(settings: QuickstartSettings) -> dict[str, Any]:
     """The whole journey on the embedded world, on a CPU, in minutes."""
-    from dedpo_diffusion.runs import open_run
+    from dedpo_diffusion.weights.run_folder import open_run
 
     open_run(settings.out, settings, {})
     clock = Clock(settings.out / "seconds.json")

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dedpo_diffusion.checkpoints import load_checkpoint, save_checkpoint
 from dedpo_diffusion.core.console import Progress, say, stage
 from dedpo_diffusion.core.files import atomic_folder, write_json
 from dedpo_diffusion.shapes import world
+from dedpo_diffusion.weights.checkpoints import load_checkpoint, save_checkpoint
 
 TOKENS = 16  # a Shapes prompt has 8 words; a short text side keeps cross-attention cheap
 

@@ -62,9 +62,9 @@ def resume(session: Session) -> int:
     """Load the newest checkpoint, if there is one; returns the steps done."""
     from accelerate.utils import broadcast_object_list
 
-    from dedpo_diffusion.checkpoints import load_checkpoint, load_part
     from dedpo_diffusion.pipelines.train_sharding import stored_optimizer
-    from dedpo_diffusion.runs import newest_checkpoint
+    from dedpo_diffusion.weights.checkpoints import load_checkpoint, load_part
+    from dedpo_diffusion.weights.run_folder import newest_checkpoint
 
     # the main process looks at every byte, and sets damaged ones aside
     [found] = broadcast_object_list([newest_checkpoint(session.settings.out) if session.accelerator.is_main_process else None])
@@ -87,9 +87,9 @@ def resume(session: Session) -> int:
 
 def save(session: Session, step: int) -> None:
     """Write a checkpoint on the main process; the others give it their parts of the tensors, and wait."""
-    from dedpo_diffusion.checkpoints import save_checkpoint
     from dedpo_diffusion.pipelines.train_sharding import stored_optimizer
-    from dedpo_diffusion.runs import checkpoint_folder, prune_checkpoints
+    from dedpo_diffusion.weights.checkpoints import save_checkpoint
+    from dedpo_diffusion.weights.run_folder import checkpoint_folder, prune_checkpoints
 
     accelerator, model, out = session.accelerator, session.model, session.settings.out
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -223,7 +223,7 @@ def run(settings: TrainSettings) -> Path:
     from dedpo_diffusion.health import Watch
     from dedpo_diffusion.metrics import step_metrics
     from dedpo_diffusion.pipelines.train_setup import set_up
-    from dedpo_diffusion.runs import MetricsLog, read_metrics
+    from dedpo_diffusion.weights.run_folder import MetricsLog, read_metrics
 
     session = set_up(settings)
     settings, accelerator, model, follow = session.settings, session.accelerator, session.model, session.follow

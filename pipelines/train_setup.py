@@ -54,7 +54,7 @@ def set_up(settings: TrainSettings) -> Session:
 
     from dedpo_diffusion.optimizers import Average, build_optimizer
     from dedpo_diffusion.pipelines.train_sharding import build_accelerator, hand_over
-    from dedpo_diffusion.runs import open_run
+    from dedpo_diffusion.weights.run_folder import open_run
 
     settings = resolve(settings)
     optim = settings.optim

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.optimizers import Average
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pipelines.train_setup import Session
-    from dedpo_diffusion.runs import MetricsLog
+    from dedpo_diffusion.weights.run_folder import MetricsLog
 
 LOG = "validation"  # its lines are in OUT/validation.jsonl
 OBJECTIVE = ("kind", "beta", "options", "margin_cap")  # of the objective, that held-out pairs are measured by
@@ -380,7 +380,7 @@ class Validation:
         A run that was stopped between its last checkpoint and that step's validation has the validation now; its line is returned.
         """
         from dedpo_diffusion.core.files import remove_folder
-        from dedpo_diffusion.runs import MetricsLog, best_folder, read_metrics
+        from dedpo_diffusion.weights.run_folder import MetricsLog, best_folder, read_metrics
 
         self.lines = list(read_metrics(self.settings.out, done, LOG))
         session.accelerator.wait_for_everyone()
@@ -458,9 +458,9 @@ class Validation:
         say(f"validation after step {line['step']}: {', '.join(words) or 'images sampled'}")
 
     def _keep_best(self, session: Session, line: Mapping[str, Any]) -> None:
-        from dedpo_diffusion.checkpoints import save_best
-        from dedpo_diffusion.runs import best_folder
         from dedpo_diffusion.validation import best_line, merit
+        from dedpo_diffusion.weights.checkpoints import save_best
+        from dedpo_diffusion.weights.run_folder import best_folder
 
         found = merit(line)
         if found is None or best_line(self.lines) is not line:

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dedpo_diffusion.checkpoints import save_checkpoint
 from dedpo_diffusion.models.backbone import Backbone
-from dedpo_diffusion.runs import checkpoint_folder, open_run
 from dedpo_diffusion.settings import DataSettings, LoraSettings, TrainSettings
 from dedpo_diffusion.weights import from_parameters, to_diffusers
+from dedpo_diffusion.weights.checkpoints import save_checkpoint
 from dedpo_diffusion.weights.diffusers_layout import CONFIG
+from dedpo_diffusion.weights.run_folder import checkpoint_folder, open_run
 from dedpo_diffusion.weights.writing import save_tensors
 
 PROMPT = "a small red circle"

@@ -308,8 +308,8 @@ def test_a_weight_beyond_half_precision_is_refused(runs, tmp_path, capsys):
 
 
 def test_a_report_that_changed_is_not_named(runs, tmp_path, capsys):
-    from dedpo_diffusion.pipelines.export_source import digests
-    from dedpo_diffusion.runs import read_settings
+    from dedpo_diffusion.weights.run_folder import read_settings
+    from dedpo_diffusion.weights.source import digests
 
     run = runs["sd15"].run
     trained = read_settings(run)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dedpo_diffusion.checkpoints import load_checkpoint, save_checkpoint
 from dedpo_diffusion.core import files
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pairs.pixels import pair_views
-from dedpo_diffusion.runs import MetricsLog, checkpoint_folder, checkpoints, first_difference, open_run, prune_checkpoints
+from dedpo_diffusion.weights.checkpoints import load_checkpoint, save_checkpoint
+from dedpo_diffusion.weights.run_folder import MetricsLog, checkpoint_folder, checkpoints, first_difference, open_run, prune_checkpoints
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -17,7 +17,7 @@ from dedpo_diffusion.labels.files import read_targets
 from dedpo_diffusion.metrics import summarise
 from dedpo_diffusion.models import tiny
 from dedpo_diffusion.pipelines import train
-from dedpo_diffusion.runs import checkpoints
+from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, fresh_accelerate_state, metrics  # noqa: F401 - the last but one is a fixture
 
 WELL = {"reference_error": 0.2, "winner_drift": -0.004, "loser_drift": 0.006, "margin_abs_mean": 1.0, "margin_abs_max": 3.0}

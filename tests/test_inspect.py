@@ -14,10 +14,10 @@ from adapters import diffusers_lora, save_lora
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models import tiny
 from dedpo_diffusion.pipelines import inspect_weights
-from dedpo_diffusion.runs import open_run
 from dedpo_diffusion.settings import DataSettings, SampleSettings, TrainSettings
 from dedpo_diffusion.weights import inspection
 from dedpo_diffusion.weights.inspection import inspect_path
+from dedpo_diffusion.weights.run_folder import open_run
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 TEXT = "encoder.layers.0.self_attn"

@@ -23,8 +23,8 @@ from dedpo_diffusion.labels.files import read_targets, write_labels, write_targe
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pipelines import merge, train
-from dedpo_diffusion.runs import checkpoints
 from dedpo_diffusion.settings import LabelSettings, SelfTrainingSettings
+from dedpo_diffusion.weights.run_folder import checkpoints
 
 IDS = [f"p{k}" for k in range(16)]
 PROMPTS = [f"a {size} {shape}" for size in ("small", "large") for shape in ("circle", "cross")]

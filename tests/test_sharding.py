@@ -20,7 +20,7 @@ from conftest import write_pairs
 from dedpo_diffusion.models.loading import load_pipeline
 from dedpo_diffusion.models.sharding import own_part, reshard, whole
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.runs import checkpoints
+from dedpo_diffusion.weights.run_folder import checkpoints
 from several import DEEPSPEED, FSDP, launch, together, write_job
 from training import arguments, deviation, final, fresh_accelerate_state, metrics  # noqa: F401 - one is a fixture
 

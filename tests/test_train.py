@@ -15,7 +15,7 @@ from conftest import picture, write_pairs
 from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.pipelines import train
-from dedpo_diffusion.runs import checkpoints
+from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
 REPOSITORY = Path(train.__file__).parents[1]

@@ -15,7 +15,7 @@ import pytest
 
 from conftest import write_pairs
 from dedpo_diffusion.pipelines import train
-from dedpo_diffusion.runs import checkpoints
+from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, metrics
 
 IMPORTED = [  # by the server that the runs are forked from, so that a start does not cost their seconds

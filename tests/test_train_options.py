@@ -21,7 +21,7 @@ from dedpo_diffusion.feed import Feed
 from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.runs import checkpoints
+from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
 

@@ -15,9 +15,9 @@ from conftest import write_pairs
 from dedpo_diffusion.models import tiny
 from dedpo_diffusion.models.loading import load_pipeline
 from dedpo_diffusion.pipelines import export, sample, train
-from dedpo_diffusion.runs import checkpoints
 from dedpo_diffusion.sampling import load_sampler
 from dedpo_diffusion.sampling import sample as draw_images
+from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
 WHOLE = {"weights": "full", "optim.steps": 4, "optim.batch": 2, "checkpoint_every": 2, "optim.learning_rate": 1e-3}

@@ -18,8 +18,8 @@ from dedpo_diffusion.core.records import Labels, Pair, Targets
 from dedpo_diffusion.labels.files import write_labels, write_targets
 from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.runs import checkpoints
 from dedpo_diffusion.sampling import load_sampler, sample
+from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics  # noqa: F401 - one is a fixture
 
 PROMPTS = ["a large red circle on a white background", "a small blue square on a black background"]

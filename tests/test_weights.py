@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from adapters import read_metadata
-from dedpo_diffusion.checkpoints import save_checkpoint
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pipelines import export
-from dedpo_diffusion.runs import checkpoint_folder, open_run
 from dedpo_diffusion.settings import DataSettings, LoraSettings, TrainSettings
+from dedpo_diffusion.weights.checkpoints import save_checkpoint
+from dedpo_diffusion.weights.run_folder import checkpoint_folder, open_run
 
 PLAIN = """
 import sys, torch

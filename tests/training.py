@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dedpo_diffusion.pipelines import train
-from dedpo_diffusion.runs import checkpoints
+from dedpo_diffusion.weights.run_folder import checkpoints
 
 
 def arguments(base: Path, pairs: Path, out: Path, **changes: object) -> list[str]:

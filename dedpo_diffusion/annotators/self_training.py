@@ -22,7 +22,6 @@ from scipy.special import log_expit, logsumexp
 from torch import Tensor
 
 from dedpo_diffusion.annotators import Answers, Judge, Question
-from dedpo_diffusion.checkpoints import check_checkpoint
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.core.records import Conditioning
@@ -33,8 +32,9 @@ from dedpo_diffusion.labels.files import read_targets
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.pixels import pair_views
-from dedpo_diffusion.runs import checkpoints, read_settings
 from dedpo_diffusion.settings import SelfTrainingSettings
+from dedpo_diffusion.weights.checkpoints import check_checkpoint
+from dedpo_diffusion.weights.run_folder import checkpoints, read_settings
 
 LOG_ODDS = ("sigmoid", "uncertainty")  # objectives whose best margin is the log-odds of an answer
 

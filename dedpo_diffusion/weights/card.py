@@ -17,12 +17,12 @@ import yaml
 
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import atomic_file, file_digest, write_text
-from dedpo_diffusion.runs import first_difference, read_settings
 from dedpo_diffusion.weights.adapters import find_adapter
 from dedpo_diffusion.weights.card_text import Exported, model_card
 from dedpo_diffusion.weights.header import Header, read_header
 from dedpo_diffusion.weights.inspection import inspect_path
 from dedpo_diffusion.weights.provenance import own_facts, portable
+from dedpo_diffusion.weights.run_folder import first_difference, read_settings
 
 _MARK = re.compile(r"<!-- model card by dedpo_diffusion, sha256 ([0-9a-f]{64}) -->\n")
 

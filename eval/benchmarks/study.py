@@ -317,8 +317,8 @@ class Study:
         from safetensors.torch import load_file
 
         from dedpo_diffusion.pipelines import train
-        from dedpo_diffusion.runs import checkpoints
         from dedpo_diffusion.settings import DataSettings, LoraSettings, ObjectiveSettings, OptimSettings, TrainSettings
+        from dedpo_diffusion.weights.run_folder import checkpoints
 
         arm, work = ARMS[cell.arm], self.settings.work
         out = work / "runs" / name

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from dedpo_diffusion.checkpoints import check_checkpoint
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import is_leftover, remove_folder, remove_leftovers, write_text, writing
+from dedpo_diffusion.weights.checkpoints import check_checkpoint
 
 
 def plain(value: Any) -> Any:

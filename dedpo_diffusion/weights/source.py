@@ -133,8 +133,8 @@ def _open_file(settings: ExportSettings) -> Source:
 
 
 def _open_run(settings: ExportSettings) -> Source:
-    from dedpo_diffusion.checkpoints import check_checkpoint, load_part
     from dedpo_diffusion.weights import from_parameters
+    from dedpo_diffusion.weights.checkpoints import check_checkpoint, load_part
 
     run = settings.source
     trained = run_settings(run)
@@ -167,7 +167,7 @@ def run_settings(run: Path) -> dict[str, Any]:
     """
     import yaml
 
-    from dedpo_diffusion.runs import read_settings
+    from dedpo_diffusion.weights.run_folder import read_settings
 
     file, remedy = run / "settings.yaml", "give the run folder as training left it"
     try:
@@ -226,7 +226,7 @@ def chosen(settings: ExportSettings) -> tuple[int, Path]:
     Raises:
         UserError: the run has no such checkpoint.
     """
-    from dedpo_diffusion.runs import best_folder, checkpoints
+    from dedpo_diffusion.weights.run_folder import best_folder, checkpoints
 
     run = settings.source
     file, found = best_folder(run) / "state.json", checkpoints(run)
