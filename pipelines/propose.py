@@ -17,7 +17,7 @@ from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.settings import ProposeSettings
 
 if TYPE_CHECKING:
-    from dedpo_diffusion.sampling import Job
+    from dedpo_diffusion.sampling.sampler import Job
 
 
 def pairings(group: Sequence[Job], pairing: str) -> Iterator[tuple[Job, Job]]:
@@ -31,8 +31,8 @@ def run(settings: ProposeSettings) -> Path:
     """Make pairs from a model's own images."""
     from dedpo_diffusion.core.records import Pair
     from dedpo_diffusion.pairs.dataset import PairWriter
-    from dedpo_diffusion.prompts import read_prompts
-    from dedpo_diffusion.sampling import Recipe, jobs, sample_folder
+    from dedpo_diffusion.sampling.prompts import read_prompts
+    from dedpo_diffusion.sampling.sampler import Recipe, jobs, sample_folder
 
     if settings.images_per_prompt < 2 or (settings.pairing == "disjoint" and settings.images_per_prompt % 2):
         raise UserError(f"images_per_prompt {settings.images_per_prompt}: give an even number, or any from 2 on with --pairing all")

@@ -31,8 +31,8 @@ def image_size(settings: SampleSettings) -> int | tuple[int, int] | None:
 
 def run(settings: SampleSettings) -> Path:
     """Sample images, seed-paired with every other model sampled with the same prompts and seed."""
-    from dedpo_diffusion.prompts import read_prompts
-    from dedpo_diffusion.sampling import Recipe, jobs, sample_folder
+    from dedpo_diffusion.sampling.prompts import read_prompts
+    from dedpo_diffusion.sampling.sampler import Recipe, jobs, sample_folder
 
     recipe = Recipe(
         settings.model, settings.steps, settings.guidance, settings.batch, image_size(settings), settings.negative, settings.lora,

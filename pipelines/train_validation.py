@@ -40,7 +40,7 @@ def check_validation(settings: TrainSettings) -> None:
     Raises:
         UserError: they do not.
     """
-    from dedpo_diffusion.prompts import read_prompts
+    from dedpo_diffusion.sampling.prompts import read_prompts
 
     wanted = settings.validation
     if wanted.every is None:
@@ -226,8 +226,8 @@ class Grid:
         import torch
 
         from dedpo_diffusion.core.records import Conditioning
-        from dedpo_diffusion.prompts import read_prompts
-        from dedpo_diffusion.sampling import jobs
+        from dedpo_diffusion.sampling.prompts import read_prompts
+        from dedpo_diffusion.sampling.sampler import jobs
         from dedpo_diffusion.scorers import load_scorer
 
         self.settings, self.wanted, self.shape = settings, settings.validation, model.latent_shape(size)
@@ -269,7 +269,7 @@ class Grid:
         """An image of every prompt from the model as it is."""
         import torch
 
-        from dedpo_diffusion.sampling import sample_encoded, sampler_around
+        from dedpo_diffusion.sampling.sampler import sample_encoded, sampler_around
 
         pipe, batch, images = sampler_around(model, self.vae.to(model.device)), self.settings.optim.batch, []
         given, absent = self.given, self.absent
@@ -317,7 +317,7 @@ class Grid:
         """Write the images as PNG with their index, as `dedpo sample` does, and `grid.png`: one row a prompt, before training and now."""
         from dedpo_diffusion.core.charts import contact_sheet
         from dedpo_diffusion.core.files import atomic_folder
-        from dedpo_diffusion.sampling import save_png, write_index
+        from dedpo_diffusion.sampling.sampler import save_png, write_index
 
         def told(found: Mapping[str, np.ndarray]) -> list[str]:
             return ["\n".join(f"{name} {values[k]:.3f}" for name, values in found.items()) for k in range(len(self.work))]

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dedpo_diffusion import prompts
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.prompts import STYLES, read_prompts, spread_evenly
-from dedpo_diffusion.sampling import Prompt, jobs
+from dedpo_diffusion.sampling import prompts
+from dedpo_diffusion.sampling.prompts import STYLES, read_prompts, spread_evenly
+from dedpo_diffusion.sampling.sampler import Prompt, jobs
 
 PARTI = {
     "Abstract": 51, "Animals": 314, "Artifacts": 287, "Arts": 66, "Food & Beverage": 74, "Illustrations": 124, "Indoor Scenes": 40,
@@ -43,7 +43,7 @@ def test_quotation_marks_of_a_prompt_stay():
 
 
 def test_what_is_carried_is_told_with_its_licences():
-    folder = files("dedpo_diffusion.prompts")
+    folder = files("dedpo_diffusion.sampling.prompts")
     notice = (folder / "NOTICE.md").read_text()
     for name in ("parti", "geneval"):
         assert name in notice and f"LICENSE.{name}" in notice

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from adapters import diffusers_lora, save_lora
-from dedpo_diffusion import png, sampling
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pipelines import propose, sample
+from dedpo_diffusion.sampling import png
+from dedpo_diffusion.sampling import sampler as sampling
 
 PROMPTS = ["a small red circle on a white background", "a large blue cross on a gray background", "a large cross"]
 

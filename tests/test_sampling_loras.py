@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters import diffusers_lora, save_lora
-from dedpo_diffusion import sampling
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pipelines import sample as stage
-from dedpo_diffusion.sampling import Recipe, add_loras, load_sampler, sample
+from dedpo_diffusion.sampling import sampler as sampling
+from dedpo_diffusion.sampling.sampler import Recipe, add_loras, load_sampler, sample
 from dedpo_diffusion.weights import Lora, LoraLayer, read_lora_file, to_kohya
 from dedpo_diffusion.weights.merging import merge
 

@@ -24,12 +24,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_sampling import arguments, pixels
 
-from dedpo_diffusion import sampling
 from dedpo_diffusion.core.files import HOST
 from dedpo_diffusion.core.locks import claim
 from dedpo_diffusion.pipelines import sample
 from dedpo_diffusion.pipelines.label import local_device
-from dedpo_diffusion.png import is_whole
+from dedpo_diffusion.sampling import sampler as sampling
+from dedpo_diffusion.sampling.png import is_whole
 
 SEEDS = 6  # with two prompts and batches of 2: six batches
 

@@ -15,8 +15,8 @@ from conftest import write_pairs
 from dedpo_diffusion.models import tiny
 from dedpo_diffusion.models.loading import load_pipeline
 from dedpo_diffusion.pipelines import export, sample, train
-from dedpo_diffusion.sampling import load_sampler
-from dedpo_diffusion.sampling import sample as draw_images
+from dedpo_diffusion.sampling.sampler import load_sampler
+from dedpo_diffusion.sampling.sampler import sample as draw_images
 from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 

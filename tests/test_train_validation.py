@@ -18,7 +18,7 @@ from dedpo_diffusion.core.records import Labels, Pair, Targets
 from dedpo_diffusion.labels.files import write_labels, write_targets
 from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.sampling import load_sampler, sample
+from dedpo_diffusion.sampling.sampler import load_sampler, sample
 from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics  # noqa: F401 - one is a fixture
 

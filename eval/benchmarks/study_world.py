@@ -163,7 +163,7 @@ class Verdict:
         import torch
 
         from dedpo_diffusion.models.backbone import Backbone
-        from dedpo_diffusion.sampling import load_sampler
+        from dedpo_diffusion.sampling.sampler import load_sampler
         from dedpo_diffusion.scorers import load_scorer
         from dedpo_diffusion.shapes.world import VOCABULARY
 
@@ -191,7 +191,7 @@ class Verdict:
 
     def images(self) -> dict[str, Any]:
         """Mean oracle reward and mean score of the carried judge over one image a prompt, with the same seeds for every policy."""
-        from dedpo_diffusion.sampling import sample
+        from dedpo_diffusion.sampling.sampler import sample
         from dedpo_diffusion.shapes.oracle import reward
 
         made = []

@@ -32,7 +32,7 @@ from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.models.backbone import Backbone, fingerprint
 from dedpo_diffusion.models.loading import LEFT_OUT, UNLOADABLE, load_pipeline
 from dedpo_diffusion.models.pretrained import within_memory
-from dedpo_diffusion.png import is_whole, parameters, tensor_hash, write_png
+from dedpo_diffusion.sampling.png import is_whole, parameters, tensor_hash, write_png
 from dedpo_diffusion.weights import Lora, read_lora_file, to_diffusers
 from dedpo_diffusion.weights.run_folder import open_run
 

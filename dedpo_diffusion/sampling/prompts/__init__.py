@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.sampling import Prompt
+from dedpo_diffusion.sampling.sampler import Prompt
 
 CARRIED = {"parti": "parti.tsv", "geneval": "geneval.jsonl"}
 HPSV2, HPSV2_HUB = "hpsv2", "zhwang/HPDv2"
