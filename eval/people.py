@@ -203,9 +203,9 @@ def _changed(number: int, path: Path, folders: Sequence[Path]) -> str:
 
 def _unwritten(path: Path, base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Sequence[Row]) -> str | None:
     """What to tell of the votes that a server keeps in `path`, where the vote file does not hold them all, or holds others."""
-    from dedpo_diffusion.ballot.poll import SKIP
-    from dedpo_diffusion.ballot.samples import fingerprint, match_samples
-    from dedpo_diffusion.ballot.store import read_store
+    from dedpo_diffusion.voting.queue import SKIP
+    from dedpo_diffusion.voting.samples import fingerprint, match_samples
+    from dedpo_diffusion.voting.store import read_store
 
     meta, events = read_store(path)
     undone, file = {event.undoes for event in events}, path.with_suffix(".parquet")

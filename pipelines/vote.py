@@ -28,8 +28,8 @@ from dedpo_diffusion.settings import VoteSettings
 if TYPE_CHECKING:
     import numpy as np
 
-    from dedpo_diffusion.ballot.booth import Booth
-    from dedpo_diffusion.ballot.server import Desk, Hosts
+    from dedpo_diffusion.voting.server import Desk, Hosts
+    from dedpo_diffusion.voting.service import Booth
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
@@ -96,7 +96,7 @@ def is_wildcard(host: str) -> bool:
 
 def allowed_hosts(settings: VoteSettings) -> Hosts:
     """What browsers may call this server."""
-    from dedpo_diffusion.ballot.server import Hosts
+    from dedpo_diffusion.voting.server import Hosts
 
     names = {*LOCAL, in_address(settings.host), *settings.allow, *([socket.gethostname()] if settings.share else [])}
     return Hosts(frozenset(name.lower() for name in names), any_address=settings.share and is_wildcard(settings.host))
@@ -136,11 +136,11 @@ def judge_labels(settings: VoteSettings, ids: list[str]) -> tuple[np.ndarray, di
 @contextmanager
 def open_booth(settings: VoteSettings) -> Iterator[Booth]:
     """The voting on a pair dataset as it stands; a new one where there is none."""
-    from dedpo_diffusion.ballot.booth import Booth
-    from dedpo_diffusion.ballot.plan import Plan, disagreement, pull
-    from dedpo_diffusion.ballot.store import Store
-    from dedpo_diffusion.ballot.tally import check_name
     from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.voting.export import check_name
+    from dedpo_diffusion.voting.plan import Plan, disagreement, pull
+    from dedpo_diffusion.voting.service import Booth
+    from dedpo_diffusion.voting.store import Store
 
     folder, name = settings.folders[0], voting_name(settings)
     reader = PairReader(folder)
@@ -160,7 +160,7 @@ def open_booth(settings: VoteSettings) -> Iterator[Booth]:
 
 def is_new(settings: VoteSettings) -> bool:
     """Whether this voting is still to begin; UserError where that cannot be, since its votes are to be exported."""
-    from dedpo_diffusion.ballot.store import store_path
+    from dedpo_diffusion.voting.store import store_path
 
     path = store_path(settings.folders[-1], voting_name(settings))
     if settings.export_only and not path.is_file():
@@ -171,8 +171,8 @@ def is_new(settings: VoteSettings) -> bool:
 @contextmanager
 def open_pairs(settings: VoteSettings) -> Iterator[Voting]:
     """The voting on a pair dataset, ready to be served."""
-    from dedpo_diffusion.ballot import tally
-    from dedpo_diffusion.ballot.server import Desk
+    from dedpo_diffusion.voting import export as tally
+    from dedpo_diffusion.voting.server import Desk
 
     folder, name = settings.folders[0], voting_name(settings)
     if (folder / "index.parquet").is_file() and not (folder / "pairs").is_dir():
@@ -192,7 +192,7 @@ def open_pairs(settings: VoteSettings) -> Iterator[Voting]:
 
 def write_labels(settings: VoteSettings, booth: Booth) -> Path | None:
     """Write vote and label file; None where nobody has voted."""
-    from dedpo_diffusion.ballot.tally import export
+    from dedpo_diffusion.voting.export import export
 
     folder, name = settings.folders[0], voting_name(settings)
     if not booth.session()["votes"] and not settings.export_only:
@@ -236,7 +236,7 @@ def serve(settings: VoteSettings, voting: Voting) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     import uvicorn
 
-    from dedpo_diffusion.ballot.server import create_app
+    from dedpo_diffusion.voting.server import create_app
 
     token = settings.token or (secrets.token_urlsafe(16) if settings.share else None)
     log = voting.booth.store.path.with_suffix(".log")
@@ -268,7 +268,7 @@ def _stopping(server: Any) -> Iterator[None]:
 
 def run(settings: VoteSettings) -> Path | None:
     """Let people say which image of a pair is better: of a pair dataset, or of two models, blind."""
-    from dedpo_diffusion.pipelines.vote_samples import open_samples
+    from dedpo_diffusion.evaluation.comparison.model_votes import open_samples
 
     check_settings(settings)
     with (open_pairs if len(settings.folders) == 1 else open_samples)(settings) as voting:

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import picture
-from dedpo_diffusion.ballot.booth import Booth, Refusal
-from dedpo_diffusion.ballot.plan import Plan, disagreement, pull, uniform
-from dedpo_diffusion.ballot.poll import GAP, LEASE_SECONDS, SKIP, Asked, Event, Poll
-from dedpo_diffusion.ballot.store import Store
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.pairs.decoding import decode_image
+from dedpo_diffusion.voting.plan import Plan, disagreement, pull, uniform
+from dedpo_diffusion.voting.queue import GAP, LEASE_SECONDS, SKIP, Asked, Event, Poll
+from dedpo_diffusion.voting.service import Booth, Refusal
+from dedpo_diffusion.voting.store import Store
 
 IDS = [f"p{k}" for k in range(30)]
 KINDS = {3: "TIFF", 5: "JPEG", 6: "WEBP", 7: "BMP"}

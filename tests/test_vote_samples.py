@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_compare import put_scores
 
-from dedpo_diffusion.ballot.plan import Plan, turns
-from dedpo_diffusion.ballot.verdict import to_answers
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Votes
 from dedpo_diffusion.evaluation.compare import compare
+from dedpo_diffusion.evaluation.comparison.model_votes import open_samples, outcome, read_samples
 from dedpo_diffusion.evaluation.people import read_votes, votes_left_out
 from dedpo_diffusion.evaluation.samples import read_index
 from dedpo_diffusion.labels.agreement import vote_summary
 from dedpo_diffusion.pipelines.vote import main
-from dedpo_diffusion.pipelines.vote_samples import open_samples, outcome, read_samples
 from dedpo_diffusion.settings import CompareSettings, VoteSettings
+from dedpo_diffusion.voting.plan import Plan, turns
+from dedpo_diffusion.voting.sample_export import to_answers
 from voting import client_of, command, finish, in_process, make_samples, post
 
 
@@ -345,7 +345,7 @@ def left_out(base, arm):
 
 
 def test_answers_of_one_instant_are_all_counted(two, monkeypatch):
-    from dedpo_diffusion.ballot import store
+    from dedpo_diffusion.voting import store
 
     class Clock:
         @staticmethod

@@ -19,11 +19,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from conftest import picture
-from dedpo_diffusion.ballot.server import create_app
 from dedpo_diffusion.core.records import Pair
+from dedpo_diffusion.evaluation.comparison.model_votes import open_samples
 from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pipelines.vote import allowed_hosts, listen, open_pairs
-from dedpo_diffusion.pipelines.vote_samples import open_samples
+from dedpo_diffusion.voting.server import create_app
 
 PAIRS = 40
 

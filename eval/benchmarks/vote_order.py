@@ -74,7 +74,7 @@ def one_draw(z: np.ndarray, g: np.ndarray, weight: np.ndarray, rng: np.random.Ge
 
 def measure(settings: OrderSettings, p: np.ndarray, g: np.ndarray) -> list[dict[str, Any]]:
     """Noise and bias of every order and method, and the noise relative to human labels alone in random order."""
-    from dedpo_diffusion.ballot.plan import disagreement, pull
+    from dedpo_diffusion.voting.plan import disagreement, pull
 
     rng = np.random.default_rng(settings.seed)
     doubt = disagreement(g[None])

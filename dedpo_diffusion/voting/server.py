@@ -29,9 +29,9 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dedpo_diffusion.ballot.booth import Booth, Refusal
-from dedpo_diffusion.ballot.tally import Export
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.voting.export import Export
+from dedpo_diffusion.voting.service import Booth, Refusal
 
 T = TypeVar("T")
 MAX_BODY = 16 << 10

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dedpo_diffusion.ballot.plan import Plan
-from dedpo_diffusion.ballot.poll import Asked, Event, Poll
-from dedpo_diffusion.ballot.samples import SamplePairs
-from dedpo_diffusion.ballot.store import Store
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image, read_header
+from dedpo_diffusion.voting.plan import Plan
+from dedpo_diffusion.voting.queue import Asked, Event, Poll
+from dedpo_diffusion.voting.samples import SamplePairs
+from dedpo_diffusion.voting.store import Store
 
 SHOWN = {  # what every browser shows as it is
     "PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "AVIF": "image/avif",

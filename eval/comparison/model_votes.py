@@ -12,17 +12,17 @@ from dedpo_diffusion.pipelines.vote import Voting, is_new, voting_name
 from dedpo_diffusion.settings import VoteSettings
 
 if TYPE_CHECKING:
-    from dedpo_diffusion.ballot.booth import Booth
-    from dedpo_diffusion.ballot.samples import SamplePairs
-    from dedpo_diffusion.ballot.tally import Export
+    from dedpo_diffusion.voting.export import Export
+    from dedpo_diffusion.voting.samples import SamplePairs
+    from dedpo_diffusion.voting.service import Booth
 
 DESIGN = ("seed", "repeats", "overlap")
 
 
 def read_samples(base: Path, arm: Path) -> SamplePairs:
     """Two sample folders as pairs; UserError where they are not paired, or cannot be shown blind."""
-    from dedpo_diffusion.ballot.samples import SamplePairs, match_samples
     from dedpo_diffusion.evaluation.samples import images_digest, read_index
+    from dedpo_diffusion.voting.samples import SamplePairs, match_samples
 
     base_rows, arm_rows = read_index(base), read_index(arm)
     matched = match_samples(base, base_rows, arm, arm_rows)
@@ -32,11 +32,11 @@ def read_samples(base: Path, arm: Path) -> SamplePairs:
 @contextmanager
 def open_samples(settings: VoteSettings) -> Iterator[Voting]:
     """The voting on two sample folders as it stands, ready to be served; a new one where there is none."""
-    from dedpo_diffusion.ballot import verdict
-    from dedpo_diffusion.ballot.booth import Booth
-    from dedpo_diffusion.ballot.plan import Plan
-    from dedpo_diffusion.ballot.server import Desk
-    from dedpo_diffusion.ballot.store import Store
+    from dedpo_diffusion.voting import sample_export as verdict
+    from dedpo_diffusion.voting.plan import Plan
+    from dedpo_diffusion.voting.server import Desk
+    from dedpo_diffusion.voting.service import Booth
+    from dedpo_diffusion.voting.store import Store
 
     (base, arm), name = settings.folders, voting_name(settings)
     if is_new(settings):
@@ -81,9 +81,9 @@ def export(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> tuple[E
     Raises:
         UserError: there is no vote yet, or another voting made a file of that name.
     """
-    from dedpo_diffusion.ballot.tally import Export
-    from dedpo_diffusion.ballot.verdict import summary, to_answers
     from dedpo_diffusion.evaluation import people
+    from dedpo_diffusion.voting.export import Export
+    from dedpo_diffusion.voting.sample_export import summary, to_answers
 
     (base, arm), name, session = settings.folders, voting_name(settings), booth.store.session
     answers = to_answers(booth, reader)

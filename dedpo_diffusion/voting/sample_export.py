@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.ballot.booth import Booth
-from dedpo_diffusion.ballot.poll import SKIP, Event
-from dedpo_diffusion.ballot.samples import Row, SamplePairs
-from dedpo_diffusion.ballot.tally import to_votes
 from dedpo_diffusion.core.records import Votes
+from dedpo_diffusion.voting.export import to_votes
+from dedpo_diffusion.voting.queue import SKIP, Event
+from dedpo_diffusion.voting.samples import Row, SamplePairs
+from dedpo_diffusion.voting.service import Booth
 
 NOBODY = ""  # in place of a rater, where nobody was asked; no person can have this name
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dedpo_diffusion.ballot.plan import turns
 from dedpo_diffusion.core.console import Progress, UserError
 from dedpo_diffusion.core.prefetch import ahead
 from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.pairs.decoding import decode_image
+from dedpo_diffusion.voting.plan import turns
 
 Row = dict[str, Any]
 CACHED_PAIRS = 8  # a person's pair and the one that follows, for four people

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.ballot.booth import Booth
-from dedpo_diffusion.ballot.plan import Plan
-from dedpo_diffusion.ballot.poll import SKIP, Event
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Labels, Votes
 from dedpo_diffusion.labels.files import aggregate, align, label_names, label_origin, read_labels, write_labels, write_votes
+from dedpo_diffusion.voting.plan import Plan
+from dedpo_diffusion.voting.queue import SKIP, Event
+from dedpo_diffusion.voting.service import Booth
 
 LEFT_WINS = {"left": 1.0, "tie": 0.5, "right": 0.0}
 

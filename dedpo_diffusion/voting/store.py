@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.ballot.poll import Event
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.voting.queue import Event
 
 SCHEMA = 1
 TABLES = """

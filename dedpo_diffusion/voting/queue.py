@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dedpo_diffusion.ballot.plan import Plan
+from dedpo_diffusion.voting.plan import Plan
 
 GAP = 10  # a hidden repetition comes this many answers after the first time, or later
 LEASE_SECONDS = 600.0
