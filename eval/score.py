@@ -30,7 +30,7 @@ from dedpo_diffusion.settings import ScoreSettings
 if TYPE_CHECKING:
     import numpy as np
 
-    from dedpo_diffusion.scorers import Embedder, Scorer
+    from dedpo_diffusion.judges.scorers import Embedder, Scorer
 
 __all__ = ["INDEX", "Row", "images_digest", "load_images", "read_index", "read_scores", "resolutions", "write_scores"]
 SAVE_EVERY = 30.0  # seconds of scoring that a kill may cost
@@ -123,7 +123,7 @@ class Ledger:
 
     def __init__(self, folder: Path, rows: Sequence[Row], scorer: Scorer, *, embeddings: bool) -> None:
         from dedpo_diffusion.evaluation.embeddings import read_some
-        from dedpo_diffusion.scorers import Embedder
+        from dedpo_diffusion.judges.scorers import Embedder
 
         self.folder, self.rows, self.scorer = folder, rows, scorer
         held, name = _read_scores(folder, rows)[0], scorer.name
@@ -266,7 +266,7 @@ def open_folders(folders: Sequence[Path]) -> dict[Path, list[Row]]:
 
 def run(settings: ScoreSettings) -> list[Path]:
     """Score sample folders; several processes may share them."""
-    from dedpo_diffusion.scorers import load_scorer
+    from dedpo_diffusion.judges.scorers import load_scorer
 
     names = [spec if spec.startswith("http=") else spec.partition("=")[0] for spec in settings.scorers]  # servers name themselves
     twice = sorted({name for name in names if names.count(name) > 1})

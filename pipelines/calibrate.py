@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say, stage
-from dedpo_diffusion.pipelines.judge_summary import Judge, judge_answers, stat_words, summarise
+from dedpo_diffusion.judges.summary import Judge, judge_answers, stat_words, summarise
 from dedpo_diffusion.settings import CalibrateSettings, MergeSettings
 
 if TYPE_CHECKING:

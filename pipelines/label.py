@@ -27,9 +27,9 @@ from dedpo_diffusion.settings import LabelSettings
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from dedpo_diffusion.annotators import Judge
-    from dedpo_diffusion.annotators.work import FirstUses, Images, Work
     from dedpo_diffusion.core.records import Pair
+    from dedpo_diffusion.judges import Judge
+    from dedpo_diffusion.judges.work import FirstUses, Images, Work
     from dedpo_diffusion.pairs.dataset import PairReader
 
 SHOWN = 3  # reasons for missing answers that are printed
@@ -41,7 +41,7 @@ def load_judges(settings: LabelSettings) -> list[Judge]:
     Raises:
         UserError: one that cannot be had, or two of one name.
     """
-    from dedpo_diffusion.annotators import load_judge
+    from dedpo_diffusion.judges import load_judge
     from dedpo_diffusion.labels.files import label_origin
 
     if settings.name is not None and len(settings.judges) > 1:
@@ -189,8 +189,8 @@ def take_up(run: Run) -> None:
     Raises:
         UserError: another judge, dataset or shard size made what is there.
     """
-    from dedpo_diffusion.annotators.work import check_stamp, count_missing, read_part
     from dedpo_diffusion.core.files import write_json
+    from dedpo_diffusion.judges.work import check_stamp, count_missing, read_part
 
     if run.mark.is_file():
         check_stamp(run.parts, json.loads(run.mark.read_text(encoding="utf-8")), run.stamp)
@@ -212,9 +212,9 @@ def first_uses(reader: PairReader, fingerprint: str) -> FirstUses:
     """Where each image under its prompt comes first in the dataset of this fingerprint; keys are kept until the labels are done."""
     import numpy as np
 
-    from dedpo_diffusion.annotators.work import FirstUses, item_keys
     from dedpo_diffusion.core.files import atomic_file
     from dedpo_diffusion.core.locks import spread
+    from dedpo_diffusion.judges.work import FirstUses, item_keys
 
     folder = reader.folder / "labels" / f".keys-{fingerprint[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -297,9 +297,9 @@ def judge_stretch(settings: LabelSettings, reader: PairReader, rows: range, work
 
 def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run], first: FirstUses | None) -> Clock:
     """Judge every stretch that is not done, sharing them with other processes."""
-    from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
-    from dedpo_diffusion.annotators.work import ImageWork, PairWork, read_part, write_part
     from dedpo_diffusion.core.locks import spread
+    from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+    from dedpo_diffusion.judges.work import ImageWork, PairWork, read_part, write_part
 
     rows, by_name, clock = stretches(settings, len(reader)), {run.judge.name: run for run in runs}, Clock()
 
@@ -348,10 +348,10 @@ def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: 
     """
     import numpy as np
 
-    from dedpo_diffusion.annotators import probability
-    from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
-    from dedpo_diffusion.annotators.work import PART_COLUMNS, TOKENS, joined, read_part
     from dedpo_diffusion.core.records import Labels
+    from dedpo_diffusion.judges import probability
+    from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+    from dedpo_diffusion.judges.work import PART_COLUMNS, TOKENS, joined, read_part
     from dedpo_diffusion.labels.files import write_labels
 
     table = joined([read_part(run.part(shard), run.stamp) for shard in range(shards)])
@@ -427,7 +427,7 @@ def spending(judge: Judge, tokens: dict[str, int]) -> dict[str, Any]:
 
 def run(settings: LabelSettings) -> list[Path]:
     """Label every pair of a dataset with machine judges."""
-    from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
+    from dedpo_diffusion.judges.bradley_terry import BradleyTerry
     from dedpo_diffusion.pairs.dataset import PairReader
 
     reader = PairReader(settings.pairs)
@@ -449,7 +449,7 @@ def run(settings: LabelSettings) -> list[Path]:
         if clock.pairs:
             say(clock.words())
     if settings.summary and facts:
-        from dedpo_diffusion.pipelines.judge_summary import summarise
+        from dedpo_diffusion.judges.summary import summarise
 
         summarise(settings.pairs, list(facts), human=settings.human, extra=facts)
     return [settings.pairs / "labels" / f"{judge.name}.parquet" for judge in judges]

@@ -226,9 +226,9 @@ class Grid:
         import torch
 
         from dedpo_diffusion.core.records import Conditioning
+        from dedpo_diffusion.judges.scorers import load_scorer
         from dedpo_diffusion.sampling.prompts import read_prompts
         from dedpo_diffusion.sampling.sampler import jobs
-        from dedpo_diffusion.scorers import load_scorer
 
         self.settings, self.wanted, self.shape = settings, settings.validation, model.latent_shape(size)
         prompts = read_prompts(str(self.wanted.prompts))

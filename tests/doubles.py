@@ -29,7 +29,7 @@ class Watched(Brightness):
 
 def register(monkeypatch) -> None:
     """Make `Watched` known as the scorer "brightness", with its counters at the start."""
-    from dedpo_diffusion import scorers
+    from dedpo_diffusion.judges import scorers
 
     for name, value in (("scored", 0), ("last", float("inf")), ("version", "brightness-1")):
         monkeypatch.setattr(Watched, name, value)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dedpo_diffusion.annotators import Question
-from dedpo_diffusion.annotators.openai_server import ServerJudge
+from dedpo_diffusion.judges import Question
+from dedpo_diffusion.judges.openai_server import ServerJudge
 from dedpo_diffusion.settings import ServerSettings, VlmSettings
 
 

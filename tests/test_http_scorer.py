@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.scorers import http, load_scorer
-from dedpo_diffusion.scorers.http import HttpScore, png_base64
-from dedpo_diffusion.scorers.server import reference_server
+from dedpo_diffusion.judges.scorers import http, load_scorer
+from dedpo_diffusion.judges.scorers.http import HttpScore, png_base64
+from dedpo_diffusion.judges.scorers.server import reference_server
 from servers import Reply, decoded, serve
 
 

@@ -15,10 +15,10 @@ from test_diagnosis import scenes
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.core.records import Labels, Pair
+from dedpo_diffusion.judges.summary import summarise
 from dedpo_diffusion.labels.files import read_labels, write_labels
 from dedpo_diffusion.labels.image_statistics import image_statistics
 from dedpo_diffusion.pairs.dataset import PairWriter
-from dedpo_diffusion.pipelines.judge_summary import summarise
 from dedpo_diffusion.shapes import human, oracle
 
 COUNT = 170

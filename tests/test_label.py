@@ -18,9 +18,9 @@ from PIL import Image
 from scipy.special import expit
 from test_scorers import build_judge
 
-from dedpo_diffusion import annotators
-from dedpo_diffusion.annotators import Answers, Judge
+from dedpo_diffusion import judges as annotators
 from dedpo_diffusion.core.records import Labels, Pair
+from dedpo_diffusion.judges import Answers, Judge
 from dedpo_diffusion.labels.files import read_labels, write_labels
 from dedpo_diffusion.pairs import decoding
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
@@ -131,7 +131,7 @@ def picky(monkeypatch):
 
 
 def test_several_judges_share_the_decoded_images(pairs, monkeypatch, picky, tmp_path):
-    from dedpo_diffusion import scorers
+    from dedpo_diffusion.judges import scorers
 
     monkeypatch.setitem(scorers.SCORERS, "darkness", lambda location, **options: Darkness())
     decoded, decode, Picky.least = [], decoding.decode_image, -1
@@ -181,7 +181,7 @@ def test_a_judge_without_any_answer_is_an_error_and_does_not_hold_up_the_others(
 
 def test_the_summary_counts_the_tokens_of_missing_and_repeated_answers(pairs, picky, monkeypatch):
     """11 pairs at 7 tokens, and those without an answer once more."""
-    from dedpo_diffusion.pipelines import judge_summary
+    from dedpo_diffusion.judges import summary as judge_summary
 
     told = []
     monkeypatch.setattr(judge_summary, "summarise", lambda *_, extra, **__: told.append(extra["picky"]))

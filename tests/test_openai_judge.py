@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dedpo_diffusion.annotators import Question, load_judge, probability
-from dedpo_diffusion.annotators.openai_server import ServerJudge
-from dedpo_diffusion.annotators.question import fitted, read_template
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.judges import Question, load_judge, probability
+from dedpo_diffusion.judges.openai_server import ServerJudge
+from dedpo_diffusion.judges.question import fitted, read_template
 from dedpo_diffusion.settings import LabelSettings, VlmSettings
 from servers import SETTINGS, VLM, Model, Reply, TextModel, completion, judge_of, logprob_choice, many, questions, serve, text_choice
 

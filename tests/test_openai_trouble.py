@@ -14,8 +14,8 @@ from email.utils import format_datetime
 import numpy as np
 import pytest
 
-from dedpo_diffusion.annotators.openai_server import Pace, ServerJudge
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.judges.openai_server import Pace, ServerJudge
 from servers import SETTINGS, VLM, Model, Reply, TextModel, completion, judge_of, logprob_choice, many, questions, serve, text_choice
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.scorers import Embedder, load_scorer
+from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+from dedpo_diffusion.judges.scorers import Embedder, load_scorer
 from dedpo_diffusion.shapes import oracle, world
 
 NAMES = ("oracle_accuracy", "oracle_shape", "oracle_colour", "oracle_size", "oracle_background", "oracle_clean")

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dedpo_diffusion.annotators import probability
-from dedpo_diffusion.annotators.question import TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.judges import probability
+from dedpo_diffusion.judges.question import TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
 
 LOGITS = st.floats(-30, 30)
 

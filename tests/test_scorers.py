@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dedpo_diffusion.annotators import Question, probability
-from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.scorers import load_scorer
+from dedpo_diffusion.judges import Question, probability
+from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+from dedpo_diffusion.judges.scorers import load_scorer
 from dedpo_diffusion.shapes import oracle, world
 from doubles import Brightness
 

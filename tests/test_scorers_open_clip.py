@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.scorers import load_scorer
+from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+from dedpo_diffusion.judges.scorers import load_scorer
 
 SIDE, CONTEXT, WIDTH, LAYERS = 32, 16, 12, (0, 2, 4, 6, 7)
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
@@ -303,7 +303,7 @@ def test_a_tag_brings_its_own_pixel_statistics(folder, named, monkeypatch):
 
 def test_every_openai_tag_gets_quick_gelu(monkeypatch):
     """Both names of the default model; nothing is downloaded."""
-    from dedpo_diffusion.scorers.clip import DEFAULT, find_source
+    from dedpo_diffusion.judges.scorers.clip import DEFAULT, find_source
 
     monkeypatch.setattr(open_clip, "download_pretrained", lambda settings: "file")
     for location, wanted in ((DEFAULT, True), ("ViT-B-32-quickgelu:openai", True), ("ViT-L-14:openai", True), ("ViT-B/32:openai", True)):

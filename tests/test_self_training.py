@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit
 
 from conftest import picture
-from dedpo_diffusion.annotators import Question, load_judge, probability
-from dedpo_diffusion.annotators.self_training import PolicyRewards, SelfTrainedJudge, pool, read_policy, who_judges
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Labels, Pair, Targets
 from dedpo_diffusion.debias import inverse_propensity, pair_targets, pair_weights
+from dedpo_diffusion.judges import Question, load_judge, probability
+from dedpo_diffusion.judges.self_training import PolicyRewards, SelfTrainedJudge, pool, read_policy, who_judges
 from dedpo_diffusion.labels.calibration import assign_folds
 from dedpo_diffusion.labels.files import read_targets, write_labels, write_targets
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
@@ -336,7 +336,7 @@ def refusal(runs: list[Path], pairs: Path, settings: SelfTrainingSettings = FEW)
 
 
 def test_a_pair_that_every_policy_trained_on_is_refused_before_the_model_is_loaded(trained, everything, monkeypatch):
-    from dedpo_diffusion.annotators import self_training
+    from dedpo_diffusion.judges import self_training
 
     monkeypatch.setattr(self_training, "Backbone", None)
     pairs, runs = trained

@@ -120,7 +120,7 @@ def test_base_model_is_recognisable_and_imperfect():
 
 def test_judge_is_informative_and_likes_clutter():
     """Right against wrong caption of clean renders: far above chance, far from perfect; and busy beats clean."""
-    from dedpo_diffusion.scorers import load_scorer
+    from dedpo_diffusion.judges.scorers import load_scorer
 
     judge = load_scorer(f"pickscore={MODEL / 'judge'}", device="cpu", batch=64)
     drawn = scenes(9, 400, clutter=0.0)

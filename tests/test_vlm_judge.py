@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dedpo_diffusion.annotators import Question, probability
-from dedpo_diffusion.annotators.vlm import VisionLanguageJudge
 from dedpo_diffusion.cli import main
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Pair
+from dedpo_diffusion.judges import Question, probability
+from dedpo_diffusion.judges.vlm import VisionLanguageJudge
 from dedpo_diffusion.labels.files import read_labels
 from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.settings import VlmSettings

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import file_digest
-from dedpo_diffusion.scorers import DTYPES
+from dedpo_diffusion.judges.scorers import DTYPES
 
 if TYPE_CHECKING:
     import torch

@@ -163,7 +163,7 @@ def run(settings: StackingSettings) -> None:
     from importlib.resources import files
 
     from dedpo_diffusion.core.files import write_json
-    from dedpo_diffusion.scorers import load_scorer
+    from dedpo_diffusion.judges.scorers import load_scorer
 
     if settings.seeds < 2:
         raise UserError(f"seeds is {settings.seeds}; an interval needs at least 2")

@@ -162,9 +162,9 @@ class Verdict:
     def __init__(self, pool: Pool, *, held_out: int, images: int, rank: int, alpha: float) -> None:
         import torch
 
+        from dedpo_diffusion.judges.scorers import load_scorer
         from dedpo_diffusion.models.backbone import Backbone
         from dedpo_diffusion.sampling.sampler import load_sampler
-        from dedpo_diffusion.scorers import load_scorer
         from dedpo_diffusion.shapes.world import VOCABULARY
 
         self.pool = pool

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import file_digest
+from dedpo_diffusion.judges.scorers.clip import OpenClipScorer, find_source, folder_source, only, weight_files
+from dedpo_diffusion.judges.scorers.embedding import normalised
 from dedpo_diffusion.models.pretrained import in_one_line
-from dedpo_diffusion.scorers.clip import OpenClipScorer, find_source, folder_source, only, weight_files
-from dedpo_diffusion.scorers.embedding import normalised
 
 MODEL = "ViT-L-14:openai"
 FILE = "sac+logos+ava1-l14-linearMSE.pth"

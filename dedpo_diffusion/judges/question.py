@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dedpo_diffusion.annotators import Answers
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.judges import Answers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +45,7 @@ def read_template(path: Path | None) -> Template:
     Raises:
         UserError: no such file, or it does not say where the prompt goes.
     """
-    source = files("dedpo_diffusion.annotators") / "prompts" / "pairwise.txt" if path is None else path
+    source = files("dedpo_diffusion.judges") / "prompts" / "pairwise.txt" if path is None else path
     try:
         text = source.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL.Image import Image
 
-from dedpo_diffusion.annotators import Answers, Judge, Question
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.scorers import Scorer
+from dedpo_diffusion.judges import Answers, Judge, Question
+from dedpo_diffusion.judges.scorers import Scorer
 
 
 class BradleyTerry(Judge):

@@ -13,8 +13,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.judges.scorers.embedding import EmbeddingScorer
 from dedpo_diffusion.models.pretrained import folder_digest, in_one_line, load_whole, local_or_hub, model_type
-from dedpo_diffusion.scorers.embedding import EmbeddingScorer
 
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the published weights come without a processor

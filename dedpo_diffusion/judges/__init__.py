@@ -111,24 +111,24 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
     Raises:
         UserError: unknown name, or what the judge needs is not there.
     """
-    from dedpo_diffusion.scorers import SCORERS, load_scorer
+    from dedpo_diffusion.judges.scorers import SCORERS, load_scorer
 
     name, _, location = spec.partition("=")
     if name in JUDGES and not location:
         needed = {"vlm": "vlm=FOLDER (or a hub id)", "openai": "openai=URL", "self": "self=RUN,RUN"}[name]
         raise UserError(f"judge {name} needs a location: {needed}")
     if name == "vlm":
-        from dedpo_diffusion.annotators.vlm import VisionLanguageJudge
+        from dedpo_diffusion.judges.vlm import VisionLanguageJudge
 
         return VisionLanguageJudge(
             location, settings.vlm, device=settings.device, batch=settings.vlm.batch, dtype=settings.dtype, temperature=settings.temperature
         )
     if name == "openai":
-        from dedpo_diffusion.annotators.openai_server import ServerJudge
+        from dedpo_diffusion.judges.openai_server import ServerJudge
 
         return ServerJudge(location, settings.vlm, settings.server, temperature=settings.temperature)
     if name == "self":
-        from dedpo_diffusion.annotators.self_training import SelfTrainedJudge
+        from dedpo_diffusion.judges.self_training import SelfTrainedJudge
 
         return SelfTrainedJudge(
             location.split(","), settings.pairs, settings.self_training, device=settings.device, temperature=settings.temperature
@@ -136,7 +136,7 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
     if name not in SCORERS:
         known = ", ".join([*SCORERS, *JUDGES])
         raise UserError(f"there is no judge {name!r}; known: {known} (as name or name=location)")
-    from dedpo_diffusion.annotators.bradley_terry import BradleyTerry
+    from dedpo_diffusion.judges.bradley_terry import BradleyTerry
 
     scorer = load_scorer(spec, device=settings.device, batch=2 * settings.batch, dtype=settings.dtype)
     return BradleyTerry(scorer, temperature=settings.temperature)

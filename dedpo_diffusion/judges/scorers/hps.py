@@ -10,8 +10,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.judges.scorers.clip import OpenClipScorer, Source, folder_source, only, weight_files
 from dedpo_diffusion.models.pretrained import fetching
-from dedpo_diffusion.scorers.clip import OpenClipScorer, Source, folder_source, only, weight_files
 
 MODEL = "ViT-H-14"
 REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"

@@ -44,7 +44,7 @@ LONGEST_WAIT = 300.0  # a server that asks for more patience than this many seco
 BUSY = (408, 409, 425, 429)  # and 5xx: worth another attempt
 MOST_CHARACTERS = 1 << 25  # of images in one request, so that large images do not fill the memory
 
-MEND = "mend the server (its contract: dedpo_diffusion/scorers/http.py)"
+MEND = "mend the server (its contract: dedpo_diffusion/judges/scorers/http.py)"
 Kind = Literal["absent", "busy", "refused", "nonsense"]
 
 

@@ -16,8 +16,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.judges.scorers.embedding import EmbeddingScorer
 from dedpo_diffusion.models.pretrained import fetching, in_one_line, weights_digest
-from dedpo_diffusion.scorers.embedding import EmbeddingScorer
 
 DEFAULT = "ViT-B-32:openai"  # the model of the CLIP score paper
 CONFIG = "open_clip_config.json"

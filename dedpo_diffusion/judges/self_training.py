@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from scipy.special import log_expit, logsumexp
 from torch import Tensor
 
-from dedpo_diffusion.annotators import Answers, Judge, Question
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.dpo.adaptive_power import visited_pairs
 from dedpo_diffusion.dpo.losses import implicit_rewards
 from dedpo_diffusion.dpo.noising import step_generator
+from dedpo_diffusion.judges import Answers, Judge, Question
 from dedpo_diffusion.labels.files import read_targets
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader

@@ -30,10 +30,10 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from dedpo_diffusion.annotators import Answers, Judge, Question
-from dedpo_diffusion.annotators.question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
 from dedpo_diffusion.core.console import UserError, say
-from dedpo_diffusion.scorers.http import Connection, ServerFailure, finite, png_base64
+from dedpo_diffusion.judges import Answers, Judge, Question
+from dedpo_diffusion.judges.question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
+from dedpo_diffusion.judges.scorers.http import Connection, ServerFailure, finite, png_base64
 from dedpo_diffusion.settings.labelling import ServerSettings, VlmSettings
 
 T = TypeVar("T")
