@@ -101,7 +101,7 @@ def validation_curves(records: dict[str, list[dict[str, Any]]], series: dict[str
     for name, lines in records.items():
         if not lines:
             continue
-        from dedpo_diffusion.validation import best_line
+        from dedpo_diffusion.training.held_out import best_line
 
         best = (best_line(lines) or {}).get("step")
         told = [(float(line["step"]), _held_out(line)) for line in lines]

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from dedpo_diffusion.core.records import PairBatch, StepResult
     from dedpo_diffusion.core.stopping import StopSignal
     from dedpo_diffusion.dpo.noising import Draws
-    from dedpo_diffusion.feed import Loaded
-    from dedpo_diffusion.health import Watch
-    from dedpo_diffusion.pipelines.train_setup import Session
-    from dedpo_diffusion.pipelines.train_validation import Validation
+    from dedpo_diffusion.training.data import Loaded
+    from dedpo_diffusion.training.health import Watch
+    from dedpo_diffusion.training.setup import Session
+    from dedpo_diffusion.training.validation import Validation
 
 
 def learning_rate(optim: OptimSettings, step: int) -> float:
@@ -62,7 +62,7 @@ def resume(session: Session) -> int:
     """Load the newest checkpoint, if there is one; returns the steps done."""
     from accelerate.utils import broadcast_object_list
 
-    from dedpo_diffusion.pipelines.train_sharding import stored_optimizer
+    from dedpo_diffusion.training.sharding import stored_optimizer
     from dedpo_diffusion.weights.checkpoints import load_checkpoint, load_part
     from dedpo_diffusion.weights.run_folder import newest_checkpoint
 
@@ -87,7 +87,7 @@ def resume(session: Session) -> int:
 
 def save(session: Session, step: int) -> None:
     """Write a checkpoint on the main process; the others give it their parts of the tensors, and wait."""
-    from dedpo_diffusion.pipelines.train_sharding import stored_optimizer
+    from dedpo_diffusion.training.sharding import stored_optimizer
     from dedpo_diffusion.weights.checkpoints import save_checkpoint
     from dedpo_diffusion.weights.run_folder import checkpoint_folder, prune_checkpoints
 
@@ -120,7 +120,7 @@ def record(
     Raises:
         UserError: the loss or the gradient is no longer finite.
     """
-    from dedpo_diffusion.metrics import summarise
+    from dedpo_diffusion.training.metrics import summarise
 
     line = {"step": step, **summarise({k: accelerator.gather(v) for k, v in pairs.items()}, schedule=schedule), **numbers}
     if accelerator.optimizer_step_was_skipped and math.isfinite(line["loss"]):  # how a scaler finds what fp16 can hold
@@ -204,7 +204,7 @@ def try_out(settings: TrainSettings) -> Path:
     """Run the settings on a tiny model of the same architecture, in a folder that is removed again."""
     from tempfile import TemporaryDirectory
 
-    from dedpo_diffusion.pipelines.train_setup import shrink
+    from dedpo_diffusion.training.setup import shrink
 
     with TemporaryDirectory() as folder:
         run(shrink(settings, Path(folder)))
@@ -220,9 +220,9 @@ def run(settings: TrainSettings) -> Path:
         return try_out(settings)
     from dedpo_diffusion.core.stopping import StopSignal, Terminated
     from dedpo_diffusion.dpo.noising import step_generator
-    from dedpo_diffusion.health import Watch
-    from dedpo_diffusion.metrics import step_metrics
-    from dedpo_diffusion.pipelines.train_setup import set_up
+    from dedpo_diffusion.training.health import Watch
+    from dedpo_diffusion.training.metrics import step_metrics
+    from dedpo_diffusion.training.setup import set_up
     from dedpo_diffusion.weights.run_folder import MetricsLog, read_metrics
 
     session = set_up(settings)

@@ -42,8 +42,8 @@ def main() -> int:
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from accelerate.utils import DistributedType
 
-    from dedpo_diffusion.feed import Feed
     from dedpo_diffusion.pipelines import train
+    from dedpo_diffusion.training.data import Feed
 
     PartialState.destroy_process_group = lambda self, group=None: None  # the next run goes on with it
     seen: list[list[tuple[int, int]]] = []

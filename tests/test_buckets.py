@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import picture
-from dedpo_diffusion.cache import PairCache
 from dedpo_diffusion.core.records import Pair, Targets
-from dedpo_diffusion.feed import Feed
 from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pairs.pixels import WIDEST, bucket_shapes, nearest_shape, pair_views
 from dedpo_diffusion.pipelines import train
-from dedpo_diffusion.visits import BucketedVisits, Visits
+from dedpo_diffusion.training.cache import PairCache
+from dedpo_diffusion.training.data import Feed
+from dedpo_diffusion.training.pair_sampler import BucketedVisits, Visits
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
 

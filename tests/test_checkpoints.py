@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dedpo_diffusion import cache
-from dedpo_diffusion.cache import PairCache
 from dedpo_diffusion.core import files
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.pipelines import export, train
+from dedpo_diffusion.training import cache
+from dedpo_diffusion.training.cache import PairCache
 from dedpo_diffusion.weights import checkpoints
 from dedpo_diffusion.weights import run_folder as runs
 from dedpo_diffusion.weights.checkpoints import CHECKSUMS, check_checkpoint, save_checkpoint

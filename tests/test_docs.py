@@ -269,7 +269,7 @@ def test_options_in_the_text_exist():
 def test_every_curve_is_explained():
     import torch
 
-    from dedpo_diffusion.metrics import summarise
+    from dedpo_diffusion.training.metrics import summarise
 
     pair = {name: torch.ones(2) for name in ("loss", "margin", "cosine", "pull", "target", "weight")} | {"bucket": torch.zeros(2).long()}
     line = summarise(pair | {name: torch.ones(2, 2) for name in ("policy", "reference", "coefficients")}, schedule=1000)
@@ -279,7 +279,7 @@ def test_every_curve_is_explained():
 
 
 def test_every_warning_is_explained():
-    from dedpo_diffusion import health
+    from dedpo_diffusion.training import health
 
     said = re.findall(r'found\["([^"]+)"\]', Path(health.__file__).read_text(encoding="utf-8"))
     text = (DOCS / "curves.md").read_text(encoding="utf-8")

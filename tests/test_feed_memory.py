@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dedpo_diffusion.cache import PairCache
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.evaluation.benchmarks.feed_memory import make
-from dedpo_diffusion.feed import CachedSource, Feed
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
+from dedpo_diffusion.training.cache import PairCache
+from dedpo_diffusion.training.data import CachedSource, Feed
 
 
 def tensors() -> int:

@@ -15,10 +15,10 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning, Labels, PairBatch, Targets
 from dedpo_diffusion.debias import power_cap
 from dedpo_diffusion.dpo.adaptive_power import FollowedPower, Parts, followed, retarget, visited_pairs
-from dedpo_diffusion.feed import Feed, Source
 from dedpo_diffusion.labels.files import read_targets, write_labels, write_targets
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import merge
+from dedpo_diffusion.training.data import Feed, Source
 
 
 def labels(n: int = 80, seed: int = 0):

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from conftest import write_pairs
-from dedpo_diffusion import cache, feed
 from dedpo_diffusion.core import console, files
 from dedpo_diffusion.pipelines import export, train
+from dedpo_diffusion.training import cache
+from dedpo_diffusion.training import data as feed
 from dedpo_diffusion.weights import checkpoints
 from dedpo_diffusion.weights import run_folder as runs
 from training import arguments, deviation, final, fresh_accelerate_state, metrics  # noqa: F401 - one is a fixture

@@ -12,11 +12,11 @@ from test_step import backbone
 from test_step import batch as batch_of_step
 
 from dedpo_diffusion import preference_step
-from dedpo_diffusion.health import WINDOW, Watch, symptoms
 from dedpo_diffusion.labels.files import read_targets
-from dedpo_diffusion.metrics import summarise
 from dedpo_diffusion.models import tiny
 from dedpo_diffusion.pipelines import train
+from dedpo_diffusion.training.health import WINDOW, Watch, symptoms
+from dedpo_diffusion.training.metrics import summarise
 from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, fresh_accelerate_state, metrics  # noqa: F401 - the last but one is a fixture
 

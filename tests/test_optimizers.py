@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.stopping import StopSignal
-from dedpo_diffusion.optimizers import Average, build_optimizer
 from dedpo_diffusion.pipelines import export, train
+from dedpo_diffusion.training.optimizers import Average, build_optimizer
 from dedpo_diffusion.weights.checkpoints import optimizer_tensors, restore_optimizer
 from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture

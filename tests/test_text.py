@@ -11,7 +11,7 @@ from dedpo_diffusion.models import tiny
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.models.loading import load_pipeline
 from dedpo_diffusion.models.text_encoders import ABSENT, chunks
-from dedpo_diffusion.pipelines.train_validation import at_rest
+from dedpo_diffusion.training.validation import at_rest
 
 WORDS = ["a large red circle", "a cross", None, "a small blue square on a white background", "a large cross", "a red circle"]
 

@@ -21,11 +21,11 @@ from dedpo_diffusion.evaluation.benchmarks import memory, random_models, through
 from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
 from dedpo_diffusion.evaluation.benchmarks.tally import Tally, storage_bytes
 from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings, count_flop, ratio
-from dedpo_diffusion.feed import LiveSource
 from dedpo_diffusion.models import tiny
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.settings import DataSettings
+from dedpo_diffusion.training.data import LiveSource
 from training import fresh_accelerate_state  # noqa: F401
 
 CPU = torch.device("cpu")

@@ -139,9 +139,9 @@ def test_flip_and_crop_treat_both_images_alike(tiny_model, tmp_path):
     assert train.main(arguments(tiny_model, tmp_path / "data", tmp_path / "run", **changes)) == 0
     # the VAE's posterior is drawn for each image apart, so equality is only up to that draw's spread: compare the pixels
     from dedpo_diffusion.dpo.noising import step_generator
-    from dedpo_diffusion.feed import view_pair
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.settings import DataSettings
+    from dedpo_diffusion.training.data import view_pair
 
     pair = PairReader(tmp_path / "data").pair(0)
     data = DataSettings(tmp_path / "data", flip=True, crop="random")

@@ -17,10 +17,10 @@ from dedpo_diffusion import merge_labels
 from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.dpo.balance import probability_scale
 from dedpo_diffusion.dpo.noising import TimestepDraw, draw
-from dedpo_diffusion.feed import Feed
 from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pipelines import export, train
+from dedpo_diffusion.training.data import Feed
 from dedpo_diffusion.weights.run_folder import checkpoints
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 

@@ -51,7 +51,7 @@ def test_cached_equals_uncached_to_the_bit(folders, pairs, tmp_path, kind):
 @pytest.mark.parametrize("kind", MOST[1:])
 def test_stored_reference_errors_change_nothing(folders, pairs, tmp_path, kind, monkeypatch):
     """The same draws with the reference predicted in every step: taking the stored errors away from the step shows it."""
-    from dedpo_diffusion import feed
+    from dedpo_diffusion.training import data as feed
 
     changes = {"data__cache": tmp_path / "cache", "data__reference_draws": 3, "data__flip": "true", "data__views": 2}
     run(folders[kind], pairs, tmp_path / "stored", **changes)
@@ -63,7 +63,7 @@ def test_stored_reference_errors_change_nothing(folders, pairs, tmp_path, kind, 
 
 
 def test_views_of_a_cache_are_several_and_another_cache_is_named(folders, pairs, tmp_path, capsys):
-    from dedpo_diffusion.cache import PairCache
+    from dedpo_diffusion.training.cache import PairCache
 
     changes = {"data__cache": tmp_path / "cache", "data__flip": "true", "data__crop": "random", "data__views": 3}
     run(folders["sdxl"], pairs, tmp_path / "one", **changes)

@@ -104,7 +104,7 @@ def test_training_does_not_feel_validation(whole, tiny_model, tiny_pairs, tmp_pa
 )
 def test_stopped_and_resumed_equals_uninterrupted(whole, tiny_model, tiny_pairs, held_out, tmp_path, monkeypatch, what, step, kept, told):
     """Stopped before a checkpoint that comes after a validation; between a checkpoint and its validation; within a validation."""
-    from dedpo_diffusion.pipelines.train_validation import Validation
+    from dedpo_diffusion.training.validation import Validation
 
     command = arguments(tiny_model, tiny_pairs, tmp_path / "run", **FULL, data__cache=whole / "cache", **with_images(held_out))
     owner, name = {"save": (train, "save"), "measure": (Validation, "measure"), "keep_best": (Validation, "_keep_best")}[what]

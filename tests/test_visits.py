@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dedpo_diffusion import merge_labels
-from dedpo_diffusion.visits import StratifiedVisits, Visits, labelled_share, visit_probability
+from dedpo_diffusion.training.pair_sampler import StratifiedVisits, Visits, labelled_share, visit_probability
 
 
 def test_every_pair_is_visited_once_an_epoch():

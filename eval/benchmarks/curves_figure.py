@@ -118,7 +118,7 @@ def train_run(settings: CurvesFigure, name: str, pairs: Path, held_out: Path) ->
 
 def read_run(settings: CurvesFigure, name: str, run: Path) -> dict[str, Any]:
     """The curves of a run, and what `health` said of them."""
-    from dedpo_diffusion.health import Watch, held_out_symptom
+    from dedpo_diffusion.training.health import Watch, held_out_symptom
     from dedpo_diffusion.weights.run_folder import read_metrics
 
     lines, held = read_metrics(run, settings.steps), read_metrics(run, settings.steps, "validation")

@@ -57,10 +57,10 @@ def make(folder: Path, count: int, *, shard_pairs: int = 1000) -> Path:
     import torch
     from PIL import Image
 
-    from dedpo_diffusion.cache import fill
     from dedpo_diffusion.core.records import Conditioning, Pair, Targets
     from dedpo_diffusion.labels.files import write_targets
     from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
+    from dedpo_diffusion.training.cache import fill
 
     rng = np.random.default_rng(0)
 
@@ -101,10 +101,10 @@ def read(settings: FeedMemorySettings) -> None:
     """Read batches as `dedpo train` does; one JSON line with the memory at every station."""
     import torch
 
-    from dedpo_diffusion.cache import PairCache
     from dedpo_diffusion.dpo.noising import TimestepDraw, draw
-    from dedpo_diffusion.feed import CachedSource, Feed
     from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.training.cache import PairCache
+    from dedpo_diffusion.training.data import CachedSource, Feed
 
     class Plain:
         """What `Feed.batch` asks of a model."""

@@ -82,10 +82,10 @@ def run(settings: NoiseSettings) -> dict[str, Any]:
     import torch
 
     from dedpo_diffusion.core.files import write_json
-    from dedpo_diffusion.feed import CachedSource, Feed, open_cache
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.settings import DataSettings
+    from dedpo_diffusion.training.data import CachedSource, Feed, open_cache
 
     model, reader = Backbone(settings.model, device=torch.device("cpu")), PairReader(settings.pairs)
     cache = open_cache(reader, model, DataSettings(settings.pairs), root=settings.cache, fingerprint=reader.fingerprint(), size=model.size)

@@ -135,7 +135,7 @@ def training_bytes(model: Backbone, batch: PairBatch, *, accumulation: int, tall
 
     from dedpo_diffusion.dpo.step import preference_step
     from dedpo_diffusion.evaluation.benchmarks.tally import storage_bytes
-    from dedpo_diffusion.optimizers import build_optimizer
+    from dedpo_diffusion.training.optimizers import build_optimizer
 
     trained = list(model.trainable().values())
     mine = {id(parameter) for parameter in trained}
@@ -171,8 +171,8 @@ def encoding_bytes(model: Backbone, size: int, tally: Any) -> int:
     """Bytes at the peak of filling the cache: VAE, text encoders, and what encoding adds."""
     import torch
 
-    from dedpo_diffusion.cache import PIXELS
     from dedpo_diffusion.evaluation.benchmarks.tally import storage_bytes
+    from dedpo_diffusion.training.cache import PIXELS
 
     images = 2 * min(16, max(1, PIXELS // size**2))
     weights = [tensor for part in (model.vae, *model.text.encoders) for tensor in (*part.parameters(), *part.buffers())]

@@ -245,9 +245,9 @@ class Verdict:
 
     def _encode(self, row: int) -> tuple[torch.Tensor, Conditioning]:
         """Latents (2, C, h, w), the posterior's mean, and the conditioning of a pair of the pool."""
-        from dedpo_diffusion.feed import decode_pair
         from dedpo_diffusion.pairs.dataset import PairReader
         from dedpo_diffusion.pairs.pixels import pair_views
+        from dedpo_diffusion.training.data import decode_pair
 
         if row not in self.encoded:
             reader = PairReader(self.pool.folder)

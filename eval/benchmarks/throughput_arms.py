@@ -18,9 +18,9 @@ from dedpo_diffusion.core.console import track
 
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings
-    from dedpo_diffusion.feed import Loaded
     from dedpo_diffusion.models.backbone import Backbone
-    from dedpo_diffusion.pipelines.train_setup import Session
+    from dedpo_diffusion.training.data import Loaded
+    from dedpo_diffusion.training.setup import Session
 
 OURS = ("live", "cached", "stored")
 PROMPT = "a large red circle on a white background, in the style of number {}"
@@ -148,8 +148,8 @@ def ours(sessions: dict[str, Session], name: str) -> Callable[[Stations | None],
 
 def train_settings(settings: ThroughputSettings, pairs: Path, cache: Path) -> Any:
     """What `dedpo train` would be told."""
-    from dedpo_diffusion.pipelines.train_setup import resolve
     from dedpo_diffusion.settings import DataSettings, LoraSettings, OptimSettings, TrainSettings
+    from dedpo_diffusion.training.setup import resolve
 
     return resolve(
         TrainSettings(
@@ -167,10 +167,10 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     from accelerate import Accelerator
 
     from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
-    from dedpo_diffusion.feed import CachedSource, Feed, LiveSource, open_cache
-    from dedpo_diffusion.optimizers import build_optimizer
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pipelines.train_setup import Session, add_lora, open_grid, timestep_draw
+    from dedpo_diffusion.training.data import CachedSource, Feed, LiveSource, open_cache
+    from dedpo_diffusion.training.optimizers import build_optimizer
+    from dedpo_diffusion.training.setup import Session, add_lora, open_grid, timestep_draw
 
     full, size = settings.weights == "full", model.size
     reader = PairReader(write_dataset(folder / "pairs", settings.dataset, size))

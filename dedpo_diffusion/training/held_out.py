@@ -19,8 +19,8 @@ from dedpo_diffusion.debias import wilson_interval
 from dedpo_diffusion.dpo.losses import implicit_rewards, margin
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, step_generator
 from dedpo_diffusion.dpo.objectives import OBJECTIVES, objective_loss
-from dedpo_diffusion.metrics import BUCKETS
 from dedpo_diffusion.pairs.dataset import PairReader
+from dedpo_diffusion.training.metrics import BUCKETS
 
 STREAM = 1003  # of `step_generator`: no draw of training uses it
 LEVEL = 0.95  # of intervals

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dedpo_diffusion.cache import PairCache, cache_folder, fill, read_index
 from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers
 from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Targets, Tensors
@@ -30,7 +29,8 @@ from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
 from dedpo_diffusion.settings import DataSettings
-from dedpo_diffusion.visits import BucketedVisits, Order, StratifiedVisits, Visits, visit_probability
+from dedpo_diffusion.training.cache import PairCache, cache_folder, fill, read_index
+from dedpo_diffusion.training.pair_sampler import BucketedVisits, Order, StratifiedVisits, Visits, visit_probability
 from dedpo_diffusion.weights.run_folder import first_difference
 
 VIEWS = 1  # stream of `step_generator` for flips and crops

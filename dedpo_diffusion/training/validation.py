@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from dedpo_diffusion.feed import Feed
     from dedpo_diffusion.models.backbone import Backbone
-    from dedpo_diffusion.optimizers import Average
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pipelines.train_setup import Session
+    from dedpo_diffusion.training.data import Feed
+    from dedpo_diffusion.training.optimizers import Average
+    from dedpo_diffusion.training.setup import Session
     from dedpo_diffusion.weights.run_folder import MetricsLog
 
 LOG = "validation"  # its lines are in OUT/validation.jsonl
@@ -128,7 +128,7 @@ class HeldOut:
         from dedpo_diffusion.core.files import file_digest
         from dedpo_diffusion.labels.files import align, read_labels
         from dedpo_diffusion.pairs.dataset import PairReader
-        from dedpo_diffusion.pipelines.train_setup import open_source
+        from dedpo_diffusion.training.setup import open_source
 
         self.settings, self.wanted, self.shape = settings, settings.validation, model.latent_shape(size)
         folder, name = Path(str(self.wanted.pairs)), self.wanted.human
@@ -158,7 +158,7 @@ class HeldOut:
         import numpy as np
         import torch
 
-        from dedpo_diffusion.validation import shared_images
+        from dedpo_diffusion.training.held_out import shared_images
 
         remedy = (
             f"`dedpo merge --folds 5` writes targets without one fold's prompts each, for data.targets={self.settings.data.targets}-fold-0"
@@ -180,7 +180,7 @@ class HeldOut:
 
     def draws(self, number: int, session: Session) -> Any:
         """The draws of held-out pair `number`."""
-        from dedpo_diffusion.validation import held_out_draws
+        from dedpo_diffusion.training.held_out import held_out_draws
 
         return held_out_draws(self.wanted.seed, number, self.wanted.draws, self.shape, session.timesteps)
 
@@ -305,7 +305,7 @@ class Grid:
 
     def summary(self, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """What the scores say, by scorer, beside its version."""
-        from dedpo_diffusion.validation import summarise_scores
+        from dedpo_diffusion.training.held_out import summarise_scores
 
         versions = {scorer.name: scorer.version for scorer in self.scorers}
         return {
@@ -423,7 +423,7 @@ class Validation:
 
     def look(self, line: Mapping[str, Any]) -> list[str]:
         """What the validations so far show that was not told yet, in words."""
-        from dedpo_diffusion.health import held_out_symptom
+        from dedpo_diffusion.training.health import held_out_symptom
 
         words = None if self.told else held_out_symptom(self.lines, self.start_loss)
         self.told |= words is not None
@@ -437,7 +437,7 @@ class Validation:
     def _numbers(self, session: Session, errors: Tensor) -> dict[str, Any]:
         import torch
 
-        from dedpo_diffusion.validation import summarise_held_out
+        from dedpo_diffusion.training.held_out import summarise_held_out
 
         assert self.held_out is not None and self.start is not None
         process, rows = session.model.process, self.held_out.rows
@@ -458,7 +458,7 @@ class Validation:
         say(f"validation after step {line['step']}: {', '.join(words) or 'images sampled'}")
 
     def _keep_best(self, session: Session, line: Mapping[str, Any]) -> None:
-        from dedpo_diffusion.validation import best_line, merit
+        from dedpo_diffusion.training.held_out import best_line, merit
         from dedpo_diffusion.weights.checkpoints import save_best
         from dedpo_diffusion.weights.run_folder import best_folder
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from dedpo_diffusion.dpo.adaptive_power import FollowedPower
     from dedpo_diffusion.dpo.noising import TimestepDraw
-    from dedpo_diffusion.feed import Feed, ReferenceGrid, Source
     from dedpo_diffusion.models.backbone import Backbone
-    from dedpo_diffusion.optimizers import Average
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pipelines.train_validation import Validation
+    from dedpo_diffusion.training.data import Feed, ReferenceGrid, Source
+    from dedpo_diffusion.training.optimizers import Average
+    from dedpo_diffusion.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def set_up(settings: TrainSettings) -> Session:
     """
     import torch
 
-    from dedpo_diffusion.optimizers import Average, build_optimizer
-    from dedpo_diffusion.pipelines.train_sharding import build_accelerator, hand_over
+    from dedpo_diffusion.training.optimizers import Average, build_optimizer
+    from dedpo_diffusion.training.sharding import build_accelerator, hand_over
     from dedpo_diffusion.weights.run_folder import open_run
 
     settings = resolve(settings)
@@ -81,7 +81,7 @@ def set_up(settings: TrainSettings) -> Session:
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     """The same settings, for three steps on a tiny random model and random pairs in a folder, on the CPU."""
     from dedpo_diffusion.models.tiny import SIDE, build, write_pairs
-    from dedpo_diffusion.pipelines.train_validation import shrink_validation
+    from dedpo_diffusion.training.validation import shrink_validation
 
     kind, optim, data = str(settings.smoke), settings.optim, settings.data
     say(f"trying the settings on a tiny random {kind}: size {SIDE}, 3 steps, on the CPU")
@@ -111,10 +111,10 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
 
     from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.dpo.step import needs_reference
-    from dedpo_diffusion.feed import Feed
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pipelines.train_validation import open_validation
+    from dedpo_diffusion.training.data import Feed
+    from dedpo_diffusion.training.validation import open_validation
 
     data = settings.data
     reader = PairReader(data.pairs)
@@ -175,7 +175,7 @@ def open_source(
         size: pixels of a side.
         views: how many of a cache's are taken; None takes all.
     """
-    from dedpo_diffusion.feed import CachedSource, LiveSource, open_cache
+    from dedpo_diffusion.training.data import CachedSource, LiveSource, open_cache
 
     if settings.data.cache is None:
         return LiveSource(reader, model, data, size=size, seed=settings.seed)
@@ -217,7 +217,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         UserError: an option that cannot be used, or does not go with the objective.
     """
     from dedpo_diffusion.dpo.objectives import OBJECTIVES
-    from dedpo_diffusion.pipelines.train_validation import check_validation
+    from dedpo_diffusion.training.validation import check_validation
 
     check_validation(settings)
     objective, optim = settings.objective, settings.optim
@@ -317,8 +317,8 @@ def open_grid(
     Raises:
         UserError: there is no cache to keep them in, or the reference will not stay the base model.
     """
-    from dedpo_diffusion.cache import cache_folder
-    from dedpo_diffusion.feed import ReferenceGrid, cache_identity
+    from dedpo_diffusion.training.cache import cache_folder
+    from dedpo_diffusion.training.data import ReferenceGrid, cache_identity
 
     data = settings.data
     if data.cache is None:
