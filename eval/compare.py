@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
-from dedpo_diffusion.evaluation.arms import Arm, counted, load_arm, load_arms
-from dedpo_diffusion.evaluation.verdict import best_arm
+from dedpo_diffusion.evaluation.comparison.arms import Arm, counted, load_arm, load_arms
+from dedpo_diffusion.evaluation.comparison.verdict import best_arm
 from dedpo_diffusion.settings import CompareSettings
 
 __all__ = ["Arm", "best_arm", "compare", "load_arm", "main", "run"]
@@ -36,7 +36,7 @@ def choose_primary(settings: CompareSettings, scorers: dict[str, dict[str, Any]]
 
 def describe_scorers(settings: CompareSettings, base: Arm, shared: Sequence[str], people: bool) -> tuple[dict[str, Any], list[str]]:
     """`scorers` of the results, and what there is to tell of their roles."""
-    from dedpo_diffusion.evaluation.verdict import roles
+    from dedpo_diffusion.evaluation.comparison.verdict import roles
 
     versions = {scorer: base.versions[scorer] for scorer in shared}
     role, notes = roles(versions, settings.held_out, settings.targets)
@@ -51,10 +51,10 @@ def describe_scorers(settings: CompareSettings, base: Arm, shared: Sequence[str]
 
 def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] = ()) -> dict[str, Any]:
     """The results of loaded arms: what `results.json` holds. `told` are the notes of loading them."""
-    from dedpo_diffusion.evaluation import numbers, verdict
-    from dedpo_diffusion.evaluation.arms import categories, shared_scorers
-    from dedpo_diffusion.evaluation.preferences import NAME, read_judged, summary, votes_notes
-    from dedpo_diffusion.evaluation.spread import spread
+    from dedpo_diffusion.evaluation.comparison import numbers, verdict
+    from dedpo_diffusion.evaluation.comparison.arms import categories, shared_scorers
+    from dedpo_diffusion.evaluation.comparison.preferences import NAME, read_judged, summary, votes_notes
+    from dedpo_diffusion.evaluation.comparison.spread import spread
 
     if settings.resamples < 100:
         raise UserError(f"resamples is {settings.resamples}; a standard error takes at least 100")
@@ -125,7 +125,7 @@ def print_tables(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dedpo_diffusion.evaluation import verdict
+    from dedpo_diffusion.evaluation.comparison import verdict
 
     words = {"held_out": "held out", "made_labels": "made the labels", "unknown": "not known to be held out"}
     for scorer, facts in results["scorers"].items():

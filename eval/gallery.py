@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.page import about, dot, page_file, section, shown
-from dedpo_diffusion.evaluation.arms import categories
+from dedpo_diffusion.evaluation.comparison.arms import categories
+from dedpo_diffusion.evaluation.comparison.verdict import decimals
 from dedpo_diffusion.evaluation.report_sections import Results, is_people, ordered
-from dedpo_diffusion.evaluation.verdict import decimals
 
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.compare import Arm
@@ -148,7 +148,7 @@ def make_thumbnails(arms: Sequence[Arm], rows: Iterable[int], side: int) -> Thum
 
 def people_said(arms: Sequence[Arm]) -> list[list[float | None]]:
     """By arm, how far people prefer its image of each row to the base's, from -1 to 1; None where nobody answered."""
-    from dedpo_diffusion.evaluation.preferences import read_judged
+    from dedpo_diffusion.evaluation.comparison.preferences import read_judged
 
     found, said = read_judged(arms), []
     for arm in arms:

@@ -8,8 +8,8 @@ from typing import Any
 
 from dedpo_diffusion.core.charts import Gain, forest
 from dedpo_diffusion.core.page import about, dot, section, shown, table
-from dedpo_diffusion.evaluation.arms import counted
-from dedpo_diffusion.evaluation.verdict import decimals, gains_of
+from dedpo_diffusion.evaluation.comparison.arms import counted
+from dedpo_diffusion.evaluation.comparison.verdict import decimals, gains_of
 
 Results = dict[str, Any]
 WARNING = "Warning: "  # how a sentence of a report begins that is one

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
-from dedpo_diffusion.evaluation.samples import INDEX, Row, images_digest, load_images, read_index, resolutions, unlisted
+from dedpo_diffusion.evaluation.comparison.samples import INDEX, Row, images_digest, load_images, read_index, resolutions, unlisted
 from dedpo_diffusion.settings import ScoreSettings
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Ledger:
     """
 
     def __init__(self, folder: Path, rows: Sequence[Row], scorer: Scorer, *, embeddings: bool) -> None:
-        from dedpo_diffusion.evaluation.embeddings import read_some
+        from dedpo_diffusion.evaluation.comparison.embeddings import read_some
         from dedpo_diffusion.judges.scorers import Embedder
 
         self.folder, self.rows, self.scorer = folder, rows, scorer
@@ -162,7 +162,7 @@ class Ledger:
         """Write both files; the embeddings first, so that no run leaves a score without one."""
         import numpy as np
 
-        from dedpo_diffusion.evaluation.embeddings import Embeddings, write_embeddings
+        from dedpo_diffusion.evaluation.comparison.embeddings import Embeddings, write_embeddings
 
         if self.seen:
             files = [row["file"] for row in self.rows if row["file"] in self.seen]
@@ -213,7 +213,7 @@ def summary(folder: Path, rows: Sequence[Row], scorer: Scorer, scores: dict[str,
     """A folder's mean score in words: never without its scorer, version, number of images and interval."""
     import numpy as np
 
-    from dedpo_diffusion.evaluation.intervals import is_rate, mean_interval, rate_interval
+    from dedpo_diffusion.evaluation.comparison.intervals import is_rate, mean_interval, rate_interval
 
     values, prompts = np.array([scores[row["file"]] for row in rows]), np.array([row["prompt"] for row in rows])
     count = len(set(prompts))

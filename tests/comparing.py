@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dedpo_diffusion.evaluation.intervals import Interval
+from dedpo_diffusion.evaluation.comparison.intervals import Interval
 from dedpo_diffusion.labels.warnings import holm
 
 

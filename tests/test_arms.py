@@ -12,8 +12,8 @@ from test_score import PROMPTS, write_samples
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation import score
-from dedpo_diffusion.evaluation.arms import categories, load_arms
 from dedpo_diffusion.evaluation.compare import compare
+from dedpo_diffusion.evaluation.comparison.arms import categories, load_arms
 
 STEPS = 0.1 * np.arange(12) - 0.3
 

@@ -14,7 +14,7 @@ from test_score import PROMPTS, write_samples
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.evaluation.compare import compare, main
-from dedpo_diffusion.evaluation.intervals import paired_difference, win_rate
+from dedpo_diffusion.evaluation.comparison.intervals import paired_difference, win_rate
 from dedpo_diffusion.settings import CompareSettings
 
 CLUSTERS = np.repeat(PROMPTS, 2)

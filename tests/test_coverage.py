@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dedpo_diffusion.evaluation.benchmarks.interval_coverage import REPLICATIONS, coverage, draw, percentile_coverage, rows_of
-from dedpo_diffusion.evaluation.intervals import estimates
+from dedpo_diffusion.evaluation.comparison.intervals import estimates
 from dedpo_diffusion.labels.warnings import holm
 
 SLACK = 3 * np.sqrt(0.05 * 0.95 / REPLICATIONS)  # three Monte Carlo errors of a coverage of 95 %: 2.1 points

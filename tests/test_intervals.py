@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from dedpo_diffusion.evaluation.intervals import (
+from dedpo_diffusion.evaluation.comparison.intervals import (
     estimates,
     mean_interval,
     paired_difference,
@@ -144,7 +144,7 @@ def test_win_rate_counts_ties_as_half():
 def test_chunked_resampling_equals_drawing_all_at_once(monkeypatch):
     a, clusters = scores(5)
     whole = mean_interval(a, clusters, **FEW)
-    monkeypatch.setattr("dedpo_diffusion.evaluation.intervals.CHUNK", 7 * 30)
+    monkeypatch.setattr("dedpo_diffusion.evaluation.comparison.intervals.CHUNK", 7 * 30)
     part = mean_interval(a, clusters, **FEW)
     np.testing.assert_allclose([part.low, part.high], [whole.low, whole.high], rtol=1e-12)  # sums in another order
 

@@ -12,7 +12,7 @@ from test_score import write_samples
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.evaluation.compare import compare, main
-from dedpo_diffusion.evaluation.intervals import rate_interval
+from dedpo_diffusion.evaluation.comparison.intervals import rate_interval
 
 # one answer to each of the 12 pairs: seven for the arm, two ties, three for the base
 ANSWERS = np.array([1, 1, 1, 0.5, 1, 1, 0, 0, 1, 1, 0.5, 0])

@@ -14,8 +14,8 @@ from PIL import Image, ImageFile
 from test_score import rewrite, write_samples
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.evaluation import samples
-from dedpo_diffusion.evaluation.samples import images_digest, load_images, read_index, resolutions, unlisted
+from dedpo_diffusion.evaluation.comparison import samples
+from dedpo_diffusion.evaluation.comparison.samples import images_digest, load_images, read_index, resolutions, unlisted
 
 
 @pytest.fixture

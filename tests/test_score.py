@@ -18,7 +18,7 @@ from test_scorers import build_judge
 
 from dedpo_diffusion.core.locks import claim
 from dedpo_diffusion.evaluation import score
-from dedpo_diffusion.evaluation.intervals import mean_interval
+from dedpo_diffusion.evaluation.comparison.intervals import mean_interval
 from dedpo_diffusion.judges import scorers
 from dedpo_diffusion.shapes import oracle, world
 from doubles import Watched, register

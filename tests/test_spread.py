@@ -8,10 +8,10 @@ from test_compare import BASE, put_scores, settings
 from test_score import write_samples
 
 from dedpo_diffusion.evaluation import score
-from dedpo_diffusion.evaluation.arms import load_arms
 from dedpo_diffusion.evaluation.compare import compare
-from dedpo_diffusion.evaluation.embeddings import Embeddings, write_embeddings
-from dedpo_diffusion.evaluation.spread import diversity, drift, spread
+from dedpo_diffusion.evaluation.comparison.arms import load_arms
+from dedpo_diffusion.evaluation.comparison.embeddings import Embeddings, write_embeddings
+from dedpo_diffusion.evaluation.comparison.spread import diversity, drift, spread
 
 FEW = {"resamples": 200, "seed": 0}
 

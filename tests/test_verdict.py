@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from comparing import gains, interval, narrowed, results
-from dedpo_diffusion.evaluation import verdict
-from dedpo_diffusion.evaluation.intervals import Interval, estimates
+from dedpo_diffusion.evaluation.comparison import verdict
+from dedpo_diffusion.evaluation.comparison.intervals import Interval, estimates
 
 ROLES = {"judge": "made", "eye": "held", "people": "held"}
 

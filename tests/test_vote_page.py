@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from dedpo_diffusion.core.records import Pair
-from dedpo_diffusion.evaluation import people
-from dedpo_diffusion.evaluation.samples import read_index
+from dedpo_diffusion.evaluation.comparison import people
+from dedpo_diffusion.evaluation.comparison.samples import read_index
 from dedpo_diffusion.labels.files import read_labels, read_votes
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.shapes.world import render, sample_scene

@@ -21,8 +21,8 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Votes
 from dedpo_diffusion.evaluation.compare import compare
 from dedpo_diffusion.evaluation.comparison.model_votes import open_samples, outcome, read_samples
-from dedpo_diffusion.evaluation.people import read_votes, votes_left_out
-from dedpo_diffusion.evaluation.samples import read_index
+from dedpo_diffusion.evaluation.comparison.people import read_votes, votes_left_out
+from dedpo_diffusion.evaluation.comparison.samples import read_index
 from dedpo_diffusion.labels.agreement import vote_summary
 from dedpo_diffusion.pipelines.vote import main
 from dedpo_diffusion.settings import CompareSettings, VoteSettings

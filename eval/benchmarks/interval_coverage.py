@@ -66,7 +66,7 @@ def case(kind: str, prompts: int, equal: bool) -> tuple[np.ndarray, np.ndarray, 
 
 def coverage(kind: str, prompts: int, equal: bool, resamples: int = 2000) -> float:
     """The share of replications whose interval holds the truth."""
-    from dedpo_diffusion.evaluation.intervals import estimates
+    from dedpo_diffusion.evaluation.comparison.intervals import estimates
 
     values, clusters, truth = case(kind, prompts, equal)
     found = estimates(values, clusters, resamples=resamples)

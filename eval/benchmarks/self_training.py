@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.core.console import say, stage, track
-from dedpo_diffusion.evaluation.intervals import seed_interval
+from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 
 JUDGES = {"in_sample": "self-in-sample", "cross_fitted": "self"}
 

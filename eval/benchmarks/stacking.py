@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dedpo_diffusion.core.console import UserError, say, stage
-from dedpo_diffusion.evaluation.intervals import seed_interval
+from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dedpo_diffusion.core.console import say
-from dedpo_diffusion.evaluation.intervals import seed_interval
+from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 from dedpo_diffusion.labels.judge_figure import STYLE
 
 if TYPE_CHECKING:

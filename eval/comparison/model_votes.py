@@ -21,7 +21,7 @@ DESIGN = ("seed", "repeats", "overlap")
 
 def read_samples(base: Path, arm: Path) -> SamplePairs:
     """Two sample folders as pairs; UserError where they are not paired, or cannot be shown blind."""
-    from dedpo_diffusion.evaluation.samples import images_digest, read_index
+    from dedpo_diffusion.evaluation.comparison.samples import images_digest, read_index
     from dedpo_diffusion.voting.samples import SamplePairs, match_samples
 
     base_rows, arm_rows = read_index(base), read_index(arm)
@@ -56,7 +56,7 @@ def open_samples(settings: VoteSettings) -> Iterator[Voting]:
 
 def check_name(arm: Path, name: str, session: str | None = None) -> None:
     """The vote file of this name is made by this voting, or is not there; UserError otherwise. `session` is None for a new voting."""
-    from dedpo_diffusion.evaluation.people import votes_session
+    from dedpo_diffusion.evaluation.comparison.people import votes_session
     from dedpo_diffusion.labels.files import named_file
 
     path = named_file(arm, "votes", name)
@@ -81,7 +81,7 @@ def export(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> tuple[E
     Raises:
         UserError: there is no vote yet, or another voting made a file of that name.
     """
-    from dedpo_diffusion.evaluation import people
+    from dedpo_diffusion.evaluation.comparison import people
     from dedpo_diffusion.voting.export import Export
     from dedpo_diffusion.voting.sample_export import summary, to_answers
 
@@ -136,10 +136,10 @@ def outcome(base: str, arm: str, answers: Sequence[dict[str, Any]]) -> str:
     """
     import numpy as np
 
-    from dedpo_diffusion.evaluation.arms import counted
-    from dedpo_diffusion.evaluation.intervals import rate_interval
-    from dedpo_diffusion.evaluation.people import as_votes
-    from dedpo_diffusion.evaluation.preferences import judge
+    from dedpo_diffusion.evaluation.comparison.arms import counted
+    from dedpo_diffusion.evaluation.comparison.intervals import rate_interval
+    from dedpo_diffusion.evaluation.comparison.people import as_votes
+    from dedpo_diffusion.evaluation.comparison.preferences import judge
 
     rows = list({answer["file"]: answer for answer in answers}.values())
     judged = judge(as_votes(answers, rows))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.evaluation.intervals import estimates
+from dedpo_diffusion.evaluation.comparison.intervals import estimates
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dedpo_diffusion.evaluation.arms import Arm
+    from dedpo_diffusion.evaluation.comparison.arms import Arm
 
 
 def diversity(embeddings: np.ndarray, prompts: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ def spread(arms: Sequence[Arm], **options: Any) -> tuple[dict[str, dict[str, Any
     """
     import numpy as np
 
-    from dedpo_diffusion.evaluation.embeddings import read_embeddings
+    from dedpo_diffusion.evaluation.comparison.embeddings import read_embeddings
 
     held = [read_embeddings(arm.folder, arm.rows) for arm in arms]
     found: dict[str, dict[str, Any]] = {arm.name: {} for arm in arms}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.evaluation.samples import Row, images_digest
+from dedpo_diffusion.evaluation.comparison.samples import Row, images_digest
 
 if TYPE_CHECKING:
     import numpy as np

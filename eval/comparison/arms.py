@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.evaluation.samples import Row
+from dedpo_diffusion.evaluation.comparison.samples import Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +77,7 @@ def load_arm(folder: Path) -> Arm:
     Raises:
         UserError: see this module's table.
     """
-    from dedpo_diffusion.evaluation.samples import read_index
+    from dedpo_diffusion.evaluation.comparison.samples import read_index
 
     listed = read_index(folder)
     rows = sorted(listed, key=lambda row: (row["prompt_index"], row["seed"]))
@@ -156,7 +156,7 @@ def image_sizes(arm: Arm) -> list[tuple[int, int]]:
     Raises:
         UserError: a file that is no image.
     """
-    from dedpo_diffusion.evaluation.samples import REMEDY
+    from dedpo_diffusion.evaluation.comparison.samples import REMEDY
     from dedpo_diffusion.pairs.decoding import read_header
 
     paths = [arm.folder / row["file"] for row in arm.rows]

@@ -15,8 +15,8 @@ from dedpo_diffusion.core.console import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from dedpo_diffusion.evaluation.arms import Arm
-    from dedpo_diffusion.evaluation.people import Votes
+    from dedpo_diffusion.evaluation.comparison.arms import Arm
+    from dedpo_diffusion.evaluation.comparison.people import Votes
 
 NAME = "people"
 
@@ -46,7 +46,7 @@ def read_judged(arms: Sequence[Arm]) -> dict[str, Judged]:
     Raises:
         UserError: votes that cannot be read, or a scorer of the name that stands for people.
     """
-    from dedpo_diffusion.evaluation.people import read_votes
+    from dedpo_diffusion.evaluation.comparison.people import read_votes
 
     base, found = arms[0], {}
     for arm in arms[1:]:
@@ -61,7 +61,7 @@ def read_judged(arms: Sequence[Arm]) -> dict[str, Judged]:
 
 def votes_notes(arms: Sequence[Arm]) -> list[str]:
     """Notes on votes against the base that do not count."""
-    from dedpo_diffusion.evaluation.people import votes_left_out
+    from dedpo_diffusion.evaluation.comparison.people import votes_left_out
 
     base = arms[0]
     return [note for arm in arms[1:] for note in votes_left_out(base.folder, base.rows, arm.folder, arm.rows)]
@@ -113,7 +113,7 @@ def summary(arm: Arm, base: Arm, judged: Judged, shared: Sequence[str], **option
     import numpy as np
 
     from dedpo_diffusion.core.records import Votes as Answers
-    from dedpo_diffusion.evaluation.numbers import intervals
+    from dedpo_diffusion.evaluation.comparison.numbers import intervals
     from dedpo_diffusion.labels.agreement import vote_summary
 
     votes, given = judged.votes, np.flatnonzero(_asked(judged.votes))

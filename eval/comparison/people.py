@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.evaluation.arms import counted
-from dedpo_diffusion.evaluation.samples import Row, images_digest
+from dedpo_diffusion.evaluation.comparison.arms import counted
+from dedpo_diffusion.evaluation.comparison.samples import Row, images_digest
 
 if TYPE_CHECKING:
     import numpy as np

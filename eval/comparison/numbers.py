@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.evaluation.intervals import Interval, estimates, is_rate, wins
-from dedpo_diffusion.evaluation.preferences import NAME as PEOPLE
+from dedpo_diffusion.evaluation.comparison.intervals import Interval, estimates, is_rate, wins
+from dedpo_diffusion.evaluation.comparison.preferences import NAME as PEOPLE
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dedpo_diffusion.evaluation.arms import Arm
-    from dedpo_diffusion.evaluation.preferences import Judged
+    from dedpo_diffusion.evaluation.comparison.arms import Arm
+    from dedpo_diffusion.evaluation.comparison.preferences import Judged
 
 Found = dict[str, dict[str, "Measured"]]  # by arm and scorer
 

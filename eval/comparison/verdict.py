@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.evaluation.arms import Arm
-from dedpo_diffusion.evaluation.preferences import NAME as PEOPLE
+from dedpo_diffusion.evaluation.comparison.arms import Arm
+from dedpo_diffusion.evaluation.comparison.preferences import NAME as PEOPLE
 
 Results = dict[str, Any]
 # sampling settings that arms may differ in: what is compared, what pairing by prompt and seed has checked, what changes no image
