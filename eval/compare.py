@@ -198,7 +198,7 @@ def _people_lines(results: dict[str, Any], name: str) -> list[str]:
 def run(settings: CompareSettings) -> dict[str, Any]:
     """Compare sample folders that share prompts and seeds; the first is the base."""
     from dedpo_diffusion.core.files import write_json
-    from dedpo_diffusion.evaluation.report import write_report
+    from dedpo_diffusion.evaluation.report.page import write_report
 
     if settings.out.is_dir():
         raise UserError(f"--out {settings.out} is a folder; name the page to write, such as {settings.out / 'report.html'}")

@@ -303,7 +303,7 @@ def test_reports_of_targets_of_an_odd_shape(arms, tmp_path, report):
 
 
 def test_judges_of_a_report_without_their_numbers(tmp_path):
-    from dedpo_diffusion.evaluation.report import label_section
+    from dedpo_diffusion.evaluation.report.page import label_section
 
     (tmp_path / "mix.json").write_text(json.dumps({"judges": [{"name": "a"}, {"name": "b"}]}))
     with pytest.raises(UserError, match=r"mix.json: its judges, strata or curve are not as"):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dedpo_diffusion.core.records import Labels, Pair
 from dedpo_diffusion.debias import estimate_propensity, merge_labels
-from dedpo_diffusion.evaluation import report as page
+from dedpo_diffusion.evaluation.report import page
 from dedpo_diffusion.labels.files import read_targets, write_labels
 from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pipelines.merge import main

@@ -20,8 +20,11 @@ from test_score import PROMPTS, write_samples
 from dedpo_diffusion.core import charts as figures
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.page import document, page_file
-from dedpo_diffusion.evaluation import compare, gallery, report, report_sections
+from dedpo_diffusion.evaluation import compare
 from dedpo_diffusion.evaluation.comparison import people
+from dedpo_diffusion.evaluation.report import gallery
+from dedpo_diffusion.evaluation.report import page as report
+from dedpo_diffusion.evaluation.report import sections as report_sections
 
 NAMES = ("base", "human_only", "tuned")
 CHANGE = np.array([0, 0.4, 0.3, 0.2, 0.1, 0.05, 0, -0.05, -0.1, -0.2, -0.3, 0])

@@ -13,7 +13,9 @@ from test_report import CHANGE, NAMES, told_by_schema_2
 from test_score import PROMPTS, write_samples
 from test_vote_page import HOSTILE, PHONE, WATCH_POLICY, WIDE, browser  # noqa: F401
 
-from dedpo_diffusion.evaluation import compare, gallery, report
+from dedpo_diffusion.evaluation import compare
+from dedpo_diffusion.evaluation.report import gallery
+from dedpo_diffusion.evaluation.report import page as report
 
 COUNT = 12
 

@@ -89,7 +89,7 @@ def judges_of(path: Path, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def roles(versions: dict[str, str], held_out: Sequence[str], targets: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
     """The role of each scorer, by this module's rule; and the notes on those called held out that made labels."""
-    from dedpo_diffusion.evaluation.report import read_targets_report
+    from dedpo_diffusion.evaluation.report.page import read_targets_report
 
     found, notes = {}, []
     reports = [(path, read_targets_report(path)) for path in targets]

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from dedpo_diffusion.core.charts import Curve, chart, contact_sheet
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.page import about, document, dot, page_file, section, shown, table
-from dedpo_diffusion.evaluation.gallery import evenly_spaced, image_sections, ranking
-from dedpo_diffusion.evaluation.report_sections import (
+from dedpo_diffusion.evaluation.report.gallery import evenly_spaced, image_sections, ranking
+from dedpo_diffusion.evaluation.report.sections import (
     WARNING,
     anchors,
     categories_section,

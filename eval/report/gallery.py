@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dedpo_diffusion.core.page import about, dot, page_file, section, shown
 from dedpo_diffusion.evaluation.comparison.arms import categories
 from dedpo_diffusion.evaluation.comparison.verdict import decimals
-from dedpo_diffusion.evaluation.report_sections import Results, is_people, ordered
+from dedpo_diffusion.evaluation.report.sections import Results, is_people, ordered
 
 if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.compare import Arm
