@@ -1,0 +1,48 @@
+"""`dedpo <stage>`: finds the stage, imports it late, passes the arguments on."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+STAGES = {
+    "quickstart": ("pipelines.quickstart", "the whole journey on the embedded world, on a CPU, in minutes"),
+    "ingest": ("pipelines.ingest", "a public preference format, or your own table -> a pair dataset"),
+    "propose": ("pipelines.propose", "pairs from a model's own images"),
+    "validate": ("pipelines.validate", "what a pair dataset holds, and what training would trip over"),
+    "vote": ("pipelines.vote", "people label pairs in a web page"),
+    "label": ("pipelines.label", "machine labels for every pair, by one or several judges"),
+    "calibrate": ("pipelines.calibrate", "judges' labels calibrated on the human ones, or stacked into one"),
+    "merge": ("pipelines.merge", "human and machine labels -> training targets, and what they are worth"),
+    "train": ("pipelines.train", "a LoRA, or the whole UNet, from pairs and targets"),
+    "export": ("pipelines.export", "what a run trained, for other programs"),
+    "inspect": ("pipelines.inspect_weights", "what a weight file or a folder is, and which programs read it"),
+    "sample": ("pipelines.sample", "images, seed-paired between models"),
+    "score": ("evaluation.score", "scores of sampled images"),
+    "compare": ("evaluation.compare", "paired differences with intervals, and report.html"),
+}
+
+
+def usage() -> str:
+    """The text of `dedpo --help`."""
+    width = max(map(len, STAGES))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in STAGES.items()]
+    return "\n".join(["usage: dedpo STAGE [options]", "", "stages:", *lines, "", "`dedpo STAGE --help` tells a stage's options."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `dedpo` command; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("dedpo_diffusion"))
+        return 0
+    if arguments[0] not in STAGES:
+        print(f"dedpo: error: no stage {arguments[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = import_module(f"dedpo_diffusion.{STAGES[arguments[0]][0]}")
+    return module.main(arguments[1:])

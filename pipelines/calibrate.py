@@ -121,16 +121,16 @@ def read_human(settings: CalibrateSettings) -> Asked:
         UserError: no such file.
     """
     from dedpo_diffusion.debias import inverse_propensity
+    from dedpo_diffusion.labels import answers
     from dedpo_diffusion.labels.files import label_names
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pipelines import merge
 
     if settings.human not in label_names(settings.pairs):
         path = label_path(settings, settings.human)
         raise UserError(f"there is no {path}, and calibration learns from people; run `dedpo vote`, or name their labels with --human")
     reader = PairReader(settings.pairs)
     ids = reader.ids()
-    human, propensity = merge.read_human(MergeSettings(settings.pairs, human=settings.human), ids)
+    human, propensity = answers.read_human(MergeSettings(settings.pairs, human=settings.human), ids)
     if propensity is not None:
         say(f"{settings.human}: pairs were not labelled at random; the stored propensities make up for it")
     return Asked(ids, reader.prompts(), human, None if propensity is None else inverse_propensity(human, propensity))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from dedpo_diffusion.core.records import Pair
-    from dedpo_diffusion.judges import Judge
+    from dedpo_diffusion.judges.judge import Judge
     from dedpo_diffusion.judges.work import FirstUses, Images, Work
     from dedpo_diffusion.pairs.dataset import PairReader
 
@@ -41,7 +41,7 @@ def load_judges(settings: LabelSettings) -> list[Judge]:
     Raises:
         UserError: one that cannot be had, or two of one name.
     """
-    from dedpo_diffusion.judges import load_judge
+    from dedpo_diffusion.judges.registry import load_judge
     from dedpo_diffusion.labels.files import label_origin
 
     if settings.name is not None and len(settings.judges) > 1:
@@ -349,8 +349,8 @@ def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: 
     import numpy as np
 
     from dedpo_diffusion.core.records import Labels
-    from dedpo_diffusion.judges import probability
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+    from dedpo_diffusion.judges.judge import probability
     from dedpo_diffusion.judges.work import PART_COLUMNS, TOKENS, joined, read_part
     from dedpo_diffusion.labels.files import write_labels
 

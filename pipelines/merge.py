@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.labels.answers import Answers, choose_judges, read_human, read_judge
 from dedpo_diffusion.settings import MergeSettings
 
 if TYPE_CHECKING:
@@ -29,113 +29,6 @@ if TYPE_CHECKING:
 # ---- what is merged
 
 
-def choose_judges(settings: MergeSettings) -> list[str]:
-    """The judges' label files: those named, or the only one that is not human; none only for human_only."""
-    from dedpo_diffusion.labels.files import label_names
-
-    named = [name.strip() for text in settings.judges for name in text.split(",") if name.strip()]
-    if named and settings.judge is not None:
-        raise UserError("--judge names one judge, --judges several; give one of them")
-    named = named or ([] if settings.judge is None else [settings.judge])
-    if settings.human in named:
-        raise UserError(f"--judge and --human both name {settings.human!r}; name two label files")
-    if len(set(named)) < len(named):
-        raise UserError(f"--judges names one of {', '.join(named)} twice; name each once")
-    if named:
-        return named
-    judges = [name for name in label_names(settings.pairs) if name != settings.human]
-    if len(judges) == 1:
-        return judges
-    if settings.method == "human_only":
-        return []
-    folder = settings.pairs / "labels"
-    if judges:
-        raise UserError(f"{folder} holds several judges ({', '.join(judges)}); name one with --judge, or several with --judges")
-    raise UserError(f"{folder} holds no judge labels, which method {settings.method} needs; run `dedpo label`, or use --method human_only")
-
-
-def read_judge(settings: MergeSettings, ids: list[str], judge: str) -> np.ndarray:
-    """(N,) labels of the judge, NaN where it has none.
-
-    Raises:
-        UserError: pairs without its answer, unless they count as undecided or the method does not need them.
-    """
-    import numpy as np
-
-    from dedpo_diffusion.labels.files import align, read_labels
-
-    labels = align(read_labels(settings.pairs, judge, extras=()), ids, folder=settings.pairs, name=judge)
-    missing = np.flatnonzero(np.isnan(labels))
-    if missing.size and settings.missing == "error" and settings.method != "human_only":
-        raise UserError(
-            f"{settings.pairs / 'labels' / judge}.parquet covers {len(ids) - missing.size} of {len(ids)} pairs "
-            f"(first missing: {ids[missing[0]]!r}); run `dedpo label` again, or let the judge count as undecided there with --missing tie"
-        )
-    return labels
-
-
-def read_human(settings: MergeSettings, ids: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
-    """(N,) human labels, NaN where there is none, and (N,) stored probability of being labelled, None if none is to be used.
-
-    Naive merging can do without the usual file, and has no use for propensities.
-    """
-    import numpy as np
-
-    from dedpo_diffusion.labels.files import align, label_names, read_labels, row_of
-
-    if settings.method == "naive" and settings.human == "human" and "human" not in label_names(settings.pairs):
-        return np.full(len(ids), np.nan), None
-    labels = read_labels(settings.pairs, settings.human, extras=("propensity",))
-    human = align(labels, ids, folder=settings.pairs, name=settings.human)
-    if settings.method == "naive" or "propensity" not in labels.extra:
-        return human, None
-    if settings.propensities != "stored":
-        say(f"{settings.human}: the stored propensities are not used, as --propensities {settings.propensities} asks for")
-        return human, None
-    propensity = np.ones(len(ids))  # an unlabelled pair's own counts for nothing
-    propensity[row_of(labels.pair_id, ids)] = labels.extra["propensity"]
-    return human, propensity
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The labels of N pairs, NaN where there is none, and what else is known of the pairs.
-
-    `human` (N,); `judges` (N, K) of the K judges in `names`; `propensity` (N,) of a human label, None for labels taken at random;
-    `strata` (N,) numbers of the strata in `strata_names`, None where there are none; `sources` each (N,): the source columns, but
-    for those of texts with `too_many` values.
-    """
-
-    human: np.ndarray
-    judges: np.ndarray | None
-    names: list[str]
-    propensity: np.ndarray | None
-    strata: np.ndarray | None
-    strata_names: list[str]
-    sources: dict[str, np.ndarray]
-    too_many: list[str]
-
-    def part(self, rows: np.ndarray) -> Answers:
-        """Those of some pairs."""
-        if rows.all():
-            return self
-        arrays = {name: getattr(self, name) for name in ("human", "judges", "propensity", "strata")}
-        chosen = {name: None if values is None else values[rows] for name, values in arrays.items()}
-        return dataclasses.replace(self, sources={name: values[rows] for name, values in self.sources.items()}, **chosen)
-
-    def judged(self) -> np.ndarray | None:
-        """(N, K) the judges' labels, 0.5 where one has no answer."""
-        import numpy as np
-
-        return None if self.judges is None else np.where(np.isnan(self.judges), 0.5, self.judges)
-
-    def stratum(self) -> np.ndarray | None:
-        """(N,) names of the strata."""
-        import numpy as np
-
-        return None if self.strata is None else np.array(self.strata_names, dtype=object)[self.strata]
-
-
 def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], judges: list[str]) -> Answers:
     """Everything that is merged, in the order of the pairs.
 
@@ -145,13 +38,13 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
     import numpy as np
 
     from dedpo_diffusion.core.tables import SOURCE
-    from dedpo_diffusion.labels.merge_columns import comparable, plain_sources, strata_of
+    from dedpo_diffusion.labels.merge_columns import comparable, strata_of
 
     human, propensity = read_human(settings, ids)
     if propensity is not None:
         say(f"{settings.human}: pairs were not labelled at random; the stored propensities make up for it")
     given = np.stack([read_judge(settings, ids, judge) for judge in judges], axis=1) if judges else None
-    columns = plain_sources(reader)
+    columns = reader.plain_sources()
     sources = comparable(columns) if settings.method != "naive" else {}
     too_many = [
         SOURCE + name for name, column in columns.items() if sources and SOURCE + name not in sources and str(column.type) != "null"
@@ -159,7 +52,7 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
     answers = Answers(human, given, judges, propensity, None, [], sources, too_many)
     if settings.strata is None:
         return answers
-    names, codes = strata_of(settings.strata, reader, columns, answers.judged())
+    names, codes = strata_of(settings.strata, reader.prompts(), columns, answers.judged(), folder=reader.folder)
     return dataclasses.replace(answers, strata=codes, strata_names=names)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dedpo_diffusion.judges import Question
+from dedpo_diffusion.judges.judge import Question
 from dedpo_diffusion.judges.openai_server import ServerJudge
 from dedpo_diffusion.settings import ServerSettings, VlmSettings
 

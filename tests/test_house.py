@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dedpo_diffusion.cli import STAGES, main
+from dedpo_diffusion.pipelines import STAGES, main
 
 ROOT = Path(__file__).parents[1]
 # floor of each module of the library: a file imports from lower floors alone; scorers may serve annotators
@@ -165,7 +165,7 @@ def test_public_names():
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_help_of_every_stage_imports_nothing_heavy(stage):
     code = (
-        "import sys\nfrom dedpo_diffusion.cli import main\n"
+        "import sys\nfrom dedpo_diffusion.pipelines import main\n"
         f"try:\n    main([{stage!r}, '--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'matplotlib', 'accelerate'} & set(sys.modules)\nassert not heavy, heavy\n"
     )

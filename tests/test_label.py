@@ -20,7 +20,7 @@ from test_scorers import build_judge
 
 from dedpo_diffusion import judges as annotators
 from dedpo_diffusion.core.records import Labels, Pair
-from dedpo_diffusion.judges import Answers, Judge
+from dedpo_diffusion.judges.judge import Answers, Judge
 from dedpo_diffusion.labels.files import read_labels, write_labels
 from dedpo_diffusion.pairs import decoding
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter

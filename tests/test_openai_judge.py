@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.judges import Question, load_judge, probability
+from dedpo_diffusion.judges.judge import Question, probability
 from dedpo_diffusion.judges.openai_server import ServerJudge
 from dedpo_diffusion.judges.question import fitted, read_template
+from dedpo_diffusion.judges.registry import load_judge
 from dedpo_diffusion.settings import LabelSettings, VlmSettings
 from servers import SETTINGS, VLM, Model, Reply, TextModel, completion, judge_of, logprob_choice, many, questions, serve, text_choice
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.judges import probability
+from dedpo_diffusion.judges.judge import probability
 from dedpo_diffusion.judges.question import TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
 
 LOGITS = st.floats(-30, 30)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from conftest import picture
-from dedpo_diffusion.cli import STAGES
 from dedpo_diffusion.labels.files import read_labels
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.formats import FORMATS
+from dedpo_diffusion.pipelines import STAGES
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,8 @@ from test_scorers import PROMPTS, build_judge, count_rows, load, pictures
 from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.evaluation.comparison import embeddings
 from dedpo_diffusion.evaluation.comparison.embeddings import Embeddings, read_embeddings, write_embeddings
-from dedpo_diffusion.evaluation.score import load_images, read_index
+from dedpo_diffusion.evaluation.comparison.samples import load_images
+from dedpo_diffusion.evaluation.score import read_index
 from dedpo_diffusion.judges import scorers
 from dedpo_diffusion.judges.scorers import Embedder, aesthetic, clip, hps, pickscore
 from dedpo_diffusion.judges.scorers.embedding import EmbeddingScorer

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.judges import Question, probability
 from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+from dedpo_diffusion.judges.judge import Question, probability
 from dedpo_diffusion.judges.scorers import load_scorer
 from dedpo_diffusion.shapes import oracle, world
 from doubles import Brightness

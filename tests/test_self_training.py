@@ -16,7 +16,8 @@ from conftest import picture
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Labels, Pair, Targets
 from dedpo_diffusion.debias import inverse_propensity, pair_targets, pair_weights
-from dedpo_diffusion.judges import Question, load_judge, probability
+from dedpo_diffusion.judges.judge import Question, probability
+from dedpo_diffusion.judges.registry import load_judge
 from dedpo_diffusion.judges.self_training import PolicyRewards, SelfTrainedJudge, pool, read_policy, who_judges
 from dedpo_diffusion.labels.calibration import assign_folds
 from dedpo_diffusion.labels.files import read_targets, write_labels, write_targets

@@ -475,7 +475,7 @@ def test_a_dataset_of_several_tables_is_refused(tmp_path):
 
 
 def test_without_the_hub_an_id_is_refused_at_once(tmp_path):
-    command = [sys.executable, "-c", "import sys; from dedpo_diffusion.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import sys; from dedpo_diffusion.pipelines import main; sys.exit(main())"]
     command += ["ingest", "auto", "owner/some-pairs", "--out", str(tmp_path / "pairs")]
     done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -13,15 +13,8 @@ from dedpo_diffusion.dpo.losses import preference_loss
 from dedpo_diffusion.dpo.noising import TimestepDraw
 from dedpo_diffusion.dpo.objectives import OBJECTIVES
 from dedpo_diffusion.training.health import FEW, held_out_symptom
-from dedpo_diffusion.training.held_out import (
-    best_line,
-    held_out_draws,
-    held_out_kind,
-    pair_losses,
-    quantile,
-    summarise_held_out,
-    summarise_scores,
-)
+from dedpo_diffusion.training.held_out import held_out_draws, held_out_kind, pair_losses, quantile, summarise_held_out, summarise_scores
+from dedpo_diffusion.weights.run_folder import best_line
 from training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
 SIGMOID = {"kind": "sigmoid", "beta": 200.0, "options": {}, "margin_cap": 10.0}

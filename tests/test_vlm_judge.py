@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dedpo_diffusion.cli import main
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Pair
-from dedpo_diffusion.judges import Question, probability
+from dedpo_diffusion.judges.judge import Question, probability
 from dedpo_diffusion.judges.vlm import VisionLanguageJudge
 from dedpo_diffusion.labels.files import read_labels
 from dedpo_diffusion.pairs.dataset import PairWriter
+from dedpo_diffusion.pipelines import main
 from dedpo_diffusion.settings import VlmSettings
 
 QWEN = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

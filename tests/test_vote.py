@@ -19,8 +19,9 @@ import pytest
 from conftest import picture
 from dedpo_diffusion.core.records import Labels
 from dedpo_diffusion.labels.files import CALIBRATED, label_origin, read_labels, read_votes, write_labels
-from dedpo_diffusion.pipelines.vote import judge_labels, main, open_booth
+from dedpo_diffusion.pipelines.vote import main
 from dedpo_diffusion.settings import VoteSettings
+from dedpo_diffusion.voting.opening import judge_labels, open_booth
 from voting import PAIRS, client_of, command, connect, finish, in_process, make_pairs, post
 
 

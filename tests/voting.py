@@ -22,7 +22,8 @@ from conftest import picture
 from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.evaluation.comparison.model_votes import open_samples
 from dedpo_diffusion.pairs.dataset import PairWriter
-from dedpo_diffusion.pipelines.vote import allowed_hosts, listen, open_pairs
+from dedpo_diffusion.pipelines.vote import allowed_hosts, listen
+from dedpo_diffusion.voting.opening import open_pairs
 from dedpo_diffusion.voting.server import create_app
 
 PAIRS = 40

@@ -26,15 +26,15 @@ def document(title: str, body: str, *, script: str = "", data: str = "") -> str:
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{page_file('report.css')}</style>"
+        f"<style>{page_file('page.css')}</style>"
     )
     run = f"<script>{script}</script>" if script else ""
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{body}</main>{run}{data}</body></html>\n'
 
 
-def page_file(name: str) -> str:
-    """A file of `page_files/`."""
-    return (files("dedpo_diffusion.evaluation") / "page_files" / name).read_text(encoding="utf-8")
+def page_file(name: str, room: str = "dedpo_diffusion.core") -> str:
+    """A file of the folder page_files of a room."""
+    return (files(room) / "page_files" / name).read_text(encoding="utf-8")
 
 
 def shown(value: Any, form: str = ".3f") -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL.Image import Image
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.judges import Answers, Judge, Question
+from dedpo_diffusion.judges.judge import Answers, Judge, Question
 from dedpo_diffusion.judges.scorers import Scorer
 
 

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from dedpo_diffusion.core.console import UserError, say
-from dedpo_diffusion.judges import Answers, Judge, Question
+from dedpo_diffusion.judges.judge import Answers, Judge, Question
 from dedpo_diffusion.judges.question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
 from dedpo_diffusion.judges.scorers.http import Connection, ServerFailure, finite, png_base64
 from dedpo_diffusion.settings.labelling import ServerSettings, VlmSettings

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.judges import Answers
+from dedpo_diffusion.judges.judge import Answers
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -27,7 +27,7 @@ from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.dpo.adaptive_power import visited_pairs
 from dedpo_diffusion.dpo.losses import implicit_rewards
 from dedpo_diffusion.dpo.noising import step_generator
-from dedpo_diffusion.judges import Answers, Judge, Question
+from dedpo_diffusion.judges.judge import Answers, Judge, Question
 from dedpo_diffusion.labels.files import read_targets
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import file_digest
-from dedpo_diffusion.judges import Answers, Judge, Question
+from dedpo_diffusion.judges.judge import Answers, Judge, Question
 from dedpo_diffusion.judges.question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
 from dedpo_diffusion.models.pretrained import (
     check_options,

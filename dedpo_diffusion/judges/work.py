@@ -20,8 +20,8 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import atomic_file
 from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.core.tables import open_parquet
-from dedpo_diffusion.judges import Answers, Judge, Question
 from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+from dedpo_diffusion.judges.judge import Answers, Judge, Question
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
@@ -16,19 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pipelines.merge import Answers
+    from dedpo_diffusion.labels.answers import Answers
 
 BINS = 4  # strata by confidence
-
-
-def plain_sources(reader: PairReader) -> dict[str, pa.ChunkedArray]:
-    """Source columns of numbers, truth values and texts, by their name without source_."""
-    import pyarrow as pa
-
-    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null, pa.types.is_string, pa.types.is_large_string)
-    names = [name for name, types in reader.source_types.items() if all(any(test(kind) for test in tests) for kind in types)]
-    return reader.sources(names)
 
 
 def comparable(columns: dict[str, pa.ChunkedArray]) -> dict[str, np.ndarray]:
@@ -54,15 +45,16 @@ def comparable(columns: dict[str, pa.ChunkedArray]) -> dict[str, np.ndarray]:
 
 
 def strata_of(
-    column: str, reader: PairReader, columns: dict[str, pa.ChunkedArray], judged: np.ndarray | None
+    column: str, prompts: list[str], columns: dict[str, pa.ChunkedArray], judged: np.ndarray | None, *, folder: Path
 ) -> tuple[list[str], np.ndarray]:
     """Names of the strata and, (N,), the number of each pair's.
 
     Args:
         column: prompt, confidence, or a source column, with source_ or without.
-        reader: of the pairs.
-        columns: of `plain_sources`.
+        prompts: N, of the pairs.
+        columns: source columns of numbers, truth values and texts, by their name without source_.
         judged: (N, K) the judges' labels.
+        folder: of the pair dataset, for messages.
 
     Raises:
         UserError: no such column.
@@ -70,7 +62,7 @@ def strata_of(
     from dedpo_diffusion.core.tables import SOURCE, categories
 
     if column == "prompt":
-        return categories(reader.prompts())
+        return categories(prompts)
     if column == "confidence":
         if judged is None:
             raise UserError("--strata confidence needs a judge; name one with --judge")
@@ -78,7 +70,7 @@ def strata_of(
     name = column.removeprefix(SOURCE)
     if name not in columns:
         there = ", ".join(["prompt", "confidence", *(SOURCE + name for name in columns)])
-        raise UserError(f"--strata {column}: {reader.folder / 'pairs'} has no column {SOURCE}{name} of texts or numbers; there are {there}")
+        raise UserError(f"--strata {column}: {folder / 'pairs'} has no column {SOURCE}{name} of texts or numbers; there are {there}")
     return categories(columns[name])
 
 

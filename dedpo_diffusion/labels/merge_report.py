@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dedpo_diffusion.debias import Merged, Strata
+    from dedpo_diffusion.labels.answers import Answers
     from dedpo_diffusion.labels.plan import Pool
-    from dedpo_diffusion.pipelines.merge import Answers
 
 SHOWN = 20  # strata in a table on the console
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import file_digest
-from dedpo_diffusion.judges.scorers import DTYPES
 
 if TYPE_CHECKING:
     import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_options(batch: int, dtype: str) -> None:

@@ -271,6 +271,13 @@ class PairReader:
                 found[name] += table.column(SOURCE + name).chunks if name in there else [pa.nulls(count)]
         return {name: _joined(chunks) for name, chunks in found.items()}
 
+    def plain_sources(self) -> dict[str, pa.ChunkedArray]:
+        """Source columns of numbers, truth values and texts, by their name without source_."""
+        types = pa.types
+        plain = (types.is_integer, types.is_floating, types.is_boolean, types.is_null, types.is_string, types.is_large_string)
+        found = self.source_types.items()
+        return self.sources([name for name, kinds in found if all(any(test(kind) for test in plain) for kind in kinds)])
+
     def iter_pairs(self, start: int = 0) -> Iterator[Pair]:
         """Pairs in order from number `start` on, streamed."""
         for k in range(len(self.shards)):

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,10 +28,13 @@ from dedpo_diffusion.models.text_encoders import TextEncoders
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
-from dedpo_diffusion.settings import DataSettings
+from dedpo_diffusion.settings import DataSettings, TrainSettings
 from dedpo_diffusion.training.cache import PairCache, cache_folder, fill, read_index
 from dedpo_diffusion.training.pair_sampler import BucketedVisits, Order, StratifiedVisits, Visits, visit_probability
 from dedpo_diffusion.weights.run_folder import first_difference
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 VIEWS = 1  # stream of `step_generator` for flips and crops
 CHOICE = 1001  # for which of a pair's pre-drawn noises a visit gets
@@ -440,3 +443,26 @@ def _planned(parts: Parts, power: float) -> tuple[np.ndarray, np.ndarray]:
     """Targets and weights at a power that visits are planned for."""
     target, weight = retarget(parts.human, parts.judge, parts.inverse, power)
     return target.numpy(), weight.numpy()
+
+
+def open_source(
+    settings: TrainSettings, reader: PairReader, model: Backbone, data: DataSettings, accelerator: Accelerator, *, fingerprint: str,
+    size: int, views: int | None = None,
+) -> Source:  # fmt: skip
+    """Where encoded pairs of a dataset come from: the run's cache, filled by the main process if need be, or the encoders.
+
+    Args:
+        settings: of the run, which say whether there is a cache and whether tokens are needed.
+        reader, fingerprint: the dataset.
+        model: whose encoders encode.
+        data: how pairs are cropped and mirrored.
+        accelerator: of the run.
+        size: pixels of a side.
+        views: how many of a cache's are taken; None takes all.
+    """
+    if settings.data.cache is None:
+        return LiveSource(reader, model, data, size=size, seed=settings.seed)
+    with accelerator.main_process_first():
+        cache = open_cache(reader, model, data, root=settings.data.cache, fingerprint=fingerprint, size=size)
+    words = (model.text, reader.prompts()) if settings.lora.text_encoders else None
+    return CachedSource(cache, model.channels, words=words, views=views)

@@ -175,21 +175,6 @@ def mean_interval(values: np.ndarray) -> list[float] | None:
     return [float(x.mean()) - half, float(x.mean()) + half]
 
 
-def merit(line: Mapping[str, Any]) -> tuple[str, float] | None:
-    """What a validation is ranked by, and its value: the held-out loss, else the mean of the first scorer; None where it is not known."""
-    if "loss" in line:
-        return None if line["loss"] is None else ("held-out loss", line["loss"])
-    for name, found in line.get("scores", {}).items():
-        return f"mean {name}", found["mean"]
-    return None
-
-
-def best_line(lines: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The best of a run's validations: the lowest held-out loss, else the highest mean of the first scorer; the first of equals."""
-    ranked = [(line, found[1] if "loss" in line else -found[1]) for line in lines if (found := merit(line)) is not None]
-    return min(ranked, key=lambda item: item[1])[0] if ranked else None
-
-
 def finite(value: Tensor) -> float | None:
     """A number, or None for NaN and infinity, which JSON has not."""
     return float(value) if bool(value.isfinite()) else None

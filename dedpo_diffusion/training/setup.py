@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dedpo_diffusion.core.console import UserError, say
-from dedpo_diffusion.settings import DataSettings, LoraSettings, ObjectiveSettings, TrainSettings
+from dedpo_diffusion.settings import LoraSettings, ObjectiveSettings, TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,7 +113,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     from dedpo_diffusion.dpo.step import needs_reference
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import Feed
+    from dedpo_diffusion.training.data import Feed, open_source
     from dedpo_diffusion.training.validation import open_validation
 
     data = settings.data
@@ -158,31 +158,6 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
     return model, feed, identity | ({} if validation is None else validation.identity()), validation
-
-
-def open_source(
-    settings: TrainSettings, reader: PairReader, model: Backbone, data: DataSettings, accelerator: Accelerator, *, fingerprint: str,
-    size: int, views: int | None = None,
-) -> Source:  # fmt: skip
-    """Where encoded pairs of a dataset come from: the run's cache, filled by the main process if need be, or the encoders.
-
-    Args:
-        settings: of the run, which say whether there is a cache and whether tokens are needed.
-        reader, fingerprint: the dataset.
-        model: whose encoders encode.
-        data: how pairs are cropped and mirrored.
-        accelerator: of the run.
-        size: pixels of a side.
-        views: how many of a cache's are taken; None takes all.
-    """
-    from dedpo_diffusion.training.data import CachedSource, LiveSource, open_cache
-
-    if settings.data.cache is None:
-        return LiveSource(reader, model, data, size=size, seed=settings.seed)
-    with accelerator.main_process_first():
-        cache = open_cache(reader, model, data, root=settings.data.cache, fingerprint=fingerprint, size=size)
-    words = (model.text, reader.prompts()) if settings.lora.text_encoders else None
-    return CachedSource(cache, model.channels, words=words, views=views)
 
 
 def add_lora(settings: TrainSettings, model: Backbone) -> None:

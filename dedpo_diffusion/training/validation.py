@@ -128,7 +128,7 @@ class HeldOut:
         from dedpo_diffusion.core.files import file_digest
         from dedpo_diffusion.labels.files import align, read_labels
         from dedpo_diffusion.pairs.dataset import PairReader
-        from dedpo_diffusion.training.setup import open_source
+        from dedpo_diffusion.training.data import open_source
 
         self.settings, self.wanted, self.shape = settings, settings.validation, model.latent_shape(size)
         folder, name = Path(str(self.wanted.pairs)), self.wanted.human
@@ -458,9 +458,8 @@ class Validation:
         say(f"validation after step {line['step']}: {', '.join(words) or 'images sampled'}")
 
     def _keep_best(self, session: Session, line: Mapping[str, Any]) -> None:
-        from dedpo_diffusion.training.held_out import best_line, merit
         from dedpo_diffusion.weights.checkpoints import save_best
-        from dedpo_diffusion.weights.run_folder import best_folder
+        from dedpo_diffusion.weights.run_folder import best_folder, best_line, merit
 
         found = merit(line)
         if found is None or best_line(self.lines) is not line:

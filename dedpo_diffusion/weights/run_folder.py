@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,21 @@ def _kept_lines(file: Path, last: int) -> list[str]:
     """The whole lines of a file of metrics up to a step; a killed process leaves a cut one."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last]
+
+
+def merit(line: Mapping[str, Any]) -> tuple[str, float] | None:
+    """What a validation is ranked by, and its value: the held-out loss, else the mean of the first scorer; None where it is not known."""
+    if "loss" in line:
+        return None if line["loss"] is None else ("held-out loss", line["loss"])
+    for name, found in line.get("scores", {}).items():
+        return f"mean {name}", found["mean"]
+    return None
+
+
+def best_line(lines: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The best of a run's validations: the lowest held-out loss, else the highest mean of the first scorer; the first of equals."""
+    ranked = [(line, found[1] if "loss" in line else -found[1]) for line in lines if (found := merit(line)) is not None]
+    return min(ranked, key=lambda item: item[1])[0] if ranked else None
 
 
 class MetricsLog:

@@ -82,7 +82,7 @@ def train_policies(settings: SelfTrainingBenchmark, seed: int, folder: Path, pai
 def label_in_sample(settings: SelfTrainingBenchmark, run: Path, pairs: Path, name: str) -> None:
     """Let one policy label all pairs, those that it trained on too, which `dedpo label` refuses."""
     from dedpo_diffusion.core.records import Labels
-    from dedpo_diffusion.judges import Question, probability
+    from dedpo_diffusion.judges.judge import Question, probability
     from dedpo_diffusion.judges.self_training import PolicyRewards, read_policy
     from dedpo_diffusion.labels.files import label_names, write_labels
     from dedpo_diffusion.pairs.dataset import PairReader

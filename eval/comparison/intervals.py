@@ -246,3 +246,18 @@ def _cluster_sums(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray,
         sums[:, k] = np.bincount(index[order], column[order])
         sums[np.abs(sums[:, k]) <= ROUNDING * np.bincount(index[order], np.abs(column[order])), k] = 0.0
     return sums, np.bincount(index).astype(np.float64)
+
+
+def intervals(columns: Sequence[tuple[np.ndarray, bool]], clusters: np.ndarray, **options: Any) -> list[Interval]:
+    """Intervals of several quantities over the same rows, on the same resamples; without ends where the rows are of one cluster.
+
+    Args:
+        columns: (N,) values each, and whether they are a rate.
+        clusters: (N,).
+        options: resamples and seed.
+    """
+    values = np.stack([np.asarray(column, dtype=np.float64) for column, _ in columns], axis=1)
+    if len(np.unique(clusters)) < 2:
+        return [Interval(float(mean), np.nan, np.nan) for mean in values.mean(axis=0)]
+    found = estimates(values, clusters, **options)
+    return [found.rate(k) if rate else found.interval(k) for k, (_, rate) in enumerate(columns)]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
-from dedpo_diffusion.pipelines.vote import Voting, is_new, voting_name
 from dedpo_diffusion.settings import VoteSettings
+from dedpo_diffusion.voting.opening import Voting, is_new, voting_name
 
 if TYPE_CHECKING:
     from dedpo_diffusion.voting.export import Export

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.evaluation.comparison.intervals import Interval, estimates, is_rate, wins
+from dedpo_diffusion.evaluation.comparison.intervals import Interval, intervals, is_rate, wins
 from dedpo_diffusion.evaluation.comparison.preferences import NAME as PEOPLE
 
 if TYPE_CHECKING:
@@ -33,23 +33,6 @@ class Measured:
     win: Interval
     n: int
     prompts: int
-
-
-def intervals(columns: Sequence[tuple[np.ndarray, bool]], clusters: np.ndarray, **options: Any) -> list[Interval]:
-    """Intervals of several quantities over the same rows, on the same resamples; without ends where the rows are of one cluster.
-
-    Args:
-        columns: (N,) values each, and whether they are a rate.
-        clusters: (N,).
-        options: resamples and seed.
-    """
-    import numpy as np
-
-    values = np.stack([np.asarray(column, dtype=np.float64) for column, _ in columns], axis=1)
-    if len(np.unique(clusters)) < 2:
-        return [Interval(float(mean), np.nan, np.nan) for mean in values.mean(axis=0)]
-    found = estimates(values, clusters, **options)
-    return [found.rate(k) if rate else found.interval(k) for k, (_, rate) in enumerate(columns)]
 
 
 def measure(

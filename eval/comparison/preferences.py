@@ -113,7 +113,7 @@ def summary(arm: Arm, base: Arm, judged: Judged, shared: Sequence[str], **option
     import numpy as np
 
     from dedpo_diffusion.core.records import Votes as Answers
-    from dedpo_diffusion.evaluation.comparison.numbers import intervals
+    from dedpo_diffusion.evaluation.comparison.intervals import intervals
     from dedpo_diffusion.labels.agreement import vote_summary
 
     votes, given = judged.votes, np.flatnonzero(_asked(judged.votes))

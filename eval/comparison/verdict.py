@@ -16,8 +16,9 @@ a rise that is corrected for the number of scorers, also where scorers are oppos
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,6 @@ def judges_of(path: Path, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def roles(versions: dict[str, str], held_out: Sequence[str], targets: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
     """The role of each scorer, by this module's rule; and the notes on those called held out that made labels."""
-    from dedpo_diffusion.evaluation.report.page import read_targets_report
-
     found, notes = {}, []
     reports = [(path, read_targets_report(path)) for path in targets]
     judges = [(path, *judge) for path, report in reports for judge in judges_of(path, report)]
@@ -283,3 +282,31 @@ def _list(parts: Sequence[str], word: str = "and") -> str:
     """ "a, b and c"; of very many the first few, and how many more."""
     shown = [*parts[:NAMED], f"{len(parts) - NAMED} more"] if len(parts) > NAMED else list(parts)
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} {word} {shown[-1]}"
+
+
+def read_targets_report(path: Path) -> dict[str, Any]:
+    """The report that `dedpo merge` wrote beside targets.
+
+    Raises:
+        UserError: no such file, no JSON object in it, or one whose judges, sentences or warnings are not as `dedpo merge` writes them.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); give the report that `dedpo merge` wrote beside the targets") from error
+    if not isinstance(report, dict):
+        raise UserError(f"{path} holds no report; give the JSON file that `dedpo merge` wrote beside the targets")
+    parts: dict[str, Callable[[Any], bool]] = {
+        "judge": lambda value: isinstance(value, str),
+        "judges": lambda value: _all(value, lambda entry: isinstance(entry, dict) and isinstance(entry.get("name"), str)),
+        "sentences": lambda value: _all(value, lambda entry: isinstance(entry, str)),
+        "warnings": lambda value: _all(value, lambda entry: isinstance(entry, dict) and isinstance(entry.get("text"), str)),
+    }
+    for name, fits in parts.items():
+        if report.get(name) is not None and not fits(report[name]):
+            raise UserError(f"{path}: {name!r} is not as `dedpo merge` writes it; give the report that it wrote beside the targets")
+    return report
+
+
+def _all(values: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list) and all(map(fits, values))

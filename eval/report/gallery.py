@@ -18,7 +18,7 @@ from dedpo_diffusion.evaluation.comparison.verdict import decimals
 from dedpo_diffusion.evaluation.report.sections import Results, is_people, ordered
 
 if TYPE_CHECKING:
-    from dedpo_diffusion.evaluation.compare import Arm
+    from dedpo_diffusion.evaluation.comparison.arms import Arm
 
 MOST = 500  # pairs in the gallery
 PROMPTS = 12  # prompts shown in all arms side by side
@@ -204,7 +204,7 @@ def image_sections(arms: Sequence[Arm], results: Results, best: str) -> tuple[st
     steer = f"Drag across an image, or use the arrow keys on it: {arms[0].name} is on the left of the line."
     how = f'<div class="script" hidden>{about(f"{rule} {steer}")}</div>'
     plain = about("Without scripts, this page shows the following selections of its images.")
-    gallery = section("Images", how, f"<noscript>{plain}</noscript>", page_file("gallery.html"))
+    gallery = section("Images", how, f"<noscript>{plain}</noscript>", page_file("gallery.html", __package__))
     chosen = f"{len(fixed)} evenly spaced prompts, first seed of each: not chosen by look or score. Below each image: {scorer}."
     parts = [gallery, section("Side by side", about(chosen), strips(arms, fixed, scorer, thumbnails))]
     for title, found, word in (("Largest gains", gains, "rose"), ("Largest regressions", losses, "fell")):

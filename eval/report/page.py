@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dedpo_diffusion.core.charts import Curve, chart, contact_sheet
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.page import about, document, dot, page_file, section, shown, table
+from dedpo_diffusion.evaluation.comparison.verdict import read_targets_report
 from dedpo_diffusion.evaluation.report.gallery import evenly_spaced, image_sections, ranking
 from dedpo_diffusion.evaluation.report.sections import (
     WARNING,
@@ -31,7 +32,7 @@ from dedpo_diffusion.evaluation.report.sections import (
 from dedpo_diffusion.settings import CompareSettings
 
 if TYPE_CHECKING:
-    from dedpo_diffusion.evaluation.compare import Arm
+    from dedpo_diffusion.evaluation.comparison.arms import Arm
 
 SHEET_PROMPTS = 8  # of contact_sheet.png
 CURVES = {
@@ -101,7 +102,7 @@ def validation_curves(records: dict[str, list[dict[str, Any]]], series: dict[str
     for name, lines in records.items():
         if not lines:
             continue
-        from dedpo_diffusion.training.held_out import best_line
+        from dedpo_diffusion.weights.run_folder import best_line
 
         best = (best_line(lines) or {}).get("step")
         told = [(float(line["step"]), _held_out(line)) for line in lines]
@@ -155,34 +156,6 @@ def training_section(runs: Sequence[Path], arms: Sequence[str]) -> str:
 
 def _figure(title: str, drawn: str) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption>{drawn}</figure>"
-
-
-def read_targets_report(path: Path) -> dict[str, Any]:
-    """The report that `dedpo merge` wrote beside targets.
-
-    Raises:
-        UserError: no such file, no JSON object in it, or one whose judges, sentences or warnings are not as `dedpo merge` writes them.
-    """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); give the report that `dedpo merge` wrote beside the targets") from error
-    if not isinstance(report, dict):
-        raise UserError(f"{path} holds no report; give the JSON file that `dedpo merge` wrote beside the targets")
-    parts: dict[str, Callable[[Any], bool]] = {
-        "judge": lambda value: isinstance(value, str),
-        "judges": lambda value: _all(value, lambda entry: isinstance(entry, dict) and isinstance(entry.get("name"), str)),
-        "sentences": lambda value: _all(value, lambda entry: isinstance(entry, str)),
-        "warnings": lambda value: _all(value, lambda entry: isinstance(entry, dict) and isinstance(entry.get("text"), str)),
-    }
-    for name, fits in parts.items():
-        if report.get(name) is not None and not fits(report[name]):
-            raise UserError(f"{path}: {name!r} is not as `dedpo merge` writes it; give the report that it wrote beside the targets")
-    return report
-
-
-def _all(values: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(values, list) and all(map(fits, values))
 
 
 def label_section(targets: Sequence[Path]) -> str:
@@ -284,7 +257,7 @@ def settings_section(folders: Iterable[Path]) -> str:
 
 def build_page(settings: CompareSettings, arms: Sequence[Arm], results: dict[str, Any]) -> str:
     """The whole page as HTML."""
-    from dedpo_diffusion.evaluation.compare import best_arm
+    from dedpo_diffusion.evaluation.comparison.verdict import best_arm
 
     best, names = best_arm(results), [arm.name for arm in arms]
     method = (
@@ -308,12 +281,12 @@ def build_page(settings: CompareSettings, arms: Sequence[Arm], results: dict[str
     parts = {**before, "Images": images, **after}
     links = anchors([title for title, part in parts.items() if part])
     body = f"{headline(results, best)}{links}{''.join(parts.values())}<footer>{about(method)}</footer>"
-    return document(f"{', '.join(names[1:])} against {names[0]}", body, script=page_file("gallery.js"), data=data)
+    return document(f"{', '.join(names[1:])} against {names[0]}", body, script=page_file("gallery.js", __package__), data=data)
 
 
 def build_sheet(arms: Sequence[Arm], scorer: str) -> Any:
     """The contact sheet: fewer rows of the page's rule, for a README."""
-    from dedpo_diffusion.evaluation.score import load_images
+    from dedpo_diffusion.evaluation.comparison.samples import load_images
 
     rows = evenly_spaced(arms[0], SHEET_PROMPTS)
     columns = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.dpo.objectives import formulas
+import dedpo_diffusion.dpo.objectives.formulas as formulas
 from dedpo_diffusion.dpo.objectives.quantities import Pairs
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.models.pretrained import check_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +79,6 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "oracle_accuracy": _late("oracle", "OracleAccuracy"),
     **{f"oracle_{name}": _late("oracle", "OracleAccuracy", attribute=name) for name in ("shape", "colour", "size", "background", "clean")},
 }
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_scorer(spec: str, *, device: str | None, batch: int, dtype: str = "float32") -> Scorer:
@@ -96,7 +96,5 @@ def load_scorer(spec: str, *, device: str | None, batch: int, dtype: str = "floa
     name, _, location = spec.partition("=")
     if name not in SCORERS:
         raise UserError(f"there is no scorer {name!r}; known: {', '.join(SCORERS)} (as name or name=location)")
-    from dedpo_diffusion.models.pretrained import check_options  # late: it imports from here
-
     check_options(batch, dtype)
     return SCORERS[name](location or None, device=device, batch=batch, dtype=dtype)

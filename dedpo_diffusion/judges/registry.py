@@ -1,0 +1,58 @@
+"""Which judges there are, and how one is loaded by its name.
+
+    judge = load_judge("pickscore=FOLDER", LabelSettings(...))
+    judge.prefer(prompts, images_0, images_1)  # (N,) probabilities
+
+Every judge answers with two raw scores a pair, kept with the label, so that calibration never needs the model again:
+
+    P(image 0 is preferred) = sigmoid((score_0 - score_1) / temperature)
+"""
+
+from __future__ import annotations
+
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.judges.judge import Judge
+from dedpo_diffusion.settings import LabelSettings
+
+JUDGES = ("vlm", "openai", "self")  # every scorer is a judge too
+
+
+def load_judge(spec: str, settings: LabelSettings) -> Judge:
+    """Load a judge.
+
+    Args:
+        spec: a scorer's "name" or "name=location"; "vlm=FOLDER OR HUB ID", "openai=URL", "self=RUN,RUN,...".
+        settings: of the stage; temperature, batch, device and what the judge's family takes.
+
+    Raises:
+        UserError: unknown name, or what the judge needs is not there.
+    """
+    from dedpo_diffusion.judges.scorers import SCORERS, load_scorer
+
+    name, _, location = spec.partition("=")
+    if name in JUDGES and not location:
+        needed = {"vlm": "vlm=FOLDER (or a hub id)", "openai": "openai=URL", "self": "self=RUN,RUN"}[name]
+        raise UserError(f"judge {name} needs a location: {needed}")
+    if name == "vlm":
+        from dedpo_diffusion.judges.vlm import VisionLanguageJudge
+
+        return VisionLanguageJudge(
+            location, settings.vlm, device=settings.device, batch=settings.vlm.batch, dtype=settings.dtype, temperature=settings.temperature
+        )
+    if name == "openai":
+        from dedpo_diffusion.judges.openai_server import ServerJudge
+
+        return ServerJudge(location, settings.vlm, settings.server, temperature=settings.temperature)
+    if name == "self":
+        from dedpo_diffusion.judges.self_training import SelfTrainedJudge
+
+        return SelfTrainedJudge(
+            location.split(","), settings.pairs, settings.self_training, device=settings.device, temperature=settings.temperature
+        )
+    if name not in SCORERS:
+        known = ", ".join([*SCORERS, *JUDGES])
+        raise UserError(f"there is no judge {name!r}; known: {known} (as name or name=location)")
+    from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+
+    scorer = load_scorer(spec, device=settings.device, batch=2 * settings.batch, dtype=settings.dtype)
+    return BradleyTerry(scorer, temperature=settings.temperature)

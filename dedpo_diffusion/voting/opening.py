@@ -1,0 +1,138 @@
+"""A voting on a pair dataset, opened: the one that is there, or a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dedpo_diffusion.core.console import UserError, say
+from dedpo_diffusion.settings import VoteSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dedpo_diffusion.voting.server import Desk
+    from dedpo_diffusion.voting.service import Booth
+
+
+@dataclass(frozen=True)
+class Voting:
+    """An open voting, and what is its own: on a pair dataset, or on two sample folders.
+
+    Attributes:
+        booth: votes and images.
+        desk: what the page is told, and writes.
+        greeting: what is asked, and what becomes of it.
+        finish: writes the votes and says what they are; returns the path, or None where nobody has voted.
+    """
+
+    booth: Booth
+    desk: Desk
+    greeting: Sequence[str]
+    finish: Callable[[], Path | None]
+
+
+def voting_name(settings: VoteSettings) -> str:
+    """The voting's name: the one given, or human, or vs-BASE for two sample folders."""
+    if settings.name is not None:
+        return settings.name
+    return "human" if len(settings.folders) == 1 else f"vs-{settings.folders[0].resolve().name}"
+
+
+def judge_labels(settings: VoteSettings, ids: list[str]) -> tuple[np.ndarray, dict[str, str]]:
+    """The judges' labels (J, N) that the order looks at, and the digests of their files.
+
+    Raises:
+        UserError: no judge, or one that leaves pairs out.
+    """
+    import numpy as np
+
+    from dedpo_diffusion.core.files import file_digest
+    from dedpo_diffusion.labels.files import CALIBRATED, align, label_names, label_origin, read_labels
+
+    pairs = settings.folders[0]
+    calibrated = {name for name in label_names(pairs) if label_origin(pairs, name) == CALIBRATED}
+    names = sorted(set(settings.judges) or set(label_names(pairs)) - {voting_name(settings)} - calibrated)
+    if not names:
+        raise UserError(f"{pairs / 'labels'} holds no judge, which --order disagreement needs; run `dedpo label`, or use random")
+    try:
+        found = [align(read_labels(pairs, name), ids, folder=pairs, name=name, complete=True) for name in names]
+    except UserError as error:
+        raise UserError(f"{error}; or name the label files of judges with --judges") from error
+    return np.stack(found), {name: file_digest(pairs / "labels" / f"{name}.parquet") for name in names}
+
+
+@contextmanager
+def open_booth(settings: VoteSettings) -> Iterator[Booth]:
+    """The voting on a pair dataset as it stands; a new one where there is none."""
+    from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.voting.export import check_name
+    from dedpo_diffusion.voting.plan import Plan, disagreement, pull
+    from dedpo_diffusion.voting.service import Booth
+    from dedpo_diffusion.voting.store import Store
+
+    folder, name = settings.folders[0], voting_name(settings)
+    reader = PairReader(folder)
+    ids, weights, judges = reader.ids(), None, {}
+    if is_new(settings):
+        check_name(folder, name)
+    if settings.order == "disagreement":
+        labels, judges = judge_labels(settings, ids)
+        weights = pull(disagreement(labels), settings.floor)
+    kept = {key: getattr(settings, key) for key in ("seed", "order", "floor", "repeats", "overlap")}
+    design: dict[str, Any] = {"dataset": reader.fingerprint(), **kept, "judges": judges}
+    with closing(Store(folder, name, design)) as store:
+        check_name(folder, name, store.session)
+        plan = Plan(ids, seed=settings.seed, weights=weights, repeats=settings.repeats, overlap=settings.overlap)
+        yield Booth(reader, plan, store)
+
+
+def is_new(settings: VoteSettings) -> bool:
+    """Whether this voting is still to begin; UserError where that cannot be, since its votes are to be exported."""
+    from dedpo_diffusion.voting.store import store_path
+
+    path = store_path(settings.folders[-1], voting_name(settings))
+    if settings.export_only and not path.is_file():
+        raise UserError(f"there is no {path}, so nobody has voted yet; run `dedpo vote` without --export_only first")
+    return not path.is_file()
+
+
+@contextmanager
+def open_pairs(settings: VoteSettings) -> Iterator[Voting]:
+    """The voting on a pair dataset, ready to be served."""
+    from dedpo_diffusion.voting import export as tally
+    from dedpo_diffusion.voting.server import Desk
+
+    folder, name = settings.folders[0], voting_name(settings)
+    if (folder / "index.parquet").is_file() and not (folder / "pairs").is_dir():
+        raise UserError(f"{folder} is a sample folder, and voting compares two: name the base's first, as in dedpo vote BASE {folder}")
+    with open_booth(settings) as booth:
+        desk = Desk(
+            {"dataset": folder.resolve().name, "name": name, "order": settings.order},
+            lambda: tally.summary(booth, name), lambda: tally.export(booth, name),
+        )  # fmt: skip
+        now = booth.session()
+        greeting = (
+            f"{now['pairs']} pairs in {settings.order} order; {now['votes']} votes by {len(now['raters'])} people so far, kept in "
+            f"{booth.store.path}", f"Ctrl-C stops and writes {folder / 'labels' / name}.parquet; each answer is saved at once",
+        )  # fmt: skip
+        yield Voting(booth, desk, greeting, lambda: write_labels(settings, booth))
+
+
+def write_labels(settings: VoteSettings, booth: Booth) -> Path | None:
+    """Write vote and label file; None where nobody has voted."""
+    from dedpo_diffusion.voting.export import export
+
+    folder, name = settings.folders[0], voting_name(settings)
+    if not booth.session()["votes"] and not settings.export_only:
+        older = folder / "labels" / f"{name}.parquet"
+        say("there are no votes, so no labels were written" + (f"; {older} is of votes undone since" if older.is_file() else ""))
+        return None
+    done = export(booth, name)
+    say(f"wrote {done.path}: {done.labels} labels, and {folder / 'votes' / done.path.name}")
+    for sentence in done.sentences:
+        say(sentence)
+    return done.path
