@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Merged": "debias",
-    "balance_errors": "balance",
-    "implicit_rewards": "losses",
-    "margin": "losses",
+    "balance_errors": "dpo.balance",
+    "implicit_rewards": "dpo.losses",
+    "margin": "dpo.losses",
     "merge_labels": "debias",
-    "preference_loss": "losses",
-    "preference_step": "step",
+    "preference_loss": "dpo.losses",
+    "preference_step": "dpo.step",
 }
 
 __all__ = [

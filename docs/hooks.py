@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import dedpo_diffusion
-from dedpo_diffusion import cli, weights
+from dedpo_diffusion import pipelines as cli
+from dedpo_diffusion import weights
 from dedpo_diffusion.core import console
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ takes the root of its rows' mean square over sqrt(C) as its error, so that a gai
 win rate, 100 %. Identical models alone, whose differences are all exactly 0, leave no doubt.
 
 What was tried: the percentile interval holds the truth in 93 % of simulations with 25 clusters, in 88 % with 10 and in 76 % with 3;
-this one in 95 %, if the values are not very skewed (tests/test_coverage.py). Bootstrap-t does better with skewed values and
+this one in 95 %, if the values are not very skewed (tests/evaluation/test_coverage.py). Bootstrap-t does better with skewed values and
 worse with heavy tails, and has no end where a resample has no spread.
 """
 

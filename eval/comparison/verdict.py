@@ -11,7 +11,7 @@ People are held out.
 3. one that made the labels rises so, and of the held-out ones, of which there are some, none rises.
 
 The first that holds is told. Where nothing has changed the three together are false alarms in at most 2.5 % of comparisons: each takes
-a rise that is corrected for the number of scorers, also where scorers are opposed (tests/test_verdict.py simulates it).
+a rise that is corrected for the number of scorers, also where scorers are opposed (tests/evaluation/test_verdict.py simulates it).
 """
 
 from __future__ import annotations

@@ -1,0 +1,118 @@
+"""Settings from the command line, exit codes, progress."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from dedpo_diffusion.core import console
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Inner.
+
+    Args:
+        depth: how deep.
+    """
+
+    depth: int = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A stage's settings.
+
+    Args:
+        folder: where.
+        tools: with what.
+        inner: nested.
+    """
+
+    folder: Path
+    tools: list[str]
+    inner: Inner = field(default_factory=Inner)
+
+
+def run_with(argv: list[str], body=None) -> tuple[int, list[Settings]]:
+    seen: list[Settings] = []
+    code = console.stage(Settings, body or seen.append, argv, prog="dedpo test", positional=("folder",), flags={"with": "tools"})
+    return code, seen
+
+
+def test_positionals_lists_and_nested_settings():
+    assert run_with(["here", "--with", "a", "b=c", "--inner.depth", "7"]) == (0, [Settings(Path("here"), ["a", "b=c"], Inner(7))])
+
+
+def test_a_file_sets_and_the_command_line_overrides(tmp_path):
+    (tmp_path / "c.yaml").write_text("inner:\n  depth: 5\n")
+    config = ["--config", str(tmp_path / "c.yaml")]
+    assert run_with(["x", "--with", "a", *config])[1][0].inner.depth == 5
+    assert run_with(["x", "--with", "a", *config, "--inner.depth", "6"])[1][0].inner.depth == 6
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["x"], "with"),
+        (["x", "--with", "a", "--inner.dpth", "1"], "dpth"),
+        (["x", "--wit", "a"], "--wit"),
+        (["x", "--with", "a", "--inner.depth", "deep"], "depth"),
+    ],
+)
+def test_mistakes_exit_with_two(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_with(argv)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_unknown_key_of_a_file_is_an_error(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("inner:\n  dpth: 5\n")
+    with pytest.raises(SystemExit):
+        run_with(["x", "--with", "a", "--config", str(tmp_path / "c.yaml")])
+    assert "dpth" in capsys.readouterr().err
+
+
+def test_a_users_mistake_is_one_line_without_traceback(capsys):
+    def body(_: Settings) -> None:
+        raise console.UserError("file.txt row 3: mend it")
+
+    assert run_with(["x", "--with", "a"], body)[0] == 2
+    assert capsys.readouterr().err == "dedpo test: error: file.txt row 3: mend it\n"
+
+
+def test_an_output_that_nobody_reads_any_more_ends_quietly():
+    code = (
+        "import sys; from test_console import Settings; from dedpo_diffusion.core import console\n"
+        "body = lambda _: [print('line') for _ in range(100000)]\n"
+        "sys.exit(console.stage(Settings, body, ['x', '--with', 'a'], prog='dedpo test', positional=('folder',), flags={'with': 'tools'}))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+    ) as process:
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_a_programmers_mistake_is_not_hidden():
+    def body(_: Settings) -> None:
+        raise RuntimeError("bug")
+
+    with pytest.raises(RuntimeError, match="bug"):
+        run_with(["x", "--with", "a"], body)
+
+
+def test_progress_of_long_work_ends_with_the_time_it_took(capsys, monkeypatch):
+    clock = iter([0.0, 5.0, 30.0, 70.0, 70.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.Progress("working", 3, start=1) as progress:
+        progress.advance(note="loss 0.7")
+        progress.advance()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["working: 3/3, 0:00 left, loss 0.7", "working: 3/3, took 1:10, loss 0.7"]

@@ -1,0 +1,30 @@
+"""A browser for the tests of pages, or the reason why they are skipped."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+HOSTILE = "<img src=//elsewhere.example/x onerror=alert(1)><script>alert(2)</script> & "
+
+
+WATCH_POLICY = "addEventListener('securitypolicyviolation', (e) => console.error(`refused by ${e.violatedDirective}`))"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("there is no Chromium here")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"], headless=True)
+        yield browser
+        browser.close()
+
+
+WIDE = {"viewport": {"width": 1280, "height": 800}}
+
+
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}

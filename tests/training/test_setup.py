@@ -1,0 +1,304 @@
+"""Options of the training command on a tiny Stable Diffusion: stored reference errors, a power that follows, rounds, objectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dedpo_diffusion import merge_labels
+from dedpo_diffusion.core.records import Targets
+from dedpo_diffusion.dpo.balance import probability_scale
+from dedpo_diffusion.dpo.noising import TimestepDraw, draw
+from dedpo_diffusion.labels.files import write_targets
+from dedpo_diffusion.models.backbone import Backbone
+from dedpo_diffusion.pipelines import export, train
+from dedpo_diffusion.training.data import Feed
+from dedpo_diffusion.weights.run_folder import checkpoints
+from support.pictures import write_pairs
+from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
+
+
+@pytest.fixture(scope="module")
+def merged_pairs(tmp_path_factory):
+    """Random pictures; a third has human labels, and a judge that repeats three in four of them; targets "tuned" with all columns."""
+    pairs = write_pairs(tmp_path_factory.mktemp("merged") / "data")
+    rng = np.random.default_rng(0)
+    z = np.where(np.arange(24) < 8, (rng.random(24) < 0.5).astype(float), np.nan)
+    repeated = np.where(np.arange(24) % 4 == 0, 1 - z, z)
+    judge = np.where(np.isnan(z), rng.random(24), 0.05 + 0.85 * np.nan_to_num(repeated))
+    found = merge_labels(z, judge, power=0.4)
+    ids, inverse = [f"p{k}" for k in range(24)], np.where(np.isnan(z), 0.0, 3.0)
+    made_of = {"human": z, "judge": judge, "inverse": inverse, "power": np.full(24, 0.4), "doubt": np.sqrt(judge * (1 - judge))}
+    write_targets(pairs, "tuned", Targets(ids, found.target, found.weight, **made_of), {})
+    write_targets(pairs, "plain", Targets(ids, judge, np.ones(24)), {})
+    return pairs
+
+
+def options(base, pairs, out, **changes):
+    return arguments(base, pairs, out, **({"data__targets": "tuned", "data__caption_dropout": 0.0, "optim__steps": 8} | changes))
+
+
+# ---- reference errors drawn beforehand
+
+
+def test_with_stored_reference_errors_no_later_run_predicts_with_the_reference(tiny_model, merged_pairs, tmp_path, monkeypatch):
+    changes = {"data__cache": tmp_path / "cache", "data__reference_draws": 3, "data__caption_dropout": 0.3}
+    asked = []
+    real = Backbone.predict
+
+    def counting(self, *arguments, reference=False):
+        asked.append(reference)
+        return real(self, *arguments, reference=reference)
+
+    monkeypatch.setattr(Backbone, "predict", counting)
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "first", **changes)) == 0
+    assert sum(asked) == 24 * 3 / 4  # 3 draws of each pair, a batch of 4 at a time, before the first step
+    asked.clear()
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "second", **changes)) == 0
+    assert len(asked) == 8 and not any(asked)
+    assert deviation(final(tmp_path / "first"), final(tmp_path / "second")) == (0, 0)
+    assert metrics(tmp_path / "first")[0]["margin_abs_max"] == 0
+
+
+def test_stored_reference_errors_are_those_of_the_same_draws(tiny_model, merged_pairs, tmp_path, monkeypatch):
+    changes = {"data__cache": tmp_path / "cache", "data__reference_draws": 3}
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "stored", **changes)) == 0
+    real = Feed.load
+    monkeypatch.setattr(Feed, "load", lambda self, *arguments: dataclasses.replace(real(self, *arguments), known=None))
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "computed", **changes)) == 0
+    assert deviation(final(tmp_path / "stored"), final(tmp_path / "computed")) == (0, 0)
+    assert metrics(tmp_path / "stored") == metrics(tmp_path / "computed")
+
+
+# ---- a power that follows
+
+
+def test_a_power_that_follows_is_logged_moves_and_survives_a_stop(tiny_model, merged_pairs, tmp_path, monkeypatch):
+    changes = {"objective__power": "follow", "objective__power_decay": 0.5, "checkpoint_every": 2}
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "whole", **changes)) == 0
+    powers = [line["power"] for line in metrics(tmp_path / "whole")]
+    assert powers[0] == 0.4 and len(set(powers)) > 4 and all(0 <= power <= 0.75 for power in powers)
+    stop_after(monkeypatch, 4)
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "part", **changes)) == 130
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "part", **changes)) == 0
+    assert deviation(final(tmp_path / "whole"), final(tmp_path / "part")) == (0, 0)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
+
+
+def test_a_power_that_stays_equals_the_fixed_one(tiny_model, merged_pairs, tmp_path, monkeypatch):
+    from dedpo_diffusion.dpo.adaptive_power import FollowedPower
+
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "fixed")) == 0
+    monkeypatch.setattr(FollowedPower, "update", lambda self, sums: None)
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "still", objective__power="follow")) == 0
+    largest, mean = deviation(final(tmp_path / "fixed"), final(tmp_path / "still"))
+    assert largest < 2e-3 and mean < 2e-5
+
+
+# ---- rounds
+
+
+def test_each_round_starts_from_the_policy_that_the_one_before_ended_with(tiny_model, merged_pairs, tmp_path):
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "run", optim__rounds=2)) == 0
+    widths = [line["margin_abs_max"] for line in metrics(tmp_path / "run")]
+    assert widths[0] == 0 and widths[4] == 0  # the policy is its own reference
+    assert min(widths[1:4]) > 0 and min(widths[5:]) > 0
+    folder = checkpoints(tmp_path / "run")[-1][1]
+    assert deviation(load_file(folder / "parameters.safetensors"), load_file(folder / "reference.safetensors")) == (0, 0)
+
+
+def test_a_round_is_extended_along_its_way(tiny_model):
+    model = Backbone(str(tiny_model), device=torch.device("cpu"))
+    model.add_lora(rank=2, alpha=2)
+    start = {name: value.detach().clone() for name, value in model.trainable().items()}
+    for round_number in (1, 2):
+        before = {name: value.detach().clone() for name, value in model.trainable().items()}
+        with torch.no_grad():
+            for value in model.trainable().values():
+                value.add_(1.0)
+        model.end_round(0.5)
+        for name, value in model.trainable().items():
+            # the base model is B = 0 with any A: so A is not extended while the base is the reference
+            step = 1.0 if round_number == 1 and "lora_A" in name else 1.5
+            torch.testing.assert_close(value, before[name] + step)
+        assert model.anchor is not None and all(torch.equal(model.anchor[name], value) for name, value in model.trainable().items())
+    assert start.keys() == model.anchor.keys()
+
+
+def test_rounds_survive_a_stop_bit_for_bit(tiny_model, merged_pairs, tmp_path, monkeypatch):
+    changes = {"optim__rounds": 2, "optim__extrapolation": 0.5, "checkpoint_every": 2}
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "whole", **changes)) == 0
+    stop_after(monkeypatch, 6)
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "part", **changes)) == 130
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "part", **changes)) == 0
+    assert deviation(final(tmp_path / "whole"), final(tmp_path / "part")) == (0, 0)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
+
+
+# ---- the rest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__sampling": "stratified"},
+        {"objective__kind": "ipo", "objective__balance": "probability"},
+        {"objective__kind": "kto", "objective__options": '{"undesirable": 2.0}'},
+        {"objective__kind": "uncertainty", "objective__guard": 0.1},
+        {"objective__kind": "mapo", "objective__timestep_sampling": "logit_normal", "objective__timestep_weighting": "min_snr"},
+        {"objective__kind": "dr_dpo", "data__targets": "plain", "objective__timesteps": "[100, 600]"},
+    ],
+)
+def test_options_train_and_are_recorded(tiny_model, merged_pairs, tmp_path, changes):
+    import yaml
+
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "run", **({"optim__steps": 3} | changes))) == 0
+    assert metrics(tmp_path / "run")[-1]["gradient_norm"] > 0
+    assert max(value.abs().max().item() for name, value in final(tmp_path / "run").items() if "lora_B" in name) > 0
+    held = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())
+    for name, value in changes.items():
+        room, key = name.split("__")
+        assert held[room][key] == yaml.safe_load(str(value))
+
+
+@pytest.mark.parametrize(
+    ("changes", "balance"),
+    [
+        ({}, "output"),
+        ({"objective__balance": "none"}, "none"),
+        ({"objective__kind": "sft"}, "none"),
+        ({"objective__kind": "kto", "objective__balance": "none"}, "none"),
+    ],
+)
+def test_the_balance_that_was_not_given_is_the_objectives_said_and_recorded(tiny_model, merged_pairs, tmp_path, capsys, changes, balance):
+    import yaml
+
+    asked = {"optim__steps": 1, **changes}
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "run", **asked)) == 0
+    assert f"balance {balance}" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["objective"]["balance"] == balance
+    [line] = metrics(tmp_path / "run")
+    assert (line["winner_coefficient"] == 1.0) == (balance == "none")
+    assert (line["margin"] is None) == (asked.get("objective__kind") == "sft") == (line["winner_drift"] is None)
+    assert line["loss"] is not None
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "run", **asked)) == 0  # the same run, to be resumed
+
+
+def first_of_one_pair(tiny_model, merged_pairs, tmp_path, **changes) -> dict:
+    """Metrics of the first step, of one pair; its bucket holds that pair alone. Margin 0, so policy and reference errors agree."""
+    asked = {"optim__steps": 1, "optim__batch": 1, "data__targets": "plain", **changes}
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "run", **asked)) == 0
+    [line] = metrics(tmp_path / "run")
+    return line
+
+
+@pytest.mark.parametrize("mode", ["output", "relative", "probability"])
+@pytest.mark.parametrize("clip", [10.0, 0.0004])
+def test_the_balance_of_the_settings_is_the_balance_of_the_step(tiny_model, merged_pairs, tmp_path, mode, clip):
+    """error_ratio is sqrt(e_l / e_w) and reference_error (e_w + e_l) / 2, which give e_w and e_l; the coefficients are as exp(u)."""
+    changes = {"objective__balance": mode, "objective__balance_clip": clip, "objective__balance_tempering": 1.0}
+    line = first_of_one_pair(tiny_model, merged_pairs, tmp_path, **changes)
+    ratio = line["buckets"][0]["error_ratio"]
+    winner = 2 * line["reference_error"] / (1 + ratio**2)
+    timestep = draw(0, 0, 1, (4, 8, 8), timesteps=TimestepDraw(0, 1000), caption_dropout=0.0).timesteps
+    scale = probability_scale(Backbone(str(tiny_model), device=torch.device("cpu")).process.alphas_cumprod, timestep, 256, tempering=1.0)
+    u = {"output": np.log(ratio), "relative": 0.0, "probability": 0.5 * scale.item() * winner * (ratio**2 - 1)}[mode]
+    assert mode == "relative" or abs(u) > 0.0005
+    assert line["buckets"][0]["ratio"] == pytest.approx(np.exp(np.clip(u, -clip, clip)), rel=1e-5)
+
+
+def test_the_guard_of_the_settings_is_the_guard_of_the_step(tiny_model, merged_pairs, tmp_path):
+    line = first_of_one_pair(tiny_model, merged_pairs, tmp_path, objective__balance="none", objective__guard=0.9)
+    [bucket] = line["buckets"]
+    bound = 0.1 / (bucket["error_ratio"] * bucket["cosine"])
+    assert 0 < bound < 1
+    assert (line["winner_coefficient"], line["loser_coefficient"]) == (1.0, pytest.approx(bound, rel=1e-4))
+
+
+def test_timesteps_and_their_weights_are_those_of_the_settings(tiny_model, merged_pairs, tmp_path):
+    """At margin 0 the loss is log 2 times the mean weight of the drawn timesteps; all pairs weigh 1."""
+    changes = {"sampling": "logit_normal", "location": -0.5, "spread": 0.7, "weighting": "min_snr"}
+    changed = {f"objective__timestep_{name}": value for name, value in changes.items()}
+    changed |= {"objective__timesteps": "[50, 600]", "objective__snr_gamma": 0.8, "data__targets": "plain", "optim__steps": 1}
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "run", **changed)) == 0
+    how = TimestepDraw(50, 600, **changes, gamma=0.8)
+    timesteps = draw(0, 0, 4, (4, 8, 8), timesteps=how, caption_dropout=0.0).timesteps
+    weights = how.weights(Backbone(str(tiny_model), device=torch.device("cpu")).process, timesteps)
+    [line] = metrics(tmp_path / "run")
+    assert line["loss"] == pytest.approx(np.log(2) * weights.mean().item(), rel=1e-5)
+    assert weights.mean() < 0.9
+    assert sum(bucket["count"] for bucket in line["buckets"]) == 4
+    assert [bucket["first"] for bucket in line["buckets"]] == sorted({int(t) // 100 * 100 for t in timesteps})
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path):
+    """Two by two pairs against one by four, with rounds and a power that follows: sums in another order, and nothing else."""
+    small = {"optim__steps": 4, "optim__learning_rate": 3e-4, "optim__rounds": 2}
+    small |= {"objective__power": "follow", "objective__power_decay": 0.5}
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "one", **small)) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), train.__file__]
+    command = [*launch, *options(tiny_model, merged_pairs, tmp_path / "two", optim__batch=2, **small)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "(2 x 2 x 1)" in done.stdout
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for name, close in {"loss": 1e-5, "power": 1e-5, "margin_abs_max": 1e-4}.items():
+        np.testing.assert_allclose(*([line[name] for line in lines] for lines in (one, two)), rtol=0, atol=close)
+    assert one[1]["margin_abs_max"] > 1e-3 and one[2]["margin_abs_max"] == 0 and len({line["power"] for line in one}) == 4
+
+
+def test_an_exported_negative_model_is_named_one(tiny_model, merged_pairs, tmp_path, capsys):
+    for kind in ("self_npo", "sft"):
+        assert train.main(options(tiny_model, merged_pairs, tmp_path / kind, optim__steps=1, objective__kind=kind)) == 0
+        capsys.readouterr()
+        assert export.main([str(tmp_path / kind), "--out", str(tmp_path / f"{kind}.safetensors")]) == 0
+        assert ("trains a model to be worse" in capsys.readouterr().out) == (kind == "self_npo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective__kind": "dr_dpo"}, "not affine in the label"),
+        ({"objective__options": '{"tau": 1.0}'}, "no option 'tau'"),
+        ({"objective__kind": "uncertainty", "data__targets": "plain"}, "doubt"),
+        ({"objective__timesteps": "[0, 1001]"}, "ends at 1000"),
+        ({"objective__timesteps": "[5, 5]"}, "holds some"),
+        ({"objective__guard": 1.0}, "objective.guard"),
+        ({"objective__beta": 0, "objective__kind": "mapo"}, "objective.beta is 0"),
+        ({"objective__beta": ".inf"}, "objective.beta is inf"),
+        ({"objective__margin_cap": -1, "objective__kind": "ipo"}, "objective.margin_cap is -1"),
+        ({"objective__balance_clip": 0}, "objective.balance_clip is 0"),
+        ({"objective__balance_tempering": ".nan"}, "objective.balance_tempering is nan"),
+        ({"objective__kind": "poly", "objective__options": "{alpha: .nan}"}, "alpha is nan"),
+        ({"objective__kind": "kto", "objective__balance": "output"}, "objective.kind=kto does not, so leave it out"),
+        ({"objective__kind": "sft", "objective__guard": 0.1}, "objective.kind=sft does not, so leave it out"),
+        ({"objective__kind": "cdpo", "objective__power": "follow"}, "not of cdpo"),
+        ({"objective__kind": "dr_dpo", "objective__power": "follow"}, "not of dr_dpo"),
+        ({"optim__extrapolation": 0.5}, "give optim.rounds of 2 or more"),
+        ({"optim__extrapolation": ".inf", "optim__rounds": 2}, "optim.extrapolation is inf"),
+        ({"optim__rounds": 3}, "a multiple of it"),
+        ({"optim__extrapolation": -0.1}, "optim.extrapolation"),
+        ({"data__reference_draws": 2}, "needs data.cache"),
+        ({"data__sampling": "stratified", "data__targets": "plain"}, "run `dedpo merge` again"),
+        ({"objective__power": "follow", "data__targets": "plain"}, "run `dedpo merge` again"),
+        ({"objective__power": "follow", "objective__power_decay": 1.0}, "decay"),
+        ({"objective__power": "follow", "objective__max_overshoot": 0.5}, "max_overshoot"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_before_anything_is_written(tiny_model, merged_pairs, tmp_path, capsys, changes, words):
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "run", **changes)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("dedpo train: error: ")
+    assert words in message
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,273 @@
+"""The benchmarks of a training step: the published step computes our loss, and what is counted is right."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import PairBatch
+from dedpo_diffusion.dpo.step import preference_step
+from dedpo_diffusion.evaluation.benchmarks import memory, random_models, throughput, throughput_arms
+from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
+from dedpo_diffusion.evaluation.benchmarks.tally import Tally, storage_bytes
+from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings, count_flop, ratio
+from dedpo_diffusion.models import tiny
+from dedpo_diffusion.models.backbone import Backbone
+from dedpo_diffusion.pairs.dataset import PairReader
+from dedpo_diffusion.settings import DataSettings
+from dedpo_diffusion.training.data import LiveSource
+from support.training import fresh_accelerate_state  # noqa: F401
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("kind", "full"), [("sdxl", False), ("sd15", False), ("sd15", True)])
+def test_published_step_computes_our_loss_and_gradient(folders, tmp_path, kind, full):
+    """From the same image files, with the same draws, by two routes that share no code but the networks."""
+    reader = PairReader(tiny.write_pairs(tmp_path, "some", count=4))
+    model, preferred = Backbone(str(folders[kind]), device=CPU), np.array([0, 1, 1, 0])
+    examples = Examples(reader, preferred, model.text.tokenizers, tiny.SIDE, flip=False)
+    settings = {"rank": 2, "batch": 4, "beta": 500.0, "learning_rate": 1e-3, "checkpointing": False}
+    published = PublishedStep(model, examples, full=full, **settings)
+    model.train_all(reference=True) if full else model.add_lora(rank=2, alpha=2)
+    torch.manual_seed(3)
+    theirs = dict(published.unet.named_parameters())
+    for name, parameter in model.trainable().items():  # a policy that has left the reference
+        parameter.data += (0.01 if full else 0.3) * torch.randn_like(parameter)
+        theirs[name].data.copy_(parameter.data)
+
+    batch = default_collate([examples[row] for row in range(4)])
+    shape = model.latent_shape(tiny.SIDE)
+    noise, timesteps = torch.randn(4, *shape), torch.tensor([20, 300, 600, 990])
+    torch.manual_seed(5)
+    latents = published.latents(batch["pixels"])
+    loss, _ = published.losses(latents, noise.repeat(2, 1, 1, 1), timesteps.repeat(2), *published.conditioning(batch))
+    loss.backward()
+
+    torch.manual_seed(5)
+    winners, losers = torch.randn(8, *shape).chunk(2)
+    first = torch.tensor(preferred == 0)[:, None, None, None]
+    posterior = torch.stack([torch.where(first, winners, losers), torch.where(first, losers, winners)], dim=1)
+    source = LiveSource(reader, model, DataSettings(tmp_path), size=tiny.SIDE, seed=0)
+    encoded = source.fetch(range(4), range(4), torch.zeros(4, dtype=torch.bool))
+    target = 1.0 - torch.tensor(preferred, dtype=torch.float32)
+    ours = PairBatch(model.latents(encoded.mean, encoded.std, posterior), encoded.conditioning, target, torch.ones(4))
+    result = preference_step(model, ours, timesteps=timesteps, noise=noise, beta=500.0, balance="none")
+    result.loss.mean().backward()
+
+    assert abs(loss.item() - 0.6931) > 0.01
+    torch.testing.assert_close(result.loss.mean(), loss, rtol=1e-4, atol=1e-5)
+    for name, parameter in model.trainable().items():
+        scale = theirs[name].grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-3 * scale + 1e-7)
+
+
+def settings(tmp_path):
+    return ThroughputSettings(out=tmp_path / "found.json", pairs=4, dataset=4, rounds=2, warmup=0, threads=1)
+
+
+def test_arithmetic_of_the_arms(tiny_model, tmp_path):
+    """What an arm leaves out is exactly what its arithmetic lacks."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Backbone(str(tiny_model), device=CPU)
+    bench = throughput_arms.set_up(settings(tmp_path), model, tmp_path)
+    flop = count_flop(bench)
+    with FlopCounterMode(display=False) as encoding:
+        model.encode_images(torch.zeros(8, 3, model.size, model.size))
+        conditioning = model.encode_prompts(["a circle"] * 4)
+    noisy = torch.zeros(4, 2, *model.latent_shape(model.size))
+    with FlopCounterMode(display=False) as reference:
+        model.predict(noisy, torch.zeros(4, dtype=torch.int64), conditioning, reference=True)
+    assert flop["published"] == flop["live"]
+    assert flop["live"] - flop["cached"] == encoding.get_total_flops() > 0
+    assert flop["cached"] - flop["stored"] == reference.get_total_flops() > 0
+    assert 1.8 < flop["stored"] / reference.get_total_flops() < 3  # forward, the gradient of activations, and the adapter
+
+
+@pytest.mark.slow
+def test_command(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(random_models, "random_backbone", lambda *_, device, dtype: Backbone(str(tiny_model), device=device, dtype=dtype))
+    monkeypatch.setattr(throughput, "matrix_peak", lambda *_: 1e12)
+    out = tmp_path / "found.json"
+    options = ["--pairs", "2", "--dataset", "2", "--rounds", "2", "--warmup", "0", "--threads", "1", "--gradient_checkpointing", "true"]
+    assert throughput.main(["--out", str(out), *options]) == 0
+    found = json.loads(out.read_text())
+    assert list(found["arms"]) == ["published", "live", "cached", "stored"]
+    has = {name: set(arm["station_shares"]) for name, arm in found["arms"].items()}
+    everything = {"noise, target, loss", "loading", "latents", "text", "policy", "reference", "backward", "optimizer"}
+    assert has["published"] == has["live"] == everything
+    assert has["cached"] == everything - {"latents", "text"}
+    assert has["stored"] == everything - {"latents", "text", "reference"}
+    for arm in found["arms"].values():
+        assert sum(arm["station_shares"].values()) == pytest.approx(1)
+        assert arm["peak_bytes"] == arm["kept_bytes"] + arm["step_bytes"] > 0
+    assert found["arms"]["cached"]["kept_bytes"] < found["arms"]["live"]["kept_bytes"]
+    assert found["arms"]["published"]["over_published"] == {"ratio": 1, "ci": [1, 1]}
+    assert throughput.main(["--out", str(out), "--weights", "full"]) == 2
+    assert "sd15" in capsys.readouterr().err
+
+
+def test_ratio_and_its_interval():
+    found = ratio([2.0, 4.0, 6.0, 8.0, 10.0], [1.0, 2.0, 2.0, 2.0, 2.0])
+    assert found["ratio"] == 3
+    assert 2 <= found["ci"][0] <= 3 <= found["ci"][1] <= 5
+    with pytest.raises(UserError, match="2 rounds"):
+        throughput.check(ThroughputSettings(out=None, rounds=1))
+
+
+def test_stations_count_inner_parts_alone(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    monkeypatch.setattr(throughput_arms.time, "perf_counter", lambda: next(clock))
+    stations = throughput_arms.Stations(lambda: None)
+    with stations("outer"):
+        with stations("inner"):
+            pass
+        with stations("inner"):
+            pass
+    assert stations.seconds == {"outer": 1.0 + 3.0 + 5.0, "inner": 2.0 + 4.0}
+
+
+def test_tally_of_known_sizes():
+    kept = torch.zeros(100)
+    with Tally() as tally:
+        kept.add_(1)
+        kept.view(10, 10)[2:4]
+        assert tally.live == tally.peak == 0
+        one = kept * 2
+        two = one.t() if one.ndim == 2 else one[:3]
+        assert tally.live == 400
+        three = one + one
+        del one
+        assert tally.live == 800  # a view still holds it
+        del two
+        assert tally.live == 400
+        del three
+    assert (tally.live, tally.peak, tally.made) == (0, 800, 800)
+    with Tally(512) as tally:
+        four = kept * 2
+    assert tally.live == 512
+    assert storage_bytes([four, four[2:], kept]) == 800
+
+
+def trained_bytes(kind, *, real, full=False, checkpointing=False):
+    """What `training_bytes` finds on a tiny model, on real or on fake tensors of the processor."""
+
+    def work():
+        torch.manual_seed(0)
+        with mock.patch.dict(random_models.SIZES, {kind: TINY[kind]}):
+            model = random_models.random_backbone(kind, device=CPU, dtype=torch.float32)
+        model.train_all(reference=True) if full else model.add_lora(rank=2, alpha=2)
+        if checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        batch = memory.some_batch(model, 2, tiny.SIDE, TINY[kind]["unet"]["cross_attention_dim"], stored=False)
+        return memory.training_bytes(model, batch, accumulation=2, tally=Tally())
+
+    if real:
+        return work()
+    with memory.fake(cuda_rules=False):
+        return work()
+
+
+VAE = random_models.VAE | {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
+WORDS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 32}
+SHARED = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
+XL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2], "attention_head_dim": [2, 4], "cross_attention_dim": 72, "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 32, "use_linear_projection": True, "addition_embed_type": "text_time",
+}  # fmt: skip
+SD = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 2, "cross_attention_dim": 32,
+}  # fmt: skip
+TINY = {
+    "sdxl": {"unet": SHARED | XL, "vae": VAE, "text": [WORDS, WORDS | {"hidden_size": 40}]},
+    "sd15": {"unet": SHARED | SD, "vae": VAE, "text": [WORDS]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("sd15", {"full": True, "checkpointing": True}), pytest.param("sdxl", {"checkpointing": True}, marks=pytest.mark.slow)],
+)
+def test_bytes_counted_on_fake_tensors_are_those_of_a_real_run(kind, options):
+    real, computed = (trained_bytes(kind, real=real, **options) for real in (True, False))
+    assert computed == real
+    assert real["gradients"] == real["trained_weights"]
+    assert 2 * real["trained_weights"] <= real["moments"] <= 2 * real["trained_weights"] + 4 * 1000  # and a count for each tensor
+
+
+def test_tally_against_the_allocator():
+    """The profiler sees every allocation, also those inside of kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    unet = UNet2DConditionModel(**TINY["sdxl"]["unet"])
+    given = torch.zeros(4, 4, 32, 32), torch.zeros(4, dtype=torch.int64), torch.zeros(4, 16, 72)
+    added = {"text_embeds": torch.zeros(4, 32), "time_ids": torch.zeros(4, 6)}
+
+    def work():
+        unet(*given, added_cond_kwargs=added).sample.square().mean().backward()
+        unet.zero_grad()
+
+    work()
+    with Tally() as tally:
+        work()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = sorted((event.start_ns(), event.nbytes()) for event in found.profiler.kineto_results.events() if event.name() == "[memory]")
+    peak = np.cumsum([size for _, size in events]).max()
+    assert tally.peak == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("sdxl", torch.bfloat16), ("sd15", torch.float32)])
+def test_rules_of_cuda_are_kept_on_the_processor(kind, dtype):
+    """A forward pass with its graph under autocast, on fake tensors of both devices."""
+
+    def forward(device):
+        with ExitStack() as stack:
+            if device == "cuda":
+                stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
+                stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", return_value=True))
+                stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", memory._attention))
+            stack.enter_context(memory.fake(cuda_rules=device == "cpu"))
+            stack.enter_context(torch.device(device))
+            unet = nn.Module.to(UNet2DConditionModel(**TINY[kind]["unet"]), dtype)
+            added = {"text_embeds": torch.zeros(2, 32, dtype=torch.bfloat16), "time_ids": torch.zeros(2, 6)}
+            latents, text = (
+                torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16),
+                torch.zeros(2, 16, 72 if kind == "sdxl" else 32, dtype=torch.bfloat16),
+            )
+            with Tally() as tally, torch.autocast(device, torch.bfloat16):
+                out = unet(latents, torch.zeros(2, dtype=torch.int64), text, added_cond_kwargs=added).sample
+            return out.dtype, tally.live, tally.peak
+
+    assert forward("cpu") == forward("cuda")
+
+
+@pytest.mark.slow
+def test_memory_of_a_config(monkeypatch, tmp_path, capsys):
+    """The real configurations and the command, on tiny networks but pictures of the real size."""
+    monkeypatch.setattr(memory, "BLOCK", 1)
+    for kind, sizes in TINY.items():
+        monkeypatch.setitem(random_models.SIZES, kind, sizes)
+    out = tmp_path / "found.json"
+    assert memory.main(["--out", str(out), "--configs", '["sdxl_lora_12gb", "sd15_full"]']) == 0
+    assert "computed" in capsys.readouterr().out
+    lines = {(line["config"], line["reference_stored"]): line for line in json.loads(out.read_text())["lines"]}
+    stored, full = lines["sdxl_lora_12gb", True], lines["sd15_full", False]["bytes"]
+    assert stored["batch"] == 1
+    assert stored["gradient_checkpointing"]
+    assert stored["bytes"]["peak"] <= lines["sdxl_lora_12gb", False]["bytes"]["peak"]
+    assert lines["sd15_full", True]["bytes"]["frozen_weights"] == 0 < full["frozen_weights"] < full["trained_weights"]
+    assert full["gradients"] == full["trained_weights"] <= full["moments"] / 2
