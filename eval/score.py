@@ -228,18 +228,18 @@ def summary(folder: Path, rows: Sequence[Row], scorer: Scorer, scores: dict[str,
 
 def share_out(settings: ScoreSettings, scorer: Scorer, indexes: dict[Path, list[Row]]) -> None:
     """Score every folder that no other process is scoring, then wait for the others and complete what those left."""
-    from dedpo_diffusion.core.locks import claim
+    from dedpo_diffusion.core.locks import hold_lock
 
     busy = []
     for folder, rows in indexes.items():
-        with claim(folder / LOCK) as mine:
+        with hold_lock(folder / LOCK) as mine:
             if mine:
                 add_scores(settings, scorer, folder, rows)
             else:
                 busy.append(folder)
     for folder in busy:
         say(f"{folder} is being scored by another process; waiting for that to end")
-        with claim(folder / LOCK, wait=True):
+        with hold_lock(folder / LOCK, wait=True):
             add_scores(settings, scorer, folder, indexes[folder])
 
 

@@ -21,7 +21,7 @@ from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.settings import IngestSettings
 
 if TYPE_CHECKING:
-    from dedpo_diffusion.pairs.formats.intake import Journal, Ledger
+    from dedpo_diffusion.pairs.formats.importing import Journal, Ledger
 
 SHAPES_NOTHING = ("out", "unreadable", "workers")  # settings that may change when an interrupted import goes on
 
@@ -49,7 +49,7 @@ def _publish(partial: Path, out: Path) -> None:
 
 def _take_up(settings: IngestSettings, partial: Path, identity: dict[str, Any]) -> tuple[Journal, Ledger]:
     """The journal and ledger of an interrupted import of the same source with the same settings, or new ones."""
-    from dedpo_diffusion.pairs.formats.intake import Journal, Ledger
+    from dedpo_diffusion.pairs.formats.importing import Journal, Ledger
 
     journal = Journal(partial, identity)
     done = journal.shards()
@@ -66,7 +66,7 @@ def run(settings: IngestSettings) -> None:
     """Read a preference format into a pair dataset."""
     from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.pairs.formats import choose
-    from dedpo_diffusion.pairs.formats.intake import count_lines, shuffles, take_in
+    from dedpo_diffusion.pairs.formats.importing import count_lines, shuffles, take_in
 
     _check_out(settings)
     chosen = choose(settings)

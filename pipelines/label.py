@@ -164,7 +164,7 @@ def is_done(run: Run, ids: list[str]) -> bool:
 
 def open_runs(settings: LabelSettings, judges: Sequence[Judge], reader: PairReader, ids: list[str]) -> list[Run]:
     """The judges' labels that are still to be made."""
-    from dedpo_diffusion.core.locks import claim
+    from dedpo_diffusion.core.locks import hold_lock
 
     stamp = {"dataset": reader.fingerprint(), "shard size": str(settings.shard)}
     runs = []
@@ -173,7 +173,7 @@ def open_runs(settings: LabelSettings, judges: Sequence[Judge], reader: PairRead
         done = is_done(run, ids)
         while not done and run not in runs:
             run.parts.mkdir(parents=True, exist_ok=True)
-            with claim(run.joining, wait=True) as held:  # not held: another process has just removed the folder
+            with hold_lock(run.joining, wait=True) as held:  # not held: another process has just removed the folder
                 if held and not (done := is_done(run, ids)):
                     take_up(run)
                     runs.append(run)
@@ -213,7 +213,7 @@ def first_uses(reader: PairReader, fingerprint: str) -> FirstUses:
     import numpy as np
 
     from dedpo_diffusion.core.files import atomic_file
-    from dedpo_diffusion.core.locks import spread
+    from dedpo_diffusion.core.locks import share_tasks
     from dedpo_diffusion.judges.work import FirstUses, item_keys
 
     folder = reader.folder / "labels" / f".keys-{fingerprint[:12]}"
@@ -228,7 +228,7 @@ def first_uses(reader: PairReader, fingerprint: str) -> FirstUses:
 
     while True:
         with Progress("looking for images in several pairs", len(reader)) as progress:
-            spread(
+            share_tasks(
                 range(len(paths)),
                 pending=lambda shard: {} if paths[shard].is_file() else {"keys": paths[shard].with_suffix(".lock")},
                 work=work,
@@ -274,7 +274,7 @@ class Clock:
 
 def judge_stretch(settings: LabelSettings, reader: PairReader, rows: range, works: Sequence[Work], clock: Clock) -> list[pa.Table]:
     """Every judge's answers to a stretch of pairs; images are decoded in threads, once for all judges."""
-    from dedpo_diffusion.core.prefetch import ahead
+    from dedpo_diffusion.core.prefetch import prefetch
     from dedpo_diffusion.pairs.decoding import decode_image
 
     def load(item: tuple[int, Pair]) -> Images:
@@ -285,7 +285,7 @@ def judge_stretch(settings: LabelSettings, reader: PairReader, rows: range, work
         return images[0], images[1]
 
     pairs = enumerate(islice(reader.iter_pairs(rows.start), len(rows)))
-    stream = ahead(pairs, load, workers=settings.workers, depth=settings.batch)
+    stream = prefetch(pairs, load, workers=settings.workers, depth=settings.batch)
     for (place, pair), images in clock.awaited(stream):
         for work in works:
             work.take(place, pair, images)
@@ -297,7 +297,7 @@ def judge_stretch(settings: LabelSettings, reader: PairReader, rows: range, work
 
 def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run], first: FirstUses | None) -> Clock:
     """Judge every stretch that is not done, sharing them with other processes."""
-    from dedpo_diffusion.core.locks import spread
+    from dedpo_diffusion.core.locks import share_tasks
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
     from dedpo_diffusion.judges.work import ImageWork, PairWork, read_part, write_part
 
@@ -325,7 +325,7 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
     if kept:
         say(f"{kept} of {len(reader)} pairs are labelled already; going on")
     with Progress(f"labelling with {', '.join(by_name)}", len(reader), start=kept) as progress:
-        spread(todo, pending=pending, work=work)
+        share_tasks(todo, pending=pending, work=work)
     return clock
 
 
@@ -375,7 +375,7 @@ def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: 
 
 def finish(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> Outcome | None:
     """Write the label file, unless another process does."""
-    from dedpo_diffusion.core.locks import spread
+    from dedpo_diffusion.core.locks import share_tasks
 
     outcome: Outcome | None = None
 
@@ -385,7 +385,7 @@ def finish(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> Ou
         if not outcome.gone:
             run.remove_parts()
 
-    spread([run], pending=lambda _: {"join": run.joining} if outcome is None and run.mark.is_file() else {}, work=work)
+    share_tasks([run], pending=lambda _: {"join": run.joining} if outcome is None and run.mark.is_file() else {}, work=work)
     if outcome is None:
         say(f"{run.path}: joined by another process")
         return None

@@ -313,7 +313,7 @@ def run(settings: PretrainSettings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point."""
+    """Comparison point."""
     return stage(PretrainSettings, run, argv, prog="shapes_pretrain.py")
 
 

@@ -44,17 +44,17 @@ def learning_rate(optim: OptimSettings, step: int) -> float:
 
 def describe(session: Session) -> None:
     """Say what is about to be trained, in the units of other scripts too."""
-    optim, objective, feed = session.settings.optim, session.settings.objective, session.feed
+    optim, objective, loader = session.settings.optim, session.settings.objective, session.loader
     processes = session.accelerator.num_processes
-    together = feed.together
+    together = loader.together
     say(
-        f"{len(feed.rows)} pairs, {together} a step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
-        f"{optim.steps * together / len(feed.rows):.1f} epochs; "
+        f"{len(loader.rows)} pairs, {together} a step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
+        f"{optim.steps * together / len(loader.rows):.1f} epochs; "
         f"{sum(p.numel() for p in session.model.trainable().values()):,} trainable parameters"
     )
     half = 0.5 * objective.beta
     say(f"objective {objective.kind}, balance {objective.balance}, power {objective.power}")
-    summed = half / math.prod(feed.shapes[0])
+    summed = half / math.prod(loader.shapes[0])
     say(f"beta {objective.beta:g} on mean errors with the factor 0.5; without it {half:g}; on summed errors {summed:.3g}")
 
 
@@ -79,8 +79,8 @@ def resume(session: Session) -> int:
         session.average.restore(averaged)
     if scaler is not None and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
-    if session.follow is not None:
-        session.follow.restore(state["follow"])
+    if session.adaptive is not None:
+        session.adaptive.restore(state["adaptive"])
     say(f"resuming {session.settings.out} after step {step}")
     return step
 
@@ -93,7 +93,7 @@ def save(session: Session, step: int) -> None:
 
     accelerator, model, out = session.accelerator, session.model, session.settings.out
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    state = {"step": step, "scaler": scaler, "follow": None if session.follow is None else session.follow.state()}
+    state = {"step": step, "scaler": scaler, "adaptive": None if session.adaptive is None else session.adaptive.state()}
     averaged, main = None if session.average is None else session.average.values, accelerator.is_main_process
     folder, optimizer = checkpoint_folder(out, step), stored_optimizer(accelerator, model, session.optimizer)
     save_checkpoint(folder, model.trainable(), optimizer, state, model.anchor, averaged, write=main)
@@ -158,25 +158,25 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
     """This process's micro-batches from step `done` on, loaded in another thread while the device computes, pinned where there is a GPU."""
     import torch
 
-    from dedpo_diffusion.core.prefetch import ahead
+    from dedpo_diffusion.core.prefetch import prefetch
     from dedpo_diffusion.dpo.noising import draw
 
-    settings, feed, accelerator = session.settings, session.feed, session.accelerator
+    settings, loader, accelerator = session.settings, session.loader, session.accelerator
     optim, processes, rank = settings.optim, accelerator.num_processes, accelerator.process_index
-    together, dropout = feed.together, settings.data.caption_dropout
+    together, dropout = loader.together, settings.data.caption_dropout
     drawn: dict[int, Draws] = {}
 
     def load(job: tuple[int, int]) -> Loaded:
         step, micro = job
         if step not in drawn:  # the draws are those of the whole step, whoever computes them
             drawn.clear()
-            drawn[step] = draw(settings.seed, step, together, feed.shape(step), timesteps=session.timesteps, caption_dropout=dropout)
+            drawn[step] = draw(settings.seed, step, together, loader.shape(step), timesteps=session.timesteps, caption_dropout=dropout)
         first = (micro * processes + rank) * optim.batch
-        loaded = feed.load(step * together + first, drawn[step].part(first, first + optim.batch))
+        loaded = loader.load(step * together + first, drawn[step].part(first, first + optim.batch))
         return loaded.map(torch.Tensor.pin_memory) if accelerator.device.type == "cuda" else loaded
 
     jobs = ((step, micro) for step in range(done, optim.steps) for micro in range(optim.accumulation))
-    for _, loaded in ahead(jobs, load, workers=1, depth=2):
+    for _, loaded in prefetch(jobs, load, workers=1, depth=2):
         yield loaded
 
 
@@ -188,16 +188,16 @@ def learn(session: Session, loaded: Loaded) -> tuple[StepResult, PairBatch, Tens
     """
     from dedpo_diffusion.dpo.step import preference_step
 
-    accelerator, model, follow = session.accelerator, session.model, session.follow
-    batch, draws = session.feed.batch(loaded, model)
-    if follow is not None:
-        batch = follow.apply(batch, loaded.places)
+    accelerator, model, adaptive = session.accelerator, session.model, session.adaptive
+    batch, draws = session.loader.batch(loaded, model)
+    if adaptive is not None:
+        batch = adaptive.apply(batch, loaded.places)
     options = {name: getattr(session.settings.objective, name) for name in STEP_OPTIONS}
     with accelerator.accumulate(model.policy):
         factor = session.timesteps.weights(model.process, draws.timesteps)
         result = preference_step(model, batch, timesteps=draws.timesteps, noise=draws.noise, timestep_weight=factor, **options)
         accelerator.backward(result.loss.mean())
-    return result, batch, draws.timesteps, None if follow is None else follow.measure(result.margin, loaded.places)
+    return result, batch, draws.timesteps, None if adaptive is None else adaptive.measure(result.margin, loaded.places)
 
 
 def try_out(settings: TrainSettings) -> Path:
@@ -226,7 +226,7 @@ def run(settings: TrainSettings) -> Path:
     from dedpo_diffusion.weights.run_folder import MetricsLog, read_metrics
 
     session = set_up(settings)
-    settings, accelerator, model, follow = session.settings, session.accelerator, session.model, session.follow
+    settings, accelerator, model, adaptive = session.settings, session.accelerator, session.model, session.adaptive
     optim, optimizer = settings.optim, session.optimizer
     done = resume(session)
     if accelerator.is_main_process:
@@ -250,11 +250,11 @@ def run(settings: TrainSettings) -> Path:
             optimizer.step()
             optimizer.zero_grad()
             now, last = step + 1, step + 1 == optim.steps
-            numbers = {"learning_rate": rate} | ({} if follow is None else {"power": follow.power})
+            numbers = {"learning_rate": rate} | ({} if adaptive is None else {"power": adaptive.power})
             if session.average is not None and not accelerator.optimizer_step_was_skipped:
                 session.average.update(model.trainable(), now)
-            if follow is not None:
-                follow.update(accelerator.reduce(torch.stack(measured).sum(dim=0).to(accelerator.device)).cpu())
+            if adaptive is not None:
+                adaptive.update(accelerator.reduce(torch.stack(measured).sum(dim=0).to(accelerator.device)).cpu())
             if optim.rounds > 1 and now % (optim.steps // optim.rounds) == 0:
                 model.end_round(optim.extrapolation)
             leave = asked_to_leave(stop, session) and not last
@@ -284,7 +284,7 @@ def run(settings: TrainSettings) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point."""
+    """Comparison point."""
     return stage(TrainSettings, run, argv, prog="dedpo train")
 
 

@@ -116,8 +116,8 @@ def serve(settings: VoteSettings, voting: Voting) -> None:
     from dedpo_diffusion.voting.server import create_app
 
     token = settings.token or (secrets.token_urlsafe(16) if settings.share else None)
-    log = voting.booth.store.path.with_suffix(".log")
-    app = create_app(voting.booth, voting.desk, hosts=allowed_hosts(settings), token=token, log=log)
+    log = voting.service.store.path.with_suffix(".log")
+    app = create_app(voting.service, voting.hooks, hosts=allowed_hosts(settings), token=token, log=log)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, http="h11", ws="none", loop="asyncio", lifespan="off", proxy_headers=False,
         server_header=False, timeout_graceful_shutdown=1,

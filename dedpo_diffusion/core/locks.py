@@ -17,7 +17,7 @@ POLL = 0.2  # seconds between two looks at what others have not finished yet
 
 
 @contextmanager
-def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
+def hold_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold the lock `path` within the block.
 
     Args:
@@ -44,7 +44,7 @@ def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
         lock.release()
 
 
-def spread(tasks: Sequence[T], *, pending: Callable[[T], Mapping[str, Path]], work: Callable[[T, list[str]], object]) -> None:
+def share_tasks(tasks: Sequence[T], *, pending: Callable[[T], Mapping[str, Path]], work: Callable[[T, list[str]], object]) -> None:
     """Do every task that no other process does, and wait for those that others do.
 
     Args:
@@ -57,7 +57,7 @@ def spread(tasks: Sequence[T], *, pending: Callable[[T], Mapping[str, Path]], wo
         left = []
         for task in todo:
             with ExitStack() as locks:
-                mine = [part for part, lock in pending(task).items() if locks.enter_context(claim(lock))]
+                mine = [part for part, lock in pending(task).items() if locks.enter_context(hold_lock(lock))]
                 unfinished = pending(task) if mine else {}  # another process may have finished a part before its lock was had
                 mine = [part for part in mine if part in unfinished]
                 if mine:

@@ -11,7 +11,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(items: Iterable[T], work: Callable[[T], R], *, workers: int, depth: int) -> Iterator[tuple[T, R]]:
+def prefetch(items: Iterable[T], work: Callable[[T], R], *, workers: int, depth: int) -> Iterator[tuple[T, R]]:
     """Each item with its result, in order; what `work` raises is raised at its item's turn.
 
     Args:

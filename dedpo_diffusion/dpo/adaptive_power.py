@@ -40,7 +40,7 @@ class Parts:
         return Parts(self.human[places], self.judge[places], self.inverse[places], self.visit[places])
 
 
-def visited_pairs(merged: Targets, path: Path, *, follow: bool) -> np.ndarray:
+def visited_pairs(merged: Targets, path: Path, *, adaptive: bool) -> np.ndarray:
     """Which pairs a run visits, (N,) bool: those that carry weight, and with a power that follows those that may come to carry some.
 
     A merge whose power is 0 gives the pairs that only a judge labelled no weight, which a power that follows may change. Pairs that
@@ -49,24 +49,24 @@ def visited_pairs(merged: Targets, path: Path, *, follow: bool) -> np.ndarray:
     Args:
         merged: the targets.
         path: their file, to be named.
-        follow: the power will change.
+        adaptive: the power will change.
 
     Raises:
         UserError: the file does not say what its targets were merged from.
     """
     weighted = merged.weight != 0
-    if not follow:
+    if not adaptive:
         return weighted
     if merged.human is None or merged.judge is None or merged.inverse is None or merged.power is None:
         raise UserError(
-            f"{path} does not say what its targets were merged from, which objective.power=follow needs; run `dedpo merge` again"
+            f"{path} does not say what its targets were merged from, which objective.power=adaptive needs; run `dedpo merge` again"
         )
     if not weighted.any() or merged.power[weighted].any():
         return weighted
     return weighted | ~np.isnan(merged.judge)
 
 
-def followed(merged: Targets, path: Path, rows: np.ndarray) -> tuple[Parts, float]:
+def loss_parts(merged: Targets, path: Path, rows: np.ndarray) -> tuple[Parts, float]:
     """What the targets of the visited pairs are made of, and the one power that they were merged with.
 
     Args:
@@ -82,14 +82,14 @@ def followed(merged: Targets, path: Path, rows: np.ndarray) -> tuple[Parts, floa
     """
     human, judge, inverse, power, weight = (getattr(merged, name)[rows] for name in ("human", "judge", "inverse", "power", "weight"))
     if np.isnan(judge).any():
-        raise UserError(f"{path} has pairs without a judge's label, which objective.power=follow needs; merge with method tuned or dedpo")
+        raise UserError(f"{path} has pairs without a judge's label, which objective.power=adaptive needs; merge with method tuned or dedpo")
     if np.ptp(power) > 0:
-        raise UserError(f"{path}: pairs have powers of their own (strata, or cross-fitting); objective.power=follow needs one for all")
+        raise UserError(f"{path}: pairs have powers of their own (strata, or cross-fitting); objective.power=adaptive needs one for all")
     plain = inverse + power * (1 - inverse)
     factor = weight.sum() / plain.sum() if plain.any() else 0.0
     if not np.allclose(weight, factor * plain, rtol=1e-6, atol=0):
         raise UserError(
-            f"{path}: its weights are not those of its powers and propensities times one number, which objective.power=follow needs; "
+            f"{path}: its weights are not those of its powers and propensities times one number, which objective.power=adaptive needs; "
             "run `dedpo merge` again"
         )
     parts = (torch.tensor(values, dtype=torch.float64) for values in (human, judge, inverse, np.full(len(rows), factor)))
@@ -112,7 +112,7 @@ def _terms(part: Parts, margins: Tensor) -> Tensor:
     return torch.stack([counted * rho_z * rho_g, counted * rho_g**2], dim=1)
 
 
-class FollowedPower:
+class AdaptivePower:
     """The power of a run that re-estimates it.
 
     Args:

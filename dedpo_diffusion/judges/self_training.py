@@ -99,7 +99,7 @@ def read_policy(run: Path, reader: PairReader, fingerprint: str) -> Policy:
         raise UserError(f"{run}: no checkpoint yet; run its `dedpo train` until the end")
     step, folder = found[-1]
     check_checkpoint(folder)
-    seen = visited_pairs(targets, path, follow=trained["objective"].get("power") == "follow")
+    seen = visited_pairs(targets, path, adaptive=trained["objective"].get("power") == "adaptive")
     return Policy(run, trained, identity, step, folder / "parameters.safetensors", seen)
 
 
@@ -278,7 +278,7 @@ def _midpoints(settings: SelfTrainingSettings, own: Sequence[int], schedule: int
 class SelfTrainedJudge(Judge):
     """P(image 0 is preferred) = sigmoid(reward 0 - reward 1), from policies that did not train on the pair.
 
-    Which pairs those are is read from the runs' own targets, see `following.visited_pairs`. A pair that several policies may judge gets
+    Which pairs those are is read from the runs' own targets (`adaptive_power.visited_pairs`). A pair that several policies may judge gets
     the mean of their probabilities; see `who_judges` and `pool`. Margins of several rounds and of most objectives only rank; that is
     said where no temperature is given.
 

@@ -201,7 +201,7 @@ def _look(reader: PairReader, rows: np.ndarray) -> _Seen:
 def _looks(reader: PairReader, rows: list[int]) -> Iterator[tuple[str, dict[str, Any], list[dict[str, float]]]]:
     import os
 
-    from dedpo_diffusion.core.prefetch import ahead
+    from dedpo_diffusion.core.prefetch import prefetch
     from dedpo_diffusion.labels.image_statistics import image_statistics
     from dedpo_diffusion.pairs.decoding import decode_image
 
@@ -210,7 +210,7 @@ def _looks(reader: PairReader, rows: list[int]) -> Iterator[tuple[str, dict[str,
         sides = {side: getattr(pair, side) for side in ("image_0", "image_1")}
         return [image_statistics(decode_image(data, f"{reader.location(row)} {side}")) for side, data in sides.items()]
 
-    for (_, pair), found in ahead(((row, reader.pair(row)) for row in rows), look, workers=os.cpu_count() or 1, depth=WAITING):
+    for (_, pair), found in prefetch(((row, reader.pair(row)) for row in rows), look, workers=os.cpu_count() or 1, depth=WAITING):
         yield pair.prompt, pair.source, found
 
 

@@ -1,4 +1,4 @@
-"""What `dedpo merge` tells: tables and sentences, doubts, the curves of what more would buy, the picture, and the plan.
+"""What `dedpo merge` tells: tables and sentences, warnings, the curves of what more would buy, the picture, and the plan.
 
 No stage: `merge` calls it.
 """
@@ -26,7 +26,7 @@ SHOWN = 20  # strata in a table on the console
 
 def complete(settings: MergeSettings, answers: Answers, merged: Merged) -> dict[str, Any]:
     """`curve`, what more labels or a better judge would buy (None where there is nothing to tell), and `warnings`."""
-    return {"curve": curves(settings, known_of(settings, merged)), "warnings": doubts(settings, answers, merged)}
+    return {"curve": curves(settings, known_of(settings, merged)), "warnings": find_warnings(settings, answers, merged)}
 
 
 def strata_of(answers: Answers) -> Strata | None:
@@ -59,7 +59,7 @@ def curves(settings: MergeSettings, pool: Pool | None) -> dict[str, Any] | None:
     return {"human_labels": worth_curve(pool), "judge": judge}
 
 
-def doubts(settings: MergeSettings, answers: Answers, merged: Merged) -> list[dict[str, Any]]:
+def find_warnings(settings: MergeSettings, answers: Answers, merged: Merged) -> list[dict[str, Any]]:
     """Everything in labels and targets that a person should look at."""
     import numpy as np
 
@@ -68,20 +68,20 @@ def doubts(settings: MergeSettings, answers: Answers, merged: Merged) -> list[di
     labelled = ~np.isnan(answers.human)
     found: list[dict[str, Any]] = []
     if answers.strata is not None:
-        found += look.strata_doubts(answers.human, answers.strata_names, answers.strata)
+        found += look.strata_warnings(answers.human, answers.strata_names, answers.strata)
     if settings.method != "naive":
         found += not_at_random(answers, labelled, merged)
     if settings.method in ("dedpo", "tuned") and answers.judges is not None:
         seen = [look.seen_human_labels(answers.human, answers.judges[:, k], name=name) for k, name in enumerate(answers.names)]
         found += [entry for entry in seen if entry is not None]
-    return found + look.overshoot_doubts(merged.target, merged.weight, merged.report["overshoot"])
+    return found + look.overshoot_warnings(merged.target, merged.weight, merged.report["overshoot"])
 
 
 def not_at_random(answers: Answers, labelled: np.ndarray, merged: Merged) -> list[dict[str, Any]]:
-    """Doubts about labels that are merged as if taken at random, in each stratum or in all, or about propensities."""
+    """Warnings about labels that are merged as if taken at random, in each stratum or in all, or about propensities."""
     import numpy as np
 
-    from dedpo_diffusion.labels.warnings import unbalanced, unlike, unlike_doubts
+    from dedpo_diffusion.labels.warnings import unbalanced, unlike, unlike_warnings
 
     if not 0 < labelled.sum() < len(labelled):
         return []
@@ -94,11 +94,11 @@ def not_at_random(answers: Answers, labelled: np.ndarray, merged: Merged) -> lis
         remedy = (
             "these propensities do not make up for it, and the merge may be biased; try --strata with the column that decided who was asked"
         )
-        return unlike_doubts(unbalanced(labelled, merged.inverse, columns), remedy=remedy)
+        return unlike_warnings(unbalanced(labelled, merged.inverse, columns), remedy=remedy)
     strata = strata_of(answers)
     codes = None if strata is None else strata.code
     remedy = "try --propensities estimate" + ("" if strata is not None else ", or --strata with a column that decided who was asked")
-    return unlike_doubts(unlike(labelled, columns, strata=codes), remedy=remedy)
+    return unlike_warnings(unlike(labelled, columns, strata=codes), remedy=remedy)
 
 
 def further_sentences(settings: MergeSettings, answers: Answers, report: dict[str, Any], left_out: int) -> list[str]:
@@ -255,7 +255,7 @@ def write_plan(settings: MergeSettings, name: str, answers: Answers, merged: Mer
             "label some pairs first, a hundred at random are a start"
         )
     found = {"name": name, "judges": answers.names, "human": settings.human, "strata_column": settings.strata} | plan(known, wanted)
-    found["warnings"] = doubts(settings, answers, merged)
+    found["warnings"] = find_warnings(settings, answers, merged)
     _print_plan(found)
     path = targets_path(settings.pairs, name, ".plan.json")
     write_json(path, found)

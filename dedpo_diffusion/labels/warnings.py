@@ -1,7 +1,7 @@
-"""What should make a person doubt merged labels: pure functions of arrays, each doubt a dict with its `kind` and its `text`.
+"""What should make a person doubt merged labels: pure functions of arrays, each warning a dict with its `kind` and its `text`.
 
 Labels not taken at random, a judge that seems to have learned from the human labels, strata without people's answers, targets
-stretched too far. A doubt is a reason to look, no proof.
+stretched too far. A warning is a reason to look, no proof.
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ def _balance(labelled: np.ndarray, h: np.ndarray, values: np.ndarray) -> dict[st
     return {"test": "balance", "p": p, "labelled": every + float(off[place]), "others": every, "value": names[common[place]]}
 
 
-def unlike_doubts(compared: Sequence[dict[str, Any]], *, remedy: str) -> list[dict[str, Any]]:
-    """One doubt for each column in which labelled pairs differ from the others beyond chance.
+def unlike_warnings(compared: Sequence[dict[str, Any]], *, remedy: str) -> list[dict[str, Any]]:
+    """One warning for each column in which labelled pairs differ from the others beyond chance.
 
     Args:
         compared: of `unlike` or `unbalanced`.
@@ -239,7 +239,7 @@ def seen_human_labels(z: np.ndarray, g: np.ndarray, *, name: str = "the judge") 
         name: of the judge.
 
     Returns:
-        The doubt, with `agreement`, `promised`, `p_surer` and `p_agrees`; None if there is none, or nothing to compare.
+        The warning, with `agreement`, `promised`, `p_surer` and `p_agrees`; None if there is none, or nothing to compare.
     """
     from scipy.stats import mannwhitneyu, norm
 
@@ -278,8 +278,8 @@ def seen_human_labels(z: np.ndarray, g: np.ndarray, *, name: str = "the judge") 
 # ---- strata and targets
 
 
-def strata_doubts(z: np.ndarray, names: Sequence[str], codes: np.ndarray) -> list[dict[str, Any]]:
-    """A doubt if some strata have no human label at all: nobody knows how good the judge is there.
+def strata_warnings(z: np.ndarray, names: Sequence[str], codes: np.ndarray) -> list[dict[str, Any]]:
+    """A warning if some strata have no human label at all: nobody knows how good the judge is there.
 
     Args:
         z: (N,) human labels, NaN where there is none.
@@ -298,8 +298,8 @@ def strata_doubts(z: np.ndarray, names: Sequence[str], codes: np.ndarray) -> lis
     return [{"kind": "empty_strata", "strata": [names[k] for k in empty], "n": n, "text": text}]
 
 
-def overshoot_doubts(target: np.ndarray, weight: np.ndarray, overshoot: float | None) -> list[dict[str, Any]]:
-    """A doubt if labelled targets are stretched by more than 2 from the judge's label.
+def overshoot_warnings(target: np.ndarray, weight: np.ndarray, overshoot: float | None) -> list[dict[str, Any]]:
+    """A warning if labelled targets are stretched by more than 2 from the judge's label.
 
     Args:
         target: (N,) merged targets.

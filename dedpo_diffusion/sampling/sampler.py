@@ -27,7 +27,7 @@ from PIL import Image
 
 from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, file_digest
-from dedpo_diffusion.core.locks import claim, spread
+from dedpo_diffusion.core.locks import hold_lock, share_tasks
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.models.backbone import Backbone, fingerprint
 from dedpo_diffusion.models.loading import LEFT_OUT, UNLOADABLE, load_pipeline
@@ -371,7 +371,7 @@ def sample_folder(folder: Path, work: Sequence[Job], settings: Any, recipe: Reci
         _sample_batches(folder, work, recipe, pipe, whole, _facts(pipe, recipe, size) | {"lora": told})
     elif _is_index(folder, work):
         say(f"{folder}: all {len(work)} images are there already")
-    spread(
+    share_tasks(
         [folder],
         pending=lambda _: {} if _is_index(folder, work) else {"index": _locks(folder) / "index.lock"},
         work=lambda *_: write_index(folder, work),
@@ -381,7 +381,7 @@ def sample_folder(folder: Path, work: Sequence[Job], settings: Any, recipe: Reci
 
 def _open(folder: Path, settings: Any, identity: Mapping[str, str]) -> None:
     """Claim the folder, one process after the other."""
-    with claim(_locks(folder) / "open.lock", wait=True):  # not held: another process has just finished the folder
+    with hold_lock(_locks(folder) / "open.lock", wait=True):  # not held: another process has just finished the folder
         try:
             open_run(folder, settings, identity, free=("out",))
         except UserError:
@@ -427,7 +427,7 @@ def _sample_batches(folder: Path, work: Sequence[Job], recipe: Recipe, pipe: Any
                 save_png(folder / job.file, image, job, recipe.model, facts)
 
     with Progress("sampling", len(work), start=kept) as progress:
-        spread([number for number in range(len(parts)) if number not in finished], pending=pending, work=draw)
+        share_tasks([number for number in range(len(parts)) if number not in finished], pending=pending, work=draw)
 
 
 def _facts(pipe: Any, recipe: Recipe, size: tuple[int, int]) -> dict[str, Any]:

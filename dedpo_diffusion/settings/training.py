@@ -95,7 +95,7 @@ class ObjectiveSettings:
         timestep_spread: of the logit-normal.
         timestep_weighting: factor of the pair losses, outside the sigmoid.
         snr_gamma: of min_snr.
-        power: fixed keeps the power that `dedpo merge` chose; follow estimates it anew while margins grow, by a moving average, for
+        power: fixed keeps the power that `dedpo merge` chose; adaptive estimates it anew while margins grow, by a moving average, for
             the kind sigmoid alone.
         power_decay: of that moving average, for each step.
         max_overshoot: bound A of how far a labelled target is stretched by a power that follows.
@@ -115,7 +115,7 @@ class ObjectiveSettings:
     timestep_spread: float = 1.0
     timestep_weighting: Literal["none", "min_snr"] = "none"
     snr_gamma: float = 5.0
-    power: Literal["fixed", "follow"] = "fixed"
+    power: Literal["fixed", "adaptive"] = "fixed"
     power_decay: float = 0.98
     max_overshoot: float = 2.0
 

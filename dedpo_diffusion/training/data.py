@@ -20,7 +20,7 @@ from torch import Tensor
 from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers
 from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Targets, Tensors
-from dedpo_diffusion.dpo.adaptive_power import LEAST_POWER, Parts, followed, retarget, visited_pairs
+from dedpo_diffusion.dpo.adaptive_power import LEAST_POWER, Parts, loss_parts, retarget, visited_pairs
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, step_generator
 from dedpo_diffusion.labels.files import read_targets
 from dedpo_diffusion.models.backbone import Backbone
@@ -30,7 +30,7 @@ from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
 from dedpo_diffusion.settings import DataSettings, TrainSettings
 from dedpo_diffusion.training.cache import PairCache, cache_folder, fill, read_index
-from dedpo_diffusion.training.pair_sampler import BucketedVisits, Order, StratifiedVisits, Visits, visit_probability
+from dedpo_diffusion.training.pair_sampler import BucketedPairSampler, Order, PairSampler, StratifiedPairSampler, visit_probability
 from dedpo_diffusion.weights.run_folder import first_difference
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ def open_cache(reader: PairReader, model: Backbone, data: DataSettings, *, root:
     return PairCache(folder)
 
 
-class Feed:
+class PairLoader:
     """Batches of weighted pairs.
 
     Pairs of weight 0 are never visited. The others are visited with probability p and weighted by 1 / (N p), N being
@@ -337,8 +337,8 @@ class Feed:
         targets: name of the targets in the dataset's folder.
         seed: the run's seed.
         together: visits in a step, over all its micro-batches and processes; they are of one shape.
-        sampling: "uniform" or "importance", see `visit_probability`; "stratified", see `StratifiedVisits`.
-        follow: the power will change: pairs that weigh nothing at the present one are visited too, see `visited_pairs`.
+        sampling: "uniform" or "importance", see `visit_probability`; "stratified", see `StratifiedPairSampler`.
+        adaptive: the power will change: pairs that weigh nothing at the present one are visited too, see `visited_pairs`.
 
     Attributes:
         rows: the dataset's rows that are visited.
@@ -352,17 +352,17 @@ class Feed:
     """
 
     def __init__(
-        self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, together: int, follow: bool = False
+        self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, together: int, adaptive: bool = False
     ) -> None:  # fmt: skip
         merged, path = read_targets(reader.folder, targets), reader.folder / "targets" / f"{targets}.parquet"
         if not reader.has_ids(merged.pair_id):
             reader.ids()  # which tells of one that comes twice
             raise UserError(f"{path}: its pairs are not the dataset's; run `dedpo merge` again")
-        self.rows = np.flatnonzero(visited_pairs(merged, path, follow=follow))
+        self.rows = np.flatnonzero(visited_pairs(merged, path, adaptive=adaptive))
         if not len(self.rows):
             raise UserError(f"{path}: no pair carries any weight, so there is nothing to learn")
         self.parts: Parts | None
-        self.parts, self.power = followed(merged, path, self.rows) if follow else (None, math.nan)
+        self.parts, self.power = loss_parts(merged, path, self.rows) if adaptive else (None, math.nan)
         target, weight, pool = merged.target[self.rows], merged.weight[self.rows], len(merged.weight)
         planned = (target, weight) if self.parts is None else _planned(self.parts, max(self.power, LEAST_POWER))
         self.source, self.seed = source, seed
@@ -386,8 +386,8 @@ class Feed:
 
         def order(some: np.ndarray) -> Order:
             if labelled is not None:
-                return StratifiedVisits(self.seed, target[some], weight[some], labelled[some])
-            return Visits(self.seed, visit_probability(target[some], weight[some], sampling))
+                return StratifiedPairSampler(self.seed, target[some], weight[some], labelled[some])
+            return PairSampler(self.seed, visit_probability(target[some], weight[some], sampling))
 
         alike = _alike(self.source.shapes(self.rows))
         self.shapes = [shape for shape, _ in alike]
@@ -397,11 +397,11 @@ class Feed:
         share = np.array([each[some].sum() for _, some in alike])
         say("pairs by height x width of their latents: " + ", ".join(f"{len(some)} of {shape[1]} x {shape[2]}" for shape, some in alike))
         places = [some for _, some in alike]
-        return BucketedVisits(self.seed, places, [order(some) for some in places], share / share.sum(), self.together)
+        return BucketedPairSampler(self.seed, places, [order(some) for some in places], share / share.sum(), self.together)
 
     def shape(self, step: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a step's pairs."""
-        return self.shapes[self.visits.bucket(step) if isinstance(self.visits, BucketedVisits) else 0]
+        return self.shapes[self.visits.bucket(step) if isinstance(self.visits, BucketedPairSampler) else 0]
 
     def load(self, first_visit: int, draws: Draws) -> Loaded:
         """Consecutive visits that begin at `first_visit`, as many as `draws` holds, in host memory; nothing asks for the device.

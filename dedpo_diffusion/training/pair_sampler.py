@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 
-class Visits:
+class PairSampler:
     """The order in which pairs are visited, epoch after epoch, n visits an epoch.
 
     In each epoch pair i is visited floor(n p_i) or ceil(n p_i) times, n p_i on average (systematic sampling in a random
@@ -84,7 +84,7 @@ class Order(Protocol):
         ...
 
 
-class BucketedVisits:
+class BucketedPairSampler:
     """All visits of one step are of pairs of one bucket, whose images have one shape.
 
     Which bucket a step takes is drawn for each step anew, with the probability of all its pairs together.
@@ -128,7 +128,7 @@ class BucketedVisits:
         return [int(self.buckets[taken][place]) for place in self.orders[taken].rows(number, number + stop - start)]
 
 
-class StratifiedVisits:
+class StratifiedPairSampler:
     """A fixed share of visits, within one of any stretch of visits, goes to the pairs with a human label, uniformly within each kind.
 
     Args:
@@ -145,7 +145,9 @@ class StratifiedVisits:
         self.share = labelled_share(target, weight, labelled)
         self.kinds = np.flatnonzero(labelled), np.flatnonzero(~labelled)
         self.probability = np.where(labelled, self.share / max(len(self.kinds[0]), 1), (1 - self.share) / max(len(self.kinds[1]), 1))
-        self._visits = [Visits(seed * 2 + k, np.full(len(kind), 1 / len(kind))) if len(kind) else None for k, kind in enumerate(self.kinds)]
+        self._visits = [
+            PairSampler(seed * 2 + k, np.full(len(kind), 1 / len(kind))) if len(kind) else None for k, kind in enumerate(self.kinds)
+        ]
 
     def rows(self, start: int, stop: int) -> list[int]:
         """The places, 0 to n - 1, of visits start to stop - 1."""

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
     from torch.distributed import ProcessGroup
 
-    from dedpo_diffusion.dpo.adaptive_power import FollowedPower
+    from dedpo_diffusion.dpo.adaptive_power import AdaptivePower
     from dedpo_diffusion.dpo.noising import TimestepDraw
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import Feed, ReferenceGrid, Source
+    from dedpo_diffusion.training.data import PairLoader, ReferenceGrid, Source
     from dedpo_diffusion.training.optimizers import Average
     from dedpo_diffusion.training.validation import Validation
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with; `average`, `follow` and `validation` are None where they were not asked for.
+    """What a run works with; `average`, `adaptive` and `validation` are None where they were not asked for.
 
     `hosts` is a group of the processes that talk without their devices, None for a single process.
     """
@@ -35,11 +35,11 @@ class Session:
     settings: TrainSettings
     accelerator: Accelerator
     model: Backbone
-    feed: Feed
+    loader: PairLoader
     timesteps: TimestepDraw
     optimizer: AcceleratedOptimizer
     average: Average | None
-    follow: FollowedPower | None
+    adaptive: AdaptivePower | None
     validation: Validation | None
     hosts: ProcessGroup | None
 
@@ -59,20 +59,20 @@ def set_up(settings: TrainSettings) -> Session:
     settings = resolve(settings)
     optim = settings.optim
     accelerator = build_accelerator(settings)
-    model, feed, identity, validation = prepare(settings, accelerator)
-    timesteps, follow = timestep_draw(settings.objective, len(model.process)), follow_power(settings.objective, feed)
+    model, loader, identity, validation = prepare(settings, accelerator)
+    timesteps, adaptive = timestep_draw(settings.objective, len(model.process)), adaptive_power(settings.objective, loader)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
     if accelerator.is_main_process:
         # what a step visits depends on their product alone, so that a run can go on with another number of processes
-        identity["pairs_of_a_step"] = str(feed.together)
+        identity["pairs_of_a_step"] = str(loader.together)
         open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
     hosts = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    session = Session(settings, accelerator, model, feed, timesteps, prepared, average, follow, validation, hosts)
+    session = Session(settings, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts)
     if validation is not None:
         validation.begin(session)
     return session
@@ -105,7 +105,7 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     )  # fmt: skip
 
 
-def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, Feed, dict[str, str], Validation | None]:
+def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, PairLoader, dict[str, str], Validation | None]:
     """Load the model, encode the pairs or get ready to, and read the targets; also: identity of the inputs, validation."""
     import torch
 
@@ -113,7 +113,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     from dedpo_diffusion.dpo.step import needs_reference
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import Feed, open_source
+    from dedpo_diffusion.training.data import PairLoader, open_source
     from dedpo_diffusion.training.validation import open_validation
 
     data = settings.data
@@ -128,13 +128,13 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     if data.cache is not None:
         model.drop_encoders(keep_text=settings.lora.text_encoders)
     together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
-    feed = Feed(
+    loader = PairLoader(
         reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
-        follow=settings.objective.power == "follow",
+        adaptive=settings.objective.power == "adaptive",
     )  # fmt: skip
-    check(settings, feed)
+    check(settings, loader)
     if validation is not None and validation.held_out is not None:
-        validation.held_out.keep_apart(feed, reader, pairs_fingerprint, accelerator)
+        validation.held_out.keep_apart(loader, reader, pairs_fingerprint, accelerator)
     if settings.attention == "xformers":
         model.use_xformers()
     if settings.weights == "lora":
@@ -147,17 +147,17 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
         model.compile_blocks()
     if data.reference_draws is not None:  # by the kernels that the policy will be computed by
         with accelerator.main_process_first():
-            feed.grid = open_grid(settings, reader, source, model, feed, pairs_fingerprint, size)
+            loader.grid = open_grid(settings, reader, source, model, loader, pairs_fingerprint, size)
     if settings.weights == "full":
         asked = needs_reference(settings.objective.kind, settings.objective.balance or "none") or settings.optim.extrapolation > 0
-        model.train_all(reference=feed.grid is None and asked, exact=settings.optim.rounds > 1)
+        model.train_all(reference=loader.grid is None and asked, exact=settings.optim.rounds > 1)
     if settings.gradient_checkpointing:
         model.checkpoint(selective=settings.gradient_checkpointing == "selective")
     targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
     identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
-    return model, feed, identity | ({} if validation is None else validation.identity()), validation
+    return model, loader, identity | ({} if validation is None else validation.identity()), validation
 
 
 def add_lora(settings: TrainSettings, model: Backbone) -> None:
@@ -224,9 +224,9 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         raise UserError("optim.extrapolation extends the ends of rounds; give optim.rounds of 2 or more with it, or leave it at 0")
     if objective.guard is not None and not 0 <= objective.guard < 1:
         raise UserError(f"objective.guard is {objective.guard}; give mu in [0, 1), or null for no guard")
-    if objective.power == "follow" and objective.kind != "sigmoid":
+    if objective.power == "adaptive" and objective.kind != "sigmoid":
         raise UserError(
-            f"objective.power=follow is derived for the gradient of objective.kind=sigmoid, not of {objective.kind}; "
+            f"objective.power=adaptive is derived for the gradient of objective.kind=sigmoid, not of {objective.kind}; "
             "leave it at fixed, which keeps the power of the merge"
         )
     balanced = OBJECTIVES[objective.kind].balanced
@@ -240,7 +240,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     return dataclasses.replace(settings, objective=dataclasses.replace(objective, balance=chosen))
 
 
-def check(settings: TrainSettings, feed: Feed) -> None:
+def check(settings: TrainSettings, loader: PairLoader) -> None:
     """See to it that the objective can be computed on these targets, before anything is written.
 
     Raises:
@@ -250,10 +250,10 @@ def check(settings: TrainSettings, feed: Feed) -> None:
 
     from dedpo_diffusion.dpo.objectives import objective_loss
 
-    errors = torch.ones(len(feed.target), 2)
+    errors = torch.ones(len(loader.target), 2)
     numbers = {name: getattr(settings.objective, name) for name in ("kind", "beta", "options", "margin_cap")}
     try:
-        objective_loss(errors, errors, feed.target, feed.weight, doubt=feed.doubt, **numbers)
+        objective_loss(errors, errors, loader.target, loader.weight, doubt=loader.doubt, **numbers)
     except ValueError as error:
         raise UserError(f"objective on targets {settings.data.targets!r}: {error}") from error
 
@@ -283,7 +283,7 @@ def open_grid(
     reader: PairReader,
     source: Source,
     model: Backbone,
-    feed: Feed,
+    loader: PairLoader,
     pairs: str,
     size: int,
 ) -> ReferenceGrid:
@@ -302,28 +302,31 @@ def open_grid(
         raise UserError("data.reference_draws and optim.rounds exclude each other: a round changes the reference")
     folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs, size=size))
     return ReferenceGrid(
-        folder, source, model, feed.rows, pairs=len(reader), draws=data.reference_draws or 0,
+        folder, source, model, loader.rows, pairs=len(reader), draws=data.reference_draws or 0,
         timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
         batch=settings.optim.batch, kernels=[settings.attention, settings.channels_last, settings.compile],
     )  # fmt: skip
 
 
-def follow_power(objective: ObjectiveSettings, feed: Feed) -> FollowedPower | None:
+def adaptive_power(objective: ObjectiveSettings, loader: PairLoader) -> AdaptivePower | None:
     """The power that follows training, if it is to.
 
     Raises:
         UserError: a number that cannot be used.
     """
     from dedpo_diffusion.debias import power_cap
-    from dedpo_diffusion.dpo.adaptive_power import FollowedPower
+    from dedpo_diffusion.dpo.adaptive_power import AdaptivePower
 
-    if feed.parts is None:
+    if loader.parts is None:
         return None
     if not objective.max_overshoot >= 1:
         raise UserError(f"objective.max_overshoot is {objective.max_overshoot}; it must be at least 1, where 1 switches the judge off")
     try:
-        return FollowedPower(
-            feed.parts, power=feed.power, cap=power_cap(feed.parts.inverse.numpy(), objective.max_overshoot), decay=objective.power_decay
+        return AdaptivePower(
+            loader.parts,
+            power=loader.power,
+            cap=power_cap(loader.parts.inverse.numpy(), objective.max_overshoot),
+            decay=objective.power_decay,
         )
     except ValueError as error:
         raise UserError(f"objective.power_decay: {error}") from error

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import Feed
+    from dedpo_diffusion.training.data import PairLoader
     from dedpo_diffusion.training.optimizers import Average
     from dedpo_diffusion.training.setup import Session
     from dedpo_diffusion.weights.run_folder import MetricsLog
@@ -146,7 +146,7 @@ class HeldOut:
         self.identity = {"held_out_pairs": self.fingerprint, "held_out_labels": file_digest(self.file)}
         self.source = open_source(settings, self.reader, model, data, accelerator, fingerprint=self.fingerprint, size=size, views=1)
 
-    def keep_apart(self, feed: Feed, trained: PairReader, fingerprint: str, accelerator: Accelerator) -> None:
+    def keep_apart(self, loader: PairLoader, trained: PairReader, fingerprint: str, accelerator: Accelerator) -> None:
         """Leave out what is trained on, in a dataset that is trained on; see to it that no image of the others is.
 
         `fingerprint` is that of the trained dataset. Images are compared when a run begins; a resumed one has the same, or `open_run`
@@ -164,12 +164,12 @@ class HeldOut:
             f"`dedpo merge --folds 5` writes targets without one fold's prompts each, for data.targets={self.settings.data.targets}-fold-0"
         )
         if fingerprint == self.fingerprint:
-            self.rows = np.setdiff1d(self.rows, feed.rows)
+            self.rows = np.setdiff1d(self.rows, loader.rows)
             if not len(self.rows):
                 raise UserError(f"{self.file}: every pair with a label is trained on, so nothing is held out; {remedy}")
         shared: list[int] = []
         if accelerator.is_main_process and not (self.settings.out / "identity.json").is_file():
-            shared = shared_images(trained, feed.rows.tolist(), self.reader, self.rows.tolist())
+            shared = shared_images(trained, loader.rows.tolist(), self.reader, self.rows.tolist())
         count = int(accelerator.reduce(torch.tensor(len(shared), device=accelerator.device)).item())  # all processes raise, or none
         if count:
             first = f" (first: {self.reader.location(shared[0])})" if shared else ""

@@ -3,12 +3,12 @@
 | file | what it is |
 |---|---|
 | plan.py | which pair comes when, on which side, with what probability: pure functions of the seed |
-| poll.py | where the voting stands, and what each rater is asked next: a replay of events |
+| queue.py | where the voting stands, and what each rater is asked next: a replay of events |
 | store.py | the events on disk, appended and never changed |
 | samples.py | two models' images as pairs that do not tell which model drew which |
 | booth.py | all of these for one voting: tickets, images, answers |
 | tally.py | events -> the vote file, the label file, and what they are worth |
 | verdict.py | events on two models' images -> answers about the arm, and what may be said while people vote |
-| server.py | HTTP around the booth, and what it refuses |
+| server.py | HTTP around the service, and what it refuses |
 | page/ | the page itself |
 """

@@ -14,7 +14,7 @@ from dedpo_diffusion.core.records import Labels, Votes
 from dedpo_diffusion.labels.files import aggregate, align, label_names, label_origin, read_labels, write_labels, write_votes
 from dedpo_diffusion.voting.plan import Plan
 from dedpo_diffusion.voting.queue import SKIP, Event
-from dedpo_diffusion.voting.service import Booth
+from dedpo_diffusion.voting.service import VoteService
 
 LEFT_WINS = {"left": 1.0, "tie": 0.5, "right": 0.0}
 
@@ -100,12 +100,12 @@ def _counts(votes: Votes, labels: Labels, events: Sequence[Event], undone: int) 
     )
 
 
-def _votes_so_far(booth: Booth) -> tuple[list[Event], int, Votes]:
-    events, undone = booth.snapshot()
+def _votes_so_far(service: VoteService) -> tuple[list[Event], int, Votes]:
+    events, undone = service.snapshot()
     return events, undone, to_votes(events)
 
 
-def export(booth: Booth, name: str) -> Export:
+def export(service: VoteService, name: str) -> Export:
     """Write the vote file and the label file, each atomically.
 
     Raises:
@@ -113,44 +113,44 @@ def export(booth: Booth, name: str) -> Export:
     """
     from dedpo_diffusion.labels.agreement import vote_summary
 
-    folder, (events, undone, votes) = booth.reader.folder, _votes_so_far(booth)
+    folder, (events, undone, votes) = service.reader.folder, _votes_so_far(service)
     if not votes.pair_id:
         raise UserError("there is no vote yet, so there are no labels to write")
-    check_name(folder, name, booth.store.session)
-    labels, sentences = to_labels(booth.plan, events, votes)
+    check_name(folder, name, service.store.session)
+    labels, sentences = to_labels(service.plan, events, votes)
     write_votes(folder, name, votes)
-    path = write_labels(folder, name, labels, origin=_origin(booth.store.session))
+    path = write_labels(folder, name, labels, origin=_origin(service.store.session))
     return Export(path, len(labels.pair_id), [_counts(votes, labels, events, undone), *sentences, *vote_summary(votes)["sentences"]])
 
 
-def summary(booth: Booth, name: str) -> dict[str, Any]:
+def summary(service: VoteService, name: str) -> dict[str, Any]:
     """What the votes so far are worth: each rater's consistency, agreement between raters, and with the judges."""
     from dedpo_diffusion.labels.agreement import vote_summary
 
-    events, undone, votes = _votes_so_far(booth)
+    events, undone, votes = _votes_so_far(service)
     if not votes.pair_id:
         return {"votes": 0, "sentences": ["There is no vote yet."], "raters": [], "between": {}, "judges": []}
     found, labels = vote_summary(votes), aggregate(votes)
-    judges, sentences = _judges(booth, name, labels)
+    judges, sentences = _judges(service, name, labels)
     sentences = [_counts(votes, labels, events, undone), *found.pop("sentences"), *sentences]
     return {"votes": len(votes.pair_id), "sentences": sentences, **found, "judges": judges}
 
 
-def _judges(booth: Booth, name: str, labels: Labels) -> tuple[list[dict[str, Any]], list[str]]:
+def _judges(service: VoteService, name: str, labels: Labels) -> tuple[list[dict[str, Any]], list[str]]:
     """Agreement of every other label file with people; a file that cannot be used is told, and stops nobody."""
     from dedpo_diffusion.labels.agreement import judge_agreement
 
-    folder, judges, sentences = booth.reader.folder, [], []
-    place = {pair_id: i for i, pair_id in enumerate(booth.plan.ids)}
+    folder, judges, sentences = service.reader.folder, [], []
+    place = {pair_id: i for i, pair_id in enumerate(service.plan.ids)}
     rows = [place[pair_id] for pair_id in labels.pair_id]
     for judge in label_names(folder):
         if judge == name:
             continue
         try:
-            known = align(read_labels(folder, judge), booth.plan.ids, folder=folder, name=judge)[rows]
+            known = align(read_labels(folder, judge), service.plan.ids, folder=folder, name=judge)[rows]
             judges.append({"name": judge, **judge_agreement(labels.label_0, known)})
         except UserError as error:
             sentences.append(f"{error}.")
-    if judges and booth.plan.weights is not None:
+    if judges and service.plan.weights is not None:
         sentences.append("Judges look worse here than on all pairs: those they disagree on were asked first.")
     return judges, sentences

@@ -14,8 +14,8 @@ from dedpo_diffusion.settings import VoteSettings
 if TYPE_CHECKING:
     import numpy as np
 
-    from dedpo_diffusion.voting.server import Desk
-    from dedpo_diffusion.voting.service import Booth
+    from dedpo_diffusion.voting.server import PageHooks
+    from dedpo_diffusion.voting.service import VoteService
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Voting:
     """An open voting, and what is its own: on a pair dataset, or on two sample folders.
 
     Attributes:
-        booth: votes and images.
-        desk: what the page is told, and writes.
+        service: votes and images.
+        hooks: what the page is told, and writes.
         greeting: what is asked, and what becomes of it.
         finish: writes the votes and says what they are; returns the path, or None where nobody has voted.
     """
 
-    booth: Booth
-    desk: Desk
+    service: VoteService
+    hooks: PageHooks
     greeting: Sequence[str]
     finish: Callable[[], Path | None]
 
@@ -66,12 +66,12 @@ def judge_labels(settings: VoteSettings, ids: list[str]) -> tuple[np.ndarray, di
 
 
 @contextmanager
-def open_booth(settings: VoteSettings) -> Iterator[Booth]:
+def open_service(settings: VoteSettings) -> Iterator[VoteService]:
     """The voting on a pair dataset as it stands; a new one where there is none."""
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.voting.export import check_name
     from dedpo_diffusion.voting.plan import Plan, disagreement, pull
-    from dedpo_diffusion.voting.service import Booth
+    from dedpo_diffusion.voting.service import VoteService
     from dedpo_diffusion.voting.store import Store
 
     folder, name = settings.folders[0], voting_name(settings)
@@ -87,7 +87,7 @@ def open_booth(settings: VoteSettings) -> Iterator[Booth]:
     with closing(Store(folder, name, design)) as store:
         check_name(folder, name, store.session)
         plan = Plan(ids, seed=settings.seed, weights=weights, repeats=settings.repeats, overlap=settings.overlap)
-        yield Booth(reader, plan, store)
+        yield VoteService(reader, plan, store)
 
 
 def is_new(settings: VoteSettings) -> bool:
@@ -103,35 +103,35 @@ def is_new(settings: VoteSettings) -> bool:
 @contextmanager
 def open_pairs(settings: VoteSettings) -> Iterator[Voting]:
     """The voting on a pair dataset, ready to be served."""
-    from dedpo_diffusion.voting import export as tally
-    from dedpo_diffusion.voting.server import Desk
+    from dedpo_diffusion.voting import export
+    from dedpo_diffusion.voting.server import PageHooks
 
     folder, name = settings.folders[0], voting_name(settings)
     if (folder / "index.parquet").is_file() and not (folder / "pairs").is_dir():
         raise UserError(f"{folder} is a sample folder, and voting compares two: name the base's first, as in dedpo vote BASE {folder}")
-    with open_booth(settings) as booth:
-        desk = Desk(
+    with open_service(settings) as service:
+        hooks = PageHooks(
             {"dataset": folder.resolve().name, "name": name, "order": settings.order},
-            lambda: tally.summary(booth, name), lambda: tally.export(booth, name),
+            lambda: export.summary(service, name), lambda: export.export(service, name),
         )  # fmt: skip
-        now = booth.session()
+        now = service.session()
         greeting = (
             f"{now['pairs']} pairs in {settings.order} order; {now['votes']} votes by {len(now['raters'])} people so far, kept in "
-            f"{booth.store.path}", f"Ctrl-C stops and writes {folder / 'labels' / name}.parquet; each answer is saved at once",
+            f"{service.store.path}", f"Ctrl-C stops and writes {folder / 'labels' / name}.parquet; each answer is saved at once",
         )  # fmt: skip
-        yield Voting(booth, desk, greeting, lambda: write_labels(settings, booth))
+        yield Voting(service, hooks, greeting, lambda: write_labels(settings, service))
 
 
-def write_labels(settings: VoteSettings, booth: Booth) -> Path | None:
+def write_labels(settings: VoteSettings, service: VoteService) -> Path | None:
     """Write vote and label file; None where nobody has voted."""
     from dedpo_diffusion.voting.export import export
 
     folder, name = settings.folders[0], voting_name(settings)
-    if not booth.session()["votes"] and not settings.export_only:
+    if not service.session()["votes"] and not settings.export_only:
         older = folder / "labels" / f"{name}.parquet"
         say("there are no votes, so no labels were written" + (f"; {older} is of votes undone since" if older.is_file() else ""))
         return None
-    done = export(booth, name)
+    done = export(service, name)
     say(f"wrote {done.path}: {done.labels} labels, and {folder / 'votes' / done.path.name}")
     for sentence in done.sentences:
         say(sentence)

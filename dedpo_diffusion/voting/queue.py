@@ -54,7 +54,7 @@ class _Person:
     cursor: int = 0  # every earlier place of the order is settled for this rater, until an undo
 
 
-class Poll:
+class VoteQueue:
     """The state of the voting.
 
     Args:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dedpo_diffusion.core.console import Progress, UserError
-from dedpo_diffusion.core.prefetch import ahead
+from dedpo_diffusion.core.prefetch import prefetch
 from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.voting.plan import turns
@@ -72,7 +72,7 @@ class SamplePairs:
         with Progress("looking at the images", len(matched)) as progress:
             self.asked: list[tuple[Row, Row]] = []
             self.identical: list[tuple[Row, Row]] = []
-            for rows, same in ahead(matched, self._same, workers=WORKERS, depth=2 * WORKERS):
+            for rows, same in prefetch(matched, self._same, workers=WORKERS, depth=2 * WORKERS):
                 (self.identical if same else self.asked).append(rows)
                 progress.advance()
         if not self.asked:

@@ -1,4 +1,4 @@
-"""HTTP around the booth: what is answered, and what is refused.
+"""HTTP around the service: what is answered, and what is refused.
 
 No path of the file system is ever formed from a request: the page's files are three fixed names, images are found by
 tickets in memory. What a web page elsewhere could make a browser do is refused: a foreign Host (DNS rebinding), a foreign
@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.voting.export import Export
-from dedpo_diffusion.voting.service import Booth, Refusal
+from dedpo_diffusion.voting.service import Refusal, VoteService
 
 T = TypeVar("T")
 MAX_BODY = 16 << 10
@@ -201,12 +201,12 @@ def check_vote(body: dict[str, Any]) -> tuple[str, str, str, float]:
 
 
 @dataclass(frozen=True)
-class Desk:
+class PageHooks:
     """What is the voting's own, a pair dataset's or two models'.
 
     Attributes:
         about: what the page is told at the start: `dataset`, its heading; `blind`, if nobody may learn which model is which.
-        summary: what the votes so far are worth, see tally.summary.
+        summary: what the votes so far are worth, see export.summary.
         export: writes the votes so far.
     """
 
@@ -218,8 +218,8 @@ class Desk:
 class Api:
     """The endpoints. Work that waits for a disk runs in threads: votes, images and statistics each have their own."""
 
-    def __init__(self, booth: Booth, desk: Desk) -> None:
-        self.booth, self.desk = booth, desk
+    def __init__(self, service: VoteService, hooks: PageHooks) -> None:
+        self.service, self.hooks = service, hooks
         self.votes, self.images, self.statistics = CapacityLimiter(16), CapacityLimiter(4), CapacityLimiter(1)
         self.page = {name: (PAGE / name).read_bytes() for name in ("index.html", *STATIC) if (PAGE / name).is_file()}
 
@@ -236,33 +236,33 @@ class Api:
         return Response(self.page[name], media_type=kind)
 
     async def session(self, request: Request) -> Response:
-        return JSONResponse({**self.desk.about, **await self._run(self.votes, self.booth.session)})
+        return JSONResponse({**self.hooks.about, **await self._run(self.votes, self.service.session)})
 
     async def next(self, request: Request) -> Response:
         rater = check_rater(request.query_params.get("rater"))
-        return JSONResponse(await self._run(self.votes, self.booth.state, rater))
+        return JSONResponse(await self._run(self.votes, self.service.state, rater))
 
     async def vote(self, request: Request) -> Response:
-        return JSONResponse(await self._run(self.votes, self.booth.vote, *check_vote(await read_json(request))))
+        return JSONResponse(await self._run(self.votes, self.service.vote, *check_vote(await read_json(request))))
 
     async def undo(self, request: Request) -> Response:
         rater = check_rater((await read_json(request)).get("rater"))
-        return JSONResponse(await self._run(self.votes, self.booth.undo, rater))
+        return JSONResponse(await self._run(self.votes, self.service.undo, rater))
 
     async def image(self, request: Request) -> Response:
         ticket, side = request.path_params["ticket"], request.path_params["side"]
         if side not in ("left", "right"):
             raise Refusal(404, "there is no such image")
-        data, kind = await self._run(self.images, self.booth.image, ticket, side)
+        data, kind = await self._run(self.images, self.service.image, ticket, side)
         return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})
 
     async def summary(self, request: Request) -> Response:
-        return JSONResponse(await self._run(self.statistics, self.desk.summary))
+        return JSONResponse(await self._run(self.statistics, self.hooks.summary))
 
     async def export(self, request: Request) -> Response:
         await read_json(request)
-        done = await self._run(self.statistics, self.desk.export)
-        where = {} if self.desk.about.get("blind") else {"path": f"{done.path.parent.name}/{done.path.name}"}
+        done = await self._run(self.statistics, self.hooks.export)
+        where = {} if self.hooks.about.get("blind") else {"path": f"{done.path.parent.name}/{done.path.name}"}
         return JSONResponse({**where, "labels": done.labels, "sentences": done.sentences})
 
     async def _run(self, limiter: CapacityLimiter, work: Callable[..., T], *arguments: Any) -> T:
@@ -272,18 +272,18 @@ class Api:
             raise Refusal(409, str(error)) from error
 
 
-def create_app(booth: Booth, desk: Desk, *, hosts: Hosts, token: str | None, log: Path) -> ASGIApp:
+def create_app(service: VoteService, hooks: PageHooks, *, hosts: Hosts, token: str | None, log: Path) -> ASGIApp:
     """The web application.
 
     Args:
-        booth: votes and images.
-        desk: what is said and written of them.
+        service: votes and images.
+        hooks: what is said and written of them.
         hosts: names that browsers may call this server by.
         token: what browsers must show; None asks for nothing.
         log: file that refused requests are appended to.
     """
     refuse = Refusals(log)
-    api = Api(booth, desk)
+    api = Api(service, hooks)
     gets = {
         "/": api.index, "/static/{name}": api.static, "/image/{ticket}/{side}": api.image, "/api/session": api.session,
         "/api/next": api.next, "/api/summary": api.summary,

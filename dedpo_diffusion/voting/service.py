@@ -18,7 +18,7 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image, read_header
 from dedpo_diffusion.voting.plan import Plan
-from dedpo_diffusion.voting.queue import Asked, Event, Poll
+from dedpo_diffusion.voting.queue import Asked, Event, VoteQueue
 from dedpo_diffusion.voting.samples import SamplePairs
 from dedpo_diffusion.voting.store import Store
 
@@ -37,10 +37,10 @@ class Refusal(Exception):
         self.status, self.text = status, text
 
 
-class Booth:
+class VoteService:
     """Votes and images of one voting. Every method may be called from any thread.
 
-    Three locks, so that nothing waits for what it does not need: the poll's is held for microseconds, the writer's while a
+    Three locks, so that nothing waits for what it does not need: the queue's is held for microseconds, the writer's while a
     vote reaches the disk, the images' while a file is read.
 
     Args:
@@ -53,13 +53,13 @@ class Booth:
     def __init__(self, reader: PairReader | SamplePairs, plan: Plan, store: Store, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.reader, self.plan, self.store = reader, plan, store
         self.prompts = reader.prompts()
-        self.poll = Poll(plan, clock)
-        self.poll_lock, self.writing, self.image_lock = threading.Lock(), threading.Lock(), threading.Lock()
+        self.queue = VoteQueue(plan, clock)
+        self.queue_lock, self.writing, self.image_lock = threading.Lock(), threading.Lock(), threading.Lock()
         self._tickets: dict[str, tuple[str, Asked]] = {}
         self._formats: dict[tuple[int, int], str] = {}
         try:
             for event in store.events():
-                self._ticket(event.rater, self.poll.apply(event))
+                self._ticket(event.rater, self.queue.apply(event))
         except (ValueError, KeyError, sqlite3.DatabaseError) as error:
             raise UserError(
                 f"{store.path} holds events that do not follow each other ({error}); restore it, or give another --name"
@@ -76,8 +76,8 @@ class Booth:
     def _find(self, ticket: str, rater: str | None = None) -> tuple[str, Asked]:
         """The question behind a ticket; one unknown since a restart is looked for among what this rater, or any, may have seen."""
         if ticket not in self._tickets:
-            for name in self.poll.raters() if rater is None else [rater]:
-                if any(self._ticket(name, asked) == ticket for asked in self.poll.near(name, NEAR)):
+            for name in self.queue.raters() if rater is None else [rater]:
+                if any(self._ticket(name, asked) == ticket for asked in self.queue.near(name, NEAR)):
                     break
         holder, asked = self._tickets.get(ticket, (None, None))
         if holder is None or asked is None or rater not in (None, holder):
@@ -88,15 +88,15 @@ class Booth:
 
     def session(self) -> dict[str, Any]:
         """What the page shows before anyone has said who they are, all but the voting's name and order."""
-        with self.poll_lock:
-            return {"pairs": len(self.plan.ids), "raters": self.poll.raters(), "votes": self.poll.count()}
+        with self.queue_lock:
+            return {"pairs": len(self.plan.ids), "raters": self.queue.raters(), "votes": self.queue.count()}
 
     def state(self, rater: str) -> dict[str, Any]:
         """Where this rater stands: progress, the item and the one that follows."""
-        with self.poll_lock:
-            item, following = [*(self._item(rater, asked) for asked in self.poll.upcoming(rater)), None, None][:2]
-            can_undo = self.poll.last(rater) is not None
-            return {"rater": rater, "progress": self.poll.progress(rater), "item": item, "following": following, "can_undo": can_undo}
+        with self.queue_lock:
+            item, following = [*(self._item(rater, asked) for asked in self.queue.upcoming(rater)), None, None][:2]
+            can_undo = self.queue.last(rater) is not None
+            return {"rater": rater, "progress": self.queue.progress(rater), "item": item, "following": following, "can_undo": can_undo}
 
     def _item(self, rater: str, asked: Asked) -> dict[str, str]:
         ticket = self._ticket(rater, asked)
@@ -110,9 +110,9 @@ class Booth:
             Refusal: an unknown ticket, or one that was answered otherwise.
         """
         with self.writing:
-            with self.poll_lock:
+            with self.queue_lock:
                 asked = self._find(ticket, rater)[1]
-                held, fits = self.poll.standing(rater, asked), self.poll.may_answer(rater, asked)
+                held, fits = self.queue.standing(rater, asked), self.queue.may_answer(rater, asked)
             if held is not None and held.answer != answer:
                 raise Refusal(409, f"this pair was answered already, with {held.answer}; undo that first")
             if held is None:
@@ -125,22 +125,22 @@ class Booth:
     def undo(self, rater: str) -> dict[str, Any]:
         """Take this rater's latest answer back and return the state, with `undone` telling whether there was one."""
         with self.writing:
-            with self.poll_lock:
-                last = self.poll.last(rater)
+            with self.queue_lock:
+                last = self.queue.last(rater)
             if last is not None:
-                self._append(rater, Asked(self.poll.number[last.pair_id], last.again), kind="undo", undoes=last.number)
+                self._append(rater, Asked(self.queue.number[last.pair_id], last.again), kind="undo", undoes=last.number)
         return self.state(rater) | {"undone": last is not None}
 
     def _append(self, rater: str, asked: Asked, **values: Any) -> None:
-        """First on disk, without the poll's lock, then in memory."""
+        """First on disk, without the queue's lock, then in memory."""
         event = self.store.append(rater=rater, pair_id=self.plan.ids[asked.pair], again=asked.again, **values)
-        with self.poll_lock:
-            self.poll.apply(event)
+        with self.queue_lock:
+            self.queue.apply(event)
 
     def snapshot(self) -> tuple[list[Event], int]:
         """The answers that stand, skips included, and how many were undone."""
-        with self.poll_lock:
-            return self.poll.votes(), self.poll.undone
+        with self.queue_lock:
+            return self.queue.votes(), self.queue.undone
 
     # ---- images
 
@@ -152,7 +152,7 @@ class Booth:
         Raises:
             Refusal: an unknown ticket, or a file that is no image.
         """
-        with self.poll_lock:
+        with self.queue_lock:
             rater, (pair, again) = self._find(ticket)
         k = int((side == "right") != self.plan.swapped(rater, pair, again=again))
         where = f"{self.reader.location(pair)} image_{k}"

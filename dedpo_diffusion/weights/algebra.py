@@ -94,11 +94,11 @@ def resized(lora: Lora, rank: int) -> tuple[Lora, Loss]:
     """
     _check_rank(rank)
     _refuse_dora(lora, "keeps the rank it was trained with; leave --rank out")
-    layers, tally = {}, _Tally()
+    layers, counter = {}, _LossCounter()
     for name, layer in track(lora.layers.items(), "changing the rank", len(lora.layers)):
         layers[name], kept = _resize(layer, rank)
-        tally.add(name, layer.delta(), kept)
-    return replace(lora, layers=layers), tally.loss()
+        counter.add(name, layer.delta(), kept)
+    return replace(lora, layers=layers), counter.loss()
 
 
 def _resize(layer: LoraLayer, rank: int) -> tuple[LoraLayer, Tensor]:
@@ -128,7 +128,7 @@ def extracted(before: Mapping[str, Tensor], after: Mapping[str, Tensor], rank: i
     """
     _check_rank(rank)
     odd = sorted(set(before) ^ set(after))
-    layers, tally = {}, _Tally()
+    layers, counter = {}, _LossCounter()
     for name, old in track(before.items(), "extracting a LoRA", len(before)):
         new = after[name] if not odd else None  # read once: it may lie in a file
         if new is None or new.shape != old.shape:
@@ -139,7 +139,7 @@ def extracted(before: Mapping[str, Tensor], after: Mapping[str, Tensor], rank: i
             continue
         module, _, kind = name.rpartition(".")
         if kind != "weight" or change.ndim < 2:
-            tally.leave_out(change)
+            counter.leave_out(change)
             continue
         matrix = change.flatten(1)
         down, up = factors(matrix, min(rank, *matrix.shape))
@@ -147,13 +147,13 @@ def extracted(before: Mapping[str, Tensor], after: Mapping[str, Tensor], rank: i
         layer = LoraLayer(down.view(len(down), *change.shape[1:]), up.view(*up.shape, *ends), alpha=float(len(down)))
         where = f"{part}.{module}" if part else module
         layers[where] = layer
-        tally.add(where, change, layer.delta())
+        counter.add(where, change, layer.delta())
     if not layers:
         raise UserError("the two models are the same, so there is no LoRA between them")
-    return Lora(layers), tally.loss()
+    return Lora(layers), counter.loss()
 
 
-class _Tally:
+class _LossCounter:
     """Squared norms of changes, and of what approximations miss of them."""
 
     def __init__(self) -> None:

@@ -44,7 +44,7 @@ class NoiseSettings:
     seed: int = 0
 
 
-def gradients(settings: NoiseSettings, model: Any, feed: Any, shape: tuple[int, int, int], progress: Progress) -> np.ndarray:
+def gradients(settings: NoiseSettings, model: Any, loader: Any, shape: tuple[int, int, int], progress: Progress) -> np.ndarray:
     """(draws, parameters) gradients of independent steps."""
     import torch
 
@@ -55,7 +55,7 @@ def gradients(settings: NoiseSettings, model: Any, feed: Any, shape: tuple[int, 
     for step in range(settings.draws):
         draws = draw(settings.seed, step, settings.batch, shape, timesteps=everywhere, caption_dropout=0.0)
         # epochs far apart, so that steps are independent draws of pairs
-        batch, draws = feed.batch(feed.load(step * len(feed.rows), draws), model)
+        batch, draws = loader.batch(loader.load(step * len(loader.rows), draws), model)
         result = preference_step(model, batch, timesteps=draws.timesteps, noise=draws.noise, beta=settings.beta)
         grads = torch.autograd.grad(result.loss.mean(), list(model.trainable().values()))
         found.append(torch.cat([g.flatten() for g in grads]).double().numpy())
@@ -85,7 +85,7 @@ def run(settings: NoiseSettings) -> dict[str, Any]:
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.settings import DataSettings
-    from dedpo_diffusion.training.data import CachedSource, Feed, open_cache
+    from dedpo_diffusion.training.data import CachedSource, PairLoader, open_cache
 
     model, reader = Backbone(settings.model, device=torch.device("cpu")), PairReader(settings.pairs)
     cache = open_cache(reader, model, DataSettings(settings.pairs), root=settings.cache, fingerprint=reader.fingerprint(), size=model.size)
@@ -97,8 +97,8 @@ def run(settings: NoiseSettings) -> dict[str, Any]:
         for name in settings.targets:
             noises = {}
             for sampling in ("uniform", "importance"):
-                feed = Feed(reader, source, targets=name, seed=settings.seed, sampling=sampling, together=settings.batch)
-                noises[sampling] = noise(gradients(settings, model, feed, model.latent_shape(model.size), progress))
+                loader = PairLoader(reader, source, targets=name, seed=settings.seed, sampling=sampling, together=settings.batch)
+                noises[sampling] = noise(gradients(settings, model, loader, model.latent_shape(model.size), progress))
             results[name] = ratio_interval(noises["importance"], noises["uniform"], settings.seed)
             low, high = results[name]["ci"]
             say(f"{name}: noise under importance / under uniform sampling {results[name]['ratio']:.3f} (95 %: {low:.3f} to {high:.3f})")

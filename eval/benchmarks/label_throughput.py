@@ -57,7 +57,7 @@ def one_run(folder: Path, processes: int) -> dict[str, float]:
     started = [subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=environment) for _ in range(processes)]
     parts, label = folder / "labels" / ".pickscore.parts", folder / "labels" / "pickscore.parquet"
     began, first, peak = time.monotonic(), 0, 0
-    while not label.is_file() and any(process.poll() is None for process in started):
+    while not label.is_file() and any(process.queue() is None for process in started):
         if not first and (first := len(list(parts.glob("shard-*.parquet")))):
             began = time.monotonic()
         peak = max(peak, *(resident(process.pid) for process in started))

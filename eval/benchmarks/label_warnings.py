@@ -51,16 +51,16 @@ def asked(rng: np.random.Generator, settings: WarningSettings, odds: float, smoo
 def not_at_random(settings: WarningSettings, odds: float, smooth: bool, propensities: str, seed: int) -> bool:
     """Whether labels are doubted: taken as at random (`none`), with their `true` propensities, or with `estimated` ones."""
     from dedpo_diffusion.debias import estimate_propensity, inverse_propensity
-    from dedpo_diffusion.labels.warnings import unbalanced, unlike, unlike_doubts
+    from dedpo_diffusion.labels.warnings import unbalanced, unlike, unlike_warnings
 
     labelled, p, columns = asked(np.random.default_rng(seed), settings, odds, smooth)
     if propensities == "none":
-        return bool(unlike_doubts(unlike(labelled, columns), remedy=""))
+        return bool(unlike_warnings(unlike(labelled, columns), remedy=""))
     if propensities == "estimated":
         texts = [columns["colour"] == value for value in ("blue", "green", "red")]
         p = estimate_propensity(labelled, np.stack([columns["x"], columns["level"], *texts], axis=1).astype(float), seed=seed).p
     h = inverse_propensity(np.where(labelled, 1.0, np.nan), p)
-    return bool(unlike_doubts(unbalanced(labelled, h, columns), remedy=""))
+    return bool(unlike_warnings(unbalanced(labelled, h, columns), remedy=""))
 
 
 def seen(settings: WarningSettings, memory: float, temperature: float, seed: int) -> bool:

@@ -3,7 +3,7 @@
     python eval/benchmarks/memory.py --out memory.json
 
 A `Backbone` of the published size (`random_models.py`), `preference_step`, backward, clipping and the optimizer run under torch's
-FakeTensorMode, and `Tally` counts the storages that are alive, in blocks of 512 bytes as torch's allocator for CUDA makes them. Fake
+FakeTensorMode, and `AllocationCounter` counts the storages that are alive, in blocks of 512 bytes as torch's allocator for CUDA makes them. Fake
 tensors of a CUDA device cannot run backward on a machine without one, so they are those of a processor, made to follow the rules of CUDA:
 attention keeps queries, keys, values, output and log-sum-exp (the flash and memory-efficient kernels), and autocast computes norms in
 float32. A test compares the forward pass under those rules with autocast on fake CUDA tensors, and the count with a real run.
@@ -122,19 +122,19 @@ def some_batch(model: Backbone, pairs: int, size: int, width: int, *, stored: bo
     return PairBatch(latents, conditioning, torch.zeros(pairs), torch.ones(pairs), None, known)
 
 
-def training_bytes(model: Backbone, batch: PairBatch, *, accumulation: int, tally: Any) -> dict[str, int]:
+def training_bytes(model: Backbone, batch: PairBatch, *, accumulation: int, counter: Any) -> dict[str, int]:
     """Bytes by what they are for, at the peak of training on this batch.
 
     Args:
         model: with its adapter, or trained as a whole.
         batch: of one micro-batch.
         accumulation: micro-batches of a step.
-        tally: that counts, not yet open.
+        counter: that counts, not yet open.
     """
     import torch
 
     from dedpo_diffusion.dpo.step import preference_step
-    from dedpo_diffusion.evaluation.benchmarks.tally import storage_bytes
+    from dedpo_diffusion.evaluation.benchmarks.allocations import storage_bytes
     from dedpo_diffusion.training.optimizers import build_optimizer
 
     trained = list(model.trainable().values())
@@ -146,40 +146,40 @@ def training_bytes(model: Backbone, batch: PairBatch, *, accumulation: int, tall
         group["fused"] = True  # as on CUDA devices
     timesteps, noise = torch.zeros(len(batch.target), dtype=torch.int64), torch.zeros_like(batch.latents[:, 0])
     gradients = 0
-    with tally:
+    with counter:
         for micro in (1, min(accumulation, 2)):  # the first step makes the moments
             for _ in range(micro):
-                tally.peak = tally.live
+                counter.peak = counter.live
                 preference_step(model, batch, timesteps=timesteps, noise=noise, beta=2000.0).loss.mean().backward()
-            working, gradients = tally.peak, storage_bytes((p.grad for p in trained if p.grad is not None), block=tally.block)
-            tally.peak = tally.live
+            working, gradients = counter.peak, storage_bytes((p.grad for p in trained if p.grad is not None), block=counter.block)
+            counter.peak = counter.live
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
-            optimizing = tally.peak
+            optimizing = counter.peak
             optimizer.zero_grad()
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    moments = storage_bytes(held, block=tally.block)
+    moments = storage_bytes(held, block=counter.block)
     found = {
-        "frozen_weights": storage_bytes(frozen, block=tally.block), "trained_weights": storage_bytes(trained, block=tally.block),
+        "frozen_weights": storage_bytes(frozen, block=counter.block), "trained_weights": storage_bytes(trained, block=counter.block),
         "moments": moments, "gradients": gradients,
         "activations": max(working, optimizing) - moments - gradients,
     }  # fmt: skip
     return found | {"peak": sum(found.values())}
 
 
-def encoding_bytes(model: Backbone, size: int, tally: Any) -> int:
+def encoding_bytes(model: Backbone, size: int, counter: Any) -> int:
     """Bytes at the peak of filling the cache: VAE, text encoders, and what encoding adds."""
     import torch
 
-    from dedpo_diffusion.evaluation.benchmarks.tally import storage_bytes
+    from dedpo_diffusion.evaluation.benchmarks.allocations import storage_bytes
     from dedpo_diffusion.training.cache import PIXELS
 
     images = 2 * min(16, max(1, PIXELS // size**2))
     weights = [tensor for part in (model.vae, *model.text.encoders) for tensor in (*part.parameters(), *part.buffers())]
-    with tally:
+    with counter:
         model.encode_images(torch.zeros(images, 3, size, size))
         model.encode_prompts(["a large red circle"] * 16)
-    return storage_bytes(weights, block=tally.block) + tally.peak
+    return storage_bytes(weights, block=counter.block) + counter.peak
 
 
 def by_config(name: str, *, stored: bool) -> dict[str, Any]:
@@ -188,14 +188,14 @@ def by_config(name: str, *, stored: bool) -> dict[str, Any]:
     import yaml
 
     from dedpo_diffusion.evaluation.benchmarks.random_models import SIZES, random_backbone
-    from dedpo_diffusion.evaluation.benchmarks.tally import Tally
+    from dedpo_diffusion.evaluation.benchmarks.allocations import AllocationCounter
 
     told = yaml.safe_load((files("dedpo_diffusion.configs") / f"{name}.yaml").read_text(encoding="utf-8"))
     kind, optim, size = MODELS[told["model"]], told["optim"], told["data"]["size"]
     full = told.get("weights") == "full"
     with fake():
         model = random_backbone(kind, device=torch.device("cpu"), dtype={"bf16": torch.bfloat16}[told["mixed_precision"]])
-        encoding = encoding_bytes(model, size, Tally(BLOCK))
+        encoding = encoding_bytes(model, size, AllocationCounter(BLOCK))
         model.drop_encoders()
         if full:
             model.train_all(reference=not stored)
@@ -204,7 +204,7 @@ def by_config(name: str, *, stored: bool) -> dict[str, Any]:
         if told.get("gradient_checkpointing"):
             model.checkpoint()
         batch = some_batch(model, optim["batch"], size, sum(part["hidden_size"] for part in SIZES[kind]["text"]), stored=stored)
-        found = training_bytes(model, batch, accumulation=optim.get("accumulation", 1), tally=Tally(BLOCK))
+        found = training_bytes(model, batch, accumulation=optim.get("accumulation", 1), counter=AllocationCounter(BLOCK))
     used = {"batch": optim["batch"], "size": size, "gradient_checkpointing": bool(told.get("gradient_checkpointing"))}
     return {"config": name, "reference_stored": stored, **used, "bytes": found, "encoding_bytes": encoding}
 

@@ -51,7 +51,7 @@ class Arm:
     kind: str = "sigmoid"
     all_human: bool = False
     rule: Literal["plug_in", "half"] = "plug_in"
-    follow: bool = False
+    adaptive: bool = False
     options: dict[str, float] = field(default_factory=dict)
 
 
@@ -64,7 +64,7 @@ ARMS = {
     "dedpo": Arm("dedpo"),
     "tuned": Arm("tuned"),
     "tuned_half": Arm("tuned", rule="half"),
-    "tuned_follow": Arm("tuned", follow=True),
+    "tuned_follow": Arm("tuned", adaptive=True),
     "naive_cdpo": Arm("naive", kind="cdpo", options={"flips": 0.1}),
     "naive_ipo": Arm("naive", kind="ipo"),
     "tuned_ipo": Arm("tuned", kind="ipo"),
@@ -278,12 +278,12 @@ class Study:
     def self_labels(self, cell: Cell, sample: Sample) -> np.ndarray:
         """(n,) labels by two policies, each trained on the human labels of half of the prompts and judging the pairs of the other half."""
         from dedpo_diffusion.core.files import write_json
-        from dedpo_diffusion.core.locks import claim
+        from dedpo_diffusion.core.locks import hold_lock
 
         key = replace(cell, arm="human", judge="none", balance="none", sampling="uniform", learning_rate=rate_of(self.settings, "human"))
         folder = self.settings.work / "self"
         folder.mkdir(exist_ok=True)
-        with claim(folder / f"{key.name}.lock", wait=True):  # another process may need the same labels
+        with hold_lock(folder / f"{key.name}.lock", wait=True):  # another process may need the same labels
             file = folder / f"{key.name}.json"
             if not file.is_file():
                 write_json(file, self.fold_labels(key, sample).tolist())
@@ -329,7 +329,7 @@ class Study:
             lora=LoraSettings(rank=8, alpha=8.0),
             objective=ObjectiveSettings(
                 beta=cell.beta, kind=arm.kind, options=arm.options, balance=cell.balance,  # type: ignore[arg-type]
-                power="follow" if arm.follow else "fixed", timesteps=cell.timesteps,
+                power="adaptive" if arm.follow else "fixed", timesteps=cell.timesteps,
             ),
             optim=OptimSettings(learning_rate=cell.learning_rate, steps=cell.steps, batch=cell.batch, warmup=10),
             seed=cell.seed, checkpoint_every=cell.steps, log_every=cell.steps, device="cpu",
@@ -395,7 +395,7 @@ def restore(settings: StudySettings, file: Path) -> None:
 
 def run(settings: StudySettings) -> None:
     """Do all cells of the study that are not done yet, and report."""
-    from dedpo_diffusion.core.locks import claim
+    from dedpo_diffusion.core.locks import hold_lock
 
     wanted, began = cells(settings), time.monotonic()
     locks = settings.work / "locks"
@@ -408,13 +408,13 @@ def run(settings: StudySettings) -> None:
     say(f"{len(wanted)} cells, {len(left)} of them to do")
     study = None
     if left:
-        with claim(locks / "pool.lock", wait=True):
+        with hold_lock(locks / "pool.lock", wait=True):
             study = Study(settings)
     with Progress("cells", len(wanted), start=len(wanted) - len(left)) as progress:
         for cell in left:
             if settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes:
                 break
-            with claim(locks / f"{cell.name}.lock") as mine:
+            with hold_lock(locks / f"{cell.name}.lock") as mine:
                 if study is not None and mine and not files[cell].is_file():
                     study.do(cell)
             progress.advance(note=f"{cell.arm} {cell.judge} seed {cell.seed}")

@@ -6,7 +6,7 @@
 
 Arms: `published`, what the published scripts do (`published_step.py` says which, and which facts); `live`, this project without a cache;
 `cached`, with latents and text from a cache on disk; `stored`, with the reference's errors known too. The project's arms run
-`pipelines.train.learn`, the step of `dedpo train`, on a `Backbone`, a `Feed` and an optimizer made as that command makes them. Weights
+`pipelines.train.learn`, the step of `dedpo train`, on a `Backbone`, a `PairLoader` and an optimizer as that command makes them. Weights
 are random (`random_models.py`), pictures too, as large as the model's. Arms take turns, round after round, beginning with another
 one each time, so that other load falls on all alike; ratios are of times in the same round, and their interval is the percentile
 bootstrap of the median over rounds. The published step reads four numbers in every step, as its scripts do; nothing else waits for the
@@ -97,7 +97,7 @@ def peak_memory(bench: Bench, device: str) -> dict[str, dict[str, Any]]:
     """Bytes that a run of each arm alone holds at its peak: what it keeps, and what a step adds."""
     import torch
 
-    from dedpo_diffusion.evaluation.benchmarks.tally import Tally, storage_bytes
+    from dedpo_diffusion.evaluation.benchmarks.allocations import AllocationCounter, storage_bytes
 
     found = {}
     for name, arm in track(bench.arms.items(), "measuring memory", len(bench.arms)):
@@ -109,9 +109,9 @@ def peak_memory(bench: Bench, device: str) -> dict[str, dict[str, Any]]:
             arm.step(None)
             added = torch.cuda.max_memory_allocated() - before
         else:
-            with Tally() as tally:
+            with AllocationCounter() as counter:
                 arm.step(None)
-            added = tally.peak
+            added = counter.peak
         found[name] = {"kept_bytes": kept, "step_bytes": added, "peak_bytes": kept + added}
     return found
 

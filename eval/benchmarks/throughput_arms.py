@@ -122,9 +122,9 @@ def ours(sessions: dict[str, Session], name: str) -> Callable[[Stations | None],
 
     def load() -> Loaded:
         """What another thread does in training."""
-        now = draw(session.settings.seed, done[0], pairs, session.feed.shape(0), timesteps=session.timesteps, caption_dropout=0.0)
+        now = draw(session.settings.seed, done[0], pairs, session.loader.shape(0), timesteps=session.timesteps, caption_dropout=0.0)
         done[0] += 1
-        return session.feed.load((done[0] - 1) * pairs, now)
+        return session.loader.load((done[0] - 1) * pairs, now)
 
     def watched(stations: Stations | None) -> torch.Tensor:
         if stations is None:
@@ -168,7 +168,7 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
 
     from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import CachedSource, Feed, LiveSource, open_cache
+    from dedpo_diffusion.training.data import CachedSource, LiveSource, PairLoader, open_cache
     from dedpo_diffusion.training.optimizers import build_optimizer
     from dedpo_diffusion.training.setup import Session, add_lora, open_grid, timestep_draw
 
@@ -180,16 +180,16 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     live = LiveSource(reader, model, data, size=size, seed=told.seed)
     cached = CachedSource(open_cache(reader, model, data, root=data.cache, fingerprint=reader.fingerprint(), size=size), model.channels)
     visited: dict[str, Any] = {"targets": data.targets, "seed": told.seed, "sampling": data.sampling, "together": optim.batch}
-    feeds = {name: Feed(reader, live if name == "live" else cached, **visited) for name in OURS}
+    loaders = {name: PairLoader(reader, live if name == "live" else cached, **visited) for name in OURS}
     model.place(torch.float32 if full else None)
-    preferred = (feeds["live"].target < 0.5).int().numpy()
+    preferred = (loaders["live"].target < 0.5).int().numpy()
     published = PublishedStep(
         model, Examples(reader, preferred, model.text.tokenizers, size, flip=True), full=full, rank=settings.rank, batch=optim.batch,
         beta=told.objective.beta, learning_rate=optim.learning_rate, checkpointing=settings.gradient_checkpointing,
     )  # fmt: skip
     if not full:
         add_lora(told, model)
-    feeds["stored"].grid = open_grid(told, reader, cached, model, feeds["stored"], reader.fingerprint(), size)
+    loaders["stored"].grid = open_grid(told, reader, cached, model, loaders["stored"], reader.fingerprint(), size)
     if full:
         model.train_all(reference=True)
     if settings.gradient_checkpointing:
@@ -199,9 +199,9 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     )
     model.policy, prepared = accelerator.prepare(model.network, optimizer)
     common: dict[str, Any] = {"settings": told, "accelerator": accelerator, "model": model, "optimizer": prepared}
-    common |= {"timesteps": timestep_draw(told.objective, len(model.process)), "average": None, "follow": None}
+    common |= {"timesteps": timestep_draw(told.objective, len(model.process)), "average": None, "adaptive": None}
     common |= {"validation": None, "hosts": None}
-    sessions = {name: Session(feed=feed, **common) for name, feed in feeds.items()}
+    sessions = {name: Session(loader=loader, **common) for name, loader in loaders.items()}
 
     def held(name: str) -> list[torch.Tensor]:
         modules = [model.unet] + ([model.vae, *model.text.encoders] if name == "live" else [])

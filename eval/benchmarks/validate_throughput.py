@@ -89,7 +89,7 @@ def one_run(folder: Path, depth: str, workers: int) -> dict[str, float]:
     command = [sys.executable, "-m", "dedpo_diffusion.pipelines.validate", str(folder), "--depth", depth, "--workers", str(workers)]
     began, peak = time.monotonic(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
+    while process.queue() is None:
         peak = max(peak, resident(process.pid))
         time.sleep(0.1)
     if process.returncode:

@@ -14,7 +14,7 @@ from dedpo_diffusion.voting.opening import Voting, is_new, voting_name
 if TYPE_CHECKING:
     from dedpo_diffusion.voting.export import Export
     from dedpo_diffusion.voting.samples import SamplePairs
-    from dedpo_diffusion.voting.service import Booth
+    from dedpo_diffusion.voting.service import VoteService
 
 DESIGN = ("seed", "repeats", "overlap")
 
@@ -34,8 +34,8 @@ def open_samples(settings: VoteSettings) -> Iterator[Voting]:
     """The voting on two sample folders as it stands, ready to be served; a new one where there is none."""
     from dedpo_diffusion.voting import sample_export as verdict
     from dedpo_diffusion.voting.plan import Plan
-    from dedpo_diffusion.voting.server import Desk
-    from dedpo_diffusion.voting.service import Booth
+    from dedpo_diffusion.voting.server import PageHooks
+    from dedpo_diffusion.voting.service import VoteService
     from dedpo_diffusion.voting.store import Store
 
     (base, arm), name = settings.folders, voting_name(settings)
@@ -47,11 +47,12 @@ def open_samples(settings: VoteSettings) -> Iterator[Voting]:
     design: dict[str, Any] = {"images": reader.fingerprint(), **{key: getattr(settings, key) for key in DESIGN}}
     with closing(Store(arm, name, design)) as store:
         check_name(arm, name, store.session)
-        booth = Booth(reader, plan, store)
-        desk = Desk(
-            {"dataset": "Two models", "blind": True}, lambda: verdict.summary(booth, reader), lambda: export_blind(settings, booth, reader),
+        service = VoteService(reader, plan, store)
+        hooks = PageHooks(
+            {"dataset": "Two models", "blind": True}, lambda: verdict.summary(service, reader),
+            lambda: export_blind(settings, service, reader),
         )  # fmt: skip
-        yield Voting(booth, desk, greeting(settings, booth, reader), lambda: write_votes(settings, booth, reader))
+        yield Voting(service, hooks, greeting(settings, service, reader), lambda: write_votes(settings, service, reader))
 
 
 def check_name(arm: Path, name: str, session: str | None = None) -> None:
@@ -64,18 +65,18 @@ def check_name(arm: Path, name: str, session: str | None = None) -> None:
         raise UserError(f"{path} is there already, made by another voting; give another --name, which keeps both")
 
 
-def greeting(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> list[str]:
+def greeting(settings: VoteSettings, service: VoteService, reader: SamplePairs) -> list[str]:
     """What is asked, and what becomes of it."""
-    now, same = booth.session(), len(reader.identical)
+    now, same = service.session(), len(reader.identical)
     left_out = f"; {same} more of identical images are ties without being asked" if same else ""
     return [
-        f"{now['pairs']} pairs of {len(set(booth.prompts))} prompts, every prompt once before any comes again{left_out}",
-        f"{now['votes']} votes by {len(now['raters'])} people so far, kept in {booth.store.path}",
-        f"Ctrl-C stops and writes {booth.store.path.with_suffix('.parquet')}; each answer is saved at once",
+        f"{now['pairs']} pairs of {len(set(service.prompts))} prompts, every prompt once before any comes again{left_out}",
+        f"{now['votes']} votes by {len(now['raters'])} people so far, kept in {service.store.path}",
+        f"Ctrl-C stops and writes {service.store.path.with_suffix('.parquet')}; each answer is saved at once",
     ]
 
 
-def export(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> tuple[Export, list[dict[str, Any]]]:
+def export(settings: VoteSettings, service: VoteService, reader: SamplePairs) -> tuple[Export, list[dict[str, Any]]]:
     """Write the vote file; what may be said to everybody, and the answers.
 
     Raises:
@@ -85,36 +86,36 @@ def export(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> tuple[E
     from dedpo_diffusion.voting.export import Export
     from dedpo_diffusion.voting.sample_export import summary, to_answers
 
-    (base, arm), name, session = settings.folders, voting_name(settings), booth.store.session
-    answers = to_answers(booth, reader)
+    (base, arm), name, session = settings.folders, voting_name(settings), service.store.session
+    answers = to_answers(service, reader)
     if not any(answer["rater"] for answer in answers):
         raise UserError("there is no vote yet, so there is nothing to write")
     check_name(arm, name, session)
     metadata = {"base_images": reader.digests[0], "arm_images": reader.digests[1], "base": base.resolve().name, "session": session}
     design = {key: getattr(settings, key) for key in DESIGN}
     path = people.write_votes(arm, name, answers, {**metadata, "design": design})
-    return Export(path, len({answer["file"] for answer in answers}), summary(booth, reader)["sentences"]), answers
+    return Export(path, len({answer["file"] for answer in answers}), summary(service, reader)["sentences"]), answers
 
 
-def export_blind(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> Export:
+def export_blind(settings: VoteSettings, service: VoteService, reader: SamplePairs) -> Export:
     """Write the vote file for the page; a trouble whose words may name a folder is said where the server runs alone."""
     try:
-        return export(settings, booth, reader)[0]
+        return export(settings, service, reader)[0]
     except UserError as error:
-        if not booth.session()["votes"]:
+        if not service.session()["votes"]:
             raise
         say(f"the votes were not written: {error}")
         raise UserError("the vote file could not be written; the answers themselves are safe") from error
 
 
-def write_votes(settings: VoteSettings, booth: Booth, reader: SamplePairs) -> Path | None:
+def write_votes(settings: VoteSettings, service: VoteService, reader: SamplePairs) -> Path | None:
     """Write the vote file and say what it holds; who is ahead only where that was asked for. None where nobody has voted."""
     base, arm = settings.folders
-    if not booth.session()["votes"] and not settings.export_only:
-        older = booth.store.path.with_suffix(".parquet")
+    if not service.session()["votes"] and not settings.export_only:
+        older = service.store.path.with_suffix(".parquet")
         say("there are no votes, so nothing was written" + (f"; {older} is of votes undone since" if older.is_file() else ""))
         return None
-    done, answers = export(settings, booth, reader)
+    done, answers = export(settings, service, reader)
     say(f"wrote {done.path}: {done.labels} pairs judged")
     for sentence in done.sentences:
         say(sentence)

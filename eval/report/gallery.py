@@ -130,12 +130,12 @@ def make_thumbnails(arms: Sequence[Arm], rows: Iterable[int], side: int) -> Thum
         UserError: an image that cannot be decoded.
     """
     from dedpo_diffusion.core.console import Progress
-    from dedpo_diffusion.core.prefetch import ahead
+    from dedpo_diffusion.core.prefetch import prefetch
 
     wanted = [(row, k) for row in sorted(set(rows)) for k in range(len(arms))]
     workers, found = os.cpu_count() or 1, {}
     with Progress("images of the page", len(wanted)) as progress:
-        for key, made in ahead(
+        for key, made in prefetch(
             wanted, lambda key: thumbnail(arms[key[1]].folder / arms[key[1]].rows[key[0]]["file"], side), workers=workers, depth=4 * workers
         ):
             found[key] = made

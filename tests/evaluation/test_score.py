@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dedpo_diffusion.core.locks import claim
+from dedpo_diffusion.core.locks import hold_lock
 from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.evaluation.comparison.intervals import mean_interval
 from dedpo_diffusion.judges import scorers
@@ -178,7 +178,7 @@ def test_two_writers_lose_nothing(two, capsys):
         codes.append(run(two, "brightness"))
         done.set()
 
-    with claim(folder / score.LOCK) as mine:
+    with hold_lock(folder / score.LOCK) as mine:
         assert mine
         thread = threading.Thread(target=scoring)
         thread.start()

@@ -216,17 +216,17 @@ def test_runs_that_begin_at_once_with_other_judges_of_one_name_do_not_mix(pairs,
 
 
 def test_keys_that_another_run_removes_are_made_again(pairs, monkeypatch):
-    from dedpo_diffusion.core import locks as claims
+    from dedpo_diffusion.core import locks
 
-    spread, removed = claims.spread, []
+    share_tasks, removed = locks.share_tasks, []
 
     def interfere(tasks, **options):
-        spread(tasks, **options)
+        share_tasks(tasks, **options)
         for folder in list((pairs / "labels").glob(".keys-*"))[: 1 - len(removed)]:
             removed.append(folder)
             shutil.rmtree(folder)
 
-    monkeypatch.setattr(claims, "spread", interfere)
+    monkeypatch.setattr(locks, "share_tasks", interfere)
     assert label(pairs) == 0
     assert len(removed) == 1
     np.testing.assert_array_equal(scores(pairs), LEVELS)

@@ -19,7 +19,7 @@ from support.pictures import write_pairs
 from support.training import arguments, metrics
 
 IMPORTED = [  # by the server that the runs are forked from, so that a start does not cost their seconds
-    *(f"dedpo_diffusion.{name}" for name in ("pipelines.train", "pipelines.train_setup", "feed", "step", "metrics", "runs", "health")),
+    *(f"dedpo_diffusion.{name}" for name in ("pipelines.train", "pipelines.train_setup", "loader", "step", "metrics", "runs", "health")),
     *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"),
     *("diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "peft.tuners.lora", "accelerate"),
     *("torch.utils.tensorboard", "pandas", "jsonargparse", "docstring_parser", "typeshed_client"),

@@ -51,12 +51,12 @@ def test_cached_equals_uncached_to_the_bit(folders, pairs, tmp_path, kind):
 @pytest.mark.parametrize("kind", MOST[1:])
 def test_stored_reference_errors_change_nothing(folders, pairs, tmp_path, kind, monkeypatch):
     """The same draws with the reference predicted in every step: taking the stored errors away from the step shows it."""
-    from dedpo_diffusion.training import data as feed
+    from dedpo_diffusion.training import data as loader
 
     changes = {"data__cache": tmp_path / "cache", "data__reference_draws": 3, "data__flip": "true", "data__views": 2}
     run(folders[kind], pairs, tmp_path / "stored", **changes)
-    real = feed.Feed.load
-    monkeypatch.setattr(feed.Feed, "load", lambda self, *given: dataclasses.replace(real(self, *given), known=None))
+    real = loader.PairLoader.load
+    monkeypatch.setattr(loader.PairLoader, "load", lambda self, *given: dataclasses.replace(real(self, *given), known=None))
     run(folders[kind], pairs, tmp_path / "predicted", **changes)
     assert deviation(final(tmp_path / "stored"), final(tmp_path / "predicted")) == (0, 0)
     assert metrics(tmp_path / "stored") == metrics(tmp_path / "predicted")

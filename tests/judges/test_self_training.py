@@ -322,7 +322,7 @@ def test_a_power_that_follows_has_visited_the_pairs_it_started_without(trained, 
     targets = read_targets(pairs, "tuned-fold-0")
     inside, reader = ~np.isnan(targets.judge), PairReader(pairs)
     assert 0 < (targets.weight > 0).sum() < inside.sum() < 16
-    for power, seen in (("fixed", targets.weight > 0), ("follow", inside)):
+    for power, seen in (("fixed", targets.weight > 0), ("adaptive", inside)):
         run = train_run(tiny_model, pairs, tmp_path / power, "tuned-fold-0", objective__power=power)
         assert read_policy(run, reader, reader.fingerprint()).seen.tolist() == seen.tolist()
 

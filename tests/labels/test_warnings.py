@@ -1,4 +1,4 @@
-"""Doubts about labels: how often they are raised without a reason, and whether they are where there is one."""
+"""Warnings about labels: how often they are raised without a reason, and whether they are where there is one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dedpo_diffusion.debias import inverse_propensity, merge_labels
 from dedpo_diffusion.labels.warnings import (
     LEVEL,
     holm,
-    overshoot_doubts,
+    overshoot_warnings,
     seen_human_labels,
-    strata_doubts,
+    strata_warnings,
     unbalanced,
     unlike,
-    unlike_doubts,
+    unlike_warnings,
 )
 
 
@@ -41,7 +41,7 @@ def test_labels_at_random_are_seldom_doubted(stratified):
         stratum = rng.integers(0, 3, 400)
         shares = np.array([0.1, 0.4, 0.7])[stratum] if stratified else 0.3
         columns = {"a": rng.normal(size=400) + stratum, "b": rng.integers(0, 3, 400) + 1.0 * stratum, "c": np.array(list("xyz"))[stratum]}
-        alarms += bool(unlike_doubts(unlike(rng.random(400) < shares, columns, strata=stratum if stratified else None), remedy="look"))
+        alarms += bool(unlike_warnings(unlike(rng.random(400) < shares, columns, strata=stratum if stratified else None), remedy="look"))
     assert alarms <= allowed(LEVEL, 300)
 
 
@@ -53,7 +53,7 @@ def test_a_column_that_decides_who_is_asked_is_named(column):
         columns = {"numbers": rng.normal(size=1000), "few numbers": rng.integers(0, 4, 1000).astype(float)}
         columns["texts"] = np.array(["red", "green", "blue"], dtype=object)[rng.integers(0, 3, 1000)]
         rank = columns[column] == "red" if column == "texts" else columns[column] > np.median(columns[column])
-        doubts = unlike_doubts(unlike(rng.random(1000) < np.where(rank, 0.4, 0.2), columns), remedy="look")
+        doubts = unlike_warnings(unlike(rng.random(1000) < np.where(rank, 0.4, 0.2), columns), remedy="look")
         found += [doubt["column"] for doubt in doubts] == [column]
     assert found >= 18
 
@@ -62,7 +62,7 @@ def test_the_doubt_says_how_they_differ_and_what_to_do():
     rng = np.random.default_rng(0)
     colour = np.array(["blue", "red"], dtype=object)[rng.integers(0, 2, 1000)]
     labelled = rng.random(1000) < np.where(colour == "red", 0.5, 0.1)
-    [doubt] = unlike_doubts(unlike(labelled, {"source_colour": colour}), remedy="try this")
+    [doubt] = unlike_warnings(unlike(labelled, {"source_colour": colour}), remedy="try this")
     share, others = (np.mean(colour[rows] == doubt["value"]) for rows in (labelled, ~labelled))
     assert f"in source_colour ({doubt['value']!r} is {share:.1%} of them and {others:.1%} of the others; p < 0.0001)" in doubt["text"]
     assert doubt["text"].endswith("; try this.") and doubt["kind"] == "not_at_random"
@@ -93,7 +93,7 @@ def test_propensities_that_are_right_are_seldom_doubted_and_wrong_ones_are(right
         labelled = rng.random(800) < p
         h = inverse_propensity(np.where(labelled, 1.0, np.nan), p if right else None)
         columns = {"x": x, "few": np.round(x), "colour": np.where(red, "red", "blue").astype(object)}
-        alarms += bool(unlike_doubts(unbalanced(labelled, h, columns), remedy="look"))
+        alarms += bool(unlike_warnings(unbalanced(labelled, h, columns), remedy="look"))
     assert alarms <= allowed(LEVEL, seeds) if right else alarms == seeds
 
 
@@ -147,16 +147,16 @@ def test_a_judge_without_shades_or_pairs_to_compare_is_not_judged():
 def test_strata_without_a_human_label_are_named():
     human = np.where(np.arange(90) < 40, 1.0, np.nan)
     codes = np.arange(90) // 30
-    [doubt] = strata_doubts(human, ["a", "b", "c"], codes)
+    [doubt] = strata_warnings(human, ["a", "b", "c"], codes)
     assert doubt["strata"] == ["c"] and doubt["n"] == 30 and "1 of 3 strata have no human label at all (c; 30 pairs)" in doubt["text"]
-    assert strata_doubts(human, ["a", "b"], np.minimum(codes, 1)) == []
+    assert strata_warnings(human, ["a", "b"], np.minimum(codes, 1)) == []
 
 
 def test_targets_that_are_stretched_too_far_are_told_with_their_range():
     human, judge = judged(0)
     wild, tuned = merge_labels(human, judge, power=1.0), merge_labels(human, judge)
-    [doubt] = overshoot_doubts(wild.target, wild.weight, wild.report["overshoot"])
+    [doubt] = overshoot_warnings(wild.target, wild.weight, wild.report["overshoot"])
     assert doubt["overshoot"] == pytest.approx(4.0) and doubt["share_outside"] == wild.report["share_outside"]
     assert (doubt["lowest"], doubt["highest"]) == (wild.target.min(), wild.target.max()) and "up to 4.00" in doubt["text"]
-    assert overshoot_doubts(tuned.target, tuned.weight, tuned.report["overshoot"]) == []
-    assert overshoot_doubts(wild.target, wild.weight, None) == []
+    assert overshoot_warnings(tuned.target, tuned.weight, tuned.report["overshoot"]) == []
+    assert overshoot_warnings(wild.target, wild.weight, None) == []

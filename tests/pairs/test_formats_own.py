@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pairs.formats import FORMATS, PUBLISHED, choose, load
-from dedpo_diffusion.pairs.formats.entry import Answer
+from dedpo_diffusion.pairs.formats.comparison import Answer
 from dedpo_diffusion.pairs.formats.sources.hub import HubSource
 from dedpo_diffusion.pairs.formats.table import IMAGES, bind
 from support.layouts import LAYOUTS, PICTURES, add_to_tar, records, save_csv, save_jsonl, save_parquet, settings, with_files, write

@@ -12,7 +12,7 @@ import pytest
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pairs.formats import hpdv2, hpdv3, imagereward, open_image_preferences, rapidata
-from dedpo_diffusion.pairs.formats.entry import Answer
+from dedpo_diffusion.pairs.formats.comparison import Answer
 from support.format_rows import (
     chosen_row,
     counts_row,

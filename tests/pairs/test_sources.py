@@ -16,7 +16,7 @@ from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.pairs.formats.entry import image_source
+from dedpo_diffusion.pairs.formats.comparison import image_source
 from dedpo_diffusion.pairs.formats.sources import hub, open_file, open_source
 from dedpo_diffusion.pairs.formats.sources.hub import HubSource
 from dedpo_diffusion.pairs.formats.sources.texts import CsvSource

@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dedpo_diffusion.core.files import HOST
-from dedpo_diffusion.core.locks import claim
+from dedpo_diffusion.core.locks import hold_lock
 from dedpo_diffusion.pipelines import sample
 from dedpo_diffusion.pipelines.label import local_device
 from dedpo_diffusion.sampling import sampler as sampling
@@ -186,7 +186,7 @@ def test_a_batch_of_a_process_that_dies_is_taken_over(tiny_model, prompts, whole
     locks.mkdir(parents=True)
     real, took = sampling.sample, []
     monkeypatch.setattr(sampling, "sample", lambda *args, **more: took.append(args[2][0]) or real(*args, **more))
-    with claim(locks / "000000.lock") as held:
+    with hold_lock(locks / "000000.lock") as held:
         assert held
         thread = threading.Thread(target=lambda: sample.main(arguments(tiny_model, prompts, tmp_path / "a", seeds=SEEDS)))
         thread.start()

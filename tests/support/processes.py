@@ -43,18 +43,18 @@ def main() -> int:
     from accelerate.utils import DistributedType
 
     from dedpo_diffusion.pipelines import train
-    from dedpo_diffusion.training.data import Feed
+    from dedpo_diffusion.training.data import PairLoader
 
     PartialState.destroy_process_group = lambda self, group=None: None  # the next run goes on with it
     seen: list[list[tuple[int, int]]] = []
-    load = Feed.load
+    load = PairLoader.load
 
     def noting(self, first_visit, draws):
         loaded = load(self, first_visit, draws)
         seen[-1] += zip(range(first_visit, first_visit + len(draws.timesteps)), loaded.places, strict=True)
         return loaded
 
-    Feed.load = noting
+    PairLoader.load = noting
     if any("DS_ACCELERATOR" in run.get("env", {}) for run in job["runs"]):  # accelerate starts it on accelerators alone
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
     for run in job["runs"]:

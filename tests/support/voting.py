@@ -78,16 +78,16 @@ def command(folder, *options):
 
 @contextmanager
 def in_process(settings):
-    """The application under uvicorn in a thread; yields the booth and the address."""
+    """The application under uvicorn in a thread; yields the service and the address."""
     opened = open_pairs if len(settings.folders) == 1 else open_samples
     with opened(settings) as voting, listen(settings) as listener:
-        log = voting.booth.store.path.with_suffix(".log")
-        app = create_app(voting.booth, voting.desk, hosts=allowed_hosts(settings), token=None, log=log)
+        log = voting.service.store.path.with_suffix(".log")
+        app = create_app(voting.service, voting.hooks, hosts=allowed_hosts(settings), token=None, log=log)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield voting.booth, f"http://127.0.0.1:{listener.getsockname()[1]}/"
+            yield voting.service, f"http://127.0.0.1:{listener.getsockname()[1]}/"
         finally:
             server.should_exit = True
             thread.join()

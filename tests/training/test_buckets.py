@@ -19,8 +19,8 @@ from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pairs.pixels import WIDEST, bucket_shapes, nearest_shape, pair_views
 from dedpo_diffusion.pipelines import train
 from dedpo_diffusion.training.cache import PairCache
-from dedpo_diffusion.training.data import Feed
-from dedpo_diffusion.training.pair_sampler import BucketedVisits, Visits
+from dedpo_diffusion.training.data import PairLoader
+from dedpo_diffusion.training.pair_sampler import BucketedPairSampler, PairSampler
 from support.pictures import picture
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
@@ -75,7 +75,7 @@ def test_a_step_takes_one_bucket_and_every_place_its_share():
     share, together, steps = np.array([0.5, 0.1, 0.4]), 6, 4000
 
     def visits():
-        return BucketedVisits(5, buckets, [Visits(5, part) for part in inner], share, together)
+        return BucketedPairSampler(5, buckets, [PairSampler(5, part) for part in inner], share, together)
 
     one = visits()
     assert one.probability.sum() == pytest.approx(1)
@@ -97,7 +97,7 @@ def test_a_rare_bucket_gets_its_share():
     """Also one that a step in hundreds takes."""
     for shares in ([0.997, 0.003], [0.5, 0.25, 0.247, 0.003]):
         buckets = [np.array([k]) for k in range(len(shares))]
-        one = BucketedVisits(0, buckets, [Visits(0, np.ones(1)) for _ in buckets], np.array(shares), 1)
+        one = BucketedPairSampler(0, buckets, [PairSampler(0, np.ones(1)) for _ in buckets], np.array(shares), 1)
         counts = np.bincount([one.bucket(step) for step in range(20_000)], minlength=len(shares))
         assert np.abs(counts - 20_000 * np.array(shares)).max() < 4 * math.sqrt(20_000) * 0.5
         assert abs(counts[-1] - 60) < 4 * math.sqrt(60)
@@ -138,8 +138,8 @@ def test_pairs_keep_their_shape_and_stored_reference_errors_and_a_stop_change_no
     assert train.main(command["part"]) == 130
     assert train.main(command["part"]) == 0
     assert deviation(final(tmp_path / "whole"), final(tmp_path / "part")) == (0, 0)
-    real = Feed.load
-    monkeypatch.setattr(Feed, "load", lambda self, *given: dataclasses.replace(real(self, *given), known=None))
+    real = PairLoader.load
+    monkeypatch.setattr(PairLoader, "load", lambda self, *given: dataclasses.replace(real(self, *given), known=None))
     assert train.main(command["predicted"]) == 0
     assert deviation(final(tmp_path / "whole"), final(tmp_path / "predicted")) == (0, 0)
     assert all(torch.isfinite(value).all() for value in final(tmp_path / "whole").values())

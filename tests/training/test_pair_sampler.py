@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dedpo_diffusion import merge_labels
-from dedpo_diffusion.training.pair_sampler import StratifiedVisits, Visits, labelled_share, visit_probability
+from dedpo_diffusion.training.pair_sampler import PairSampler, StratifiedPairSampler, labelled_share, visit_probability
 
 
 def test_every_pair_is_visited_once_an_epoch():
-    visits = Visits(3, np.full(10, 0.1))
+    visits = PairSampler(3, np.full(10, 0.1))
     assert sorted(visits.rows(0, 10)) == list(range(10))
     assert visits.rows(0, 10) != visits.rows(10, 20)
     assert visits.rows(4, 17) == [*visits.rows(4, 12), *visits.rows(12, 17)]
@@ -24,7 +24,7 @@ def test_importance_sampling_visits_in_proportion_and_estimates_the_same_loss():
     weight = np.array([2.0, 2.0, 0.67, 0.67, 0.67, 0.67])
     p = visit_probability(target, weight, "importance")
     assert p[0] / p[2] == pytest.approx(2 * 1 / (0.67 * 0.5))
-    visits = Visits(0, p)
+    visits = PairSampler(0, p)
     counts = np.bincount(visits.rows(0, 6 * 4000), minlength=6)
     for epoch in range(50):
         seen = np.bincount(visits.rows(6 * epoch, 6 * epoch + 6), minlength=6)
@@ -67,7 +67,7 @@ def test_stratified_visits_keep_their_share_in_every_stretch_and_visit_all_alike
     z, g = labels(40, 0.25, 0.8)
     merged = merge_labels(z, g, method="dedpo", power=0.6)
     labelled = ~np.isnan(z)
-    visits = StratifiedVisits(5, merged.target, merged.weight, labelled)
+    visits = StratifiedPairSampler(5, merged.target, merged.weight, labelled)
     drawn = np.array(visits.rows(0, 4000))
     for start in range(0, 400, 7):
         part = labelled[drawn[start : start + 16]]
@@ -81,7 +81,7 @@ def test_stratified_visits_keep_their_share_in_every_stretch_and_visit_all_alike
 def test_stratified_visits_estimate_the_same_loss():
     z, g = labels(60, 0.3, 0.75)
     merged = merge_labels(z, g, method="tuned")
-    visits = StratifiedVisits(1, merged.target, merged.weight, ~np.isnan(z))
+    visits = StratifiedPairSampler(1, merged.target, merged.weight, ~np.isnan(z))
     value = np.random.default_rng(0).normal(size=60)
     drawn = np.array(visits.rows(0, 60000))
     estimate = (merged.weight * value / (60 * visits.probability))[drawn].mean()
@@ -91,7 +91,7 @@ def test_stratified_visits_estimate_the_same_loss():
 def test_stratified_visits_are_a_function_of_seed_and_number():
     z, g = labels(30, 0.4, 0.8)
     merged = merge_labels(z, g, method="tuned")
-    one, other = (StratifiedVisits(seed, merged.target, merged.weight, ~np.isnan(z)) for seed in (2, 3))
+    one, other = (StratifiedPairSampler(seed, merged.target, merged.weight, ~np.isnan(z)) for seed in (2, 3))
     assert one.rows(7, 19) == one.rows(0, 30)[7:19]
     assert one.rows(0, 30) != other.rows(0, 30)
 
@@ -99,6 +99,6 @@ def test_stratified_visits_are_a_function_of_seed_and_number():
 def test_one_kind_alone_gets_every_visit():
     target, weight = np.array([1.0, 0.0, 1.0]), np.ones(3)
     for kind in (True, False):
-        visits = StratifiedVisits(0, target, weight, np.full(3, kind))
+        visits = StratifiedPairSampler(0, target, weight, np.full(3, kind))
         assert sorted(visits.rows(0, 3)) == [0, 1, 2]
         np.testing.assert_allclose(visits.probability, 1 / 3)

@@ -19,7 +19,7 @@ from dedpo_diffusion.dpo.noising import TimestepDraw, draw
 from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.training.data import Feed
+from dedpo_diffusion.training.data import PairLoader
 from dedpo_diffusion.weights.run_folder import checkpoints
 from support.pictures import write_pairs
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
@@ -70,8 +70,8 @@ def test_with_stored_reference_errors_no_later_run_predicts_with_the_reference(t
 def test_stored_reference_errors_are_those_of_the_same_draws(tiny_model, merged_pairs, tmp_path, monkeypatch):
     changes = {"data__cache": tmp_path / "cache", "data__reference_draws": 3}
     assert train.main(options(tiny_model, merged_pairs, tmp_path / "stored", **changes)) == 0
-    real = Feed.load
-    monkeypatch.setattr(Feed, "load", lambda self, *arguments: dataclasses.replace(real(self, *arguments), known=None))
+    real = PairLoader.load
+    monkeypatch.setattr(PairLoader, "load", lambda self, *arguments: dataclasses.replace(real(self, *arguments), known=None))
     assert train.main(options(tiny_model, merged_pairs, tmp_path / "computed", **changes)) == 0
     assert deviation(final(tmp_path / "stored"), final(tmp_path / "computed")) == (0, 0)
     assert metrics(tmp_path / "stored") == metrics(tmp_path / "computed")
@@ -81,7 +81,7 @@ def test_stored_reference_errors_are_those_of_the_same_draws(tiny_model, merged_
 
 
 def test_a_power_that_follows_is_logged_moves_and_survives_a_stop(tiny_model, merged_pairs, tmp_path, monkeypatch):
-    changes = {"objective__power": "follow", "objective__power_decay": 0.5, "checkpoint_every": 2}
+    changes = {"objective__power": "adaptive", "objective__power_decay": 0.5, "checkpoint_every": 2}
     assert train.main(options(tiny_model, merged_pairs, tmp_path / "whole", **changes)) == 0
     powers = [line["power"] for line in metrics(tmp_path / "whole")]
     assert powers[0] == 0.4 and len(set(powers)) > 4 and all(0 <= power <= 0.75 for power in powers)
@@ -93,11 +93,11 @@ def test_a_power_that_follows_is_logged_moves_and_survives_a_stop(tiny_model, me
 
 
 def test_a_power_that_stays_equals_the_fixed_one(tiny_model, merged_pairs, tmp_path, monkeypatch):
-    from dedpo_diffusion.dpo.adaptive_power import FollowedPower
+    from dedpo_diffusion.dpo.adaptive_power import AdaptivePower
 
     assert train.main(options(tiny_model, merged_pairs, tmp_path / "fixed")) == 0
-    monkeypatch.setattr(FollowedPower, "update", lambda self, sums: None)
-    assert train.main(options(tiny_model, merged_pairs, tmp_path / "still", objective__power="follow")) == 0
+    monkeypatch.setattr(AdaptivePower, "update", lambda self, sums: None)
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "still", objective__power="adaptive")) == 0
     largest, mean = deviation(final(tmp_path / "fixed"), final(tmp_path / "still"))
     assert largest < 2e-3 and mean < 2e-5
 
@@ -242,7 +242,7 @@ def test_timesteps_and_their_weights_are_those_of_the_settings(tiny_model, merge
 def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path):
     """Two by two pairs against one by four, with rounds and a power that follows: sums in another order, and nothing else."""
     small = {"optim__steps": 4, "optim__learning_rate": 3e-4, "optim__rounds": 2}
-    small |= {"objective__power": "follow", "objective__power_decay": 0.5}
+    small |= {"objective__power": "adaptive", "objective__power_decay": 0.5}
     assert train.main(options(tiny_model, merged_pairs, tmp_path / "one", **small)) == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -283,17 +283,17 @@ def test_an_exported_negative_model_is_named_one(tiny_model, merged_pairs, tmp_p
         ({"objective__kind": "poly", "objective__options": "{alpha: .nan}"}, "alpha is nan"),
         ({"objective__kind": "kto", "objective__balance": "output"}, "objective.kind=kto does not, so leave it out"),
         ({"objective__kind": "sft", "objective__guard": 0.1}, "objective.kind=sft does not, so leave it out"),
-        ({"objective__kind": "cdpo", "objective__power": "follow"}, "not of cdpo"),
-        ({"objective__kind": "dr_dpo", "objective__power": "follow"}, "not of dr_dpo"),
+        ({"objective__kind": "cdpo", "objective__power": "adaptive"}, "not of cdpo"),
+        ({"objective__kind": "dr_dpo", "objective__power": "adaptive"}, "not of dr_dpo"),
         ({"optim__extrapolation": 0.5}, "give optim.rounds of 2 or more"),
         ({"optim__extrapolation": ".inf", "optim__rounds": 2}, "optim.extrapolation is inf"),
         ({"optim__rounds": 3}, "a multiple of it"),
         ({"optim__extrapolation": -0.1}, "optim.extrapolation"),
         ({"data__reference_draws": 2}, "needs data.cache"),
         ({"data__sampling": "stratified", "data__targets": "plain"}, "run `dedpo merge` again"),
-        ({"objective__power": "follow", "data__targets": "plain"}, "run `dedpo merge` again"),
-        ({"objective__power": "follow", "objective__power_decay": 1.0}, "decay"),
-        ({"objective__power": "follow", "objective__max_overshoot": 0.5}, "max_overshoot"),
+        ({"objective__power": "adaptive", "data__targets": "plain"}, "run `dedpo merge` again"),
+        ({"objective__power": "adaptive", "objective__power_decay": 1.0}, "decay"),
+        ({"objective__power": "adaptive", "objective__max_overshoot": 0.5}, "max_overshoot"),
     ],
 )
 def test_what_cannot_be_trained_is_told_before_anything_is_written(tiny_model, merged_pairs, tmp_path, capsys, changes, words):

@@ -19,7 +19,7 @@ from dedpo_diffusion.core.records import PairBatch
 from dedpo_diffusion.dpo.step import preference_step
 from dedpo_diffusion.evaluation.benchmarks import memory, random_models, throughput, throughput_arms
 from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
-from dedpo_diffusion.evaluation.benchmarks.tally import Tally, storage_bytes
+from dedpo_diffusion.evaluation.benchmarks.allocations import AllocationCounter, storage_bytes
 from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings, count_flop, ratio
 from dedpo_diffusion.models import tiny
 from dedpo_diffusion.models.backbone import Backbone
@@ -140,23 +140,23 @@ def test_stations_count_inner_parts_alone(monkeypatch):
 
 def test_tally_of_known_sizes():
     kept = torch.zeros(100)
-    with Tally() as tally:
+    with AllocationCounter() as counter:
         kept.add_(1)
         kept.view(10, 10)[2:4]
-        assert tally.live == tally.peak == 0
+        assert counter.live == counter.peak == 0
         one = kept * 2
         two = one.t() if one.ndim == 2 else one[:3]
-        assert tally.live == 400
+        assert counter.live == 400
         three = one + one
         del one
-        assert tally.live == 800  # a view still holds it
+        assert counter.live == 800  # a view still holds it
         del two
-        assert tally.live == 400
+        assert counter.live == 400
         del three
-    assert (tally.live, tally.peak, tally.made) == (0, 800, 800)
-    with Tally(512) as tally:
+    assert (counter.live, counter.peak, counter.made) == (0, 800, 800)
+    with AllocationCounter(512) as counter:
         four = kept * 2
-    assert tally.live == 512
+    assert counter.live == 512
     assert storage_bytes([four, four[2:], kept]) == 800
 
 
@@ -171,7 +171,7 @@ def trained_bytes(kind, *, real, full=False, checkpointing=False):
         if checkpointing:
             model.unet.enable_gradient_checkpointing()
         batch = memory.some_batch(model, 2, tiny.SIDE, TINY[kind]["unet"]["cross_attention_dim"], stored=False)
-        return memory.training_bytes(model, batch, accumulation=2, tally=Tally())
+        return memory.training_bytes(model, batch, accumulation=2, counter=AllocationCounter())
 
     if real:
         return work()
@@ -221,13 +221,13 @@ def test_tally_against_the_allocator():
         unet.zero_grad()
 
     work()
-    with Tally() as tally:
+    with AllocationCounter() as counter:
         work()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
     events = sorted((event.start_ns(), event.nbytes()) for event in found.profiler.kineto_results.events() if event.name() == "[memory]")
     peak = np.cumsum([size for _, size in events]).max()
-    assert tally.peak == pytest.approx(peak, rel=0.05)
+    assert counter.peak == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("sdxl", torch.bfloat16), ("sd15", torch.float32)])
@@ -248,9 +248,9 @@ def test_rules_of_cuda_are_kept_on_the_processor(kind, dtype):
                 torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16),
                 torch.zeros(2, 16, 72 if kind == "sdxl" else 32, dtype=torch.bfloat16),
             )
-            with Tally() as tally, torch.autocast(device, torch.bfloat16):
+            with AllocationCounter() as counter, torch.autocast(device, torch.bfloat16):
                 out = unet(latents, torch.zeros(2, dtype=torch.int64), text, added_cond_kwargs=added).sample
-            return out.dtype, tally.live, tally.peak
+            return out.dtype, counter.live, counter.peak
 
     assert forward("cpu") == forward("cuda")
 

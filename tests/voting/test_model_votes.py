@@ -273,14 +273,14 @@ def test_identical_images_are_ties_from_when_their_turn_comes(two):
     order = [rows[i]["file"] for i in np.argsort(keys)]
     assert sorted(row["file"][:3] for _, row in reader.identical) == ["003", "008", "009"]
     with open_samples(VoteSettings(two, repeats=0, overlap=0)) as voting:
-        assert to_answers(voting.booth, reader) == []
+        assert to_answers(voting.service, reader) == []
         for number in range(21):
-            state = voting.booth.state("anna")
-            voting.booth.vote("anna", state["item"]["ticket"], "skip" if number == 4 else "left", 1.0)
-            found = [row["file"] for row in to_answers(voting.booth, reader)]
+            state = voting.service.state("anna")
+            voting.service.vote("anna", state["item"]["ticket"], "skip" if number == 4 else "left", 1.0)
+            found = [row["file"] for row in to_answers(voting.service, reader)]
             skipped = {order[k] for k in range(len(order)) if order[k] in order[: len(found) + 1]} - set(found) if number >= 4 else set()
             assert set(found) | skipped == set(order[: len(found) + len(skipped)]) and len(skipped) == (number >= 4)
-        last = to_answers(voting.booth, reader)
+        last = to_answers(voting.service, reader)
     assert len(last) == 23 and all((row["preferred"], row["seconds"]) == (0.5, None) for row in last if row["rater"] == "")
 
 
@@ -318,8 +318,8 @@ def vote(two, *answers, **options):
     """What anna answers to the next pairs, stored and not written, as a killed server leaves it."""
     with open_samples(VoteSettings(two, **options)) as voting:
         for answer in answers:
-            item = voting.booth.state("anna")["item"]
-            voting.booth.vote("anna", item["ticket"], answer, 1.0)
+            item = voting.service.state("anna")["item"]
+            voting.service.vote("anna", item["ticket"], answer, 1.0)
 
 
 def test_what_is_printed_is_what_compare_finds(two, capsys):
@@ -370,7 +370,7 @@ def test_votes_that_were_not_written_are_told_with_the_command_that_writes_them(
     assert left_out(*two)[0].startswith("1 vote in ")
     with open_samples(VoteSettings(two, repeats=0)) as voting:
         for _ in range(2):
-            voting.booth.undo("anna")
+            voting.service.undo("anna")
     assert "1 vote in" in left_out(*two)[0] and "count, and were undone since" in left_out(*two)[0]
     vote(two, "left", name="second")
     assert "--name second --export_only true" in left_out(*two)[0]

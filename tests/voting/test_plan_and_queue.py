@@ -1,4 +1,4 @@
-"""Plan, poll, store and booth of the voting: properties first, no HTTP."""
+"""Plan, queue, store and service of the voting: properties first, no HTTP."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.voting.plan import Plan, disagreement, pull, uniform
-from dedpo_diffusion.voting.queue import GAP, LEASE_SECONDS, SKIP, Asked, Event, Poll
-from dedpo_diffusion.voting.service import Booth, Refusal
+from dedpo_diffusion.voting.queue import GAP, LEASE_SECONDS, SKIP, Asked, Event, VoteQueue
+from dedpo_diffusion.voting.service import Refusal, VoteService
 from dedpo_diffusion.voting.store import Store
 from support.pictures import picture
 
@@ -32,31 +32,31 @@ class Clock:
 
 
 class Session:
-    """Votes in memory, as the booth makes them, with every event kept."""
+    """Votes in memory, as the service makes them, with every event kept."""
 
     def __init__(self, plan, clock=None):
         self.plan, self.clock, self.events = plan, clock or Clock(), []
-        self.poll = Poll(plan, self.clock)
+        self.queue = VoteQueue(plan, self.clock)
 
     def vote(self, rater, answer, asked=None):
-        asked = asked or self.poll.upcoming(rater)[0]
+        asked = asked or self.queue.upcoming(rater)[0]
         self._add(rater, asked, "vote", answer, self.plan.swapped(rater, asked.pair, again=asked.again), 1.0, None)
         return asked
 
     def undo(self, rater):
-        last = self.poll.last(rater)
-        asked = Asked(self.poll.number[last.pair_id], last.again)
+        last = self.queue.last(rater)
+        asked = Asked(self.queue.number[last.pair_id], last.again)
         self._add(rater, asked, "undo", None, None, None, last.number)
         return asked
 
     def _add(self, rater, asked, kind, answer, swapped, seconds, undoes):
         event = Event(len(self.events) + 1, rater, self.plan.ids[asked.pair], asked.again, kind, answer, swapped, seconds, "", undoes)
-        self.poll.apply(event)
+        self.queue.apply(event)
         self.events.append(event)
 
     def vote_all(self, rater, answer="left"):
         asked = []
-        while self.poll.upcoming(rater):
+        while self.queue.upcoming(rater):
             asked.append(self.vote(rater, answer))
         return asked
 
@@ -131,7 +131,7 @@ def test_propensities_undo_the_choice_of_pairs_and_the_plain_mean_does_not():
         assert (error < 4) if unbiased else (error > 20)
 
 
-# ---- the poll
+# ---- the queue
 
 WHAT = ["left", "right", "tie", "skip", "undo", "look", "late", "wait"]
 HOW_OFTEN = [0.2, 0.2, 0.1, 0.1, 0.08, 0.12, 0.12, 0.08]
@@ -139,10 +139,10 @@ HOW_OFTEN = [0.2, 0.2, 0.1, 0.1, 0.08, 0.12, 0.12, 0.08]
 
 def naive_fresh(session, rater):
     """The first pair of the order that may be asked, found by looking at everything."""
-    standing = {(e.rater, session.poll.number[e.pair_id]): e for e in session.poll.votes() if not e.again}
+    standing = {(e.rater, session.queue.number[e.pair_id]): e for e in session.queue.votes() if not e.again}
     for pair in session.plan.order:
         others = [e for (who, number), e in standing.items() if number == pair and who != rater and e.answer != SKIP]
-        holder, until = session.poll._leases.get(pair, (rater, 0.0))
+        holder, until = session.queue._leases.get(pair, (rater, 0.0))
         leased = holder != rater and until > session.clock()
         if (rater, pair) not in standing and (session.plan.shared[pair] or not (others or leased)):
             return Asked(pair, False)
@@ -150,7 +150,7 @@ def naive_fresh(session, rater):
 
 
 def naive_progress(session, rater):
-    votes, plan = session.poll.votes(), session.plan
+    votes, plan = session.queue.votes(), session.plan
     labelled = {e.pair_id for e in votes if e.answer != SKIP and not e.again}
     own = [e for e in votes if e.rater == rater]
     left = [i for i, p in enumerate(plan.ids) if p not in {e.pair_id for e in own} and (plan.shared[i] or p not in labelled)]
@@ -166,31 +166,31 @@ def test_the_state_is_a_replay_and_equals_what_looking_at_everything_finds(seed)
     rng, seen = np.random.default_rng(seed), {}
     session = Session(Plan(IDS, seed=seed, repeats=0.3, overlap=0.3))
     for rater, what in zip(rng.choice(["anna", "ben"], 120), rng.choice(WHAT, 120, p=HOW_OFTEN), strict=True):
-        items = session.poll.upcoming(rater)
+        items = session.queue.upcoming(rater)
         if what == "wait":
             session.clock.now += LEASE_SECONDS
         elif what == "look":
             seen.setdefault(rater, items[:1])
         elif what == "undo":
-            if session.poll.last(rater) is not None:
+            if session.queue.last(rater) is not None:
                 session.undo(rater)
         elif what == "late":  # the answer to a page that was left open, maybe on a pair that others have answered since
             for asked in seen.pop(rater, []):
-                if session.poll.standing(rater, asked) is None and session.poll.may_answer(rater, asked):
+                if session.queue.standing(rater, asked) is None and session.queue.may_answer(rater, asked):
                     session.vote(rater, "left", asked)
         elif items:
             session.vote(rater, what)
-        items, fresh = session.poll.upcoming(rater), naive_fresh(session, rater)
-        if not session.poll._person(rater).undone:
+        items, fresh = session.queue.upcoming(rater), naive_fresh(session, rater)
+        if not session.queue._person(rater).undone:
             assert items[:1] == [fresh] or (items[0].again if items else fresh is None)
         for who in ("anna", "ben"):
-            assert session.poll.progress(who) == naive_progress(session, who)
-    again = Poll(session.plan, session.clock)
+            assert session.queue.progress(who) == naive_progress(session, who)
+    again = VoteQueue(session.plan, session.clock)
     for event in session.events:
         again.apply(event)
-    assert again.votes() == session.poll.votes() and again.labels == session.poll.labels and again.undone == session.poll.undone
+    assert again.votes() == session.queue.votes() and again.labels == session.queue.labels and again.undone == session.queue.undone
     for rater in ("anna", "ben"):
-        assert again.progress(rater) == session.poll.progress(rater)
+        assert again.progress(rater) == session.queue.progress(rater)
 
 
 @settings(max_examples=40, deadline=None)
@@ -198,49 +198,49 @@ def test_the_state_is_a_replay_and_equals_what_looking_at_everything_finds(seed)
 def test_undo_goes_back_to_the_first_answer_and_forward_the_same_way(seed, repeats):
     session, asked = Session(Plan(IDS, seed=seed, repeats=repeats)), []
     for answer in np.random.default_rng(seed).choice(["left", "right", "tie", "skip"], 50, p=[0.4, 0.3, 0.2, 0.1]):
-        items = session.poll.upcoming("anna")
+        items = session.queue.upcoming("anna")
         if not items:
             break
         asked.append(session.vote("anna", answer))
         if answer != "skip":
-            assert [asked[-1], *session.poll.upcoming("anna")[:1]] == items
+            assert [asked[-1], *session.queue.upcoming("anna")[:1]] == items
     for k, back in reversed(list(enumerate(asked))):
         assert session.undo("anna") == back
-        upcoming = session.poll.upcoming("anna")
+        upcoming = session.queue.upcoming("anna")
         assert upcoming[0] == back and upcoming[1:2] == (asked[k + 1 : k + 2] or upcoming[1:2])
-    assert session.poll.last("anna") is None and session.poll.labels == {} and session.poll.progress("anna")["total"] == len(IDS)
+    assert session.queue.last("anna") is None and session.queue.labels == {} and session.queue.progress("anna")["total"] == len(IDS)
     assert [session.vote("anna", "left") for _ in asked] == asked
 
 
 def test_an_undone_pair_comes_back_before_an_earlier_one_and_then_goes_to_others():
     session = Session(Plan(IDS, seed=0))
-    session.poll.upcoming("ben")  # holds places 0 and 1
+    session.queue.upcoming("ben")  # holds places 0 and 1
     third = session.vote("anna", "left")
     session.vote("cleo", "left", Asked(session.plan.order[0], False))
     session.vote("cleo", "left", Asked(session.plan.order[1], False))
-    assert session.poll.upcoming("ben")[0].pair not in session.plan.order[:3]
+    assert session.queue.upcoming("ben")[0].pair not in session.plan.order[:3]
     session.undo("cleo")  # place 1 is open again, and comes before anna's
     session.clock.now = LEASE_SECONDS
     session.undo("anna")
-    assert session.poll.upcoming("anna")[0] == third and third.pair == session.plan.order[2]
+    assert session.queue.upcoming("anna")[0] == third and third.pair == session.plan.order[2]
     session.clock.now = 2 * LEASE_SECONDS
-    assert [asked.pair for asked in session.poll.upcoming("ben")] == session.plan.order[1:3]
+    assert [asked.pair for asked in session.queue.upcoming("ben")] == session.plan.order[1:3]
 
 
 def test_one_rater_is_asked_every_pair_once():
     session = Session(Plan(IDS, seed=0, overlap=0.3))
     assert [asked.pair for asked in session.vote_all("anna")] == session.plan.order
-    assert session.poll.upcoming("anna") == [] and session.poll.progress("anna")["total"] == len(IDS)
+    assert session.queue.upcoming("anna") == [] and session.queue.progress("anna")["total"] == len(IDS)
 
 
 def test_two_raters_share_the_overlap_and_nothing_else():
     session = Session(Plan(IDS, seed=0, overlap=0.3))
     asked = {"anna": [], "ben": []}
-    while any(session.poll.upcoming(rater) for rater in asked):
+    while any(session.queue.upcoming(rater) for rater in asked):
         for rater in asked:  # both look, then both answer
-            session.poll.upcoming(rater)
+            session.queue.upcoming(rater)
         for rater, mine in asked.items():
-            if session.poll.upcoming(rater):
+            if session.queue.upcoming(rater):
                 mine.append(session.vote(rater, "left").pair)
     both = set(asked["anna"]) & set(asked["ben"])
     assert both == {i for i in range(30) if session.plan.shared[i]} and 0 < len(both) < 30
@@ -253,21 +253,21 @@ def test_two_raters_share_the_overlap_and_nothing_else():
 def test_a_skip_leaves_the_pair_to_others_and_is_not_asked_again():
     session = Session(Plan(IDS, seed=0))
     skipped = [asked.pair for asked in session.vote_all("anna", SKIP)]
-    assert sorted(skipped) == list(range(30)) and session.poll.labels == {}
+    assert sorted(skipped) == list(range(30)) and session.queue.labels == {}
     assert [asked.pair for asked in session.vote_all("ben")] == session.plan.order
-    assert session.poll.progress("anna") == {"answered": 0, "skipped": 30, "total": 30, "labelled": 30, "pairs": 30}
+    assert session.queue.progress("anna") == {"answered": 0, "skipped": 30, "total": 30, "labelled": 30, "pairs": 30}
 
 
 def test_a_lease_keeps_a_pair_for_ten_minutes():
     session = Session(Plan(IDS, seed=0))
-    first, second = session.poll.upcoming("anna")
-    assert [asked.pair for asked in session.poll.upcoming("ben")] == session.plan.order[2:4]
+    first, second = session.queue.upcoming("anna")
+    assert [asked.pair for asked in session.queue.upcoming("ben")] == session.plan.order[2:4]
     session.clock.now = LEASE_SECONDS - 1
-    assert session.poll.upcoming("cleo")[0].pair == session.plan.order[4]
+    assert session.queue.upcoming("cleo")[0].pair == session.plan.order[4]
     session.clock.now = LEASE_SECONDS
-    assert session.poll.upcoming("dora") == [first, second]
+    assert session.queue.upcoming("dora") == [first, second]
     session.vote("anna", "left", first)  # late, but what a person said is kept
-    assert session.poll.upcoming("dora")[0] == second and session.poll.upcoming("anna")[0].pair not in (first.pair, second.pair)
+    assert session.queue.upcoming("dora")[0] == second and session.queue.upcoming("anna")[0].pair not in (first.pair, second.pair)
 
 
 def test_hidden_repetitions_come_late_once_and_never_for_a_skip():
@@ -289,9 +289,9 @@ def test_a_repetition_is_not_asked_when_its_first_answer_is_undone():
     assert asked[-1] == Asked(asked[0].pair, True)
     for _ in asked:
         session.undo("anna")
-    assert not session.poll.may_answer("anna", asked[-1])
+    assert not session.queue.may_answer("anna", asked[-1])
     assert session.vote("anna", SKIP) == asked[0]
-    assert not session.poll.may_answer("anna", asked[-1])
+    assert not session.queue.may_answer("anna", asked[-1])
 
 
 def test_events_that_do_not_follow_each_other_are_refused():
@@ -400,79 +400,79 @@ def test_a_store_is_open_once_and_must_be_a_store(tmp_path):
         Store(tmp_path, "text", DESIGN)
 
 
-# ---- the booth
+# ---- the service
 
 
 @pytest.fixture
-def booth(tmp_path):
+def service(tmp_path):
     with PairWriter(tmp_path) as writer:
         for k, pair_id in enumerate(IDS):
             other = b"no image" if k == 4 else picture(2 * k + 1, format=KINDS.get(k, "PNG"))
             writer.add(Pair(pair_id, f"prompt of {pair_id}", picture(2 * k), other))
     store = Store(tmp_path, "human", DESIGN)
-    yield Booth(PairReader(tmp_path), Plan(IDS, seed=0, repeats=0.3, overlap=0.2), store)
+    yield VoteService(PairReader(tmp_path), Plan(IDS, seed=0, repeats=0.3, overlap=0.2), store)
     store.close()
 
 
-def restarted(booth):
-    return Booth(booth.reader, booth.plan, booth.store)
+def restarted(service):
+    return VoteService(service.reader, service.plan, service.store)
 
 
-def test_an_answer_sent_twice_is_stored_once_and_another_is_refused(booth):
-    item = booth.state("anna")["item"]
-    once = booth.vote("anna", item["ticket"], "left", 1.0)
-    for server in (booth, restarted(booth)):
+def test_an_answer_sent_twice_is_stored_once_and_another_is_refused(service):
+    item = service.state("anna")["item"]
+    once = service.vote("anna", item["ticket"], "left", 1.0)
+    for server in (service, restarted(service)):
         assert server.vote("anna", item["ticket"], "left", 2.0) == once
         with pytest.raises(Refusal, match="answered already, with left") as refused:
             server.vote("anna", item["ticket"], "tie", 1.0)
         assert refused.value.status == 409
-    assert len(booth.store.events()) == 1 and once["progress"]["answered"] == 1 and once["can_undo"]
+    assert len(service.store.events()) == 1 and once["progress"]["answered"] == 1 and once["can_undo"]
 
 
-def test_a_ticket_from_before_a_restart_still_counts(booth):
-    booth = Booth(booth.reader, Plan(IDS, seed=0), booth.store)
-    states = {rater: booth.state(rater) for rater in ("anna", "ben", "cleo")}
+def test_a_ticket_from_before_a_restart_still_counts(service):
+    service = VoteService(service.reader, Plan(IDS, seed=0), service.store)
+    states = {rater: service.state(rater) for rater in ("anna", "ben", "cleo")}
     for rater in reversed(states):  # nobody has voted, so the new server knows none of them, nor who saw what
-        after = restarted(booth).vote(rater, states[rater]["item"]["ticket"], "left", 1.0)
+        after = restarted(service).vote(rater, states[rater]["item"]["ticket"], "left", 1.0)
         assert after["progress"]["answered"] == 1
-    assert [event.rater for event in booth.store.events()] == ["cleo", "ben", "anna"]
-    assert len({event.pair_id for event in booth.store.events()}) == 3
-    shown = booth.state("anna")["item"]["ticket"]
-    assert restarted(booth).image(shown, "left") == booth.image(shown, "left") != booth.image(shown, "right")
+    assert [event.rater for event in service.store.events()] == ["cleo", "ben", "anna"]
+    assert len({event.pair_id for event in service.store.events()}) == 3
+    shown = service.state("anna")["item"]["ticket"]
+    assert restarted(service).image(shown, "left") == service.image(shown, "left") != service.image(shown, "right")
 
 
-def test_tickets_belong_to_their_rater_and_cannot_be_made_up(booth):
-    ticket = booth.state("anna")["item"]["ticket"]
+def test_tickets_belong_to_their_rater_and_cannot_be_made_up(service):
+    ticket = service.state("anna")["item"]["ticket"]
     for rater, text in (("ben", ticket), ("anna", "0" * 20), ("anna", ""), ("anna", "../" + ticket)):
         with pytest.raises(Refusal, match="unknown") as refused:
-            booth.vote(rater, text, "left", 1.0)
+            service.vote(rater, text, "left", 1.0)
         assert refused.value.status == 404
-    assert booth.store.events() == []
+    assert service.store.events() == []
 
 
-def test_vote_undo_vote_keeps_the_second_answer(booth):
-    first = booth.state("anna")["item"]
-    booth.vote("anna", first["ticket"], "left", 1.0)
-    undone = booth.undo("anna")
+def test_vote_undo_vote_keeps_the_second_answer(service):
+    first = service.state("anna")["item"]
+    service.vote("anna", first["ticket"], "left", 1.0)
+    undone = service.undo("anna")
     assert undone["item"] == first and undone["undone"] and not undone["can_undo"] and undone["progress"]["answered"] == 0
-    assert restarted(booth).state("anna")["item"] == first
-    assert booth.undo("anna")["undone"] is False
-    booth.vote("anna", first["ticket"], "right", 1.0)
-    assert [event.answer for event in booth.snapshot()[0]] == ["right"] and booth.snapshot()[1] == 1
-    assert [event.kind for event in booth.store.events()] == ["vote", "undo", "vote"]
+    assert restarted(service).state("anna")["item"] == first
+    assert service.undo("anna")["undone"] is False
+    service.vote("anna", first["ticket"], "right", 1.0)
+    assert [event.answer for event in service.snapshot()[0]] == ["right"] and service.snapshot()[1] == 1
+    assert [event.kind for event in service.store.events()] == ["vote", "undo", "vote"]
 
 
-def test_images_are_the_files_own_bytes_or_png_or_refused(booth):
+def test_images_are_the_files_own_bytes_or_png_or_refused(service):
     for k in range(len(IDS)):
-        ticket = booth._ticket("anna", Asked(k, False))
-        sides = ("right", "left") if booth.plan.swapped("anna", k) else ("left", "right")
-        assert booth.image(ticket, sides[0]) == (picture(2 * k), "image/png")
+        ticket = service._ticket("anna", Asked(k, False))
+        sides = ("right", "left") if service.plan.swapped("anna", k) else ("left", "right")
+        assert service.image(ticket, sides[0]) == (picture(2 * k), "image/png")
         if k == 4:
             with pytest.raises(Refusal, match="row 4 image_1: the image cannot be decoded") as refused:
-                booth.image(ticket, sides[1])
+                service.image(ticket, sides[1])
             assert refused.value.status == 404
             continue
-        data, kind = booth.image(ticket, sides[1])
+        data, kind = service.image(ticket, sides[1])
         if k == 3:
             assert kind == "image/png" and decode_image(data, "here").tobytes() == decode_image(picture(7), "here").tobytes()
         else:

@@ -20,7 +20,7 @@ from dedpo_diffusion.core.records import Labels
 from dedpo_diffusion.labels.files import CALIBRATED, label_origin, read_labels, read_votes, write_labels
 from dedpo_diffusion.pipelines.vote import main
 from dedpo_diffusion.settings import VoteSettings
-from dedpo_diffusion.voting.opening import judge_labels, open_booth
+from dedpo_diffusion.voting.opening import judge_labels, open_service
 from support.pictures import picture
 from support.voting import PAIRS, client_of, command, connect, finish, in_process, make_pairs, post
 
@@ -148,8 +148,8 @@ def test_propensities_of_the_disagreement_order_reach_the_label_file(tmp_path):
         following = pair_of(state["item"])
         assert finish(server)[0] == 0
     labels = read_labels(folder, "human")
-    with open_booth(VoteSettings([folder], order="disagreement", repeats=0, floor=0.2)) as booth:
-        plan, number = booth.plan, booth.poll.number
+    with open_service(VoteSettings([folder], order="disagreement", repeats=0, floor=0.2)) as service:
+        plan, number = service.plan, service.queue.number
     pairs = [number[pair_id] for pair_id in labels.pair_id]
     assert pairs == plan.order[:12] and number[following] == plan.order[12]
     np.testing.assert_allclose(labels.extra["propensity"], np.minimum(1, (0.2 + 0.8 * doubt[pairs]) * plan.keys[plan.order[12]]))
@@ -175,9 +175,9 @@ def test_the_summary_speaks_of_raters_and_judges(tmp_path):
 
 def test_a_slow_image_delays_no_vote_and_a_slow_vote_no_question(tmp_path):
     settings = VoteSettings([make_pairs(tmp_path / "data")], port=0)
-    with in_process(settings) as (booth, url), client_of(url) as client, contextlib.ExitStack() as stack:
+    with in_process(settings) as (service, url), client_of(url) as client, contextlib.ExitStack() as stack:
         item = client.get("/api/next", params={"rater": "anna"}).json()["item"]
-        with booth.image_lock:
+        with service.image_lock:
             images = [stack.enter_context(connect(url)) for _ in range(60)]  # more than there are threads
             for image in images:
                 image.sendall(f"GET {item['left']} HTTP/1.1\r\nHost: {url[7:-1]}\r\nConnection: close\r\n\r\n".encode())
@@ -186,7 +186,7 @@ def test_a_slow_image_delays_no_vote_and_a_slow_vote_no_question(tmp_path):
             assert state["progress"]["answered"] == 1
         assert all(image.recv(12) == b"HTTP/1.1 200" for image in images)
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        with booth.writing:
+        with service.writing:
             waiting = pool.submit(post, client, "/api/vote", rater="anna", ticket=state["item"]["ticket"], answer="tie", seconds=1)
             with client_of(url) as other:
                 assert other.get("/api/next", params={"rater": "ben"}).status_code == 200 and not waiting.done()
@@ -251,6 +251,6 @@ def test_no_acknowledged_vote_is_lost_when_the_server_is_killed_fifty_times(tmp_
     voter.over = True
     voter.there.set()
     voter.join()
-    with open_booth(VoteSettings([folder], repeats=0)) as booth:
-        assert [pair_id for pair_id, _ in stored] == [booth.plan.ids[i] for i in booth.plan.order[: len(stored)]]
+    with open_service(VoteSettings([folder], repeats=0)) as service:
+        assert [pair_id for pair_id, _ in stored] == [service.plan.ids[i] for i in service.plan.order[: len(stored)]]
     assert len(stored) > 50

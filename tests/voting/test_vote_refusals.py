@@ -31,8 +31,8 @@ def last_refusal(folder):
 
 
 PATHS = [
-    "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/static/../booth.py", "/static/%2e%2e/booth.py", "/static/..%2fbooth.py",
-    "/static/%2e%2e%2f%2e%2e%2fpairs.py", "/static/..%5cbooth.py", "/static/....//vote.js", "/static//etc/passwd", "/static/%2fetc",
+    "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/static/../service.py", "/static/%2e%2e/service.py", "/static/..%2fservice.py",
+    "/static/%2e%2e%2f%2e%2e%2fpairs.py", "/static/..%5cservice.py", "/static/....//vote.js", "/static//etc/passwd", "/static/%2fetc",
     "/static/index.html", "/static/vote.js%00.css", "/static/", "/static", "//etc/passwd", "/image/../left", "/image/{t}/../left",
     "/image/{t}/%2e%2e%2fleft", "/image/{t}/up", "/image/{t}", "/image/%2fetc%2fpasswd/left", "/image/00000000000000000000/left",
     "/api/next/", "/api", "http://example.com/x", "/%ff%00", "/index.html", "/docs",

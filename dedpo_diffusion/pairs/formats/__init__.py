@@ -4,7 +4,7 @@ A format module has
 
     WINNER_FIRST = False                          # True: the preferred image stands first, so sides get shuffled
     recognise(columns, row) -> str | None         # in words why rows with these columns, like `row`, are of this format
-    entries(row, where, folder, settings)         # the comparisons of one row, as Entry objects
+    entries(row, where, folder, settings)         # the comparisons of one row, as Comparison objects
 
 and, where it needs more, `open(source, settings) -> Source` (rows that `sources.open_source` cannot find by itself) and
 `NEEDS` (what a source must have, in words, for the message when it has not). Your own tables, whose columns settings may

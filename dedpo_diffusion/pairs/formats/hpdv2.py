@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.pairs.formats.entry import Answer, Entry, ImageSource, better, image_source, is_folder, is_list, number, text
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, ImageSource, better, image_source, is_folder, is_list, number, text
 from dedpo_diffusion.pairs.formats.sources import Source, open_file, open_source, split_file
 from dedpo_diffusion.settings import IngestSettings
 
@@ -65,7 +65,7 @@ def open(source: str, settings: IngestSettings) -> Source:  # the name that impo
     return open_file(file, settings.images or folder, path=source)
 
 
-def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Entry]:
+def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Comparison]:
     """One entry of a train row, one for each two images of a test row.
 
     Raises:
@@ -79,7 +79,7 @@ def entries(row: dict[str, Any], where: str, folder: Path | None, settings: Inge
     average = None if train or row.get("rank") is None else _ranks(row["rank"], len(paths), f"{where}, rank")
     rankings = [_train_ranking(row, len(paths), where)] if train else _people(row, average, len(paths), where)
     for i, j in combinations(range(len(paths)), 2):
-        yield Entry(
+        yield Comparison(
             where,
             prompt,
             (images[i], images[j]),

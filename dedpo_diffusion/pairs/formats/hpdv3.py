@@ -6,7 +6,7 @@
 The layout is that of the README of github.com/MizzenAI/HPSv3.
 
 Traps of the format:
-* path1 is always the preferred image, so intake shuffles the sides.
+* path1 is always the preferred image, so the import shuffles the sides.
 * choice_dist counts votes, but not always in the order of the paths: the authors' own training code sorts it, and gives
   path1 the greater count (`pairwise_dataset.py`). So does this importer. The counts stay as they were in
   source_choice_1 and source_choice_2, and source_choice_reversed says where they were turned; drop those rows if you
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.pairs.formats.entry import Answer, Entry, counted, image_source, number, text
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, counted, image_source, number, text
 from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = True
@@ -37,7 +37,7 @@ def recognise(columns: Collection[str], row: Mapping[str, Any] | None) -> str | 
     return f"columns {', '.join(COLUMNS)}" if set(COLUMNS) <= set(columns) else None
 
 
-def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Entry]:
+def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Comparison]:
     """The one comparison of a row, path1 first.
 
     Raises:
@@ -55,7 +55,7 @@ def entries(row: dict[str, Any], where: str, folder: Path | None, settings: Inge
         answers = _answers(max(choice), min(choice), f"{where}, choice_dist")
         source |= {"choice_1": choice[0], "choice_2": choice[1], "choice_reversed": choice[0] < choice[1]}
     key = "-".join(Path(path).stem for path in paths)
-    yield Entry(where, text(row.get("prompt"), f"{where}, prompt"), (images[0], images[1]), answers, key=key, source=source)
+    yield Comparison(where, text(row.get("prompt"), f"{where}, prompt"), (images[0], images[1]), answers, key=key, source=source)
 
 
 def _choice(value: Any, where: str) -> tuple[float, float] | None:

@@ -29,7 +29,7 @@ from typing import Any
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.tables import open_parquet
-from dedpo_diffusion.pairs.formats.entry import Answer, Entry, better, image_source, is_folder, is_list, number, text
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, better, image_source, is_folder, is_list, number, text
 from dedpo_diffusion.pairs.formats.sources import Located, Row, Source, fingerprint, open_source, split_file
 from dedpo_diffusion.settings import IngestSettings
 
@@ -163,7 +163,7 @@ class Archives:
         return self._open[path]
 
 
-def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Entry]:
+def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Comparison]:
     """An entry for each two images of a prompt.
 
     Raises:
@@ -185,7 +185,7 @@ def entries(row: dict[str, Any], where: str, folder: Path | None, settings: Inge
     for i, j in combinations(range(len(images)), 2):
         key = None if prompt_id is None else f"{prompt_id}-{i}-{j}"
         answers = (Answer(better(found[i], found[j])),)
-        yield Entry(where, prompt, (images[i], images[j]), answers, key=key, source=_source(row, found, i, j, prompt_id))
+        yield Comparison(where, prompt, (images[i], images[j]), answers, key=key, source=_source(row, found, i, j, prompt_id))
 
 
 def _source(row: Mapping[str, Any], ranks: list[float], i: int, j: int, prompt_id: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ Traps of the format:
   which is kept as source_both_good and source_both_bad); toxic_content is no answer (source_toxic).
 * Only answers of status submitted count; drafts and discarded ones do not (source_not_submitted).
 * `evolution` says whether both images were drawn for the simplified or the quality prompt; images.prompt is that one.
-* The binarised set lists the winner first, so intake shuffles the sides; it was made with both_good as a vote for each
+* The binarised set lists the winner first, so the import shuffles the sides; it was made with both_good as a vote for each
   image and without ties.
 """
 
@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.pairs.formats.entry import Answer, Entry, ImageSource, image_source, text
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, ImageSource, image_source, text
 from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
@@ -53,7 +53,7 @@ def recognise(columns: Collection[str], row: Mapping[str, Any] | None) -> str | 
     return f"columns {', '.join(binarised)}" if set(binarised) <= names else None
 
 
-def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Entry]:
+def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Comparison]:
     """The one comparison of a record, with one answer a person.
 
     Raises:
@@ -70,7 +70,7 @@ def entries(row: dict[str, Any], where: str, folder: Path | None, settings: Inge
         answers, prompt, columns = (Answer(1.0),), row.get("prompt"), ("chosen", "rejected")
         values = (row.get("chosen"), row.get("rejected"))
     image_0, image_1 = (_image(value, folder, f"{where}, {column}") for value, column in zip(values, columns, strict=True))
-    yield Entry(where, text(prompt, f"{where}, prompt"), (image_0, image_1), answers, key=key, source=source)
+    yield Comparison(where, text(prompt, f"{where}, prompt"), (image_0, image_1), answers, key=key, source=source)
 
 
 def _field(row: Mapping[str, Any], name: str) -> Any:

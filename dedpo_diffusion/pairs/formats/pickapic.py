@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.pairs.formats.entry import Answer, Entry, image_source, number, text
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, image_source, number, text
 from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
@@ -48,7 +48,7 @@ def recognise(columns: Collection[str], row: Mapping[str, Any] | None) -> str | 
     return f"columns {', '.join(names)}" if set(names) <= set(columns) else None
 
 
-def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Entry]:
+def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Comparison]:
     """The one comparison of a row.
 
     Raises:
@@ -58,7 +58,7 @@ def entries(row: dict[str, Any], where: str, folder: Path | None, settings: Inge
     prompt = next((plain[name] for name in ("original_prompt", "caption") if plain.get(name) is not None), None)
     image_0, image_1 = (image_source(plain.get(name), folder, f"{where}, {name}") for name in IMAGES)
     label, rater = _label(plain, where), _name(plain.get("user_id"))
-    yield Entry(
+    yield Comparison(
         where,
         text(prompt, f"{where}: caption"),
         (image_0, image_1),

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.pairs.formats.entry import Answer, Entry, counted, image_source, number, text
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, counted, image_source, number, text
 from dedpo_diffusion.pairs.formats.sources import Source, listed, open_source
 from dedpo_diffusion.pairs.formats.sources.parquet import ParquetSource
 from dedpo_diffusion.settings import IngestSettings
@@ -70,7 +70,7 @@ def criteria(columns: Collection[str]) -> list[str]:
     return [name for name in found if _shares(name)[1] in columns]
 
 
-def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Entry]:
+def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Comparison]:
     """The one comparison of a row.
 
     Raises:
@@ -87,7 +87,7 @@ def entries(row: dict[str, Any], where: str, folder: Path | None, settings: Inge
     image_0, image_1 = (image_source(row.get(side), folder, f"{where}, {side}") for side in SIDES)
     paths = [str(row[f"{side}_path"]).replace("/", "-") for side in SIDES if row.get(f"{side}_path") is not None]
     key = str(row["id"]) if row.get("id") is not None else "-".join(paths) if len(paths) == 2 else None
-    yield Entry(where, text(row.get("prompt"), f"{where}, prompt"), (image_0, image_1), answers, key=key, source=source)
+    yield Comparison(where, text(row.get("prompt"), f"{where}, prompt"), (image_0, image_1), answers, key=key, source=source)
 
 
 def _shares(criterion: str) -> tuple[str, str]:

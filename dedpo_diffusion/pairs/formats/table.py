@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.pairs.formats.entry import Answer, Entry, ImageSource, counted, image_source, number, text
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, ImageSource, counted, image_source, number, text
 from dedpo_diffusion.pairs.formats.sources import Source
 from dedpo_diffusion.settings import IngestSettings
 
@@ -107,7 +107,7 @@ class Reader:
         self.layout = layout
         self.WINNER_FIRST = layout.kind == "order"
 
-    def entries(self, row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Entry]:
+    def entries(self, row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Comparison]:
         """The one comparison of a row.
 
         Raises:
@@ -119,7 +119,7 @@ class Reader:
             raise UserError(f"{where}: {layout.prompt} is empty; fill it in or remove the row")
         image_0, image_1 = (_image(row.get(name), folder, f"{where}: {name}") for name in layout.images)
         rater = _name(row.get(layout.rater)) if layout.rater else None
-        yield Entry(
+        yield Comparison(
             where,
             prompt,
             (image_0, image_1),

@@ -1,6 +1,6 @@
 """Does the memory of training's input grow with the number of pairs?
 
-    python eval/benchmarks/feed_memory.py --out feed_memory.json
+    python eval/benchmarks/loader_memory.py --out loader_memory.json
 
 Makes datasets of tiny pairs (8 x 8 px PNG, a prompt for every four pairs) with a filled cache of stand-in latents (4 x 8 x 8) and
 embeddings, and reads each in a process of its own as `dedpo train` does: reader, fingerprint, cache, targets, then batches in the order
@@ -31,7 +31,7 @@ SHAPE, TEXT = (4, 8, 8), (4, 8)  # of a latent, and of an embedding
 
 
 @dataclass(frozen=True)
-class FeedMemorySettings:
+class LoaderMemorySettings:
     """Settings of the measurement.
 
     Args:
@@ -97,17 +97,17 @@ def memory(process: int | str = "self") -> dict[str, float]:
     }
 
 
-def read(settings: FeedMemorySettings) -> None:
+def read(settings: LoaderMemorySettings) -> None:
     """Read batches as `dedpo train` does; one JSON line with the memory at every station."""
     import torch
 
     from dedpo_diffusion.dpo.noising import TimestepDraw, draw
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.training.cache import PairCache
-    from dedpo_diffusion.training.data import CachedSource, Feed
+    from dedpo_diffusion.training.data import CachedSource, PairLoader
 
     class Plain:
-        """What `Feed.batch` asks of a model."""
+        """What `PairLoader.batch` asks of a model."""
 
         device = torch.device("cpu")
 
@@ -122,24 +122,24 @@ def read(settings: FeedMemorySettings) -> None:
     stations["reader"] = memory()
     cache = PairCache(settings.read / "cache")
     stations["cache"] = memory()
-    feed, timesteps = (
-        Feed(reader, CachedSource(cache, 4), targets="all", seed=0, sampling="importance", together=settings.batch),
+    loader, timesteps = (
+        PairLoader(reader, CachedSource(cache, 4), targets="all", seed=0, sampling="importance", together=settings.batch),
         TimestepDraw(0, 1000),
     )
-    stations["feed"] = memory()
+    stations["loader"] = memory()
     for step in range(settings.batches):
         draws = draw(0, step, settings.batch, SHAPE, timesteps=timesteps, caption_dropout=0.1)
-        feed.batch(feed.load(step * settings.batch, draws), Plain())  # type: ignore[arg-type]
+        loader.batch(loader.load(step * settings.batch, draws), Plain())  # type: ignore[arg-type]
     stations["batches"] = memory()
     say(json.dumps({"stations": stations, "open_files": len(os.listdir("/proc/self/fd"))}))
 
 
-def measure(folder: Path, settings: FeedMemorySettings) -> dict[str, Any]:
+def measure(folder: Path, settings: LoaderMemorySettings) -> dict[str, Any]:
     """What a process that reads this dataset tells, and its largest memory."""
     command = [sys.executable, __file__, "--read", str(folder), "--batches", str(settings.batches), "--batch", str(settings.batch)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = 0.0
-    while process.poll() is None:
+    while process.queue() is None:
         try:
             peak = max(peak, memory(process.pid)["own"])
         except (OSError, IndexError):  # it has just ended
@@ -151,7 +151,7 @@ def measure(folder: Path, settings: FeedMemorySettings) -> dict[str, Any]:
     return json.loads(told.splitlines()[-1]) | {"peak_own": peak}
 
 
-def run(settings: FeedMemorySettings) -> None:
+def run(settings: LoaderMemorySettings) -> None:
     """Measure the memory of training's input by the number of pairs."""
     from dedpo_diffusion.core.console import UserError
     from dedpo_diffusion.core.files import write_json
@@ -176,10 +176,10 @@ def run(settings: FeedMemorySettings) -> None:
     per_pair = {name: mib * 2**20 / further for name, mib in grown.items()}
     say("bytes a further pair: " + ", ".join(f"{name} {value:.0f}" for name, value in per_pair.items()))
     versions = {name: version(name) for name in ("torch", "safetensors", "pyarrow", "numpy")} | {"python": platform.python_version()}
-    command = f"python eval/benchmarks/feed_memory.py --batches {settings.batches} --batch {settings.batch} --out {settings.out.name}"
+    command = f"python eval/benchmarks/loader_memory.py --batches {settings.batches} --batch {settings.batch} --out {settings.out.name}"
     record = {"command": command, "versions": versions, "cores": os.cpu_count(), "bytes_a_further_pair": per_pair}
     write_json(settings.out, record | {"mib": {str(count): found for count, found in runs.items()}})
 
 
 if __name__ == "__main__":
-    raise SystemExit(stage(FeedMemorySettings, run, None, prog="feed_memory"))
+    raise SystemExit(stage(LoaderMemorySettings, run, None, prog="loader_memory"))

@@ -12,10 +12,10 @@ import torch
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Pair
-from dedpo_diffusion.evaluation.benchmarks.feed_memory import make
+from dedpo_diffusion.evaluation.benchmarks.loader_memory import make
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.training.cache import PairCache
-from dedpo_diffusion.training.data import CachedSource, Feed
+from dedpo_diffusion.training.data import CachedSource, PairLoader
 
 
 def tensors() -> int:
@@ -30,10 +30,10 @@ def read(folder: Path) -> tuple[int, int, int]:
     reader = PairReader(folder)
     reader.fingerprint()
     source = CachedSource(PairCache(folder / "cache"), 4)
-    feed = Feed(reader, source, targets="all", seed=0, sampling="importance", together=4)
+    loader = PairLoader(reader, source, targets="all", seed=0, sampling="importance", together=4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    for row in feed.rows[::5].tolist():
+    for row in loader.rows[::5].tolist():
         source.fetch([row], [row], torch.zeros(1, dtype=torch.bool))
         reader.pair(row)
     return peak, tensors() - before, len(os.listdir("/proc/self/fd")) - files
@@ -63,4 +63,6 @@ def test_a_pair_that_comes_twice_is_still_named(tmp_path):
     shard = tmp_path / "pairs" / "pairs-00000.parquet"
     (tmp_path / "pairs" / "pairs-00001.parquet").write_bytes(shard.read_bytes())
     with pytest.raises(UserError, match="'pair-000000000' stands in"):
-        Feed(PairReader(tmp_path), CachedSource(PairCache(tmp_path / "cache"), 4), targets="all", seed=0, sampling="uniform", together=4)
+        PairLoader(
+            PairReader(tmp_path), CachedSource(PairCache(tmp_path / "cache"), 4), targets="all", seed=0, sampling="uniform", together=4
+        )

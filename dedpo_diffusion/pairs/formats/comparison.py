@@ -24,7 +24,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Comparison:
     """One comparison, in the source's own order of the two images.
 
     Attributes:

@@ -17,7 +17,7 @@ def storage_bytes(tensors: Iterable[Tensor], *, block: int = 1) -> int:
     return sum(-(-storage.nbytes() // block) * block for storage in storages.values())
 
 
-class Tally(TorchDispatchMode):
+class AllocationCounter(TorchDispatchMode):
     """Counts the storages that operations make while it is open, until they are freed.
 
     What lives only inside of a kernel (a convolution's workspace) is not seen. Storages made before do not count.

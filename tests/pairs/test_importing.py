@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.labels.files import label_names, label_origin, read_labels, read_votes, vote_names
 from dedpo_diffusion.pairs.dataset import PairReader
-from dedpo_diffusion.pairs.formats.entry import Answer, Entry, counted, image_source, number, text
-from dedpo_diffusion.pairs.formats.intake import Journal, Ledger, count_lines, take_in
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, counted, image_source, number, text
+from dedpo_diffusion.pairs.formats.importing import Journal, Ledger, count_lines, take_in
 from dedpo_diffusion.settings import IngestSettings
 from support.pictures import picture
 
@@ -41,7 +41,7 @@ def chosen(rows, *, winner_first=False, last=None):
     def entries(row, where, folder, settings):
         if last is not None and where == f"file row {last}":
             raise KeyboardInterrupt
-        return [Entry(where, **entry) for entry in row["entries"]]
+        return [Comparison(where, **entry) for entry in row["entries"]]
 
     return SimpleNamespace(name="mine", module=SimpleNamespace(WINNER_FIRST=winner_first, entries=entries), source=Rows(rows))
 

@@ -1,6 +1,6 @@
 """From a source's comparisons to a pair dataset: policies, sides, duplicates, votes, and a count of everything.
 
-    source row -> Entry -> images read and decoded (threads) -> kept, merged or dropped (in order, counted) -> PairWriter
+    source row -> Comparison -> images read and decoded (threads) -> kept, merged or dropped (in order, counted) -> PairWriter
                                                              -> answers, in terms of the pair's own sides -> labels, votes
 
 Every comparison ends in exactly one count: kept, `duplicates_merged`, or dropped as `identical`, `unlabelled`, `ties` or
@@ -23,12 +23,12 @@ import numpy as np
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import write_json
-from dedpo_diffusion.core.prefetch import ahead
+from dedpo_diffusion.core.prefetch import prefetch
 from dedpo_diffusion.core.records import Pair, Votes
 from dedpo_diffusion.labels.files import aggregate, write_labels, write_votes
 from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pairs.decoding import decode_image
-from dedpo_diffusion.pairs.formats.entry import Answer, Entry
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison
 from dedpo_diffusion.settings import IngestSettings
 
 COUNTS = (
@@ -85,8 +85,8 @@ class Ledger:
 
 
 def comparisons(
-    source: Any, entries: Callable[..., Iterable[Entry]], settings: IngestSettings, start: Place
-) -> Iterator[tuple[Entry | None, Place]]:
+    source: Any, entries: Callable[..., Iterable[Comparison]], settings: IngestSettings, start: Place
+) -> Iterator[tuple[Comparison | None, Place]]:
     """The source's comparisons from `start` on, each with the place behind it; None for a row that holds none."""
     for row, (where, values, folder) in enumerate(source.rows(start.row), start.row):
         skip = start.part if row == start.row else 0
@@ -105,7 +105,7 @@ class Tried:
     def __init__(self) -> None:
         self._good: OrderedDict[bytes, None] = OrderedDict()
 
-    def images(self, entry: Entry) -> Images:
+    def images(self, entry: Comparison) -> Images:
         """Both images of a comparison; an error is returned, not raised."""
         try:
             (data_0, digest_0), (data_1, digest_1) = self._image(entry, 0), self._image(entry, 1)
@@ -113,7 +113,7 @@ class Tried:
             return Images(error=error)
         return Images((data_0, data_1), (digest_0, digest_1))
 
-    def _image(self, entry: Entry, side: int) -> tuple[bytes, bytes]:
+    def _image(self, entry: Comparison, side: int) -> tuple[bytes, bytes]:
         """An image's bytes and their digest."""
         image = entry.images[side]
         where = f"{entry.where}, image {side}" + (f" ({image})" if isinstance(image, Path) else "")
@@ -141,7 +141,7 @@ def _read_file(path: Path | None, where: str) -> bytes:
 # ---- what becomes of a comparison
 
 
-def reasons(entry: Entry) -> list[str]:
+def reasons(entry: Comparison) -> list[str]:
     """What is special about a comparison before its images are seen, and so may drop it: identical, unlabelled, ties."""
     ties = [answer.label_0 == 0.5 for answer in entry.answers]
     found = {"identical": entry.same, "unlabelled": not ties, "ties": bool(ties) and all(ties)}
@@ -154,7 +154,7 @@ def dropped_for(why: list[str], settings: IngestSettings) -> str | None:
     return next((reason for reason in why if policies[reason] == "drop"), None)
 
 
-class Intake:
+class Importer:
     """Takes comparisons one by one into a pair dataset.
 
     Args:
@@ -169,12 +169,12 @@ class Intake:
         self.name, self.settings, self.winner_first, self.writer, self.ledger = name, settings, winner_first, writer, ledger
         self._tried = Tried()
 
-    def images(self, item: tuple[Entry | None, Place]) -> Images:
+    def images(self, item: tuple[Comparison | None, Place]) -> Images:
         """Read and try a comparison's images, unless there is none, or it is dropped whatever they show. Runs in threads."""
         entry, _ = item
         return Images() if entry is None or dropped_for(reasons(entry), self.settings) else self._tried.images(entry)
 
-    def take(self, entry: Entry, images: Images) -> bool:
+    def take(self, entry: Comparison, images: Images) -> bool:
         """Keep, merge or drop one comparison, and count it; True where that finished a shard.
 
         Raises:
@@ -198,7 +198,7 @@ class Intake:
             return False
         return self._keep(entry, images)
 
-    def _keep(self, entry: Entry, images: Images) -> bool:
+    def _keep(self, entry: Comparison, images: Images) -> bool:
         smaller_first = images.digests[0] <= images.digests[1]
         low, high = sorted(images.digests)
         digest = hashlib.blake2b(entry.prompt.encode() + b"\0" + low + high, digest_size=16).hexdigest()
@@ -218,7 +218,7 @@ class Intake:
         source = dict(entry.source) | ({SWAPPED: swap} if self.winner_first else {})
         return self.writer.add(Pair(pair_id, entry.prompt, image_0, image_1, source))
 
-    def _free_id(self, entry: Entry) -> str:
+    def _free_id(self, entry: Comparison) -> str:
         """The pair's id, after the source's own name where it has one; a name that comes again gets a number."""
         number = self.ledger.counts["comparisons"] - 1
         pair_id = f"{self.name}-{number if entry.key is None else entry.key}"
@@ -236,7 +236,7 @@ class Intake:
             self.ledger.answers.append((pair_id, label, answer.votes, answer.rater))
 
 
-def _check_answers(entry: Entry) -> None:
+def _check_answers(entry: Comparison) -> None:
     for answer in entry.answers:
         if not 0 <= answer.label_0 <= 1:
             raise UserError(
@@ -348,11 +348,11 @@ def take_in(
         UserError: bad rows or images, or no pair kept.
     """
     with PairWriter(folder, shard_pairs=settings.shard_pairs, goes_on=journal.shards()) as writer:
-        intake = Intake(chosen.name, settings, winner_first=shuffles(chosen), writer=writer, ledger=ledger)
+        importer = Importer(chosen.name, settings, winner_first=shuffles(chosen), writer=writer, ledger=ledger)
         found = comparisons(chosen.source, chosen.module.entries, settings, ledger.place)
         workers = settings.workers or os.cpu_count() or 1
-        for (entry, behind), images in ahead(found, intake.images, workers=workers, depth=AHEAD * workers):
-            finished = entry is not None and intake.take(entry, images)
+        for (entry, behind), images in prefetch(found, importer.images, workers=workers, depth=AHEAD * workers):
+            finished = entry is not None and importer.take(entry, images)
             ledger.counts["empty_rows"] += entry is None
             advance(behind.row - ledger.place.row)
             ledger.place = behind
