@@ -3,7 +3,7 @@
     python eval/benchmarks/memory.py --out memory.json
 
 A `Backbone` of the published size (`random_models.py`), `preference_step`, backward, clipping and the optimizer run under torch's
-FakeTensorMode, and `AllocationCounter` counts the storages that are alive, in blocks of 512 bytes as torch's allocator for CUDA makes them. Fake
+FakeTensorMode, and `AllocationCounter` counts the storages that are alive, in blocks of 512 bytes as torch's allocator for CUDA does. Fake
 tensors of a CUDA device cannot run backward on a machine without one, so they are those of a processor, made to follow the rules of CUDA:
 attention keeps queries, keys, values, output and log-sum-exp (the flash and memory-efficient kernels), and autocast computes norms in
 float32. A test compares the forward pass under those rules with autocast on fake CUDA tensors, and the count with a real run.
@@ -187,8 +187,8 @@ def by_config(name: str, *, stored: bool) -> dict[str, Any]:
     import torch
     import yaml
 
-    from dedpo_diffusion.evaluation.benchmarks.random_models import SIZES, random_backbone
     from dedpo_diffusion.evaluation.benchmarks.allocations import AllocationCounter
+    from dedpo_diffusion.evaluation.benchmarks.random_models import SIZES, random_backbone
 
     told = yaml.safe_load((files("dedpo_diffusion.configs") / f"{name}.yaml").read_text(encoding="utf-8"))
     kind, optim, size = MODELS[told["model"]], told["optim"], told["data"]["size"]

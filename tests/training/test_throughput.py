@@ -18,8 +18,8 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import PairBatch
 from dedpo_diffusion.dpo.step import preference_step
 from dedpo_diffusion.evaluation.benchmarks import memory, random_models, throughput, throughput_arms
-from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
 from dedpo_diffusion.evaluation.benchmarks.allocations import AllocationCounter, storage_bytes
+from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
 from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings, count_flop, ratio
 from dedpo_diffusion.models import tiny
 from dedpo_diffusion.models.backbone import Backbone
