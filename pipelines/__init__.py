@@ -1,4 +1,8 @@
-"""`dedpo <stage>`: finds the stage, imports it late, passes the arguments on."""
+"""The stages, one file each, and the `dedpo` command, which finds a stage, imports it late and passes the arguments on.
+
+Public: main, STAGES.
+May import: every room.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Comparison point of the `dedpo` command; returns the exit code."""
+    """Entry point of the `dedpo` command; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

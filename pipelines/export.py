@@ -285,7 +285,7 @@ def _size(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Comparison point."""
+    """Entry point."""
     return stage(ExportSettings, run, argv, prog="dedpo export", positional=("source",), flags={"add": "add"})
 
 

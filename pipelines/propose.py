@@ -60,7 +60,7 @@ def run(settings: ProposeSettings) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Comparison point."""
+    """Entry point."""
     return stage(ProposeSettings, run, argv, prog="dedpo propose", flags={"categories": "categories"})
 
 

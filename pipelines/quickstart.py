@@ -198,7 +198,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Comparison point."""
+    """Entry point."""
     return stage(QuickstartSettings, run, argv, prog="dedpo quickstart")
 
 

@@ -44,7 +44,7 @@ def run(settings: SampleSettings) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Comparison point."""
+    """Entry point."""
     flags = {name: name for name in ("categories", "lora", "strength")}
     return stage(SampleSettings, run, argv, prog="dedpo sample", flags=flags)
 

@@ -284,7 +284,7 @@ def run(settings: TrainSettings) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Comparison point."""
+    """Entry point."""
     return stage(TrainSettings, run, argv, prog="dedpo train")
 
 

@@ -20,6 +20,9 @@ unbiased up to terms of order 1 / labels. Several judges have one power each; st
     report.py      the report and its sentences
     propensity.py  probabilities of being labelled, estimated
     exact.py       the power from whole gradients: a slow reference
+
+Public: merge_labels, Merged, power_cap, estimate_propensity, inverse_propensity, group_strata.
+May import: nothing of this project.
 """
 
 from __future__ import annotations

@@ -1,0 +1,5 @@
+"""Images from models, paired by seed, that say how they were made; the prompt sets, with their licences.
+
+Public: sampler.sample_folder, png, prompts.read_prompts.
+May import: core, models, pairs, weights.
+"""

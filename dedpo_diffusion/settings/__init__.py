@@ -1,6 +1,9 @@
 """The configuration of every stage, one dataclass each, and nothing else.
 
 Field descriptions are the command line's help. Paths are relative to the working folder.
+
+Public: TrainSettings, MergeSettings, LabelSettings and the others, one a stage.
+May import: nothing of this project.
 """
 
 from __future__ import annotations

@@ -1,1 +1,5 @@
-"""The embedded world: prompts, renderer, true preference and simulated human of "Shapes"."""
+"""The embedded world: prompts, renderer, true preference and simulated human of "Shapes", and the small Stable Diffusion trained on it.
+
+Public: world.render, oracle, human, pretrain.
+May import: core, weights.
+"""

@@ -1,4 +1,7 @@
-"""LoRAs and checkpoints <-> the files that other programs load.
+"""What was trained, and the files that other programs load: run folders, checkpoints, LoRAs in every layout, model cards.
+
+Public: run_folder.open_run, checkpoints.save_checkpoint, source, lora.Lora, algebra, kohya, diffusers_layout, inspection, card.
+May import: core, models, settings.
 
 | file | what it is |
 |---|---|

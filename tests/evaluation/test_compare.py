@@ -245,7 +245,7 @@ def test_folders_that_make_no_comparison(arms, tmp_path):
 
 
 def test_one_prompt_tells_nothing_of_others(tmp_path, monkeypatch):
-    monkeypatch.setattr("test_score.PROMPTS", PROMPTS[:1])
+    monkeypatch.setattr("support.samples.PROMPTS", PROMPTS[:1])
     both = [put_scores(write_samples(tmp_path / name), truth=BASE[:2]) for name in "ab"]
     with pytest.raises(UserError, match="one prompt only"):
         compare(settings(both))

@@ -94,7 +94,7 @@ def test_the_carried_model_is_small_and_in_the_ordinary_layout():
 
 
 def test_vae_reconstructs_held_out_renders():
-    from dedpo_diffusion.pipelines.shapes_pretrain import pixels_of
+    from dedpo_diffusion.shapes.pretrain import pixels_of
 
     vae = Backbone("shapes", device=torch.device("cpu")).vae
     images = pixels_of(scenes(77, 64))

@@ -23,7 +23,7 @@ def build_judge(folder: Path, seed: int = 0) -> Path:
     """A CLIPModel with random weights and its processor, in PickScore's file format."""
     from transformers import CLIPConfig, CLIPModel
 
-    from dedpo_diffusion.pipelines.shapes_pretrain import TOKENS, build_tokenizer, judge_processor
+    from dedpo_diffusion.shapes.pretrain import TOKENS, build_tokenizer, judge_processor
 
     tokenizer = build_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

@@ -19,7 +19,7 @@ def build_tiny_model(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from dedpo_diffusion.pipelines.shapes_pretrain import build_tokenizer
+    from dedpo_diffusion.shapes.pretrain import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "tokenizer-work")

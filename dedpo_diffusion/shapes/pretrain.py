@@ -1,6 +1,6 @@
 """Train the embedded world's models from nothing: VAE, then CLIP judge, then text encoder and UNet.
 
-    python pipelines/shapes_pretrain.py --out dedpo_diffusion/shapes/model
+    python -m dedpo_diffusion.shapes.pretrain --out dedpo_diffusion/shapes/model
 
 Writes an ordinary diffusers folder (`OUT`) and, in `OUT/judge`, a CLIPModel with its processor in the file format of
 PickScore. Every draw is a function of (seed, step); a killed run goes on at its last checkpoint in `WORK`.
@@ -42,7 +42,7 @@ class PretrainSettings:
     """
 
     out: Path
-    work: Path = Path("runs/shapes_pretrain")
+    work: Path = Path("runs/shapes")
     seed: int = 0
     vae_steps: int = 8000
     judge_steps: int = 1200
@@ -313,8 +313,8 @@ def run(settings: PretrainSettings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Comparison point."""
-    return stage(PretrainSettings, run, argv, prog="shapes_pretrain.py")
+    """Entry point."""
+    return stage(PretrainSettings, run, argv, prog="python -m dedpo_diffusion.shapes.pretrain")
 
 
 if __name__ == "__main__":
