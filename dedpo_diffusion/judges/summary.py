@@ -99,7 +99,7 @@ def summarise(
         if "propensity" in people.extra:
             found["sentences"].append("All figures are those on the labelled pairs, which were not drawn at random; they are not weighted.")
         counts = {"all": len(ids), "labelled": labelled, "looked_at": len(rows), "unanswered": len(rows) - answered[name], "seed": seed}
-        about = {"name": name, "judge_version": judge.version, "validity": judge.validity, "pairs": counts}
+        about: dict[str, Any] = {"name": name, "judge_version": judge.version, "validity": judge.validity, "pairs": counts}
         about |= {"human": {"file": f"labels/{path.name}", "sha256": file_digest(path)}, "propensities": "propensity" in people.extra}
         reports[name] = about | found | _kept(pairs, name, judge.version) | (extra or {}).get(name, {})
     _write(pairs, human, reports)

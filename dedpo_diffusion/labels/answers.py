@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.settings import MergeSettings
@@ -103,8 +103,8 @@ class Answers:
         """Those of some pairs."""
         if rows.all():
             return self
-        arrays = {name: getattr(self, name) for name in ("human", "judges", "propensity", "strata")}
-        chosen = {name: None if values is None else values[rows] for name, values in arrays.items()}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("human", "judges", "propensity", "strata")}
+        chosen: dict[str, Any] = {name: None if values is None else values[rows] for name, values in arrays.items()}
         return dataclasses.replace(self, sources={name: values[rows] for name, values in self.sources.items()}, **chosen)
 
     def judged(self) -> np.ndarray | None:

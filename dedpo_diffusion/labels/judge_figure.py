@@ -19,7 +19,7 @@ INCHES, DOTS = (14.0, 9.0), 100  # 1400 x 900 pixels
 MOST = 10  # lines of one panel
 LONG = 18  # letters of a label
 LEGEND = "blue: beyond chance; hollow: it overlooks what people dislike, or errs at random"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.5, "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": RULE, "axes.facecolor": PANEL,
     "axes.titlesize": 12, "axes.titlelocation": "left", "axes.titlepad": 10, "axes.axisbelow": True, "axes.grid": True,
     "grid.color": RULE, "grid.linewidth": 0.8, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": SOFT,
@@ -153,7 +153,8 @@ def _poles(name: str) -> tuple[str, str]:
 
 
 def _line(axes: Axes, row: int, stat: dict[str, Any], colours: tuple[str, str], *, filled: bool = True) -> None:
-    style = {"fmt": "o", "color": colours[0], "ecolor": colours[1], "elinewidth": 3, "markersize": 6.5, "markeredgewidth": 1.8}
+    style: dict[str, Any] = {"fmt": "o", "color": colours[0], "ecolor": colours[1]}
+    style |= {"elinewidth": 3, "markersize": 6.5, "markeredgewidth": 1.8}
     ends = reach(stat["value"], stat["ci"])
     axes.errorbar(stat["value"], row, xerr=ends, markerfacecolor=colours[0] if filled else PANEL, **style)
 

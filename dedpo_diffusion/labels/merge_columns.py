@@ -123,8 +123,9 @@ def features(answers: Answers) -> dict[str, np.ndarray]:
     from dedpo_diffusion.labels.warnings import MOST
 
     judged = answers.judged()
-    found = {}
-    for k, name in enumerate(answers.names if judged is not None else []):
+    found: dict[str, np.ndarray] = {}
+    for k, name in enumerate([] if judged is None else answers.names):
+        assert judged is not None
         found |= {f"label of {name}": judged[:, k], f"confidence of {name}": np.abs(judged[:, k] - 0.5)}
     if answers.strata is not None and len(answers.strata_names) <= MOST:
         found |= {f"stratum {name}": (answers.strata == k).astype(float) for k, name in enumerate(answers.strata_names)}

@@ -86,7 +86,8 @@ def not_at_random(answers: Answers, labelled: np.ndarray, merged: Merged) -> lis
     if not 0 < labelled.sum() < len(labelled):
         return []
     columns: dict[str, Any] = {}
-    for k, name in enumerate(answers.names if answers.judges is not None else []):
+    for k, name in enumerate([] if answers.judges is None else answers.names):
+        assert answers.judges is not None
         given = answers.judges[:, k]
         columns |= {f"the label of {name}": given, f"the confidence of {name}": np.abs(given - 0.5)}
     columns |= answers.sources

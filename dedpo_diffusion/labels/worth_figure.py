@@ -44,8 +44,9 @@ def draw(report: dict[str, Any], path: Path, title: str) -> Path:
         for place, draws in enumerate((_now, _more_labels, _better_judge)):
             draws(figure.add_subplot(top[0, place]), report)
         low = figure.add_gridspec(1, 2, left=0.185, right=0.97, top=1 - 6.0 / height, bottom=0.75 / height, wspace=0.4)
-        for place, draws in enumerate(rows):
-            draws([figure.add_subplot(part) for part in low[0, place].subgridspec(1, 2, wspace=0.16)], report)
+        for place, draws_two in enumerate(rows):
+            halves = low[0, place].subgridspec(1, 2, wspace=0.16)
+            draws_two([figure.add_subplot(halves[0, k]) for k in (0, 1)], report)
         with atomic_file(path) as temporary:
             canvas.print_png(str(temporary))
     return path
@@ -90,9 +91,9 @@ def _now(axes: Axes, report: dict[str, Any]) -> None:
     lines = [line for line in lines if line[1]["value"] is not None]
     for row, (_, entry) in enumerate(lines):
         mine = row == len(lines) - 1
-        style = {"color": BLUE if mine else SOFT, "ecolor": PALE if mine else RULE, "elinewidth": 4, "markersize": 8}
+        style: dict[str, Any] = {"color": BLUE if mine else SOFT, "ecolor": PALE if mine else RULE, "elinewidth": 4, "markersize": 8}
         axes.errorbar(entry["value"], row, xerr=reach(entry["value"], entry.get("ci")), fmt="o", **style)
-        words = {"fontweight": "bold" if mine else "normal", "bbox": {"facecolor": PANEL, "edgecolor": "none", "pad": 1.5}}
+        words: dict[str, Any] = {"fontweight": "bold" if mine else "normal", "bbox": {"facecolor": PANEL, "edgecolor": "none", "pad": 1.5}}
         axes.text(entry["value"], row - 0.16, f"{entry['value']:.0f}", ha="center", va="bottom", color=INK, **words)
     _rows(axes, [name for name, _ in lines])
     axes.axvline(alone, color=SOFT, linewidth=1, linestyle=DASHED)
@@ -119,7 +120,7 @@ def _better_judge(axes: Axes, report: dict[str, Any]) -> None:
     axes.plot(curve["agreement"], curve["value"], color=BLUE, linewidth=2)
     axes.axhline(_alone(report), color=SOFT, linewidth=1, linestyle=DASHED)
     if known["value"] is not None and here["value"] is not None:
-        bars = {"xerr": reach(known["value"], known.get("ci")), "yerr": reach(here["value"], here.get("ci"))}
+        bars: dict[str, Any] = {"xerr": reach(known["value"], known.get("ci")), "yerr": reach(here["value"], here.get("ci"))}
         axes.errorbar(known["value"], here["value"], **DOT, **bars)
         axes.text(0.03, 0.95, "dot: this judge, now", transform=axes.transAxes, va="top", color=SOFT)
     low = min(0.5, (known["ci"] or [0.5])[0])

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.settings import LoraSettings, ObjectiveSettings, TrainSettings
@@ -71,7 +71,7 @@ def set_up(settings: TrainSettings) -> Session:
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
-    hosts = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     session = Session(settings, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts)
     if validation is not None:
         validation.begin(session)

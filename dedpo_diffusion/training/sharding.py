@@ -165,7 +165,7 @@ class SharedMoments:
         for number, parameter in enumerate(self.parameters):
             safe_set_full_fp32_param(parameter, parameter.detach())
             held["step"] = stored["state"][number]["step"].to(flat.device if group["fused"] else "cpu")  # where AdamW looks for it
-            where = parameter._hp_mapping
+            where = parameter._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed
             if where is None:  # another process's
                 continue
             whole, own = where.lp_fragment_address, where.hp_fragment_address

@@ -76,7 +76,8 @@ def open_service(settings: VoteSettings) -> Iterator[VoteService]:
 
     folder, name = settings.folders[0], voting_name(settings)
     reader = PairReader(folder)
-    ids, weights, judges = reader.ids(), None, {}
+    ids, weights = reader.ids(), None
+    judges: dict[str, str] = {}
     if is_new(settings):
         check_name(folder, name)
     if settings.order == "disagreement":

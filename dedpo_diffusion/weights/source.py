@@ -154,9 +154,9 @@ def _open_run(settings: ExportSettings) -> Source:
     lora = None
     if trained.get("weights", "lora") == "lora":
         lora = from_parameters(parameters, alpha=trained["lora"]["alpha"], rslora=trained["lora"].get("rslora", False))
-    given = (settings.model, settings.model_config) if settings.model else (trained["model"], trained.get("model_config"))
+    model, config = (settings.model, settings.model_config) if settings.model else (trained["model"], trained.get("model_config"))
     title = Path(trained.get("out", run)).name
-    return Source(title, lora, parameters if lora is None else None, *given, {**trained, "step": step}, digests(run, trained))
+    return Source(title, lora, parameters if lora is None else None, model, config, {**trained, "step": step}, digests(run, trained))
 
 
 def run_settings(run: Path) -> dict[str, Any]:
