@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dedpo_diffusion.bases import own_memory
 from dedpo_diffusion.checkpoints import save_checkpoint
 from dedpo_diffusion.models import Backbone
 from dedpo_diffusion.runs import checkpoint_folder, open_run
@@ -64,10 +65,10 @@ def whole_run(base: Path, folder: Path, *, data: Path) -> Path:
 
 
 def pipeline(base: Path, lora: Path | None = None):
-    """Plain diffusers."""
+    """Plain diffusers, the weights where torch would lay them, so that bits can be compared."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe = own_memory(DiffusionPipeline.from_pretrained(base))
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         pipe.load_lora_weights(lora.parent, weight_name=lora.name)
