@@ -197,7 +197,8 @@ def votes_left_out(base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Se
 
 def _changed(number: int, path: Path, folders: Sequence[Path]) -> str:
     folder = " and ".join(map(str, folders))
-    return f"{counted(number, 'vote')} in {path} are of other images than {folder} holds now, and do not count; vote again, with another --name."
+    what = f"{counted(number, 'vote')} in {path} are of other images than {folder} holds now, and do not count"
+    return f"{what}; vote again, with another --name."
 
 
 def _unwritten(path: Path, base: Path, base_rows: Sequence[Row], arm: Path, arm_rows: Sequence[Row]) -> str | None:
