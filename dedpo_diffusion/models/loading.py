@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.models.single_file import family
@@ -124,4 +125,17 @@ def _checked(pipe: Any, name: str) -> Any:
     channels = pipe.unet.config.in_channels
     if channels != pipe.vae.config.latent_channels:
         raise UserError(f"{name}: its UNet takes {channels} channels, so it is no text-to-image model (inpainting?); give the base model")
+    return own_memory(pipe)
+
+
+def own_memory(pipe: Any) -> Any:
+    """Copy all weights of a pipeline, in place, into memory of torch's own, and return it.
+
+    As they are loaded they lie in the mapped file, wherever its header ends, and kernels round by the address (a multiple of 64 bytes or
+    none): the same weights of a folder and of a single file would predict differently in the last bit.
+    """
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            for value in (*part.parameters(), *part.buffers()):
+                value.data = value.data.clone(memory_format=torch.contiguous_format)
     return pipe

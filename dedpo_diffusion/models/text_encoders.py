@@ -75,11 +75,12 @@ class TextEncoders(nn.Module):
         Args:
             options: of peft's LoraConfig.
         """
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         for number, encoder in enumerate(self.encoders):
             left_out = last_layer(encoder) if self.two and number == 0 else None
-            encoder.add_adapter(LoraConfig(target_modules=list(ATTENTION), exclude_modules=left_out, **options))
+            config = LoraConfig(target_modules=list(ATTENTION), exclude_modules=left_out, **options)
+            inject_adapter_in_model(config, encoder)  # the encoder's own add_adapter asks for a peft that may not be out yet
         self.adapted = True
 
     def adapters(self) -> dict[str, nn.Parameter]:
@@ -93,11 +94,13 @@ class TextEncoders(nn.Module):
 
     def switch(self, on: bool) -> None:
         """Put the adapters on or off."""
-        for encoder in self.encoders if self.adapted else ():
-            if on:
-                encoder.enable_adapters()
-            else:
-                encoder.disable_adapters()
+        if not self.adapted:
+            return
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in self.encoders.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(on)
 
 
 def chunks(values: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:

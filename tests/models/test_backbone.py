@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning, PairBatch
@@ -17,6 +18,7 @@ from dedpo_diffusion.models import tiny
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.models.loading import load_pipeline
 from dedpo_diffusion.pairs.pixels import pair_views
+from support.adapters import embeddings, image
 
 CPU = torch.device("cpu")
 PROMPTS = ["a small red circle", "a large cross"]
@@ -92,6 +94,21 @@ def test_a_single_file_is_the_folder_bit_for_bit(folders, kind, tmp_path):
     assert one.fingerprint == folder.fingerprint
     batch, t, _ = inputs(folder)
     assert torch.equal(one.predict(batch.latents, t, batch.conditioning), folder.predict(batch.latents, t, batch.conditioning))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_weights_lie_where_torch_lays_them_wherever_they_come_from(folders, kind, tmp_path):
+    """Kernels round otherwise at addresses that are no multiple of 64 bytes, as those in a mapped file; most plainly on one thread."""
+    assert torch.get_num_threads() == 1
+    file = tiny.single_file(folders[kind], tmp_path / "model.safetensors")
+    pipes = load_pipeline(str(folders[kind])), load_pipeline(str(file), config=str(folders[kind]))
+    for pipe in pipes:
+        for part in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
+            for name, value in (*part.named_parameters(), *part.named_buffers()):
+                assert value.data_ptr() % 64 == 0 and value.is_contiguous(), name
+                assert value.untyped_storage().nbytes() == value.nbytes, name  # it shares no memory
+    assert torch.equal(*(embeddings(pipe) for pipe in pipes))
+    assert torch.equal(*(image(pipe) for pipe in pipes))
 
 
 def test_a_folder_that_holds_half_precision_alone_is_read_in_float32(tmp_path):

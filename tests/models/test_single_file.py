@@ -14,6 +14,7 @@ from torch import nn
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models import tiny
+from dedpo_diffusion.models.loading import own_memory
 from dedpo_diffusion.models.single_file import family, to_single_file
 
 FAMILY = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
@@ -36,7 +37,7 @@ def model(request, tmp_path_factory):
     """A kind, its folder, and a pipeline of that form whose every number is another one: no two tensors can be mistaken for each other."""
     kind = request.param
     folder = tiny.build(tmp_path_factory.mktemp(kind) / "model", kind)
-    pipe = pipeline_class(kind).from_pretrained(folder)
+    pipe = own_memory(pipeline_class(kind).from_pretrained(folder))
     generator = torch.Generator().manual_seed(1)
     for part in parts(pipe).values():
         for parameter in part.parameters():
@@ -67,7 +68,9 @@ def test_diffusers_reads_back_every_bit(model, tmp_path, dtype):
 def test_the_unet_read_back_computes_the_same(model, tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(to_single_file(**parts(model.pipe)), file)
-    read = pipeline_class(model.kind).from_single_file(str(file), config=str(model.folder), local_files_only=True, dtype=torch.float32)
+    read = own_memory(
+        pipeline_class(model.kind).from_single_file(str(file), config=str(model.folder), local_files_only=True, dtype=torch.float32)
+    )
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, 4, 8, 8, generator=generator)
     text = torch.randn(2, 5, model.pipe.unet.config.cross_attention_dim, generator=generator)

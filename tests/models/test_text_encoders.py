@@ -67,6 +67,22 @@ def test_an_adapter_changes_what_it_gives_and_leaves_the_plain_prompt_alone(mode
         assert ((moved.pooled - before.pooled).abs().amax(dim=1) > 1e-3)[said].all()
 
 
+def test_adapters_are_peft_s_and_alone_are_trained(folders, monkeypatch):
+    """Transformers' own adapters ask for a version of peft that may not be out yet."""
+
+    def refuse(min_version):
+        raise AssertionError(f"peft {min_version} is asked for")
+
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", refuse, raising=False)
+    model = Backbone(str(folders["sdxl"]), device=torch.device("cpu"))
+    model.add_lora(rank=2, alpha=2, text=True)
+    trained = {name for name, value in model.text.named_parameters() if value.requires_grad}
+    assert trained == {name for name, _ in model.text.named_parameters() if "lora_" in name} != set()
+    with model.reference():
+        assert not any(value.requires_grad for value in model.text.parameters())
+    assert trained == {name for name, value in model.text.named_parameters() if value.requires_grad}
+
+
 def test_every_adapted_layer_of_the_encoders_gets_a_gradient(model):
     """Several processes wait for the gradient of every parameter."""
     model.add_lora(rank=2, alpha=2, text=True)

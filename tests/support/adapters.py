@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dedpo_diffusion.models.backbone import Backbone
+from dedpo_diffusion.models.loading import own_memory
 from dedpo_diffusion.settings import DataSettings, LoraSettings, TrainSettings
 from dedpo_diffusion.weights import from_parameters, to_diffusers
 from dedpo_diffusion.weights.checkpoints import save_checkpoint
@@ -64,10 +65,10 @@ def whole_run(base: Path, folder: Path, *, data: Path) -> Path:
 
 
 def pipeline(base: Path, lora: Path | None = None):
-    """Plain diffusers."""
+    """Plain diffusers, the weights where torch would lay them, so that bits can be compared."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe = own_memory(DiffusionPipeline.from_pretrained(base))
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         pipe.load_lora_weights(lora.parent, weight_name=lora.name)

@@ -34,13 +34,13 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("kind", "full"), [("sdxl", False), ("sd15", False), ("sd15", True)])
 def test_published_step_computes_our_loss_and_gradient(folders, tmp_path, kind, full):
     """From the same image files, with the same draws, by two routes that share no code but the networks."""
+    torch.manual_seed(3)  # the adapters are drawn, too
     reader = PairReader(tiny.write_pairs(tmp_path, "some", count=4))
     model, preferred = Backbone(str(folders[kind]), device=CPU), np.array([0, 1, 1, 0])
     examples = Examples(reader, preferred, model.text.tokenizers, tiny.SIDE, flip=False)
     settings = {"rank": 2, "batch": 4, "beta": 500.0, "learning_rate": 1e-3, "checkpointing": False}
     published = PublishedStep(model, examples, full=full, **settings)
     model.train_all(reference=True) if full else model.add_lora(rank=2, alpha=2)
-    torch.manual_seed(3)
     theirs = dict(published.unet.named_parameters())
     for name, parameter in model.trainable().items():  # a policy that has left the reference
         parameter.data += (0.01 if full else 0.3) * torch.randn_like(parameter)
@@ -67,9 +67,12 @@ def test_published_step_computes_our_loss_and_gradient(folders, tmp_path, kind, 
 
     assert abs(loss.item() - 0.6931) > 0.01
     torch.testing.assert_close(result.loss.mean(), loss, rtol=1e-4, atol=1e-5)
+    # what flows back to a layer is rounded by the size of all of it, however little of it is left in the layer's own gradient: in 25 draws
+    # of the adapters, gaps above a thousandth of that were up to 15 float32 eps of the largest gradient
+    rounding = 32 * torch.finfo(torch.float32).eps * max(parameter.grad.abs().max().item() for parameter in model.trainable().values())
     for name, parameter in model.trainable().items():
         scale = theirs[name].grad.abs().max().item()
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-3 * scale + 1e-7)
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-3 * scale + rounding)
 
 
 def settings(tmp_path):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dedpo_diffusion.core.files import file_digest
+from dedpo_diffusion.models.loading import own_memory
 from dedpo_diffusion.pipelines import export
 from dedpo_diffusion.weights import from_parameters, read_lora_file
 from support.adapters import adapted, as_run, embeddings, image, live_embeddings, pipeline, prediction, whole_run
@@ -72,7 +73,7 @@ def test_everything_that_is_written_is_the_trained_model(runs, tmp_path, kind, c
     assert f"a kohya LoRA for {'sdxl' if kind == 'sdxl' else 'sd1'}, {3 * layers} tensors, rank 8, alpha " in said and "step 7" in said
 
     folder, base = pipeline(merged), pipeline(it.base)
-    file = type(folder).from_single_file(str(single), config=str(it.base), local_files_only=True, dtype=torch.float32)
+    file = own_memory(type(folder).from_single_file(str(single), config=str(it.base), local_files_only=True, dtype=torch.float32))
     weights = by_hand(kohya, base)
     assert len(weights) == layers
     for part in ("unet", "text_encoder", "text_encoder_2"):
