@@ -31,7 +31,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Comparison point of the `dedpo` command; returns the exit code."""
+    """Entry point of the `dedpo` command; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
