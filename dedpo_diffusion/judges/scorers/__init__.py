@@ -92,7 +92,8 @@ def load_scorer(spec: str, *, device: str | None, batch: int, dtype: str = "floa
         dtype: precision of the model's towers, one of DTYPES; norms, products and heads are float32 always.
 
     Raises:
-        UserError: unknown name, one that two packages offer or that cannot be imported, a location without fitting weights, a batch below 1, or an unknown precision.
+        UserError: unknown name, one that two packages offer or that cannot be imported, a location without fitting weights, a batch
+            below 1, or an unknown precision.
     """
     name, _, location = spec.partition("=")
     entry = plugins.find(name, [plugins.SCORERS], SCORERS)
