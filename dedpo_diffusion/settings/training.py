@@ -98,7 +98,7 @@ class ObjectiveSettings:
         power: fixed keeps the power that `dedpo merge` chose; adaptive estimates it anew while margins grow, by a moving average, for
             the kind sigmoid alone.
         power_decay: of that moving average, for each step.
-        max_overshoot: bound A of how far a labelled target is stretched by a power that follows.
+        max_overshoot: bound A of how far a labelled target is stretched by an adaptive power.
     """
 
     beta: float = 2000.0

@@ -12,7 +12,7 @@ import pytest
 from dedpo_diffusion.labels.files import read_labels
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image
-from support.pictures import picture
+from support.pictures import picture, write_pairs
 from support.training import arguments
 from support.worked_examples import changed_house, dedpo, extras, install, wheel
 
@@ -133,4 +133,5 @@ def troubled(tmp_path_factory) -> Path:
     ids=["built-in", "two packages", "not imported", "something else", "unknown"],
 )
 def test_a_package_in_trouble_is_named_in_one_line(troubled, tmp_path, words, said):
+    write_pairs(tmp_path / "PAIRS", 2)
     assert said in refused(*words, path=troubled, folder=tmp_path)
