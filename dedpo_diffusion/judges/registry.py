@@ -56,7 +56,7 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
         )
     if entry is None and name not in SCORERS:
         known = plugins.known(name, [*SCORERS, *JUDGES], plugins.JUDGES, plugins.SCORERS)
-        raise UserError(f"there is no judge {name!r} (as name or name=location); {known}")
+        raise UserError(f"there is no judge {name!r}; {known} (as name or name=location)")
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
 
     scorer = load_scorer(spec, device=settings.device, batch=2 * settings.batch, dtype=settings.dtype)

@@ -98,7 +98,7 @@ def load_scorer(spec: str, *, device: str | None, batch: int, dtype: str = "floa
     name, _, location = spec.partition("=")
     entry = plugins.find(name, [plugins.SCORERS], SCORERS)
     if entry is None and name not in SCORERS:
-        raise UserError(f"there is no scorer {name!r} (as name or name=location); {plugins.known(name, SCORERS, plugins.SCORERS)}")
+        raise UserError(f"there is no scorer {name!r}; {plugins.known(name, SCORERS, plugins.SCORERS)} (as name or name=location)")
     check_options(batch, dtype)
     make = SCORERS[name] if entry is None else plugins.load(entry, callable, "a function or class that makes a scorer")
     return make(location or None, device=device, batch=batch, dtype=dtype)
