@@ -21,6 +21,7 @@ from dedpo_diffusion import weights
 from dedpo_diffusion.core import console
 
 ROOT = Path(__file__).resolve().parents[1]
+WHOLE = re.compile(r"^<!-- the file (\S+) -->$", re.M)
 OUTSIDE = re.compile(r"\]\((\.\./[^)#\s]+)")
 STAGES, NAMES = "<!-- every stage -->", "<!-- every public name -->"
 
@@ -42,7 +43,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Put the reference where a page asks for it."""
+    """Put the reference, or the text of a file of the repository, where a page asks for it."""
+    markdown = WHOLE.sub(lambda match: (ROOT / match[1]).read_text(encoding="utf-8"), markdown)
     if STAGES in markdown:
         markdown = markdown.replace(STAGES, "\n".join(stages()))
     return markdown.replace(NAMES, "\n\n".join(f"::: {name}" for name in public_names()))

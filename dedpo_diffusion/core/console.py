@@ -85,6 +85,8 @@ def stage(
             extra |= _default(field)
         parser.add_argument(f"--{name}" if name in flags else name, type=hint, help=documented.get(field.name, ""), **extra)
     parser.add_class_arguments(settings, skip={*positional, *flags.values()}, fail_untyped=True)
+    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        _tell_plugins(parser, settings, {field: name for name, field in flags.items()})
     parsed = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
     values = {flags.get(name, name): value for name, value in vars(parsed).items() if name not in ("config", "__default_config__")}
     threading.excepthook = _thread_error
@@ -108,6 +110,20 @@ def stage(
         print(f"{prog}: asked to end; {error}; the same command goes on from there", file=sys.stderr, flush=True)
         return 143
     return 0
+
+
+def _tell_plugins(parser: Any, settings: type, names: Mapping[str, str], prefix: str = "") -> None:
+    """Add the names that other packages offer to the help of the options that take them; their metadata are read, nothing imported."""
+    from dedpo_diffusion.core import plugins
+
+    actions = {action.dest: action for action in parser._actions}
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if dataclasses.is_dataclass(hints[field.name]):
+            _tell_plugins(parser, typing.cast(type, hints[field.name]), {}, f"{prefix}{field.name}.")
+        elif added := plugins.names(*field.metadata.get("plugins", ())):
+            action = actions[prefix + names.get(field.name, field.name)]
+            action.help = f"{action.help} Of other packages: {', '.join(added)}.".replace("%", "%%")
 
 
 def _thread_error(found: threading.ExceptHookArgs) -> None:

@@ -12,7 +12,7 @@ from dedpo_diffusion.core.records import Conditioning, PairBatch, StepResult
 from dedpo_diffusion.dpo.balance import balance_coefficients, guard_factors, probability_scale, scale_gradients
 from dedpo_diffusion.dpo.losses import implicit_rewards, margin
 from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors, residual_cosine
-from dedpo_diffusion.dpo.objectives import OBJECTIVES, objective_loss
+from dedpo_diffusion.dpo.objectives import find_objective, objective_loss
 
 
 class Model(Protocol):
@@ -27,7 +27,7 @@ class Model(Protocol):
 
 def needs_reference(kind: str, balance: str) -> bool:
     """Whether the loss or the balance asks for the reference's errors."""
-    return "reference" in OBJECTIVES[kind].needs or balance == "relative"
+    return "reference" in find_objective(kind).needs or balance == "relative"
 
 
 def preference_step(

@@ -10,6 +10,7 @@ Every judge answers with two raw scores a pair, kept with the label, so that cal
 
 from __future__ import annotations
 
+from dedpo_diffusion.core import plugins
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.judges.judge import Judge
 from dedpo_diffusion.settings import LabelSettings
@@ -21,15 +22,19 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
     """Load a judge.
 
     Args:
-        spec: a scorer's "name" or "name=location"; "vlm=FOLDER OR HUB ID", "openai=URL", "self=RUN,RUN,...".
+        spec: a scorer's "name" or "name=location"; "vlm=FOLDER OR HUB ID", "openai=URL", "self=RUN,RUN,..."; or a judge of another package,
+            which is made from its location (None without one) and the settings.
         settings: of the stage; temperature, batch, device and what the judge's family takes.
 
     Raises:
-        UserError: unknown name, or what the judge needs is not there.
+        UserError: unknown name, one that two packages offer or that cannot be imported, or what the judge needs is not there.
     """
     from dedpo_diffusion.judges.scorers import SCORERS, load_scorer
 
     name, _, location = spec.partition("=")
+    entry = plugins.find(name, [plugins.JUDGES, plugins.SCORERS], [*JUDGES, *SCORERS])
+    if entry is not None and entry.group == plugins.JUDGES:
+        return plugins.load(entry, callable, "a function or class that makes a judge")(location or None, settings)
     if name in JUDGES and not location:
         needed = {"vlm": "vlm=FOLDER (or a hub id)", "openai": "openai=URL", "self": "self=RUN,RUN"}[name]
         raise UserError(f"judge {name} needs a location: {needed}")
@@ -49,9 +54,9 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
         return SelfTrainedJudge(
             location.split(","), settings.pairs, settings.self_training, device=settings.device, temperature=settings.temperature
         )
-    if name not in SCORERS:
-        known = ", ".join([*SCORERS, *JUDGES])
-        raise UserError(f"there is no judge {name!r}; known: {known} (as name or name=location)")
+    if entry is None and name not in SCORERS:
+        known = plugins.known(name, [*SCORERS, *JUDGES], plugins.JUDGES, plugins.SCORERS)
+        raise UserError(f"there is no judge {name!r}; {known} (as name or name=location)")
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
 
     scorer = load_scorer(spec, device=settings.device, batch=2 * settings.batch, dtype=settings.dtype)

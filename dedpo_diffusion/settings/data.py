@@ -30,7 +30,7 @@ class IngestSettings:
         workers: threads that read and decode images; None takes one a core.
     """
 
-    format: str
+    format: str = field(metadata={"plugins": ["dedpo_diffusion.importers"]})
     source: str
     out: Path
     images: Path | None = None

@@ -72,7 +72,7 @@ class ScoreSettings:
     """
 
     folders: list[Path]
-    scorers: list[str]
+    scorers: list[str] = field(metadata={"plugins": ["dedpo_diffusion.scorers"]})
     batch: int = 64
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -97,7 +97,7 @@ class LabelSettings:
     """
 
     pairs: Path
-    judges: list[str]
+    judges: list[str] = field(metadata={"plugins": ["dedpo_diffusion.judges", "dedpo_diffusion.scorers"]})
     name: str | None = None
     temperature: float | None = None
     batch: int = 64

@@ -79,7 +79,7 @@ class ObjectiveSettings:
 
     Args:
         beta: strength of the pull to the reference, in the convention of Diffusion-DPO's published code.
-        kind: the objective; docs/objectives.md compares them.
+        kind: the objective; docs/objectives.md compares them. Other packages can add some.
         options: numbers of the objective, by name; those left out keep their defaults.
         balance: Balanced-DPO's gradient reweighting, per pair at its own timestep. None takes output where the objective moves both
             errors of a pair by equal and opposite gradients, which the balance is derived for, and none elsewhere.
@@ -98,11 +98,11 @@ class ObjectiveSettings:
         power: fixed keeps the power that `dedpo merge` chose; adaptive estimates it anew while margins grow, by a moving average, for
             the kind sigmoid alone.
         power_decay: of that moving average, for each step.
-        max_overshoot: bound A of how far a labelled target is stretched by a power that follows.
+        max_overshoot: bound A of how far a labelled target is stretched by an adaptive power.
     """
 
     beta: float = 2000.0
-    kind: Kind = "sigmoid"
+    kind: Kind | str = field(default="sigmoid", metadata={"plugins": ["dedpo_diffusion.objectives"]})
     options: dict[str, float] = field(default_factory=dict)
     balance: Literal["none", "output", "relative", "probability"] | None = None
     balance_clip: float = 10.0
@@ -186,7 +186,7 @@ class ValidationSettings:
     seed: int = 0
     steps: int = 25
     guidance: float = 5.0
-    scorers: list[str] = field(default_factory=list)
+    scorers: list[str] = field(default_factory=list, metadata={"plugins": ["dedpo_diffusion.scorers"]})
     keep_best: bool = True
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dedpo_diffusion.debias import wilson_interval
 from dedpo_diffusion.dpo.losses import implicit_rewards, margin
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, step_generator
-from dedpo_diffusion.dpo.objectives import OBJECTIVES, objective_loss
+from dedpo_diffusion.dpo.objectives import find_objective, objective_loss
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.training.metrics import BUCKETS
 
@@ -56,7 +56,7 @@ def quantile(timesteps: TimestepDraw, share: Tensor) -> Tensor:
 def held_out_kind(kind: str) -> str:
     """The objective that held-out pairs are measured by: the run's own, where the loss of a pair needs no other pairs and no doubt of
     judges; else "sigmoid", with its defaults."""
-    return "sigmoid" if {"batch", "doubt"} & set(OBJECTIVES[kind].needs) else kind
+    return "sigmoid" if {"batch", "doubt"} & set(find_objective(kind).needs) else kind
 
 
 def shared_images(trained: PairReader, rows: Iterable[int], held_out: PairReader, held_rows: Sequence[int]) -> list[int]:

@@ -191,11 +191,15 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     Raises:
         UserError: an option that cannot be used, or does not go with the objective.
     """
-    from dedpo_diffusion.dpo.objectives import OBJECTIVES
+    from dedpo_diffusion.dpo.objectives import find_objective
     from dedpo_diffusion.training.validation import check_validation
 
-    check_validation(settings)
     objective, optim = settings.objective, settings.optim
+    try:
+        balanced = find_objective(objective.kind).balanced
+    except ValueError as error:
+        raise UserError(f"objective.kind: {error}") from error
+    check_validation(settings)
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap"):
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:
@@ -229,7 +233,6 @@ def resolve(settings: TrainSettings) -> TrainSettings:
             f"objective.power=adaptive is derived for the gradient of objective.kind=sigmoid, not of {objective.kind}; "
             "leave it at fixed, which keeps the power of the merge"
         )
-    balanced = OBJECTIVES[objective.kind].balanced
     for name, idle in (("balance", "none"), ("guard", None)):
         if not balanced and getattr(objective, name) not in (None, idle):
             raise UserError(

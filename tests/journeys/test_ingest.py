@@ -208,7 +208,7 @@ def test_missing_sources_unknown_formats_and_files_that_are_no_parquet(tmp_path,
         (["pickapic", str(tmp_path / "nowhere")], "is no file, no folder and no hub id"),
         (["pickapic", str(tmp_path / "empty")], str(tmp_path / "empty")),
         (["pickapic", str(tmp_path / "text.parquet")], "cannot be read as parquet"),
-        (["picapic", str(tmp_path / "empty")], "unknown format 'picapic': use one of pickapic, hpdv2, "),
+        (["picapic", str(tmp_path / "empty")], "unknown format 'picapic': known: pickapic, hpdv2, "),
     ]:
         assert main([*argv, "--out", str(tmp_path / "pairs")]) == 2
         assert words in capsys.readouterr().err

@@ -414,7 +414,7 @@ def test_every_format_has_what_formats_have():
 
 
 def test_an_unknown_format_names_the_known_ones(tmp_path):
-    assert refusal(tmp_path, "picapic").startswith("unknown format 'picapic': use one of pickapic, hpdv2, ") and "auto" in refusal(
+    assert refusal(tmp_path, "picapic").startswith("unknown format 'picapic': known: pickapic, hpdv2, ") and "auto" in refusal(
         tmp_path, "x"
     )
 

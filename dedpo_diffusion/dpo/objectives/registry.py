@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
 import dedpo_diffusion.dpo.objectives.formulas as formulas
+from dedpo_diffusion.core import plugins
 from dedpo_diffusion.dpo.objectives.quantities import Pairs
 
 
@@ -150,6 +152,22 @@ _NEEDS = {"reference": "the reference errors", "doubt": "the judges' doubt of ea
 OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _ALL}
 
 
+@cache  # steps ask again and again
+def find_objective(kind: str) -> Objective:
+    """The objective of that name, of this package or of another installed one.
+
+    Raises:
+        ValueError: there is none.
+        UserError: two packages offer it, or it cannot be imported.
+    """
+    entry = plugins.find(kind, [plugins.OBJECTIVES], OBJECTIVES)
+    if entry is not None:
+        return plugins.load(entry, lambda made: isinstance(made, Objective) and made.name == kind, f"an Objective of the name {kind!r}")
+    if kind not in OBJECTIVES:
+        raise ValueError(f"unknown objective {kind!r}; {plugins.known(kind, OBJECTIVES, plugins.OBJECTIVES)}")
+    return OBJECTIVES[kind]
+
+
 def objective_loss(
     policy_errors: Tensor,
     reference_errors: Tensor | None,
@@ -171,7 +189,7 @@ def objective_loss(
         reference_errors: r (B, 2); None for objectives that do not need "reference".
         target: t (B,), P(image 0 preferred), or a debiased target if the objective is affine.
         weight: (B,).
-        kind: a key of `OBJECTIVES`.
+        kind: a key of `OBJECTIVES`, or the name of another package's objective.
         beta: as in `losses.implicit_rewards`.
         options: options of the objective that differ from their defaults.
         margin_cap: bound for the part of a target outside [0, 1], see `losses.preference_loss`; the objectives that contain
@@ -207,9 +225,7 @@ def objective_loss(
 
 def _find(kind: str, options: Mapping[str, float] | None, given: Mapping[str, Tensor | None]) -> Objective:
     """The objective, once its options are known to it and what it needs is given."""
-    if kind not in OBJECTIVES:
-        raise ValueError(f"unknown objective {kind!r}; known: {', '.join(OBJECTIVES)}")
-    objective = OBJECTIVES[kind]
+    objective = find_objective(kind)
     if strange := sorted(set(options or {}) - set(objective.options)):
         known = ", ".join(objective.options) or "none"
         raise ValueError(f"objective {kind!r} has no option {strange[0]!r}; its options: {known}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from dedpo_diffusion.core import plugins
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.pretrained import check_options
 
@@ -68,7 +69,7 @@ def _late(module: str, name: str, **fixed: Any) -> Callable[..., Scorer]:
     return make
 
 
-# each takes its location or None, and the keywords device, batch and dtype
+# each takes its location or None, and the keywords device, batch and dtype; so do those of other packages (core.plugins)
 SCORERS: dict[str, Callable[..., Scorer]] = {
     "pickscore": _late("pickscore", "PickScore"),
     "clip": _late("clip", "ClipScore"),
@@ -91,10 +92,13 @@ def load_scorer(spec: str, *, device: str | None, batch: int, dtype: str = "floa
         dtype: precision of the model's towers, one of DTYPES; norms, products and heads are float32 always.
 
     Raises:
-        UserError: unknown name, a location without fitting weights, a batch below 1, or an unknown precision.
+        UserError: unknown name, one that two packages offer or that cannot be imported, a location without fitting weights, a batch
+            below 1, or an unknown precision.
     """
     name, _, location = spec.partition("=")
-    if name not in SCORERS:
-        raise UserError(f"there is no scorer {name!r}; known: {', '.join(SCORERS)} (as name or name=location)")
+    entry = plugins.find(name, [plugins.SCORERS], SCORERS)
+    if entry is None and name not in SCORERS:
+        raise UserError(f"there is no scorer {name!r}; {plugins.known(name, SCORERS, plugins.SCORERS)} (as name or name=location)")
     check_options(batch, dtype)
-    return SCORERS[name](location or None, device=device, batch=batch, dtype=dtype)
+    make = SCORERS[name] if entry is None else plugins.load(entry, callable, "a function or class that makes a scorer")
+    return make(location or None, device=device, batch=batch, dtype=dtype)

@@ -9,15 +9,17 @@ A format module has
 and, where it needs more, `open(source, settings) -> Source` (rows that `sources.open_source` cannot find by itself) and
 `NEEDS` (what a source must have, in words, for the message when it has not). Your own tables, whose columns settings may
 name, have `bind(source, settings) -> (why, reader)` instead: a reader made for one source stands in for the module.
+
+Formats of other packages (core.plugins) are used when they are named; `auto` does not try them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
+from dedpo_diffusion.core import plugins
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pairs.formats.sources import Source, open_source
 from dedpo_diffusion.settings import IngestSettings
@@ -37,15 +39,22 @@ class Chosen:
     source: Source
 
 
-def load(name: str) -> ModuleType:
-    """The module of a format, imported now.
+def load(name: str) -> Any:
+    """The module of a format, imported now; of another package, what its entry point names.
 
     Raises:
-        UserError: no such format.
+        UserError: no such format, one that two packages offer, or one that cannot be imported.
     """
+    entry = plugins.find(name, [plugins.IMPORTERS], [*FORMATS, AUTO])
+    if entry is not None:
+        return plugins.load(entry, _is_format, "a module with WINNER_FIRST, recognise and entries")
     if name not in FORMATS:
-        raise UserError(f"unknown format {name!r}: use one of {', '.join([*FORMATS, AUTO])}")
+        raise UserError(f"unknown format {name!r}: {plugins.known(name, [*FORMATS, AUTO], plugins.IMPORTERS)}")
     return import_module(FORMATS[name])
+
+
+def _is_format(module: Any) -> bool:
+    return hasattr(module, "WINNER_FIRST") and all(callable(getattr(module, name, None)) for name in ("recognise", "entries"))
 
 
 def choose(settings: IngestSettings) -> Chosen:
@@ -55,7 +64,8 @@ def choose(settings: IngestSettings) -> Chosen:
         UserError: unknown format, a source that cannot be opened, or one that is not of the format.
     """
     name = settings.format
-    foreign = set(settings.columns) - set(getattr(load(name), "OPTIONS", ())) if name in PUBLISHED else set()
+    own = [format for format in (*FORMATS, AUTO) if format not in PUBLISHED]  # all others have columns of their own
+    foreign = set() if name in own else set(settings.columns) - set(getattr(load(name), "OPTIONS", ()))
     if foreign:
         raise UserError(f"--columns is for your own tables, and {name} has columns of its own; leave it out, or give the format table")
     if name == AUTO:
@@ -113,7 +123,9 @@ def recognise_rows(source: Source, settings: IngestSettings) -> Chosen:
     try:
         return _bound(name, source, settings)
     except UserError as error:
-        raise UserError(f"{error} (and no published format has these columns: {', '.join(PUBLISHED)})") from error
+        added = plugins.names(plugins.IMPORTERS)
+        others = f"; formats of other packages must be named: {', '.join(added)}" if added else ""
+        raise UserError(f"{error} (and no published format has these columns: {', '.join(PUBLISHED)}{others})") from error
 
 
 def _only(source: str, found: dict[str, Chosen], trouble: UserError | None = None) -> Chosen:
