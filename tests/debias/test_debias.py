@@ -215,6 +215,7 @@ def test_naive_merging_is_biased_so_the_test_above_can_fail():
     assert abs(np.mean(losses) - np.mean(pair_loss(m, z))) > 10 * error
 
 
+@pytest.mark.slow
 def test_the_power_and_its_standard_error_describe_repeated_samples():
     """Hard labels of accuracy a ask for 2a - 1; the standard error is the spread over samples, to 15 % (300 samples: 4 %)."""
     rng = np.random.default_rng(4)

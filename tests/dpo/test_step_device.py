@@ -76,6 +76,7 @@ def step(model: Backbone | Arithmetic, **options: object) -> list[str]:
     return seen.found
 
 
+@pytest.mark.slow
 def test_no_step_of_a_unet_waits_or_copies(folders):
     model = Backbone(str(folders["sdxl"]), device=torch.device("cpu"))
     model.add_lora(rank=2, alpha=2)

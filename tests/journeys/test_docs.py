@@ -211,6 +211,7 @@ def has(page: str, *, slow: bool) -> bool:
     return any((block.note("slow") is not None) == slow for block in able)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if has(page, slow=False)])
 def test_examples_run(page, tmp_path, tiny_model, monkeypatch):
     monkeypatch.chdir(tmp_path)

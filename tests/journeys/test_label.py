@@ -306,6 +306,7 @@ def test_twenty_kills_leave_the_labels_of_an_uninterrupted_run(rendered):
     path.unlink()
 
 
+@pytest.mark.slow
 def test_processes_that_know_nothing_of_each_other_share_the_pairs(rendered):
     folder, whole = rendered
     started = [subprocess.Popen(command(folder), stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -318,6 +319,7 @@ def test_processes_that_know_nothing_of_each_other_share_the_pairs(rendered):
     path.unlink()
 
 
+@pytest.mark.slow
 def test_a_launchers_processes_share_the_pairs(rendered):
     """As accelerate launch starts them, with the variables that it sets."""
     folder, whole = rendered

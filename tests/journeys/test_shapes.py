@@ -75,6 +75,7 @@ def test_human_labels_are_a_quarter_and_the_judge_labels_all(journey):
     assert set(human["label_0"].to_pylist()) <= {0.0, 1.0}
 
 
+@pytest.mark.slow
 def test_plain_diffusers_reproduces_the_tuned_images(journey, tmp_path):
     """In a process without this package; the batch differs, so float32 rounding may move a channel by a level or two."""
     folder = journey / "samples" / "tuned"

@@ -83,6 +83,7 @@ def test_interrupted_between_log_lines_and_resumed(tiny_model, tiny_pairs, tmp_p
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_trajectory(finished, tiny_model, tiny_pairs, tmp_path):
     """4 x 1 against 1 x 4: only float32 summation order differs.
 

@@ -110,6 +110,7 @@ def kill_and_compare(server, base: Path, pairs: Path, tmp_path: Path, moments: i
     assert len(reached) > 1, f"all kills came at the same stage: {reached}"
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(server, tiny_model, tmp_path):
     kill_and_compare(server, tiny_model, write_pairs(tmp_path / "data", 12, size=(24, 16), shard_pairs=4), tmp_path, 5)
 

@@ -36,6 +36,7 @@ def run(base, pairs, out, **changes) -> None:
 MOST = ["sd15", pytest.param("sd21", marks=pytest.mark.slow), "sdxl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MOST)
 def test_cached_equals_uncached_to_the_bit(folders, pairs, tmp_path, kind):
     run(folders[kind], pairs, tmp_path / "live")
@@ -48,6 +49,7 @@ def test_cached_equals_uncached_to_the_bit(folders, pairs, tmp_path, kind):
     assert metrics(tmp_path / "one")[-1]["margin_abs_max"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MOST[1:])
 def test_stored_reference_errors_change_nothing(folders, pairs, tmp_path, kind, monkeypatch):
     """The same draws with the reference predicted in every step: taking the stored errors away from the step shows it."""
@@ -62,6 +64,7 @@ def test_stored_reference_errors_change_nothing(folders, pairs, tmp_path, kind, 
     assert metrics(tmp_path / "stored") == metrics(tmp_path / "predicted")
 
 
+@pytest.mark.slow
 def test_views_of_a_cache_are_several_and_another_cache_is_named(folders, pairs, tmp_path, capsys):
     from dedpo_diffusion.training.cache import PairCache
 
@@ -92,7 +95,8 @@ def test_views_that_cannot_be(folders, pairs, tmp_path, capsys, changes, words):
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("part", ["shard-00001", pytest.param("text-00000", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["shard-00001", "text-00000"])
 def test_a_damaged_cache_stops_the_run_by_the_files_name(folders, pairs, tmp_path, capsys, part):
     changes = {"data__cache": tmp_path / "cache"}
     run(folders["sd15"], pairs, tmp_path / "good", **changes)
@@ -190,7 +194,8 @@ def test_files_that_are_no_adapter_to_go_on_from(folders, pairs, tmp_path, capsy
     assert "start.safetensors" in "".join(capsys.readouterr().err.split("\n"))
 
 
-@pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, pytest.param({"data.reference_draws": 2}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"data.reference_draws": 2}])
 def test_a_whole_unet_trains_resumes_and_exports(folders, pairs, tmp_path, monkeypatch, capsys, changes):
     settings = WHOLE | {"data.cache": tmp_path / "cache"} | changes
     settings = {key.replace(".", "__"): value for key, value in settings.items()}
@@ -236,7 +241,7 @@ RECIPES = sorted(file for file in (Path(train.__file__).parents[1] / "configs").
 
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(file, id=file.stem, marks=() if file.stem in ("sdxl_lora_12gb", "sd15_full") else pytest.mark.slow) for file in RECIPES],
+    [pytest.param(file, id=file.stem, marks=() if file.stem == "sd15_full" else pytest.mark.slow) for file in RECIPES],
 )
 def test_every_recipe_can_be_tried_and_leaves_nothing(recipe, tmp_path, capsys):
     kind = "sdxl" if "sdxl" in recipe.stem else "sd15"
@@ -251,8 +256,9 @@ def test_every_recipe_can_be_tried_and_leaves_nothing(recipe, tmp_path, capsys):
     assert "Memory" in text
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
-@pytest.mark.parametrize("how", [pytest.param("true", marks=pytest.mark.slow), "selective"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("how", ["true", "selective"])
 def test_activations_that_are_computed_again_change_nothing(folders, pairs, tmp_path, kind, how):
     run(folders[kind], pairs, tmp_path / "kept", data__cache=tmp_path / "cache")
     run(folders[kind], pairs, tmp_path / "again", data__cache=tmp_path / "cache", gradient_checkpointing=how)
@@ -270,6 +276,7 @@ def test_layout_and_compilation_round_and_do_no_more(folders, pairs, tmp_path, c
     assert metrics(tmp_path / "fast")[-1]["margin_abs_max"] > 0
 
 
+@pytest.mark.slow
 def test_images_with_channels_last_resume_in_their_layout(folders, pairs, tmp_path, monkeypatch):
     changes = WHOLE | {"data.cache": tmp_path / "cache", "channels_last": "true", "optim.average": 0.9, "mixed_precision": "bf16"}
     assert train.main(arguments(folders["sd15"], pairs, tmp_path / "whole", **changes)) == 0

@@ -152,6 +152,7 @@ def test_the_adapter_is_scaled_by_alpha_over_the_rank_or_its_root(folders, rslor
     torch.testing.assert_close(layer(x), wanted)
 
 
+@pytest.mark.slow
 def test_an_adapter_to_go_on_from_is_policy_and_reference_at_first(folders):
     first = Backbone(str(folders["sdxl"]), device=CPU)
     first.add_lora(rank=2, alpha=4)

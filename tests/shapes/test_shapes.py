@@ -104,6 +104,7 @@ def test_vae_reconstructs_held_out_renders():
     assert psnr.mean() >= 26
 
 
+@pytest.mark.slow
 def test_base_model_is_recognisable_and_imperfect():
     """All attributes right in 35 to 75 % of 96 images, and about half cluttered; 96 images leave +-10 points."""
     from dedpo_diffusion.sampling.sampler import load_sampler, sample

@@ -120,6 +120,7 @@ def mixed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_pairs_keep_their_shape_and_stored_reference_errors_and_a_stop_change_nothing(folders, mixed, tmp_path, monkeypatch, capsys):
     changes = SHORT | {"data__buckets": "true", "data__cache": tmp_path / "cache", "data__reference_draws": 2, "optim__steps": 8}
     command = {name: arguments(folders["sdxl"], mixed, tmp_path / name, **changes) for name in ("whole", "part", "predicted")}

@@ -80,6 +80,7 @@ def test_each_is_told_once_also_after_a_resume():
     assert resumed.look(lines(**ILL["both errors rise"])[-1])
 
 
+@pytest.mark.slow
 def test_a_run_that_falls_apart_warns_or_stops_and_keeps_its_checkpoint(tiny_model, tiny_pairs, tmp_path, capsys):
     changes = {"optim__learning_rate": 3, "optim__steps": 24, "optim__warmup": 1, "objective__beta": 20000}
     assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "warned", **changes)) == 0

@@ -39,6 +39,7 @@ def read(folder: Path) -> tuple[int, int, int]:
     return peak, tensors() - before, len(os.listdir("/proc/self/fd")) - files
 
 
+@pytest.mark.slow
 def test_memory_tensors_and_open_files_hardly_grow_with_the_pairs(tmp_path):
     few, many = (make(tmp_path / str(count), count, shard_pairs=20) for count in (40, 540))
     read(few)  # whatever is imported or made once

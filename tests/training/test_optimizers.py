@@ -137,6 +137,7 @@ def test_an_optimizer_that_cannot_move_an_adapter_is_refused(tiny_model, tiny_pa
     assert "leave the options of lora out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sigterm_saves_leaves_and_the_same_command_ends_with_the_same_bits(tiny_model, tiny_pairs, tmp_path):
     changes = {"optim__steps": 24, "checkpoint_every": 1000}
     assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "whole", **changes)) == 0

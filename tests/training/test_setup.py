@@ -67,6 +67,7 @@ def test_with_stored_reference_errors_no_later_run_predicts_with_the_reference(t
     assert metrics(tmp_path / "first")[0]["margin_abs_max"] == 0
 
 
+@pytest.mark.slow
 def test_stored_reference_errors_are_those_of_the_same_draws(tiny_model, merged_pairs, tmp_path, monkeypatch):
     changes = {"data__cache": tmp_path / "cache", "data__reference_draws": 3}
     assert train.main(options(tiny_model, merged_pairs, tmp_path / "stored", **changes)) == 0

@@ -37,7 +37,8 @@ def stored(run, name: str) -> dict[str, torch.Tensor]:
     return load_file(checkpoints(run)[-1][1] / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("names", [("cached", "fsdp"), pytest.param(("lora", "full"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("cached", "fsdp"), ("lora", "full")])
 def test_two_processes_take_the_steps_of_one_and_visit_no_pair_twice(folders, tiny_model, pairs, tmp_path, names):
     """One by four pairs against two by two, in sums of another order: losses, parameters, moments; FSDP2 among them."""
     cached = {"data__cache": tmp_path / "cache", "data__reference_draws": 3, "data__flip": "true", "data__views": 2}
@@ -153,6 +154,7 @@ def test_ways_of_sharing_that_do_not_go_with_the_settings(tiny_model, pairs, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_if_its_steps_stay_the_same(tiny_model, pairs, tmp_path, capsys):
     out, whole_run = tmp_path / "run", tmp_path / "whole"
     changes = {"optim__steps": 6, "checkpoint_every": 3, "optim__learning_rate": 3e-4}

@@ -200,9 +200,10 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("sd15", {"full": True, "checkpointing": True}), pytest.param("sdxl", {"checkpointing": True}, marks=pytest.mark.slow)],
+    [("sd15", {"full": True, "checkpointing": True}), ("sdxl", {"checkpointing": True})],
 )
 def test_bytes_counted_on_fake_tensors_are_those_of_a_real_run(kind, options):
     real, computed = (trained_bytes(kind, real=real, **options) for real in (True, False))

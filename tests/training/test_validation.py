@@ -161,6 +161,7 @@ def test_images_are_those_of_the_base_and_of_the_exported_average(whole, tiny_mo
     assert width > Image.open(whole / "run" / "samples" / "step-00000000" / "grid.png").width
 
 
+@pytest.mark.slow
 def test_what_is_validated_is_the_moving_average(tiny_model, tiny_pairs, held_out, tmp_path):
     """An average that keeps nothing but the last step is the last step; one that keeps more has other losses."""
     found = {}

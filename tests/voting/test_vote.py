@@ -155,6 +155,7 @@ def test_propensities_of_the_disagreement_order_reach_the_label_file(tmp_path):
     np.testing.assert_allclose(labels.extra["propensity"], np.minimum(1, (0.2 + 0.8 * doubt[pairs]) * plan.keys[plan.order[12]]))
 
 
+@pytest.mark.slow
 def test_the_summary_speaks_of_raters_and_judges(tmp_path):
     folder = make_pairs(tmp_path / "data")
     write_labels(folder, "clip", Labels([f"p{k}" for k in range(PAIRS)], np.array([wish(f"p{k}") or 0.0 for k in range(PAIRS)])))
@@ -193,6 +194,7 @@ def test_a_slow_image_delays_no_vote_and_a_slow_vote_no_question(tmp_path):
         assert waiting.result()["progress"]["answered"] == 2
 
 
+@pytest.mark.slow
 def test_the_command_stops_at_once_whatever_is_still_open(tmp_path):
     folder = make_pairs(tmp_path / "data")
     with command(folder) as server, client_of(server.url) as client:

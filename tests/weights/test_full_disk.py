@@ -66,6 +66,7 @@ def said(capsys) -> str:
     return " ".join(capsys.readouterr().err.replace("\n", " ").split())
 
 
+@pytest.mark.slow
 def test_every_write_of_a_run_may_meet_a_full_disk(tiny_model, tmp_path, monkeypatch, capsys):
     pairs = write_pairs(tmp_path / "data", 4)
     options = {"optim__steps": 2, "optim__batch": 2, "checkpoint_every": 1, "optim__average": 0.9, "lora__rank": 2}
