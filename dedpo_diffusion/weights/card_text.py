@@ -18,7 +18,7 @@ from dedpo_diffusion.weights.markdown import code, items, plain, table
 from dedpo_diffusion.weights.provenance import base_name, in_short, is_hub_id
 
 PAPERS = {"dedpo": "2602.06195", "tuned": "2602.06195"}  # of the way labels were merged
-NO_DPO = {"sft", "kto", "mapo", "self_npo"}  # objectives that are no direct preference optimisation
+NO_DPO = {"sft", "kto", "mapo"}  # objectives that are no direct preference optimisation
 LICENCE = "# license: the author has to choose one; the licences of the base model and of the training data apply as well"
 Facts = Mapping[str, Any]
 
@@ -116,10 +116,7 @@ def _summary(trained: Facts, exported: Exported) -> list[str]:
     how = "" if objective is None else f" with the objective {code(str(objective))}"
     if objective == "sigmoid":
         how = " with Diffusion-DPO ([2311.12908](https://arxiv.org/abs/2311.12908))"
-    lines = [f"{_what(exported)}{base}, fine-tuned on preference labels{how} by dedpo_diffusion."]
-    if objective == "self_npo":
-        lines.append("It was trained to be worse, for guidance to steer away from: do not sample from it alone.")
-    return [" ".join(lines), ""]
+    return [f"{_what(exported)}{base}, fine-tuned on preference labels{how} by dedpo_diffusion.", ""]
 
 
 def _use(trained: Facts, exported: Exported) -> list[str]:

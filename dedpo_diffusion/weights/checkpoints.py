@@ -60,21 +60,19 @@ def save_checkpoint(
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     meta: Mapping[str, Any],
-    anchor: Mapping[str, torch.Tensor] | None = None,
     average: Mapping[str, torch.Tensor] | None = None,
     *,
     write: bool = True,
 ) -> None:
-    """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json` and, if the reference is no longer the base,
-    `reference.safetensors`, if there is a moving average, `average.safetensors`, and the `checksums.json` of these, into `folder`,
-    atomically.
+    """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json`, if there is a moving average `average.safetensors`, and the
+    `checksums.json` of these, into `folder`, atomically.
 
     Where processes hold parts of the tensors, all of them call it, and all but one with `write` False.
 
     Raises:
         UserError: a parameter is no longer finite, or the disk is full; nothing is written.
     """
-    parts = {"parameters": parameters, "reference": anchor, "average": average, "optimizer": optimizer_tensors(optimizer)}
+    parts = {"parameters": parameters, "average": average, "optimizer": optimizer_tensors(optimizer)}
     _save(folder, parts, meta, write=write)
 
 
@@ -179,6 +177,6 @@ class _Stored(Mapping[str, torch.Tensor]):
 
 
 def load_part(folder: Path, name: str) -> Mapping[str, torch.Tensor] | None:
-    """The parameters of a checkpoint's "reference" or "average", whole and on the CPU, None where it has none."""
+    """A checkpoint's "parameters" or "average", whole and on the CPU, None where it has none."""
     file = folder / f"{name}.safetensors"
     return _Stored(file) if file.is_file() else None

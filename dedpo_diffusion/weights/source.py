@@ -149,8 +149,6 @@ def _open_run(settings: ExportSettings) -> Source:
     assert parameters is not None  # or the check had found it missing
     if averaged:
         say(f"taking the moving average of {run}; --average false takes the last step")
-    if trained["objective"].get("kind") == "self_npo":
-        say("Warning: objective.kind=self_npo trains a model to be worse, for guidance to steer away from; do not sample from it alone")
     lora = None
     if trained.get("weights", "lora") == "lora":
         lora = from_parameters(parameters, alpha=trained["lora"]["alpha"], rslora=trained["lora"].get("rslora", False))
