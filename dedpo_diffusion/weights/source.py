@@ -94,7 +94,7 @@ class Source:
 
 def weights_of(pipe: Any, parts: Sequence[str]) -> dict[str, Tensor]:
     """The weights of these parts of a pipeline, under the names of LoRAs' layers."""
-    from dedpo_diffusion.weights.live import full_name
+    from dedpo_diffusion.weights.lora import full_name
 
     return {full_name(part, name): value for part in parts for name, value in getattr(pipe, part).state_dict().items()}
 
