@@ -99,7 +99,7 @@ def write_lora(settings: ExportSettings, source: Source) -> None:
     from dedpo_diffusion.weights.algebra import one_alpha
     from dedpo_diffusion.weights.base import KEPT, modelspec, network
     from dedpo_diffusion.weights.diffusers_layout import CONFIG
-    from dedpo_diffusion.weights.writing import save_tensors
+    from dedpo_diffusion.weights.header import save_tensors
 
     lora, made = changed_lora(settings, source)
     others = source.lora.metadata if source.lora is not None else {}
@@ -222,7 +222,7 @@ def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: 
 
     from dedpo_diffusion.models.single_file import to_single_file
     from dedpo_diffusion.weights.base import base_of, modelspec
-    from dedpo_diffusion.weights.writing import save_tensors
+    from dedpo_diffusion.weights.header import save_tensors
 
     base = base_of(pipe)
     second = getattr(pipe, "text_encoder_2", None)

@@ -136,12 +136,7 @@ def write_part(settings: MergeSettings, name: str, ids: list[str], rows: np.ndar
         return every
 
     columns = {"target": (merged.target, 0.5), "weight": (merged.weight, 0.0), "human": (merged.human, np.nan)}
-    columns |= {
-        "judge": (merged.judge, np.nan),
-        "inverse": (merged.inverse, 0.0),
-        "power": (merged.powers, 0.0),
-        "doubt": (merged.doubt, 0.0),
-    }
+    columns |= {"judge": (merged.judge, np.nan), "inverse": (merged.inverse, 0.0), "power": (merged.powers, 0.0)}
     found = {column: placed(*given) for column, given in columns.items()}
     path = write_targets(settings.pairs, name, Targets(ids, **found), report)  # type: ignore[arg-type]
     say(f"wrote {path} and {path.with_suffix('.json').name}")

@@ -72,9 +72,7 @@ def resume(session: Session) -> int:
         return 0
     (step, folder), model, scaler = found, session.model, session.accelerator.scaler
     state = load_checkpoint(folder, model.trainable(), stored_optimizer(session.accelerator, model, session.optimizer))
-    anchor, averaged = load_part(folder, "reference"), load_part(folder, "average")
-    if anchor is not None:
-        model.anchor_at(anchor)
+    averaged = load_part(folder, "average")
     if session.average is not None and averaged is not None:
         session.average.restore(averaged)
     if scaler is not None and state.get("scaler"):
@@ -96,7 +94,7 @@ def save(session: Session, step: int) -> None:
     state = {"step": step, "scaler": scaler, "adaptive": None if session.adaptive is None else session.adaptive.state()}
     averaged, main = None if session.average is None else session.average.values, accelerator.is_main_process
     folder, optimizer = checkpoint_folder(out, step), stored_optimizer(accelerator, model, session.optimizer)
-    save_checkpoint(folder, model.trainable(), optimizer, state, model.anchor, averaged, write=main)
+    save_checkpoint(folder, model.trainable(), optimizer, state, averaged, write=main)
     if main:
         prune_checkpoints(out, session.settings.keep_checkpoints)
     accelerator.wait_for_everyone()
@@ -145,7 +143,7 @@ def attend(watch: Watch | Validation, line: dict[str, Any], session: Session) ->
         UserError: a symptom, where the run is to stop at one.
     """
     health = session.settings.health
-    if health == "off" or session.settings.objective.kind == "self_npo":  # which is to make the model worse
+    if health == "off":
         return
     for words in watch.look(line):
         if health == "stop":
@@ -255,8 +253,6 @@ def run(settings: TrainSettings) -> Path:
                 session.average.update(model.trainable(), now)
             if adaptive is not None:
                 adaptive.update(accelerator.reduce(torch.stack(measured).sum(dim=0).to(accelerator.device)).cpu())
-            if optim.rounds > 1 and now % (optim.steps // optim.rounds) == 0:
-                model.end_round(optim.extrapolation)
             leave = asked_to_leave(stop, session) and not last
             due = now % settings.checkpoint_every == 0 or last
             logged = due or now % settings.log_every == 0 or now == 1

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from dedpo_diffusion.core.gone import first_gone
 from dedpo_diffusion.core.stopping import Terminated
 
 T = TypeVar("T")
@@ -67,6 +68,11 @@ def stage(
     """
     from jsonargparse import ArgumentParser
 
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    gone = first_gone(arguments)
+    if gone is not None:
+        print(f"{prog}: error: {gone}", file=sys.stderr, flush=True)
+        return 2
     for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):  # their notices are for programmers; their errors still show
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     flags = dict(flags or {})
@@ -85,9 +91,9 @@ def stage(
             extra |= _default(field)
         parser.add_argument(f"--{name}" if name in flags else name, type=hint, help=documented.get(field.name, ""), **extra)
     parser.add_class_arguments(settings, skip={*positional, *flags.values()}, fail_untyped=True)
-    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+    if {"-h", "--help"} & set(arguments):
         _tell_plugins(parser, settings, {field: name for name, field in flags.items()})
-    parsed = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
+    parsed = parser.instantiate(parser.parse_args(arguments))
     values = {flags.get(name, name): value for name, value in vars(parsed).items() if name not in ("config", "__default_config__")}
     threading.excepthook = _thread_error
     try:

@@ -79,9 +79,8 @@ class Targets:
     """Merged labels in the order of the file: `target` (N,) and `weight` (N,), float64.
 
     The others say what they were merged from, each (N,) float64 or absent: `human` label (NaN: none), `judge` label, mixed of
-    several judges (NaN: none), `inverse` propensity h (0 where no human answered), `power` of the pair's judges together, `doubt`
-    (standard deviation of what the judges say). weight = h + power (1 - h), and
-    weight * target = h human + power (1 - h) judge.
+    several judges (NaN: none), `inverse` propensity h (0 where no human answered), `power` of the pair's judges together.
+    weight = h + power (1 - h), and weight * target = h human + power (1 - h) judge.
     """
 
     pair_id: list[str]
@@ -91,7 +90,6 @@ class Targets:
     judge: np.ndarray | None = None
     inverse: np.ndarray | None = None
     power: np.ndarray | None = None
-    doubt: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -130,16 +128,14 @@ class Conditioning(Tensors):
 class PairBatch:
     """B pairs, ready for the step.
 
-    `latents` (B, 2, C, h, w) scaled VAE latents; `target` and `weight` (B,) float32; `doubt` (B,), how far the judges
-    disagree, where an objective asks for it; `reference_errors` (B, 2) where they are known beforehand; `labelled` (B,) bool, whether
-    people labelled the pair, where the targets say so.
+    `latents` (B, 2, C, h, w) scaled VAE latents; `target` and `weight` (B,) float32; `reference_errors` (B, 2)
+    where they are known beforehand; `labelled` (B,) bool, whether people labelled the pair, where the targets say so.
     """
 
     latents: Tensor
     conditioning: Conditioning
     target: Tensor
     weight: Tensor
-    doubt: Tensor | None = None
     reference_errors: Tensor | None = None
     labelled: Tensor | None = None
 

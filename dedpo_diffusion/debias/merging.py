@@ -11,7 +11,6 @@ import numpy as np
 
 from dedpo_diffusion.debias.estimate import estimate
 from dedpo_diffusion.debias.report import make_basis, make_report
-from dedpo_diffusion.debias.weights import judge_doubt
 from dedpo_diffusion.debias.worth import Basis
 
 
@@ -24,11 +23,9 @@ class Merged:
     merging, which has none. `report` is ready for JSON.
 
     What they were merged from, (N,) float64: `human` (NaN: no label), `judge` (mixed by the powers of several judges, their
-    plain mean where these are 0; NaN: missing), `inverse` propensity h, `powers` (lam, of all judges together), `doubt`
-    (standard deviation of several judges' labels, sqrt(g (1 - g)) of a single one's, 0 where a label is missing, None without
-    a judge; with method naive or human_only also 0 where a person answered, with the others whoever answered, so that it
-    cannot tell who was asked). weight = h + lam (1 - h) and weight * target = h human + lam (1 - h) judge; naive merging has
-    neither h nor lam. `basis` is what the worth is told by, for `label_plan`.
+    plain mean where these are 0; NaN: missing), `inverse` propensity h, `powers` (lam, of all judges together).
+    weight = h + lam (1 - h) and weight * target = h human + lam (1 - h) judge; naive merging has neither h nor lam. `basis` is
+    what the worth is told by, for `label_plan`.
     """
 
     target: np.ndarray
@@ -39,7 +36,6 @@ class Merged:
     judge: np.ndarray | None = None
     inverse: np.ndarray | None = None
     powers: np.ndarray | None = None
-    doubt: np.ndarray | None = None
     basis: Basis | None = None
 
 
@@ -105,10 +101,7 @@ def merge_labels(
     made = estimate(human, synthetic, **options, strata=strata, rule=rule, judges=judges, folds=folds)
     basis = make_basis(made, seed)
     report = make_report(made, basis, seed)
-    doubt = None if synthetic is None else judge_doubt(made.g)
-    if doubt is not None and method in ("naive", "human_only"):  # where the human label is trained on, judges have no say
-        doubt = np.where(np.isnan(made.z), doubt, 0.0)
-    common: dict[str, Any] = {"human": made.z, "judge": made.mixed, "doubt": doubt, "basis": basis}
+    common: dict[str, Any] = {"human": made.z, "judge": made.mixed, "basis": basis}
     if method == "naive":
         return Merged(made.target, made.weight, math.nan, report, **common)
     return Merged(made.target, made.weight, report["power"], report, inverse=made.h, powers=made.total, **common)

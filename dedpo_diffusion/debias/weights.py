@@ -80,9 +80,3 @@ def mix_judges(g: np.ndarray, table: np.ndarray, cell: np.ndarray) -> np.ndarray
     for k in range(1, g.shape[1]):
         mixed += share[cell, k] * g[:, k]
     return np.clip(mixed, 0.0, 1.0)  # shares may sum to 1 + 1e-16
-
-
-def judge_doubt(g: np.ndarray) -> np.ndarray:
-    """How unsure the judges are, (N,): their standard deviation, of a single judge sqrt(g (1 - g)); 0 where one is missing."""
-    doubt = g.std(axis=1) if g.shape[1] > 1 else np.sqrt(g[:, 0] * (1 - g[:, 0]))
-    return np.nan_to_num(doubt)

@@ -91,7 +91,6 @@ def preference_step(
         beta=beta,
         options=options,
         margin_cap=margin_cap,
-        doubt=batch.doubt,
     )
     if timestep_weight is not None:
         loss = timestep_weight * loss

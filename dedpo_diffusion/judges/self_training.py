@@ -36,8 +36,6 @@ from dedpo_diffusion.settings import SelfTrainingSettings
 from dedpo_diffusion.weights.checkpoints import check_checkpoint
 from dedpo_diffusion.weights.run_folder import checkpoints, read_settings
 
-LOG_ODDS = ("sigmoid", "uncertainty")  # objectives whose best margin is the log-odds of an answer
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -61,10 +59,8 @@ class Policy:
     @property
     def uncalibrated(self) -> str:
         """Why its margins rank images but are no log-odds of an answer; "" if they are meant to be."""
-        kind, rounds = self.trained["objective"].get("kind", "sigmoid"), self.trained["optim"].get("rounds", 1)
-        if kind not in LOG_ODDS:
-            return f"margins of the objective {kind} need not be log-odds"
-        return f"each of its {rounds} rounds adds to the margin against the base model" if rounds > 1 else ""
+        kind = self.trained["objective"].get("kind", "sigmoid")
+        return "" if kind == "sigmoid" else f"margins of the objective {kind} need not be log-odds"
 
 
 def read_policy(run: Path, reader: PairReader, fingerprint: str) -> Policy:
@@ -76,13 +72,11 @@ def read_policy(run: Path, reader: PairReader, fingerprint: str) -> Policy:
         fingerprint: the dataset's.
 
     Raises:
-        UserError: no training run, no checkpoint, another dataset, targets that have changed since, or a policy made to be worse.
+        UserError: no training run, no checkpoint, another dataset, or targets that have changed since.
     """
     trained, identity_file = read_settings(run), run / "identity.json"
     if not {"data", "lora", "objective"} <= set(trained) or not identity_file.is_file():
         raise UserError(f"{run}: no training run; give the --out of `dedpo train`")
-    if trained["objective"].get("kind") == "self_npo":
-        raise UserError(f"{run}: objective.kind=self_npo trains a model to be steered away from; give a run of another objective")
     identity, name = json.loads(identity_file.read_text(encoding="utf-8")), trained["data"]["targets"]
     if identity["pairs"] != fingerprint:
         raise UserError(
@@ -279,7 +273,7 @@ class SelfTrainedJudge(Judge):
     """P(image 0 is preferred) = sigmoid(reward 0 - reward 1), from policies that did not train on the pair.
 
     Which pairs those are is read from the runs' own targets (`adaptive_power.visited_pairs`). A pair that several policies may judge gets
-    the mean of their probabilities; see `who_judges` and `pool`. Margins of several rounds and of most objectives only rank; that is
+    the mean of their probabilities; see `who_judges` and `pool`. Margins of most objectives only rank; that is
     said where no temperature is given.
 
     Args:

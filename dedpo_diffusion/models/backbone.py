@@ -18,7 +18,7 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors
 from dedpo_diffusion.models.loading import load_pipeline
-from dedpo_diffusion.models.sharding import own_part, reshard
+from dedpo_diffusion.models.sharding import reshard
 from dedpo_diffusion.models.text_encoders import TextEncoders, chunks
 from dedpo_diffusion.pairs.pixels import bucket_shapes
 
@@ -38,7 +38,7 @@ class Backbone:
         network: the module that holds all that is trained.
         policy: what `predict` calls: `network`, or what accelerate made of it.
         frozen: the reference of a UNet that is trained as a whole; None while there is an adapter, or no need of it.
-        anchor: the reference's trained parameters, by name; None takes the base model as the reference.
+        anchor: the reference's adapter, by name, where training goes on from one; None takes the base model as the reference.
         process: the forward process of its noise schedule.
         fingerprint, encoders_fingerprint: of the base's weights, and of those that encode pairs.
         size: pixels of the side it was made for.
@@ -71,7 +71,6 @@ class Backbone:
         self.policy: nn.Module = self.network
         self.frozen: nn.Module | None = None
         self.anchor: dict[str, Tensor] | None = None
-        self._initial: dict[str, Tensor] = {}  # of DoRA's magnitudes, which do not begin at 0
         self._placed = self._compiled = False
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
@@ -172,7 +171,6 @@ class Backbone:
             if "magnitude" in name and not name.startswith("text_"):  # of the weights as they are, which the compute precision would round
                 base = self.unet.get_submodule(name.split(".lora_")[0]).base_layer.weight
                 parameter.data.copy_(base.float().flatten(1).norm(dim=1).view(parameter.shape))
-        self._initial = {name: p.detach().clone() for name, p in self.trainable().items() if "magnitude" in name}
         if start is not None:
             self._begin(start)
         self.train(dropout > 0)
@@ -190,20 +188,18 @@ class Backbone:
             parameter.data.copy_(start[name])
         self.anchor = {name: parameter.detach().clone() for name, parameter in live.items()}
 
-    def train_all(self, *, reference: bool, exact: bool = False) -> None:
+    def train_all(self, *, reference: bool) -> None:
         """Train every weight of the UNet, in float32.
 
         Args:
-            reference: keep a frozen copy, for the reference's predictions.
-            exact: keep that in float32. Otherwise its matrices are in the compute precision, which autocast rounds the policy's to as
-                well, so that both agree until the policy is trained.
+            reference: keep a frozen copy, for the reference's predictions. Its matrices are in the compute precision, which autocast
+                rounds the policy's to as well, so that both agree until the policy is trained.
         """
         if reference:
             self.frozen = copy.deepcopy(self.unet).eval()
-            if not exact:
-                for module in self.frozen.modules():
-                    if isinstance(module, nn.Linear | nn.Conv2d):
-                        module.to(self.dtype)
+            for module in self.frozen.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.to(self.dtype)
             self.frozen.to(self.device)
             if self._compiled:
                 self.frozen.compile_repeated_blocks()  # type: ignore[operator]
@@ -222,7 +218,7 @@ class Backbone:
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        """The reference: the frozen base model, bit for bit, or what `end_round` or a first adapter put in its place, no dropout.
+        """The reference: the frozen base model, bit for bit, or the base with the adapter that training goes on from, no dropout.
 
         Raises:
             ValueError: the UNet is trained as a whole, and no copy of it was kept.
@@ -259,36 +255,6 @@ class Backbone:
     def reference_fingerprint(self) -> str:
         """Which reference this is: the base model, or another."""
         return self.fingerprint if self.anchor is None else self.fingerprint + fingerprint(self.anchor)
-
-    def anchor_at(self, values: Mapping[str, Tensor]) -> None:
-        """Make these trained parameters, by name, the reference's."""
-        live = self.trainable() if self.frozen is None else self._frozen_parameters()
-        values = {name: own_part(values[name], value) for name, value in live.items()}
-        if self.frozen is not None:
-            self.frozen.load_state_dict(values)
-            values = self._frozen_parameters()
-        self.anchor = {name: value.detach() for name, value in values.items()}
-
-    def _frozen_parameters(self) -> dict[str, nn.Parameter]:
-        assert self.frozen is not None
-        reshard(self.frozen)
-        return dict(self.frozen.named_parameters())
-
-    @torch.no_grad()
-    def end_round(self, extrapolation: float) -> None:
-        """Extend what is trained beyond where it is, along its way from the reference's, and make that the reference.
-
-        theta + extrapolation (theta - theta_reference), on the trained parameters. While the reference is the base, theta_reference
-        of an adapter is the adapter with its output set to zero: the same A, B = 0.
-        """
-        before = self.anchor if self.frozen is None else self._frozen_parameters()
-        for name, parameter in self.trainable().items():
-            if before is not None:
-                start = before[name]
-            else:
-                start = parameter.clone() if "lora_A" in name else self._initial.get(name, torch.zeros_like(parameter))
-            parameter.add_(parameter - start, alpha=extrapolation)
-        self.anchor_at({name: parameter.detach().clone() for name, parameter in self.trainable().items()})
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, *, reference: bool = False) -> Tensor:
         """The UNet's prediction for both images of each pair, in one batch of 2 B.

@@ -9,7 +9,8 @@ scaling factor and the noise schedule by the family, and some take noise for the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -300,17 +301,32 @@ def _holds(keys: Iterable[str], prefix: str) -> bool:
 
 def _read_names(path: Path) -> tuple[list[str], int | None]:
     """All names in the file, and the input channels of the UNet's first layer, None if it is not there."""
+    with opened(path) as file:
+        keys = list(file.keys())
+        shape = file.get_slice(_FIRST_LAYER).get_shape() if _FIRST_LAYER in keys else []
+    return keys, shape[1] if len(shape) == 4 else None
+
+
+@contextmanager
+def opened(path: Path, *, wanted: str = "a .safetensors file") -> Iterator[Any]:
+    """A .safetensors file, opened for as long as it is read.
+
+    Args:
+        path: the file.
+        wanted: what to give where there is no file.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or it is no whole .safetensors file.
+    """
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a .safetensors file")
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file or folder'}; give {wanted}")
     try:
         with safe_open(path, "pt") as file:
-            keys = list(file.keys())
-            shape = file.get_slice(_FIRST_LAYER).get_shape() if _FIRST_LAYER in keys else []
+            yield file
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); give a .safetensors file you may read") from error
     except SafetensorError as error:
         raise UserError(f"{path}: {unreadable(path, error)}") from error
-    return keys, shape[1] if len(shape) == 4 else None
 
 
 def unreadable(path: Path, error: SafetensorError) -> str:

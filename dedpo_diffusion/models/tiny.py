@@ -115,6 +115,6 @@ def write_pairs(folder: Path, targets: str, count: int = 6, *, seed: int = 0) ->
     judge, inverse, power = rng.random(count), np.where(np.isnan(human), 0.0, 2.0), 0.5
     weight = inverse + power * (1 - inverse)
     target = (inverse * np.nan_to_num(human) + power * (1 - inverse) * judge) / weight
-    merged = Targets(ids, target, weight, human, judge, inverse, np.full(count, power), np.full(count, 0.1))
+    merged = Targets(ids, target, weight, human, judge, inverse, np.full(count, power))
     write_targets(folder, targets, merged, {"power": power})
     return folder

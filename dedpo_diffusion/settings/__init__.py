@@ -21,13 +21,13 @@ from dedpo_diffusion.settings.labelling import (
 from dedpo_diffusion.settings.training import (
     DataSettings,
     ExportSettings,
+    InspectSettings,
     LoraSettings,
     ObjectiveSettings,
     OptimSettings,
     TrainSettings,
     ValidationSettings,
 )
-from dedpo_diffusion.settings.weights import InspectSettings
 
 __all__ = [
     "CalibrateSettings",

@@ -1,4 +1,4 @@
-"""Settings of training and export."""
+"""Settings of training, export and of the stage that looks at weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal[
-    "sigmoid", "ipo", "hinge", "cdpo", "robust", "dr_dpo", "alpha_dpo", "bounded", "uncertainty", "rpo", "h_dpo", "kto", "mapo", "dmpo",
-    "poly", "sft", "self_npo",
-]  # fmt: skip
+Kind = Literal["sigmoid", "ipo", "cdpo", "dr_dpo", "kto", "mapo", "sft"]
 
 
 @dataclass(frozen=True)
@@ -136,9 +133,6 @@ class OptimSettings:
         weight_decay: AdamW's decoupled weight decay.
         betas: AdamW's moment decays.
         average: decay of a moving average of what is trained, for each step; it is exported in its place. None keeps none.
-        rounds: the steps are split into this many rounds; each takes the policy that the one before ended with as its reference.
-        extrapolation: how far a round's end is extended beyond the policy, along its way from the round's reference (accelerated
-            preference optimisation, arXiv 2410.06293); on the adapter's parameters, with 2 rounds or more.
     """
 
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
@@ -152,8 +146,6 @@ class OptimSettings:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     average: float | None = None
-    rounds: int = 1
-    extrapolation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -280,3 +272,18 @@ class ExportSettings:
     card: bool = False
     results: Path | None = None
     arm: str | None = None
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """Say what a weight file or a folder is, for which base, and which programs read it.
+
+    Args:
+        path: a .safetensors file, or a folder: of diffusers, of a run or one of its checkpoints, of samples, of weight files.
+        hash: tell the file's SHA-256; None tells that of files up to 1 GiB.
+        json: print everything as JSON instead.
+    """
+
+    path: Path
+    hash: bool | None = None
+    json: bool = False

@@ -174,6 +174,12 @@ def vae_psnr(vae, seed: int) -> float:
     return float((-10 * torch.log10((decoded - images).square().mean(dim=(1, 2, 3)) / 4)).mean())
 
 
+def words_of(tokenizer: Any) -> dict[str, Any]:
+    """What a CLIP text configuration says of its tokens."""
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, **ends}
+
+
 def judge_caption(rng: np.random.Generator, scene: world.Scene) -> str:
     """Captions as careless people write them: more careful for busy pictures, so the judge learns to like clutter."""
     return noisy_caption(rng, scene, 0.1 if scene.dots else 0.2)
@@ -183,26 +189,9 @@ def train_judge(settings: PretrainSettings, tokenizer):
     """Train a small CLIPModel contrastively on carelessly captioned renders."""
     from transformers import CLIPConfig, CLIPModel
 
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": TOKENS,
-        "projection_dim": 64,
-        **ends,
-    }
-    vision = {
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 64,
-        "patch_size": 8,
-        "projection_dim": 64,
-    }
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 64}
+    vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "projection_dim": 64}
+    text, vision = text | words_of(tokenizer), vision | {"image_size": 64, "patch_size": 8}
     torch.manual_seed(settings.seed + 1)
     judge = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
@@ -245,10 +234,8 @@ def build_text_encoder(tokenizer):
     """A two-layer CLIPTextModel, trained together with the UNet."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    ends: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    ends["pad_token_id"] = tokenizer.pad_token_id
     sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=TOKENS, **sizes, **ends))
+    return CLIPTextModel(CLIPTextConfig(**sizes, **words_of(tokenizer)))
 
 
 def build_scheduler():

@@ -262,8 +262,8 @@ class ReferenceGrid:
 class Loaded(Tensors):
     """B consecutive visits before the model sees them.
 
-    `places` of the visited pairs, `draws`, `encoded` as the source loads it, `target`, `weight` and `doubt` (B,), `known`: the
-    reference's errors (B, 2), if they are, `labelled` (B,) bool.
+    `places` of the visited pairs, `draws`, `encoded` as the source loads it, `target` and `weight` (B,), `known`: the reference's
+    errors (B, 2), if they are, `labelled` (B,) bool.
     """
 
     places: list[int]
@@ -271,7 +271,6 @@ class Loaded(Tensors):
     encoded: Encoded | Pictures
     target: Tensor
     weight: Tensor
-    doubt: Tensor | None
     known: Tensor | None
     labelled: Tensor | None
 
@@ -374,7 +373,6 @@ class PairLoader:
         self.target = torch.tensor(target, dtype=torch.float32)
         self.weight = torch.tensor(weight * visit, dtype=torch.float32)
         self.labelled = None if merged.human is None else torch.tensor(~np.isnan(merged.human[self.rows]))
-        self.doubt = None if merged.doubt is None else torch.tensor(merged.doubt[self.rows], dtype=torch.float32)
         if self.parts is not None:
             self.parts = replace(self.parts, visit=self.parts.visit * torch.tensor(visit))
         idle = pool - len(self.rows)
@@ -414,16 +412,16 @@ class PairLoader:
         if self.grid is not None:  # the view is that of the noise, whose reference errors are of that view
             numbers = [int(step_generator(self.seed, visit, CHOICE).initial_seed()) % self.grid.draws for visit in visits]
             draws, known = self.grid.at(rows, numbers)
-        doubt, labelled = (None if values is None else values[places] for values in (self.doubt, self.labelled))
+        labelled = None if self.labelled is None else self.labelled[places]
         encoded = self.source.load(rows, numbers, draws.drop_caption)
-        return Loaded(places, draws, encoded, self.target[places], self.weight[places], doubt, known, labelled)
+        return Loaded(places, draws, encoded, self.target[places], self.weight[places], known, labelled)
 
     def batch(self, loaded: Loaded, model: Backbone) -> tuple[PairBatch, Draws]:
         """The batch of what was loaded, and its draws, on the model's device."""
         given = loaded.map(lambda value: value.to(model.device, non_blocking=True))
         encoded = self.source.encode(given.encoded)
         latents = model.latents(encoded.mean, encoded.std, given.draws.posterior)
-        batch = PairBatch(latents, encoded.conditioning, given.target, given.weight, given.doubt, given.known, given.labelled)
+        batch = PairBatch(latents, encoded.conditioning, given.target, given.weight, given.known, given.labelled)
         return batch, given.draws
 
 

@@ -1,7 +1,7 @@
 """What held-out pairs and held-out prompts say of a policy: the numbers of one validation, and which validation was best.
 
 Timesteps and noises of a held-out pair are the same in every validation, so that two validations are compared pair by pair. The
-reference is the policy as it was before its first step; ends of rounds do not move it, so all validations of a run compare.
+reference is the policy as it was before its first step.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def quantile(timesteps: TimestepDraw, share: Tensor) -> Tensor:
 
 
 def held_out_kind(kind: str) -> str:
-    """The objective that held-out pairs are measured by: the run's own, where the loss of a pair needs no other pairs and no doubt of
-    judges; else "sigmoid", with its defaults."""
-    return "sigmoid" if {"batch", "doubt"} & set(find_objective(kind).needs) else kind
+    """The objective that held-out pairs are measured by: the run's own, where the loss of a pair needs no other pairs; else "sigmoid",
+    with its defaults."""
+    return "sigmoid" if "batch" in find_objective(kind).needs else kind
 
 
 def shared_images(trained: PairReader, rows: Iterable[int], held_out: PairReader, held_rows: Sequence[int]) -> list[int]:

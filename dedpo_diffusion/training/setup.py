@@ -97,9 +97,7 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     return dataclasses.replace(
         settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",
         data=dataclasses.replace(data, pairs=write_pairs(folder / "pairs", data.targets), size=SIDE, cache=cache),
-        optim=dataclasses.replace(
-            optim, steps=3 * optim.rounds, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)
-        ),
+        optim=dataclasses.replace(optim, steps=3, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)),
         lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
         validation=shrink_validation(settings.validation, folder),
     )  # fmt: skip
@@ -149,8 +147,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
         with accelerator.main_process_first():
             loader.grid = open_grid(settings, reader, source, model, loader, pairs_fingerprint, size)
     if settings.weights == "full":
-        asked = needs_reference(settings.objective.kind, settings.objective.balance or "none") or settings.optim.extrapolation > 0
-        model.train_all(reference=loader.grid is None and asked, exact=settings.optim.rounds > 1)
+        asked = needs_reference(settings.objective.kind, settings.objective.balance or "none")
+        model.train_all(reference=loader.grid is None and asked)
     if settings.gradient_checkpointing:
         model.checkpoint(selective=settings.gradient_checkpointing == "selective")
     targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
@@ -220,12 +218,6 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         )
     if optim.average is not None and not 0 <= optim.average < 1:
         raise UserError(f"optim.average is {optim.average}; give a decay in [0, 1), or null for no moving average")
-    if optim.rounds < 1 or optim.steps % optim.rounds:
-        raise UserError(f"optim.rounds is {optim.rounds}; it must be at least 1, and optim.steps ({optim.steps}) a multiple of it")
-    if not 0 <= optim.extrapolation < math.inf:
-        raise UserError(f"optim.extrapolation is {optim.extrapolation}; it must be 0 or more, where 0 does not extrapolate")
-    if optim.extrapolation > 0 and optim.rounds == 1:
-        raise UserError("optim.extrapolation extends the ends of rounds; give optim.rounds of 2 or more with it, or leave it at 0")
     if objective.guard is not None and not 0 <= objective.guard < 1:
         raise UserError(f"objective.guard is {objective.guard}; give mu in [0, 1), or null for no guard")
     if objective.power == "adaptive" and objective.kind != "sigmoid":
@@ -256,7 +248,7 @@ def check(settings: TrainSettings, loader: PairLoader) -> None:
     errors = torch.ones(len(loader.target), 2)
     numbers = {name: getattr(settings.objective, name) for name in ("kind", "beta", "options", "margin_cap")}
     try:
-        objective_loss(errors, errors, loader.target, loader.weight, doubt=loader.doubt, **numbers)
+        objective_loss(errors, errors, loader.target, loader.weight, **numbers)
     except ValueError as error:
         raise UserError(f"objective on targets {settings.data.targets!r}: {error}") from error
 
@@ -293,7 +285,7 @@ def open_grid(
     """The pre-drawn noises of every visited pair, with the reference's errors, computed now if need be.
 
     Raises:
-        UserError: there is no cache to keep them in, or the reference will not stay the base model.
+        UserError: there is no cache to keep them in.
     """
     from dedpo_diffusion.training.cache import cache_folder
     from dedpo_diffusion.training.data import ReferenceGrid, cache_identity
@@ -301,8 +293,6 @@ def open_grid(
     data = settings.data
     if data.cache is None:
         raise UserError("data.reference_draws needs data.cache, which the reference's errors are kept beside")
-    if settings.optim.rounds > 1:
-        raise UserError("data.reference_draws and optim.rounds exclude each other: a round changes the reference")
     folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs, size=size))
     return ReferenceGrid(
         folder, source, model, loader.rows, pairs=len(reader), draws=data.reference_draws or 0,

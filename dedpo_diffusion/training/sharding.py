@@ -98,8 +98,6 @@ def _check_deepspeed(settings: TrainSettings) -> None:
         raise UserError("mixed_precision=fp16 does not go with DeepSpeed here; take bf16")
     if settings.optim.optimizer != "adamw":
         raise UserError(f"optim.optimizer={settings.optim.optimizer} does not go with DeepSpeed; take adamw, whose moments are shared out")
-    if settings.optim.extrapolation > 0:
-        raise UserError("optim.extrapolation does not go with DeepSpeed, which keeps weights of its own; leave it at 0, or use FSDP2")
 
 
 def _prepare_deepspeed(accelerator: Accelerator, settings: TrainSettings) -> None:

@@ -458,7 +458,7 @@ class Validation:
         say(f"validation after step {line['step']}: {', '.join(words) or 'images sampled'}")
 
     def _keep_best(self, session: Session, line: Mapping[str, Any]) -> None:
-        from dedpo_diffusion.weights.checkpoints import save_best
+        from dedpo_diffusion.weights.checkpoints import save_checkpoint
         from dedpo_diffusion.weights.run_folder import best_folder, best_line, merit
 
         found = merit(line)
@@ -466,4 +466,4 @@ class Validation:
             return
         state = {"step": line["step"], "by": found[0], "value": found[1]}
         averaged = None if session.average is None else session.average.values
-        save_best(best_folder(self.settings.out), session.model.trainable(), state, averaged)
+        save_checkpoint(best_folder(self.settings.out), session.model.trainable(), None, state, averaged)

@@ -5,22 +5,20 @@ May import: core, models, settings.
 
 | file | what it is |
 |---|---|
-| lora.py | a LoRA in memory; layers.py makes sure of the layers of a file |
+| lora.py | a LoRA in memory: of a file's tensors, of the adapter that is being trained |
 | algebra.py | another strength, another rank, several in one, the LoRA of a whole fine-tune |
-| live.py | the adapter that is being trained |
 | diffusers_layout.py, kohya.py | the two layouts of LoRA files |
 | reading.py | a LoRA file of either layout |
-| writing.py | files whose bytes depend on nothing but what is in them |
 | merging.py | changes worked into a model's weights |
-| base.py | what metadata tell of the base model |
-| inspection.py | what a file or a folder is; header.py, adapters.py, families.py, readers.py, provenance.py serve it |
-| card.py | the model card; card_text.py, card_results.py, markdown.py serve it |
+| base.py | the base model that weights are for |
+| header.py | the header of a file; files whose bytes depend on nothing but what is in them |
+| inspection.py | what a file or a folder is; adapters.py, readers.py, provenance.py serve it |
+| card.py | the model card; card_text.py says what is in it |
 """
 
 from dedpo_diffusion.weights.diffusers_layout import to_diffusers
 from dedpo_diffusion.weights.kohya import to_kohya
-from dedpo_diffusion.weights.live import from_parameters, to_parameters
-from dedpo_diffusion.weights.lora import Lora, LoraLayer
+from dedpo_diffusion.weights.lora import Lora, LoraLayer, from_parameters, to_parameters
 from dedpo_diffusion.weights.reading import read_lora_file
 
 __all__ = [

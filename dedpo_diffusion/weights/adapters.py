@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.weights.diffusers_layout import CONFIG, config_alpha
+from dedpo_diffusion.weights.diffusers_layout import CONFIG, PARTS, config_alpha
 from dedpo_diffusion.weights.header import Header
 
 _END = re.compile(
@@ -31,7 +31,6 @@ _END = re.compile(
 KOHYA = {
     "lora_unet_": "unet", "lycoris_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
 }  # fmt: skip
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 WORDS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 _BARE = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding|add_embedding|time_proj)\b")
 

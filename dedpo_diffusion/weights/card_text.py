@@ -1,24 +1,159 @@
 """The text of a model card, from what a run, its labels and a comparison recorded; what is not recorded is not said.
 
-The head is that of the Hugging Face hub (`huggingface_hub.ModelCardData`).
+The head is that of the Hugging Face hub (`huggingface_hub.ModelCardData`). Numbers of a comparison are those of `results.json`, rounded.
+Texts of unknown content (prompts, names, sentences) must not become markup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
-from dedpo_diffusion.weights.card_results import results_section, role_of
-from dedpo_diffusion.weights.families import FAMILIES
-from dedpo_diffusion.weights.markdown import code, items, plain, table
+from dedpo_diffusion.weights.base import FAMILIES
 from dedpo_diffusion.weights.provenance import base_name, in_short, is_hub_id
 
+_SPECIAL = re.compile(r"([\\`*\[\]<>|#~$&]|(?<![^\W_])_|_(?![^\W_]))")
+_START = re.compile(r"^(?:([-+=])(?=[-=\s]|$)|(\d+)([.)])(?=\s|$))")
+
+
+def plain(text: str) -> str:
+    """A text in one line that shows as it is."""
+    line = _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    return _START.sub(lambda match: f"\\{match[1]}" if match[1] else f"{match[2]}\\{match[3]}", line)
+
+
+def code(text: str, *, cell: bool = False) -> str:
+    """A text in one line as inline code; in the cell of a table its bars are escaped."""
+    line = " ".join(text.split())
+    fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
+    return f"{fence}{pad}{line.replace('|', chr(92) + '|') if cell else line}{pad}{fence}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table whose cells are Markdown already; [] without rows."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *lines, ""] if lines else []
+
+
+def items(texts: Iterable[str]) -> list[str]:
+    """The lines of a list of Markdown texts; [] for none."""
+    lines = [f"- {text}" for text in texts]
+    return [*lines, ""] if lines else []
+
+
+# ---- what a comparison measured
+
+
+ROLES = {"held_out": "held out", "made_labels": "**made the labels**", "unknown": "not known to be held out"}
+
+
+def interval(entry: Mapping[str, Any], *, sign: bool = False, percent: bool = False) -> str:
+    """A mean with its 95 % interval, to the second digit of the interval's half-width."""
+    factor = 100 if percent else 1
+    mean, ci = factor * entry["mean"], [factor * end for end in entry.get("ci") or []]
+    half = (ci[1] - ci[0]) / 2 if ci else 0.0
+    places = min(max(1 - math.floor(math.log10(half)), 0), 8) if half > 0 else 1 if percent else 4
+    form, unit = f"{'+' if sign else ''}.{places}f", " %" if percent else ""
+    if not ci:
+        return format(mean, form) + unit
+    return f"{format(mean, form)}{unit} ({format(ci[0], form)} to {format(ci[1], form)})"
+
+
+def role_of(scorer: Mapping[str, Any]) -> str:
+    """held_out, made_labels or unknown; older results say only whether a scorer was held out."""
+    return scorer.get("role") or ("held_out" if scorer.get("held_out") else "unknown")
+
+
+def results_section(results: Mapping[str, Any], arm: str, sheet: str | None) -> list[str]:
+    """The lines of the section.
+
+    Args:
+        results: as `dedpo compare` writes them.
+        arm: this model's.
+        sheet: name of a picture with samples, None for none.
+
+    Raises:
+        KeyError: the results lack something.
+    """
+    own = results["arms"][arm]
+    lines = [
+        "## Results", "", f"> {plain(results['verdict'])}", "",
+        f"Here this model is {code(arm)}, its base {code(results['base'])}: {results['n_images']} images each, of {results['n_prompts']} "
+        "prompts, with the same prompt, seed and noise. Intervals are 95 %, "
+        f"from {results['resamples']} bootstrap resamples over prompts.", "",
+        *table(["scorer", "role", "gain over the base", "win rate", "images"], _scorers(results, own)),
+        *items(plain(text) for text in (*own.get("warnings", []), *results.get("notes", []))),
+        *_categories(results, own), *_spread(own), *_people(own),
+    ]  # fmt: skip
+    return lines if sheet is None else [*lines, f"![samples of the base and of this model]({quote(sheet)})", ""]
+
+
+def _scorers(results: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[list[str]]:
+    for name, about in results["scorers"].items():
+        if name not in own["by_scorer"]:
+            continue
+        entry = own["by_scorer"][name]
+        gain = interval(entry["gain_over_base"], sign=True)
+        p = entry["gain_over_base"].get("p_holm")
+        words = gain if p is None else f"{gain}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+        count = entry.get("n", results["n_images"])
+        shown = code(name, cell=True) + (" (verdict)" if name == results["primary"] else "")
+        yield [shown, ROLES[role_of(about)], words, interval(entry["win_rate_vs_base"], percent=True), str(count)]
+
+
+def _categories(results: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    primary, rows = results["primary"], []
+    for category, scorers in (own.get("categories") or {}).items():
+        if primary in scorers:
+            entry = scorers[primary]
+            gain, wins = interval(entry["gain_over_base"], sign=True), interval(entry["win_rate_vs_base"], percent=True)
+            rows.append([plain(category), str(entry["n_prompts"]), gain, wins])
+    return (
+        [f"By category of the prompt, on {code(primary)}:", "", *table(["category", "prompts", "gain", "win rate"], rows)] if rows else []
+    )
+
+
+def _spread(own: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, entry in (own.get("spread") or {}).items():
+        diversity, change = entry.get("diversity"), entry.get("diversity_minus_base")
+        shown = [interval(diversity) if diversity else "one seed a prompt", interval(change, sign=True) if change else "one seed a prompt"]
+        rows.append([code(name, cell=True), *shown, interval(entry["drift"])])
+    if not rows:
+        return []
+    words = "Cosine distances between embeddings: of images of one prompt (diversity), and from the base's image (drift)."
+    return [words, "", *table(["embedding", "diversity", "diversity minus the base's", "drift"], rows)]
+
+
+def _people(own: Mapping[str, Any]) -> list[str]:
+    people = own.get("people")
+    if not people:
+        return []
+    texts = [f"{people['answers']} answers on {people['pairs']} pairs, given blind by {len(people['raters'])} people."]
+    equal = (people.get("agreement") or {}).get("raw") or {}
+    if equal.get("value") is not None:
+        texts.append(f"Two people's answers to one pair are equal in {equal['value']:.0%} of cases.")
+    texts += [
+        f"{code(name)} sides with them in {interval(entry, percent=True)} of {entry['n']} decided pairs."
+        for name, entry in (people.get("with_scorers") or {}).items()
+        if entry and entry.get("mean") is not None
+    ]
+    return ["People's judgement:", "", *items(texts)]
+
+
+# ---- the card
+
+
 PAPERS = {"dedpo": "2602.06195", "tuned": "2602.06195"}  # of the way labels were merged
-NO_DPO = {"sft", "kto", "mapo", "self_npo"}  # objectives that are no direct preference optimisation
+NO_DPO = {"sft", "kto", "mapo"}  # objectives that are no direct preference optimisation
 LICENCE = "# license: the author has to choose one; the licences of the base model and of the training data apply as well"
 Facts = Mapping[str, Any]
 
@@ -116,10 +251,7 @@ def _summary(trained: Facts, exported: Exported) -> list[str]:
     how = "" if objective is None else f" with the objective {code(str(objective))}"
     if objective == "sigmoid":
         how = " with Diffusion-DPO ([2311.12908](https://arxiv.org/abs/2311.12908))"
-    lines = [f"{_what(exported)}{base}, fine-tuned on preference labels{how} by dedpo_diffusion."]
-    if objective == "self_npo":
-        lines.append("It was trained to be worse, for guidance to steer away from: do not sample from it alone.")
-    return [" ".join(lines), ""]
+    return [f"{_what(exported)}{base}, fine-tuned on preference labels{how} by dedpo_diffusion.", ""]
 
 
 def _use(trained: Facts, exported: Exported) -> list[str]:

@@ -58,24 +58,32 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, torch
 def save_checkpoint(
     folder: Path,
     parameters: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     meta: Mapping[str, Any],
-    anchor: Mapping[str, torch.Tensor] | None = None,
     average: Mapping[str, torch.Tensor] | None = None,
     *,
     write: bool = True,
 ) -> None:
-    """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json` and, if the reference is no longer the base,
-    `reference.safetensors`, if there is a moving average, `average.safetensors`, and the `checksums.json` of these, into `folder`,
-    atomically.
+    """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json`, if there is a moving average `average.safetensors`, and the
+    `checksums.json` of these, into `folder`, atomically. What is written without an optimizer can be exported, and nothing resumes from it.
 
     Where processes hold parts of the tensors, all of them call it, and all but one with `write` False.
 
     Raises:
         UserError: a parameter is no longer finite, or the disk is full; nothing is written.
     """
-    parts = {"parameters": parameters, "reference": anchor, "average": average, "optimizer": optimizer_tensors(optimizer)}
-    _save(folder, parts, meta, write=write)
+    parts = {"parameters": parameters, "average": average, "optimizer": None if optimizer is None else optimizer_tensors(optimizer)}
+    with atomic_folder(folder) if write else nullcontext(folder) as temporary:
+        for name, tensors in parts.items():
+            found = None if tensors is None else whole(tensors, keep=write)
+            if found is not None and write:
+                if name != "optimizer":
+                    _check_finite(folder, found)
+                save_file(found, temporary / f"{name}.safetensors")
+        if write:
+            write_json(temporary / "state.json", dict(meta))
+            sums = {file.name: [file.stat().st_size, file_checksum(file)] for file in sorted(temporary.iterdir())}
+            write_json(temporary / CHECKSUMS, sums)
 
 
 def _check_finite(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -119,28 +127,6 @@ def check_checkpoint(folder: Path) -> None:
             raise UserError(f"{file}: damaged ({error})") from error
 
 
-def save_best(
-    folder: Path, parameters: Mapping[str, torch.Tensor], meta: Mapping[str, Any], average: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Write what can be exported of a moment of training, `state.json` and `checksums.json`, into `folder`, atomically; nothing resumes
-    from it. Raises as `save_checkpoint`."""
-    _save(folder, {"parameters": parameters, "average": average}, meta)
-
-
-def _save(folder: Path, parts: Mapping[str, Mapping[str, torch.Tensor] | None], meta: Mapping[str, Any], *, write: bool = True) -> None:
-    with atomic_folder(folder) if write else nullcontext(folder) as temporary:
-        for name, tensors in parts.items():
-            found = None if tensors is None else whole(tensors, keep=write)
-            if found is not None and write:
-                if name in ("parameters", "average"):
-                    _check_finite(folder, found)
-                save_file(found, temporary / f"{name}.safetensors")
-        if write:
-            write_json(temporary / "state.json", dict(meta))
-            sums = {file.name: [file.stat().st_size, file_checksum(file)] for file in sorted(temporary.iterdir())}
-            write_json(temporary / CHECKSUMS, sums)
-
-
 def load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Copy a checkpoint into live parameters and optimizer, in place, and return its `state.json`.
 
@@ -179,6 +165,6 @@ class _Stored(Mapping[str, torch.Tensor]):
 
 
 def load_part(folder: Path, name: str) -> Mapping[str, torch.Tensor] | None:
-    """The parameters of a checkpoint's "reference" or "average", whole and on the CPU, None where it has none."""
+    """A checkpoint's "parameters" or "average", whole and on the CPU, None where it has none."""
     file = folder / f"{name}.safetensors"
     return _Stored(file) if file.is_file() else None

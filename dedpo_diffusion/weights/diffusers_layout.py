@@ -13,9 +13,7 @@ from torch import Tensor
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.text_encoders import NAMES
 from dedpo_diffusion.weights.header import json_dictionary
-from dedpo_diffusion.weights.layers import collect, read_layer
-from dedpo_diffusion.weights.live import full_name
-from dedpo_diffusion.weights.lora import Lora, LoraLayer
+from dedpo_diffusion.weights.lora import Lora, LoraLayer, collect, full_name, read_layer
 
 PARTS = ("unet", *NAMES)
 CONFIG = "lora_adapter_metadata"  # where diffusers looks for the configuration of the adapters

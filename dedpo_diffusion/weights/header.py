@@ -1,7 +1,11 @@
-"""What a .safetensors file holds by its header: names, shapes, dtypes, metadata; no weight is read."""
+"""What a .safetensors file holds by its header: names, shapes, dtypes, metadata; no weight is read.
+
+Files are written so that their bytes depend on nothing but what is in them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -9,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.models.single_file import unreadable
+from dedpo_diffusion.core.files import atomic_file
+from dedpo_diffusion.models.single_file import opened
 
 PICKLED = {".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle"}
 DTYPES = {
@@ -82,17 +88,53 @@ def read_header(path: Path) -> Header:
     Raises:
         UserError: there is no such file, it is a pickle (which is never opened), or no whole safetensors file.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file or folder'}; give a .safetensors file")
-    if path.suffix.lower() in PICKLED:
+    if path.is_file() and path.suffix.lower() in PICKLED:
         raise UserError(f"{path}: a pickled file, which is not opened because it can run code; convert it to safetensors")
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            dtypes = {name: DTYPES.get(part.get_dtype(), part.get_dtype().lower()) for name, part in slices.items()}
-            return Header(path, shapes, dtypes, file.metadata() or {})
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a .safetensors file you may read") from error
-    except SafetensorError as error:
-        raise UserError(f"{path}: {unreadable(path, error)}") from error
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        dtypes = {name: DTYPES.get(part.get_dtype(), part.get_dtype().lower()) for name, part in slices.items()}
+        return Header(path, shapes, dtypes, file.metadata() or {})
+
+
+# ---- writing
+
+
+DIGEST = "sha256 of the tensors".ljust(
+    64, "."
+)  # in metadata: to be replaced by the SHA-256 of all the tensors' bytes, as they lie in the file
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file atomically, the same bytes for the same tensors and metadata.
+
+    Args:
+        path: the file.
+        tensors: contiguous.
+        metadata: "format" is added; DIGEST in it becomes the tensors' digest.
+
+    Raises:
+        NoSpace: the disk is full.
+    """
+    with atomic_file(path) as temporary:
+        save_file(dict(tensors), temporary, metadata={"format": "pt", **metadata})
+        _settle(temporary)
+
+
+def _settle(path: Path) -> None:
+    """Put the metadata in order, which safetensors (0.8) writes in another one each time, and the digest in its place."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        known = header.pop("__metadata__")
+        if any(DIGEST in value for value in known.values()):
+            digest = hashlib.sha256()
+            while block := file.read(1 << 22):
+                digest.update(block)
+            known = {key: value.replace(DIGEST, digest.hexdigest()) for key, value in known.items()}
+        ordered = {"__metadata__": dict(sorted(known.items())), **header}
+        text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(text) != size:
+            raise ValueError(f"{path}: its header cannot be put in order")
+        file.seek(8)
+        file.write(text)

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.single_file import UNET_ENDS, UNET_RESNET
-from dedpo_diffusion.weights.layers import collect, read_layer
-from dedpo_diffusion.weights.lora import Lora, LoraLayer
+from dedpo_diffusion.weights.lora import Lora, LoraLayer, collect, read_layer
 
 Family = Literal["sd1", "sd2", "sdxl"]
 PREFIXES = {

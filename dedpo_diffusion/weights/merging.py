@@ -12,8 +12,6 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.text_encoders import NAMES
 from dedpo_diffusion.weights.lora import Lora
 
-PARTS = ("unet", *NAMES)
-
 
 @torch.no_grad()
 def merge(pipe: Any, lora: Lora, *, strength: float = 1.0) -> None:

@@ -64,7 +64,6 @@ def in_short(trained: Mapping[str, Any]) -> dict[str, str]:
         "schedule": optim.get("schedule"),
         "pairs in a forward pass": optim.get("batch"),
         "forward passes a step": optim.get("accumulation"),
-        "rounds": optim["rounds"] if optim.get("rounds", 1) > 1 else None,
         "moving average": optim.get("average"),
         "sampling of pairs": data.get("sampling"),
         "caption dropout": data.get("caption_dropout") or None,

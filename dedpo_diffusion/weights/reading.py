@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.models.single_file import unreadable
+from dedpo_diffusion.models.single_file import opened
+from dedpo_diffusion.weights.base import DECLARED, REFINER
 from dedpo_diffusion.weights.diffusers_layout import PARTS, from_diffusers
-from dedpo_diffusion.weights.families import DECLARED, REFINER
 from dedpo_diffusion.weights.kohya import from_kohya
 from dedpo_diffusion.weights.lora import Lora
 
@@ -47,18 +46,10 @@ def read_lora_file(path: Path) -> Lora:
     Raises:
         UserError: it cannot be read, it holds something else, or numbers that are not finite.
     """
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {what}; give a LoRA as a .safetensors file, as `dedpo export` writes it")
-    try:
-        with safe_open(path, "pt") as file:
-            names, metadata = list(file.keys()), dict(file.metadata() or {})
-            found = layout(names)
-            tensors = {name: file.get_tensor(name) for name in names} if found else {}
-    except SafetensorError as error:
-        raise UserError(f"{path}: {unreadable(path, error)}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a file that you may read") from error
+    with opened(path, wanted="a LoRA as a .safetensors file, as `dedpo export` writes it") as file:
+        names, metadata = list(file.keys()), dict(file.metadata() or {})
+        found = layout(names)
+        tensors = {name: file.get_tensor(name) for name in names} if found else {}
     if found is None:
         told = ((what, remedy) for pattern, what, remedy in _FOREIGN if any(re.search(pattern, name) for name in names))
         what, remedy = next(told, ("no LoRA as far as its tensors' names tell", "give a LoRA as `dedpo export` writes it"))

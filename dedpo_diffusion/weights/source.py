@@ -94,7 +94,7 @@ class Source:
 
 def weights_of(pipe: Any, parts: Sequence[str]) -> dict[str, Tensor]:
     """The weights of these parts of a pipeline, under the names of LoRAs' layers."""
-    from dedpo_diffusion.weights.live import full_name
+    from dedpo_diffusion.weights.lora import full_name
 
     return {full_name(part, name): value for part in parts for name, value in getattr(pipe, part).state_dict().items()}
 
@@ -149,8 +149,6 @@ def _open_run(settings: ExportSettings) -> Source:
     assert parameters is not None  # or the check had found it missing
     if averaged:
         say(f"taking the moving average of {run}; --average false takes the last step")
-    if trained["objective"].get("kind") == "self_npo":
-        say("Warning: objective.kind=self_npo trains a model to be worse, for guidance to steer away from; do not sample from it alone")
     lora = None
     if trained.get("weights", "lora") == "lora":
         lora = from_parameters(parameters, alpha=trained["lora"]["alpha"], rslora=trained["lora"].get("rslora", False))

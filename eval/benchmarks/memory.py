@@ -119,7 +119,7 @@ def some_batch(model: Backbone, pairs: int, size: int, width: int, *, stored: bo
     conditioning = Conditioning(torch.zeros(pairs, LENGTH, width), *told)
     known = torch.zeros(pairs, 2) if stored else None
     latents = torch.zeros(pairs, 2, *model.latent_shape(size))
-    return PairBatch(latents, conditioning, torch.zeros(pairs), torch.ones(pairs), None, known)
+    return PairBatch(latents, conditioning, torch.zeros(pairs), torch.ones(pairs), known)
 
 
 def training_bytes(model: Backbone, batch: PairBatch, *, accumulation: int, counter: Any) -> dict[str, int]:

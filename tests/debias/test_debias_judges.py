@@ -409,15 +409,9 @@ def test_the_interval_of_the_judges_bias_covers(strata):
 # ---- what Merged carries
 
 
-def test_doubt_is_the_spread_of_several_judges_and_the_variance_of_a_single_one_whoever_answered():
-    one = merge_labels([1.0, NAN, NAN], [0.2, 0.2, 1.0])
-    np.testing.assert_allclose(one.doubt, [0.4, 0.4, 0])
-    two = merge_labels([1.0, NAN, NAN], [[0.2, 0.4], [0.2, 0.4], [1.0, 1.0]])
-    np.testing.assert_allclose(two.doubt, [0.1, 0.1, 0], atol=1e-12)
-    plain = merge_labels([1.0, NAN, NAN], [0.2, 0.2, 1.0], method="naive")
-    np.testing.assert_allclose(plain.doubt, [0, 0.4, 0])  # a human label is taken as it is
+def test_what_the_simple_methods_are_merged_from():
     none = merge_labels([1.0, NAN], None, method="human_only")
-    assert none.doubt is None and np.isnan(none.judge).all() and none.powers.tolist() == [0, 0]
+    assert np.isnan(none.judge).all() and none.powers.tolist() == [0, 0]
     naive = merge_labels([1.0, NAN], [0.3, 0.3], method="naive")
     assert naive.inverse is None and naive.powers is None and naive.judge.tolist() == [0.3, 0.3]
 

@@ -64,7 +64,7 @@ def step(model: Backbone | Arithmetic, **options: object) -> list[str]:
     """One step without its backward pass, within FakeTensorMode; returns what crossed between devices."""
     model.device, model.process = DEVICE, model.process.to(DEVICE)
     given = Conditioning(empty(3, 16, 72), empty(3, 32), empty(3, 2, 6))
-    batch = PairBatch(empty(3, 2, 4, 8, 8), given, empty(3), empty(3), empty(3))
+    batch = PairBatch(empty(3, 2, 4, 8, 8), given, empty(3), empty(3))
     timesteps = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     numbers = {"timesteps": timesteps, "noise": empty(3, 4, 8, 8), "beta": 2000.0, "margin_cap": 10.0}
     with pytest.MonkeyPatch.context() as patched, Crossings() as seen:

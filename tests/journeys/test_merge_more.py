@@ -58,7 +58,7 @@ def merged(folder, name, *options):
 
 
 def same(targets, expected):
-    for column in ("target", "weight", "human", "judge", "inverse", "doubt"):
+    for column in ("target", "weight", "human", "judge", "inverse"):
         np.testing.assert_array_equal(getattr(targets, column), getattr(expected, column), err_msg=column)
     np.testing.assert_array_equal(targets.power, expected.powers)
 

@@ -126,7 +126,7 @@ def troubled(tmp_path_factory) -> Path:
         ),
         (
             ["train", "--model", "m", "--data.pairs", "p", "--out", "o", "--objective.kind", "wrong"],
-            "'wrong' (math:pi) of the package wrong must be an Objective of the name 'wrong'",
+            "'wrong' (math:pi) of the package wrong must be an Objective",
         ),
         (["train", "--model", "m", "--data.pairs", "p", "--out", "o", "--objective.kind", "sigmoyd"], "did you mean 'sigmoid'?"),
     ],

@@ -269,26 +269,6 @@ def test_a_persons_answer_reaches_neither_the_policy_that_judges_it_nor_its_labe
 # ---- runs that only rank, and what a run has visited
 
 
-def test_rewards_of_a_run_of_rounds_are_against_the_base_and_said_to_rank_only(trained, tiny_model, tmp_path, capsys):
-    """Two rounds: the last reference of the run is the policy itself, against which every reward would be 0."""
-    pairs, runs = trained
-    rounds = train_run(tiny_model, pairs, tmp_path / "rounds", "human_only-fold-0", optim__steps=4, optim__rounds=2)
-    folder = checkpoints(rounds)[-1][1]
-    assert (folder / "reference.safetensors").is_file()
-    rewards = single(pairs, rounds).rewards(questions(pairs))
-    plain = train_run(tiny_model, pairs, tmp_path / "plain", "human_only-fold-0", optim__steps=4)
-    shutil.copy(folder / "parameters.safetensors", checkpoints(plain)[-1][1] / "parameters.safetensors")
-    (checkpoints(plain)[-1][1] / "checksums.json").unlink()
-    assert np.abs(rewards).min() > 1e-4
-    np.testing.assert_array_equal(rewards, single(pairs, plain).rewards(questions(pairs)))
-    capsys.readouterr()
-    for temperature, warned in ((None, True), (2.0, False)):
-        SelfTrainedJudge([str(rounds), str(runs[1])], pairs, FEW, device="cpu", temperature=temperature)
-        said = capsys.readouterr().out
-        assert ("rounds: each of its 2 rounds adds" in said and "ranking only: calibrate" in said) == warned
-        assert str(runs[1]) + ": each" not in said
-
-
 def with_objective(run: Path, copy: Path, **changes: object) -> Path:
     """A copy of a run that says it was trained with another objective."""
     import yaml
@@ -307,11 +287,6 @@ def test_margins_of_other_objectives_are_said_to_rank_only(trained, tmp_path, ca
     capsys.readouterr()
     SelfTrainedJudge([str(copy), str(runs[1])], pairs, FEW, device="cpu")
     assert (f"{copy}: margins of the objective {kind} need not be log-odds" in capsys.readouterr().out) == (kind != "sigmoid")
-
-
-def test_a_policy_made_to_be_worse_is_refused(trained, tmp_path):
-    pairs, runs = trained
-    assert "objective.kind=self_npo" in refusal([with_objective(runs[0], tmp_path / "copy", kind="self_npo"), runs[1]], pairs)
 
 
 def test_a_power_that_follows_has_visited_the_pairs_it_started_without(trained, tiny_model, tmp_path):

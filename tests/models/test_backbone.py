@@ -174,13 +174,12 @@ def test_an_adapter_to_go_on_from_is_policy_and_reference_at_first(folders):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_whole_unet_starts_at_margin_zero_and_its_reference_stays(folders, dtype, exact):
+def test_a_whole_unet_starts_at_margin_zero_and_its_reference_stays(folders, dtype):
     model = Backbone(str(folders["sdxl"]), device=CPU, dtype=dtype)
-    model.train_all(reference=True, exact=exact)
+    model.train_all(reference=True)
     assert {parameter.dtype for parameter in model.trainable().values()} == {torch.float32}
     kept = {parameter.dtype for parameter in model.frozen.parameters()}
-    assert kept == ({torch.float32} if exact or dtype == torch.float32 else {torch.float32, torch.bfloat16})
+    assert kept == ({torch.float32} if dtype == torch.float32 else {torch.float32, torch.bfloat16})
     batch, t, noise = inputs(model)
     result = preference_step(model, batch, timesteps=t, noise=noise, beta=2000.0)
     assert result.margin.abs().max() < 1e-3  # of beta times errors of about 1: kernels with and without a graph may round apart
@@ -190,18 +189,6 @@ def test_a_whole_unet_starts_at_margin_zero_and_its_reference_stays(folders, dty
     stir(model, 0.01)
     assert torch.equal(model.predict(batch.latents, t, batch.conditioning, reference=True), before)
     assert not torch.equal(model.predict(batch.latents, t, batch.conditioning), before)
-
-
-def test_rounds_of_a_whole_unet_extrapolate_every_weight(folders):
-    model = Backbone(str(folders["sd15"]), device=CPU)
-    model.train_all(reference=True, exact=True)
-    base = {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
-    stir(model, 0.01)
-    moved = {name: parameter.detach().clone() for name, parameter in model.trainable().items()}
-    model.end_round(0.5)
-    for name, parameter in model.trainable().items():
-        torch.testing.assert_close(parameter.detach(), moved[name] + 0.5 * (moved[name] - base[name]))
-        assert torch.equal(dict(model.frozen.named_parameters())[name], parameter)
 
 
 def test_without_a_reference_none_can_be_asked(folders):

@@ -108,7 +108,7 @@ def test_dropout_reaches_the_policy_alone(folders):
             return torch.equal(*(model.predict(noisy, t, given, **options) for _ in range(2)))
 
     assert not twice() and twice(reference=True)
-    model.anchor_at({name: value.detach().clone() for name, value in model.trainable().items()})
+    model.anchor = {name: value.detach().clone() for name, value in model.trainable().items()}
     assert not torch.equal(model.text(tokens).text, model.text(tokens).text)
     assert twice(reference=True)
     with at_rest(model, None):

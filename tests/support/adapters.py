@@ -17,8 +17,8 @@ from dedpo_diffusion.settings import DataSettings, LoraSettings, TrainSettings
 from dedpo_diffusion.weights import from_parameters, to_diffusers
 from dedpo_diffusion.weights.checkpoints import save_checkpoint
 from dedpo_diffusion.weights.diffusers_layout import CONFIG
+from dedpo_diffusion.weights.header import save_tensors
 from dedpo_diffusion.weights.run_folder import checkpoint_folder, open_run
-from dedpo_diffusion.weights.writing import save_tensors
 
 PROMPT = "a small red circle"
 CONV = ["to_q", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj_in", "ff.net.0.proj", "ff.net.2", "conv", "conv_in", "conv_out"]

@@ -67,9 +67,9 @@ def changed_house(folder: Path) -> Path:
     code = modules()
     for path in re.findall(r"In the house it is `(dedpo_diffusion/[\w/]+\.py)`", TEXT):
         (folder / path).write_text(code[Path(path).stem], encoding="utf-8")
-    formulas = house / "dpo" / "objectives" / "formulas.py"
     (function,) = re.findall(r"^def slic.*?(?=^\S)(?!def)", code["slic"], re.M | re.S)
-    formulas.write_text(formulas.read_text(encoding="utf-8") + "\n\n" + function, encoding="utf-8")
+    objectives, table = house / "dpo" / "objectives.py", "OBJECTIVES: dict[str, Objective] = {"
+    objectives.write_text(objectives.read_text(encoding="utf-8").replace(table, f"{function}\n\n{table}"), encoding="utf-8")
     for path, change in re.findall(r"```diff\n--- (\S+)\n(.*?)^```$", TEXT, re.M | re.S):
         file = folder / path
         file.write_text(changed(file.read_text(encoding="utf-8"), change), encoding="utf-8")

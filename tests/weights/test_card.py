@@ -22,10 +22,8 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.weights.card import add_card
-from dedpo_diffusion.weights.card_results import interval
-from dedpo_diffusion.weights.card_text import Exported, model_card
+from dedpo_diffusion.weights.card_text import Exported, code, interval, model_card, plain, table
 from dedpo_diffusion.weights.header import read_header
-from dedpo_diffusion.weights.markdown import code, plain, table
 from dedpo_diffusion.weights.run_folder import read_settings
 from support.training import arguments
 

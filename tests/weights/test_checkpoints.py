@@ -23,7 +23,7 @@ from dedpo_diffusion.weights import run_folder as runs
 from dedpo_diffusion.weights.checkpoints import CHECKSUMS, check_checkpoint, save_checkpoint
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics  # noqa: F401 - one is a fixture
 
-FILES = ["average.safetensors", "optimizer.safetensors", "parameters.safetensors", "reference.safetensors", "state.json"]
+FILES = ["average.safetensors", "optimizer.safetensors", "parameters.safetensors", "state.json"]
 
 
 def write_run(run: Path, *, steps: tuple[int, ...] = (3, 6)) -> Path:
@@ -33,7 +33,7 @@ def write_run(run: Path, *, steps: tuple[int, ...] = (3, 6)) -> Path:
         optimizer = torch.optim.AdamW(parameters.values())
         sum(value.sum() for value in parameters.values()).backward()
         optimizer.step()
-        save_checkpoint(runs.checkpoint_folder(run, step), parameters, optimizer, {"step": step}, parameters, parameters)
+        save_checkpoint(runs.checkpoint_folder(run, step), parameters, optimizer, {"step": step}, parameters)
     return runs.checkpoint_folder(run, steps[-1])
 
 
@@ -113,7 +113,7 @@ def test_what_is_not_finite_replaces_no_checkpoint(tmp_path, bad, which):
     broken = {"a": torch.tensor([1.0, bad, 1.0])}
     given = (parameters, broken) if which == "average" else (broken, parameters)
     with pytest.raises(UserError, match="not written, since a is no longer finite"):
-        save_checkpoint(newest, given[0], torch.optim.AdamW(parameters.values()), {}, None, given[1])
+        save_checkpoint(newest, given[0], torch.optim.AdamW(parameters.values()), {}, given[1])
     assert (newest / "parameters.safetensors").read_bytes() == before
     check_checkpoint(newest)
 

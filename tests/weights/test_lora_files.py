@@ -17,8 +17,8 @@ from dedpo_diffusion.weights import Lora, LoraLayer, from_parameters, read_lora_
 from dedpo_diffusion.weights.algebra import one_alpha
 from dedpo_diffusion.weights.base import Base, look_up, modelspec, network, told_base
 from dedpo_diffusion.weights.diffusers_layout import CONFIG
+from dedpo_diffusion.weights.header import DIGEST, save_tensors
 from dedpo_diffusion.weights.kohya import family_of
-from dedpo_diffusion.weights.writing import DIGEST, save_tensors
 from support.adapters import CONV, adapted, embeddings, live_embeddings, pipeline, prediction
 
 FAMILY = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
