@@ -249,13 +249,13 @@ class Study:
         from dedpo_diffusion.core.files import write_json
 
         same = asdict(cell) | {"arm": asdict(ARMS[cell.arm]) | {"method": "", "all_human": False, "rule": ""}, "judge": "", "share": 0.0}
-        if ARMS[cell.arm].follow:
+        if ARMS[cell.arm].adaptive:
             same["power"] = merged.power
         digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode())
         asked = np.isnan(human_labels(sample, cell.share))  # stratified visits look at it
         for values in (merged.target, merged.weight, *([asked] if cell.sampling == "stratified" else [])):
             digest.update(values.tobytes())
-        if ARMS[cell.arm].follow and merged.judge is not None:
+        if ARMS[cell.arm].adaptive and merged.judge is not None:
             digest.update(merged.judge.tobytes())
         file = self.settings.work / "trained" / f"{digest.hexdigest()[:16]}.json"
         if not file.is_file():
@@ -329,7 +329,7 @@ class Study:
             lora=LoraSettings(rank=8, alpha=8.0),
             objective=ObjectiveSettings(
                 beta=cell.beta, kind=arm.kind, options=arm.options, balance=cell.balance,  # type: ignore[arg-type]
-                power="adaptive" if arm.follow else "fixed", timesteps=cell.timesteps,
+                power="adaptive" if arm.adaptive else "fixed", timesteps=cell.timesteps,
             ),
             optim=OptimSettings(learning_rate=cell.learning_rate, steps=cell.steps, batch=cell.batch, warmup=10),
             seed=cell.seed, checkpoint_every=cell.steps, log_every=cell.steps, device="cpu",

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.core.console import UserError, say, stage, track
+from dedpo_diffusion.evaluation.benchmarks.record import write_record
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,6 @@ def measure(settings: OrderSettings, p: np.ndarray, g: np.ndarray) -> list[dict[
 
 def run(settings: OrderSettings) -> None:
     """Compare orders of asking at the same number of answers."""
-    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.labels.files import align, read_labels
     from dedpo_diffusion.pairs.dataset import PairReader
 
@@ -116,8 +116,8 @@ def run(settings: OrderSettings) -> None:
     lines = measure(settings, p, g)
     for line in lines:
         say(f"floor {line['floor']}, {line['method']}: noise {line['noise_ratio']:.3f} ({line['ci'][0]:.3f} to {line['ci'][1]:.3f})")
-    record = {"pairs": len(ids), "answers": settings.answers, "draws": settings.draws, "seed": settings.seed}
-    write_json(settings.out, record | {"judge_agrees": sure, "mean_doubt": float(np.mean(1 - np.abs(2 * g - 1))), "orders": lines})
+    doubt = float(np.mean(1 - np.abs(2 * g - 1)))
+    write_record(settings, {"pairs": len(ids), "judge_agrees": sure, "mean_doubt": doubt, "orders": lines})
 
 
 if __name__ == "__main__":
