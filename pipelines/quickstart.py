@@ -94,7 +94,7 @@ def ask_the_human(pairs: Path, settings: QuickstartSettings) -> None:
 
 
 def make_pairs(settings: QuickstartSettings, clock: Clock, prompts: Path) -> Path:
-    """Stations 0 to 2: propose, ask, label, merge."""
+    """Stages 0 to 2: propose, ask, label, merge."""
     from dedpo_diffusion.pipelines import label, merge, propose
 
     pairs, judge = settings.out / "data", files("dedpo_diffusion.shapes") / "model" / "judge"

@@ -6,9 +6,9 @@
 | queue.py | where the voting stands, and what each rater is asked next: a replay of events |
 | store.py | the events on disk, appended and never changed |
 | samples.py | two models' images as pairs that do not tell which model drew which |
-| booth.py | all of these for one voting: tickets, images, answers |
-| tally.py | events -> the vote file, the label file, and what they are worth |
-| verdict.py | events on two models' images -> answers about the arm, and what may be said while people vote |
+| service.py | all of these for one voting: tickets, images, answers |
+| export.py | events -> the vote file, the label file, and what they are worth |
+| sample_export.py | events on two models' images -> answers about the arm, and what may be said while people vote |
 | server.py | HTTP around the service, and what it refuses |
 | page/ | the page itself |
 """
