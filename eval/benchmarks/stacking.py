@@ -97,8 +97,7 @@ def held_out(settings: StackingSettings, seed: int, prompts: list[str], d: np.nd
 
 def one_seed(settings: StackingSettings, scorer: Any, seed: int) -> dict[str, Any]:
     """Both second judges beside the first: held-out figures of each alone, with its temperature, and of the stack."""
-    from dedpo_diffusion.shapes.human import answers
-    from dedpo_diffusion.shapes.oracle import reward
+    from dedpo_diffusion.shapes.oracle import answers, reward
 
     prompts, *sides = rendered_pairs(settings, seed)
 

@@ -43,21 +43,6 @@ class OrderSettings:
     seed: int = 0
 
 
-def true_preferences(pairs: Path) -> np.ndarray:
-    """(N,) probability that a person prefers image 0, from the oracle's rewards."""
-    from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pairs.decoding import decode_image
-    from dedpo_diffusion.shapes.human import preference
-    from dedpo_diffusion.shapes.oracle import reward
-
-    reader = PairReader(pairs)
-    rewards = []
-    for row, pair in enumerate(track(reader.iter_pairs(), "asking the oracle", len(reader))):
-        where = reader.location(row)
-        rewards.append(reward([pair.prompt] * 2, [decode_image(pair.image_0, where), decode_image(pair.image_1, where)]))
-    return preference(*np.array(rewards).T)
-
-
 def one_draw(z: np.ndarray, g: np.ndarray, weight: np.ndarray, rng: np.random.Generator, answers: int, method: str) -> np.ndarray:
     """(N,) coefficients after `answers` answers in the order of these weights; all-equal weights are the random order."""
     from dedpo_diffusion.debias import merge_labels
@@ -104,14 +89,17 @@ def run(settings: OrderSettings) -> None:
     """Compare orders of asking at the same number of answers."""
     from dedpo_diffusion.labels.files import align, read_labels
     from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pipelines.quickstart import true_rewards
+    from dedpo_diffusion.shapes.oracle import preference
 
-    ids = PairReader(settings.pairs).ids()
+    reader = PairReader(settings.pairs)
+    ids = reader.ids()
     if not 0 < settings.answers < len(ids):
         raise UserError(f"answers is {settings.answers}, and must lie between 1 and {len(ids) - 1}")
     if 1.0 not in settings.floors:
         raise UserError("floors must hold 1.0, the random order, which the others are compared with")
     g = align(read_labels(settings.pairs, settings.judge), ids, folder=settings.pairs, name=settings.judge, complete=True)
-    p = true_preferences(settings.pairs)
+    p = preference(*true_rewards(reader, np.arange(len(reader))).T)
     sure = float(np.mean(np.where(g > 0.5, p, 1 - p)))
     lines = measure(settings, p, g)
     for line in lines:

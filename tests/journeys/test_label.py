@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from scipy.special import expit
 
-from dedpo_diffusion import judges as annotators
 from dedpo_diffusion.core.records import Labels, Pair
+from dedpo_diffusion.judges import registry
 from dedpo_diffusion.judges.judge import Answers, Judge
 from dedpo_diffusion.labels.files import read_labels, write_labels
 from dedpo_diffusion.pairs import decoding
@@ -124,9 +124,9 @@ class Picky(Judge):
 @pytest.fixture
 def picky(monkeypatch):
     judge = Picky()
-    load = annotators.load_judge
+    load = registry.load_judge
     monkeypatch.setattr(Picky, "least", 100)
-    monkeypatch.setattr(annotators, "load_judge", lambda spec, settings: judge if spec == "picky" else load(spec, settings))
+    monkeypatch.setattr(registry, "load_judge", lambda spec, settings: judge if spec == "picky" else load(spec, settings))
     return judge
 
 
