@@ -97,25 +97,25 @@ class Run:
 
     @property
     def parts(self) -> Path:
-        """Where finished stretches are kept."""
+        """Where finished shards are kept."""
         return self.folder / f".{self.judge.name}.parts"
 
     def part(self, shard: int) -> Path:
-        """The file of one stretch."""
+        """The file of one shard."""
         return self.parts / f"shard-{shard:06d}.parquet"
 
     def lock(self, shard: int) -> Path:
-        """The lock of one stretch."""
+        """The lock of one shard."""
         return self.parts / f"shard-{shard:06d}.lock"
 
     @property
     def mark(self) -> Path:
-        """A file that holds the stamp, and is there as long as the stretches are not joined."""
+        """A file that holds the stamp, and is there as long as the shards are not joined."""
         return self.parts / "unfinished"
 
     @property
     def joining(self) -> Path:
-        """The lock of all stretches together."""
+        """The lock of all shards together."""
         return self.parts / "join.lock"
 
     @property
@@ -124,7 +124,7 @@ class Run:
         return f"dedpo label of dataset {self.stamp['dataset']}"
 
     def is_pending(self, shard: int) -> bool:
-        """Whether nobody has finished this stretch."""
+        """Whether nobody has finished this shard."""
         part = self.part(shard)
         try:
             return self.retried.get(part) == part.stat().st_mtime_ns
@@ -200,8 +200,8 @@ def take_up(run: Run) -> None:
     run.retried = {path: path.stat().st_mtime_ns for path, table in tables.items() if count_missing(table)}
 
 
-def stretches(settings: LabelSettings, pairs: int) -> list[range]:
-    """The rows of each stretch of pairs that is kept as a whole."""
+def shard_rows(settings: LabelSettings, pairs: int) -> list[range]:
+    """The rows of each shard of pairs that is kept as a whole."""
     return [range(start, min(pairs, start + settings.shard)) for start in range(0, pairs, settings.shard)]
 
 
@@ -272,8 +272,8 @@ class Clock:
         return f"{self.pairs / spent:.1f} pairs a second; the judges waited for images {self.waiting / spent:.0%} of the time"
 
 
-def judge_stretch(settings: LabelSettings, reader: PairReader, rows: range, works: Sequence[Work], clock: Clock) -> list[pa.Table]:
-    """Every judge's answers to a stretch of pairs; images are decoded in threads, once for all judges."""
+def judge_shard(settings: LabelSettings, reader: PairReader, rows: range, works: Sequence[Work], clock: Clock) -> list[pa.Table]:
+    """Every judge's answers to a shard of pairs; images are decoded in threads, once for all judges."""
     from dedpo_diffusion.core.prefetch import prefetch
     from dedpo_diffusion.pairs.decoding import decode_image
 
@@ -296,12 +296,12 @@ def judge_stretch(settings: LabelSettings, reader: PairReader, rows: range, work
 
 
 def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run], first: FirstUses | None) -> Clock:
-    """Judge every stretch that is not done, sharing them with other processes."""
+    """Judge every shard that is not done, sharing them with other processes."""
     from dedpo_diffusion.core.locks import share_tasks
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
     from dedpo_diffusion.judges.work import ImageWork, PairWork, read_part, write_part
 
-    rows, by_name, clock = stretches(settings, len(reader)), {run.judge.name: run for run in runs}, Clock()
+    rows, by_name, clock = shard_rows(settings, len(reader)), {run.judge.name: run for run in runs}, Clock()
 
     def pending(shard: int) -> dict[str, Path]:
         return {name: run.lock(shard) for name, run in by_name.items() if run.is_pending(shard)}
@@ -315,7 +315,7 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
 
     def work(shard: int, names: list[str]) -> None:
         mine = [by_name[name] for name in names]
-        tables = judge_stretch(settings, reader, rows[shard], [work_of(run, shard) for run in mine], clock)
+        tables = judge_shard(settings, reader, rows[shard], [work_of(run, shard) for run in mine], clock)
         for run, table in zip(mine, tables, strict=True):
             write_part(run.part(shard), table, run.stamp)
         progress.advance(len(rows[shard]))
@@ -341,7 +341,7 @@ class Outcome:
 
 
 def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> Outcome:
-    """Join all stretches into the label file.
+    """Join all shards into the label file.
 
     Raises:
         UserError: there is no answer at all.
@@ -439,7 +439,7 @@ def run(settings: LabelSettings) -> list[Path]:
         scored = any(isinstance(run.judge, BradleyTerry) for run in runs)
         first = first_uses(reader, runs[0].stamp["dataset"]) if scored else None
         clock = judge_pairs(settings, reader, runs, first)
-        outcomes = finish_all(runs, ids, first, len(stretches(settings, len(reader))))
+        outcomes = finish_all(runs, ids, first, len(shard_rows(settings, len(reader))))
         for judge in judges:
             outcome = outcomes.get(judge.name, Outcome([], {}))
             if outcome is None:

@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage, track
 from dedpo_diffusion.settings import QuickstartSettings
+
+if TYPE_CHECKING:
+    from dedpo_diffusion.pairs.dataset import PairReader
 
 ARMS = ("human_only", "naive", "tuned")
 SAMPLER = ["--steps", "12", "--guidance", "1.5", "--batch", "48", "--device", "cpu"]
@@ -69,32 +72,36 @@ def write_prompts(settings: QuickstartSettings) -> tuple[Path, Path]:
     return training, evaluation
 
 
+def true_rewards(reader: PairReader, rows: np.ndarray) -> np.ndarray:
+    """(n, 2) rewards of the oracle for both images of these pairs of Shapes."""
+    from dedpo_diffusion.pairs.decoding import decode_image
+    from dedpo_diffusion.shapes.oracle import reward
+
+    found = []
+    for row in track(rows.tolist(), "asking the oracle", len(rows)):
+        pair, where = reader.pair(row), reader.location(row)
+        found.append(reward([pair.prompt] * 2, [decode_image(pair.image_0, where), decode_image(pair.image_1, where)]))
+    return np.array(found)
+
+
 def ask_the_human(pairs: Path, settings: QuickstartSettings) -> None:
     """Let the simulated human label a random share of the pairs: Bradley-Terry answers on the oracle's reward."""
-    from dedpo_diffusion.core.console import track
     from dedpo_diffusion.core.records import Labels
     from dedpo_diffusion.labels.files import write_labels
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pairs.decoding import decode_image
-    from dedpo_diffusion.shapes.human import answers
-    from dedpo_diffusion.shapes.oracle import reward
+    from dedpo_diffusion.shapes.oracle import answers
 
     reader = PairReader(pairs)
     rng = np.random.default_rng((settings.seed, 1))
     asked = np.sort(rng.choice(len(reader), round(settings.human_share * len(reader)), replace=False))
-    rewards = []
-    for row in track(asked, "asking the simulated human", len(asked)):
-        pair, where = reader.pair(int(row)), reader.location(int(row))
-        images = [decode_image(pair.image_0, where), decode_image(pair.image_1, where)]
-        rewards.append(reward([pair.prompt] * 2, images))
-    reward_0, reward_1 = np.array(rewards).T
+    reward_0, reward_1 = true_rewards(reader, asked).T
     ids = reader.ids()
     write_labels(pairs, "human", Labels([ids[row] for row in asked], answers(rng, reward_0, reward_1)))
     say(f"{len(asked)} of {len(reader)} pairs labelled by the simulated human")
 
 
 def make_pairs(settings: QuickstartSettings, clock: Clock, prompts: Path) -> Path:
-    """Stations 0 to 2: propose, ask, label, merge."""
+    """Stages 0 to 2: propose, ask, label, merge."""
     from dedpo_diffusion.pipelines import label, merge, propose
 
     pairs, judge = settings.out / "data", files("dedpo_diffusion.shapes") / "model" / "judge"

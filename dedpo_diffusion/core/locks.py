@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-POLL = 0.2  # seconds between two looks at what others have not finished yet
+PAUSE = 0.2  # seconds between two looks at what others have not finished yet
 
 
 @contextmanager
@@ -65,5 +65,5 @@ def share_tasks(tasks: Sequence[T], *, pending: Callable[[T], Mapping[str, Path]
             if pending(task):
                 left.append(task)
         if len(left) == len(todo):
-            time.sleep(POLL)
+            time.sleep(PAUSE)
         todo = left

@@ -1,4 +1,4 @@
-"""Work done in threads ahead of its use, in order and in bounded memory."""
+"""Work done in threads before it is needed, in order and in bounded memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A stretch of pairs -> raw answers, as tables that are kept until all stretches are done.
+"""A shard of pairs -> raw answers, as tables that are kept until all shards are done.
 
 A judge made of a scorer looks at single images: an image that comes in several pairs of one prompt is scored once, where it
-comes first in the data set. Other judges look at pairs. What a batch holds depends on the stretch alone, so that an
+comes first in the data set. Other judges look at pairs. What a batch holds depends on the shard alone, so that an
 interrupted run ends with the bits of an uninterrupted one.
 """
 
@@ -72,18 +72,18 @@ class FirstUses:
         return spread[self._source].reshape(-1, 2)
 
 
-# ---- one stretch
+# ---- one shard
 
 
 class Work(Protocol):
-    """One judge's share of a stretch of pairs."""
+    """One judge's share of a shard of pairs."""
 
     def wants(self, place: int) -> tuple[bool, bool]:
-        """Which images of the pair at `place` of the stretch it has to see."""
+        """Which images of the pair at `place` of the shard it has to see."""
         ...
 
     def take(self, place: int, pair: Pair, images: Images) -> None:
-        """Judge a pair, now or with those that follow; every pair of the stretch comes, in order."""
+        """Judge a pair, now or with those that follow; every pair of the shard comes, in order."""
         ...
 
     def finish(self) -> pa.Table:
@@ -92,7 +92,7 @@ class Work(Protocol):
 
 
 class ImageWork:
-    """Scores of the images that come first in a stretch.
+    """Scores of the images that come first in a shard.
 
     Args:
         judge: whose scorer it is.
@@ -131,7 +131,7 @@ class ImageWork:
 
 
 class PairWork:
-    """Answers to the pairs of a stretch.
+    """Answers to the pairs of a shard.
 
     Args:
         judge: is asked.
@@ -185,13 +185,13 @@ def _row(pair_id: str, answers: Answers, k: int) -> dict[str, Any]:
 
 
 def write_part(path: Path, table: pa.Table, stamp: dict[str, str]) -> None:
-    """Keep a finished stretch; `stamp` says which judge looked at which pairs."""
+    """Keep a finished shard; `stamp` says which judge looked at which pairs."""
     with atomic_file(path) as temporary:
         pq.write_table(table.replace_schema_metadata(stamp), temporary)
 
 
 def read_part(path: Path, stamp: dict[str, str]) -> pa.Table:
-    """A finished stretch.
+    """A finished shard.
 
     Raises:
         UserError: another judge, temperature or dataset made it.
@@ -217,10 +217,10 @@ def check_stamp(folder: Path, held: dict[str, str], stamp: dict[str, str]) -> No
 
 
 def count_missing(table: pa.Table) -> int:
-    """Pairs of a stretch without an answer."""
+    """Pairs of a shard without an answer."""
     return sum(bool(why) for why in table["missing"].to_pylist()) if "missing" in table.column_names else 0
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:
-    """All stretches in one table; a column that some lack is null there."""
+    """All shards in one table; a column that some lack is null there."""
     return pa.concat_tables(tables, promote_options="permissive")

@@ -1,5 +1,5 @@
 """The embedded world: prompts, renderer, true preference and simulated human of "Shapes", and the small Stable Diffusion trained on it.
 
-Public: world.render, oracle, human, pretrain.
+Public: world.render, oracle, pretrain.
 May import: core, weights.
 """

@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from dedpo_diffusion.shapes.world import BACKGROUNDS, COLOURS, PIXELS, SHAPES, SIZES, parse_prompt, shape_mask
 
+TEMPERATURE = 0.05  # reward difference at which the simulated human is 73 % sure
 TERMS = ("shape", "colour", "size", "background", "clean")
 CONTRAST = 0.16  # a pixel this far (RGB distance, 1 = one full channel) from the background is foreground
 LEAST_AREA = 60  # pixels; a smaller largest blob is no object
@@ -136,3 +137,17 @@ def reward(prompts: Sequence[str], images: Sequence[Image.Image]) -> np.ndarray:
     """
     values = [np.mean(list(terms(p, read(i)).values())) for p, i in zip(prompts, images, strict=True)]
     return np.array(values, dtype=np.float64)
+
+
+# ---- the simulated human: noisy Bradley-Terry answers on the oracle's reward
+
+
+def preference(reward_0: np.ndarray, reward_1: np.ndarray, *, temperature: float = TEMPERATURE) -> np.ndarray:
+    """P(image 0 preferred) (N,) of rewards (N,): sigmoid of their difference over the temperature."""
+    return 1 / (1 + np.exp(-(np.asarray(reward_0) - np.asarray(reward_1)) / temperature))
+
+
+def answers(rng: np.random.Generator, reward_0: np.ndarray, reward_1: np.ndarray, *, temperature: float = TEMPERATURE) -> np.ndarray:
+    """One hard answer per pair: `label_0` (N,) of 1.0 or 0.0, drawn from `preference`."""
+    likely = preference(reward_0, reward_1, temperature=temperature)
+    return (rng.random(likely.shape) < likely).astype(np.float64)

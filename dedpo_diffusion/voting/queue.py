@@ -122,19 +122,19 @@ class VoteQueue:
 
     def upcoming(self, rater: str) -> list[Asked]:
         """This rater's item and the one that follows an ordinary answer to it, both leased; fewer where nothing is left."""
-        person, ahead = self._person(rater), list[Asked]()
+        person, coming = self._person(rater), list[Asked]()
         redo = (asked for asked in reversed(person.undone) if self._askable(rater, person, asked))
         for _ in range(2):
-            asked = next(redo, None) or self._repetition(rater, person, ahead) or self._fresh(rater, person, ahead)
+            asked = next(redo, None) or self._repetition(rater, person, coming) or self._fresh(rater, person, coming)
             if asked is None:
                 break
-            ahead.append(asked)
+            coming.append(asked)
             if not asked.again and not self.plan.shared[asked.pair]:
                 self._leases[asked.pair] = (rater, self.clock() + LEASE_SECONDS)
-        return ahead
+        return coming
 
-    def _repetition(self, rater: str, person: _Person, ahead: list[Asked]) -> Asked | None:
-        given = len(person.answers) + len(ahead)
+    def _repetition(self, rater: str, person: _Person, coming: list[Asked]) -> Asked | None:
+        given = len(person.answers) + len(coming)
         if not self.plan.repeat_is_due(rater, given):
             return None
         early = max(0, given - GAP + 1)
@@ -142,17 +142,17 @@ class VoteQueue:
         for k in range(early):  # the first that will do, from a random answer on
             event = person.answers[(start + k) % early]
             asked = Asked(self.number[event.pair_id], True)
-            if asked not in ahead and self._askable(rater, person, asked):
+            if asked not in coming and self._askable(rater, person, asked):
                 return asked
         return None
 
-    def _fresh(self, rater: str, person: _Person, ahead: list[Asked]) -> Asked | None:
+    def _fresh(self, rater: str, person: _Person, coming: list[Asked]) -> Asked | None:
         """The first pair of the order that this rater can be asked about."""
         while person.cursor < len(self.plan.order) and self._settled(person, self.plan.order[person.cursor]):
             person.cursor += 1
         for place in range(person.cursor, len(self.plan.order)):
             asked = Asked(self.plan.order[place], False)
-            if asked not in ahead and self._askable(rater, person, asked):
+            if asked not in coming and self._askable(rater, person, asked):
                 return asked
         return None
 

@@ -275,10 +275,5 @@ def run(settings: CurvesFigure) -> Path:
     return settings.out
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    return stage(CurvesFigure, run, argv, prog="curves_figure.py")
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(stage(CurvesFigure, run, None, prog="curves_figure"))

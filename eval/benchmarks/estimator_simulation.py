@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
-from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, stage, track
+from dedpo_diffusion.evaluation.benchmarks.record import write_record
 
 ARMS = ("human_100", "naive", "power_1", "tuned", "half", "minus_se", "cross_fitted")
 FRESH = 4000  # pairs that the error is measured on
@@ -51,11 +53,6 @@ class SimulationSettings:
     strength: float = 2.4
     penalty: float = 5.0
     max_overshoot: float = 2.0
-
-
-def probability(margin: np.ndarray) -> np.ndarray:
-    """sigmoid."""
-    return 1 / (1 + np.exp(-margin))
 
 
 def draw_judges(rng: np.random.Generator, x: np.ndarray, p: np.ndarray, z: np.ndarray) -> dict[str, np.ndarray]:
@@ -91,7 +88,7 @@ def fit(x: np.ndarray, target: np.ndarray, weight: np.ndarray, penalty: float) -
 
     theta = np.zeros(x.shape[1])
     for _ in range(200):
-        p = probability(x @ theta)
+        p = expit(x @ theta)
         gradient = x.T @ (weight * (p - target)) + penalty * theta
         if np.abs(gradient).max() < 1e-6:
             return theta
@@ -125,14 +122,14 @@ def one_seed(settings: SimulationSettings, seed: int) -> dict[str, Any]:
     theta = rng.normal(size=settings.features)
     theta *= settings.strength / np.linalg.norm(theta)
     x, fresh = rng.normal(size=(settings.pairs, settings.features)), rng.normal(size=(FRESH, settings.features))
-    p = probability(x @ theta)
+    p = expit(x @ theta)
     z = (rng.random(settings.pairs) < p).astype(float)
     human = np.where(np.arange(settings.pairs) < settings.human, z, np.nan)  # the pairs are in no order
     true = fresh @ theta
 
     def error(target: np.ndarray, weight: np.ndarray) -> float:
         m = fresh @ fit(x, target, weight, settings.penalty)
-        return float(np.mean(np.logaddexp(0, m) - np.logaddexp(0, true) - probability(true) * (m - true)))
+        return float(np.mean(np.logaddexp(0, m) - np.logaddexp(0, true) - expit(true) * (m - true)))
 
     labelled, every = ~np.isnan(human), np.ones(settings.pairs)
     base = error(np.where(labelled, z, 0.5), labelled * settings.pairs / settings.human)
@@ -174,9 +171,6 @@ def run(settings: SimulationSettings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dedpo_diffusion.core.console import track
-    from dedpo_diffusion.core.files import write_json
-
     if settings.seeds < 2:
         raise UserError(f"seeds is {settings.seeds}; an interval needs at least 2")
     if not 20 <= settings.human < settings.pairs:
@@ -187,9 +181,7 @@ def run(settings: SimulationSettings) -> None:
     for judge, row in table.items():
         shown.add_row(judge, *(f"{(one := row['relative_error'][arm])['value']:.2f} ±{one['ci'][1] - one['value']:.2f}" for arm in ARMS))
     Console(width=180).print(shown)
-    kept = {key: value for key, value in asdict(settings).items() if key != "out"}
-    write_json(settings.out, {"settings": kept, "judges": table})
-    say(f"wrote {settings.out}")
+    write_record(settings, {"judges": table})
 
 
 if __name__ == "__main__":

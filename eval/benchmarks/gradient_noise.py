@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.core.console import Progress, say, stage
+from dedpo_diffusion.evaluation.benchmarks.record import write_record
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,10 @@ def ratio_interval(importance: np.ndarray, uniform: np.ndarray, seed: int) -> di
     return {"ratio": float(importance.mean() / uniform.mean()), "ci": [float(low), float(high)]}
 
 
-def run(settings: NoiseSettings) -> dict[str, Any]:
+def run(settings: NoiseSettings) -> None:
     """Compare the noise of a step's gradient under both samplings."""
     import torch
 
-    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.settings import DataSettings
@@ -92,7 +92,7 @@ def run(settings: NoiseSettings) -> dict[str, Any]:
     source = CachedSource(cache, model.channels)
     torch.manual_seed(settings.seed)
     model.add_lora(rank=8, alpha=8)
-    results: dict[str, Any] = {"batch": settings.batch, "draws": settings.draws, "seed": settings.seed, "torch": torch.__version__}
+    results: dict[str, Any] = {"torch": torch.__version__}
     with Progress("drawing gradients", 2 * settings.draws * len(settings.targets)) as progress:
         for name in settings.targets:
             noises = {}
@@ -102,14 +102,8 @@ def run(settings: NoiseSettings) -> dict[str, Any]:
             results[name] = ratio_interval(noises["importance"], noises["uniform"], settings.seed)
             low, high = results[name]["ci"]
             say(f"{name}: noise under importance / under uniform sampling {results[name]['ratio']:.3f} (95 %: {low:.3f} to {high:.3f})")
-    write_json(settings.out, results)
-    return results
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point."""
-    return stage(NoiseSettings, run, argv, prog="gradient_noise.py", flags={"targets": "targets"})
+    write_record(settings, results)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(stage(NoiseSettings, run, None, prog="gradient_noise", flags={"targets": "targets"}))

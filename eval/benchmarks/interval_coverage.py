@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.core.console import say, stage, track
+from dedpo_diffusion.core.console import stage, track
+from dedpo_diffusion.evaluation.benchmarks.record import write_record
 
 REPLICATIONS = 1000
 KINDS = ("normal", "heavy tails", "skewed", "wins 0.5", "wins 0.75", "wins 0.95", "ties")
@@ -89,7 +90,6 @@ def run(settings: CoverageSettings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.debias import wilson_interval
 
     cases = [(kind, prompts, equal) for kind in KINDS for prompts in settings.prompts for equal in (True, False)]
@@ -103,8 +103,7 @@ def run(settings: CoverageSettings) -> None:
         words = f"{share:.1%} ({ends[0]:.1%} to {ends[1]:.1%})"
         table.add_row(kind, str(prompts), "3" if equal else "1 to 8", words, f"{plain:.1%}")
     Console(width=120).print(table)
-    write_json(settings.out, {"settings": {"prompts": settings.prompts, "resamples": settings.resamples}, "cases": found})
-    say(f"wrote {settings.out}")
+    write_record(settings, {"cases": found})
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 
-Station = Callable[[str], AbstractContextManager[None]]
+Phase = Callable[[str], AbstractContextManager[None]]
 ENCODED = 8  # images that the VAE takes at once
 
 
@@ -153,17 +153,17 @@ class PublishedStep:
 
     def losses(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, text: Tensor, added: dict[str, Tensor] | None,
-        station: Station = nullcontext,
+        phase: Phase = nullcontext,
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """The loss of B pairs from latents and noise (2 B, C, h, w) and timesteps (2 B,), and what the scripts log of it."""
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with station("policy"), mixed:
+        with phase("policy"), mixed:
             prediction = self.unet(noisy, timesteps, text, added_cond_kwargs=added).sample
         velocity = self.scheduler.config.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
         errors = _errors(prediction, target)
-        with station("reference"), torch.no_grad():
+        with phase("reference"), torch.no_grad():
             if self.reference is not None:
                 predicted = self.reference(noisy, timesteps, text, added_cond_kwargs=added).sample
             else:
@@ -178,21 +178,21 @@ class PublishedStep:
         loss = -F.logsigmoid(inside).mean()
         return loss, [loss, 0.5 * (winner.mean() + loser.mean()), reference_errors.mean(), right]
 
-    def step(self, station: Station = nullcontext) -> float:
+    def step(self, phase: Phase = nullcontext) -> float:
         """One optimizer step on the next B pairs; returns the loss."""
-        with station("loading"):
+        with phase("loading"):
             batch = next(self.batches)
-        with station("latents"):
+        with phase("latents"):
             latents = self.latents(batch["pixels"])
         noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
         steps = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(0, steps, (len(latents) // 2,), device=self.device).repeat(2)
-        with station("text"):
+        with phase("text"):
             text, added = self.conditioning(batch)
-        loss, logged = self.losses(latents, noise, timesteps, text, added, station)
-        with station("backward"):
+        loss, logged = self.losses(latents, noise, timesteps, text, added, phase)
+        with phase("backward"):
             loss.backward()
-        with station("optimizer"):
+        with phase("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.trainable(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()

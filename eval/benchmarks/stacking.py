@@ -6,21 +6,20 @@ Every seed has pairs of its own. The first judge is the embedded CLIP model, whi
 clutter. The second is a planted program that likes bright images and sees either other things than the first (shape and
 cleanliness) or the same (colour and background). The simulated human answers a part of the pairs, from which the
 calibration learns as `dedpo calibrate` does; on the other pairs, what counts is the log loss on answers that nobody has
-seen. A stopped run goes on: seeds that the file holds are kept.
+seen.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, stage, track
+from dedpo_diffusion.evaluation.benchmarks.record import write_record
 from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 
 if TYPE_CHECKING:
@@ -37,8 +36,7 @@ class StackingSettings:
     """Settings of the comparison.
 
     Args:
-        out: file for the result (JSON); seeds that it holds are not measured again.
-        source: render draws scenes with mistakes and clutter, propose samples images from the embedded model (a minute a seed).
+        out: file for the result (JSON).
         pairs: pairs of a seed.
         share: share of the pairs that have a human label to learn from; the log loss is that of the others.
         seeds: how many.
@@ -48,7 +46,6 @@ class StackingSettings:
     """
 
     out: Path
-    source: Literal["render", "propose"] = "render"
     pairs: int = 240
     share: float = 0.4
     seeds: int = 12
@@ -70,25 +67,6 @@ def rendered_pairs(settings: StackingSettings, seed: int) -> Triple:
 
     asked = [VOCABULARY[i] for i in rng.integers(len(VOCABULARY), size=settings.pairs)]
     return [attributes.prompt for attributes in asked], [draw(a) for a in asked], [draw(a) for a in asked]
-
-
-def proposed_pairs(settings: StackingSettings, seed: int) -> Triple:
-    """Images of the embedded model, sampled as the quickstart does, for random prompts."""
-    from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pairs.decoding import decode_image
-    from dedpo_diffusion.pipelines import propose
-    from dedpo_diffusion.settings import ProposeSettings
-    from dedpo_diffusion.shapes.world import VOCABULARY
-
-    rng = np.random.default_rng((seed, 0))
-    with TemporaryDirectory() as folder:
-        prompts, out = Path(folder) / "prompts.txt", Path(folder) / "pairs"
-        prompts.write_text("\n".join(VOCABULARY[i].prompt for i in rng.integers(len(VOCABULARY), size=settings.pairs)), encoding="utf-8")
-        first = 1_000_000 * seed  # no noise is shared between seeds
-        propose.run(ProposeSettings("shapes", prompts, out, seed=first, steps=12, guidance=1.5, batch=32, device="cpu"))
-        pairs = list(PairReader(out).iter_pairs())
-    images = [[decode_image(getattr(pair, side), pair.pair_id) for pair in pairs] for side in ("image_0", "image_1")]
-    return [pair.prompt for pair in pairs], images[0], images[1]
 
 
 def planted_score(prompts: Sequence[str], images: Sequence[Image], sees: Sequence[str], brightness: float) -> np.ndarray:
@@ -119,10 +97,9 @@ def held_out(settings: StackingSettings, seed: int, prompts: list[str], d: np.nd
 
 def one_seed(settings: StackingSettings, scorer: Any, seed: int) -> dict[str, Any]:
     """Both second judges beside the first: held-out figures of each alone, with its temperature, and of the stack."""
-    from dedpo_diffusion.shapes.human import answers
-    from dedpo_diffusion.shapes.oracle import reward
+    from dedpo_diffusion.shapes.oracle import answers, reward
 
-    prompts, *sides = (rendered_pairs if settings.source == "render" else proposed_pairs)(settings, seed)
+    prompts, *sides = rendered_pairs(settings, seed)
 
     def difference(score: Any, *options: Any) -> np.ndarray:
         return score(prompts, sides[0], *options) - score(prompts, sides[1], *options)
@@ -162,31 +139,18 @@ def run(settings: StackingSettings) -> None:
     """Compare a calibrated stack of two judges with each of them alone."""
     from importlib.resources import files
 
-    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.judges.scorers import load_scorer
 
     if settings.seeds < 2:
         raise UserError(f"seeds is {settings.seeds}; an interval needs at least 2")
-    asked = {key: value for key, value in asdict(settings).items() if key not in ("out", "seeds")}
-    held = json.loads(settings.out.read_text(encoding="utf-8")) if settings.out.exists() else {"settings": asked, "seeds": []}
-    if held["settings"] != asked:
-        raise UserError(f"{settings.out} holds a comparison with other settings; give another --out, or remove it")
-    done = {entry["seed"]: entry for entry in held["seeds"]}
     scorer = load_scorer(f"pickscore={files('dedpo_diffusion.shapes') / 'model' / 'judge'}", device="cpu", batch=64)
-    for seed in range(settings.seeds):
-        if seed not in done:
-            done[seed] = one_seed(settings, scorer, seed)
-            for kind in SEES:
-                losses = ", ".join(f"{arm} {loss:.4f}" for arm, loss in done[seed][kind]["log_loss"].items())
-                say(f"seed {seed}, a second judge that sees {kind}: {losses}")
-            write_json(settings.out, {"settings": asked, "seeds": [done[key] for key in sorted(done)]})
-    seeds = [done[key] for key in sorted(done)]
+    seeds = [one_seed(settings, scorer, seed) for seed in track(range(settings.seeds), "seeds", settings.seeds)]
     result = {kind: summary([entry[kind] for entry in seeds]) for kind in SEES}
     for kind, part in result.items():
         for name, entry in part["stack_less_judge"].items():
             low, high = entry["ci"]
             say(f"a second judge that sees {kind}: stack less {name} {entry['value']:+.4f} ({low:+.4f} to {high:+.4f}), {entry['n']} seeds")
-    write_json(settings.out, {"settings": asked, "second_judge_sees": result, "seeds": seeds})
+    write_record(settings, {"second_judge_sees": result, "seeds": seeds})
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class Sample:
 
 def draw_sample(pool: Pool, *, seed: int, pairs: int, held_out: int, temperature: float) -> Sample:
     """Fresh pairs, fresh answers, fresh order, all from `seed`; the last `held_out` pairs of the pool are never drawn."""
-    from dedpo_diffusion.shapes.human import answers
+    from dedpo_diffusion.shapes.oracle import answers
 
     rng = np.random.default_rng((seed, 1))
     rows = np.sort(rng.choice(len(pool.ids) - held_out, pairs, replace=False))

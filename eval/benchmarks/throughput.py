@@ -10,7 +10,7 @@ Arms: `published`, what the published scripts do (`published_step.py` says which
 are random (`random_models.py`), pictures too, as large as the model's. Arms take turns, round after round, beginning with another
 one each time, so that other load falls on all alike; ratios are of times in the same round, and their interval is the percentile
 bootstrap of the median over rounds. The published step reads four numbers in every step, as its scripts do; nothing else waits for the
-device within an arm's turn, and nothing is logged. Stations are timed in rounds of their own, as they wait for the device; so is memory.
+device within an arm's turn, and nothing is logged. Phases are timed in rounds of their own, as they wait for the device; so is memory.
 
 Arithmetic is what torch's counter finds in matrix products, convolutions and attention, recomputation included; its share is of the
 best rate of a large matrix product in the same run.
@@ -25,60 +25,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dedpo_diffusion.core.console import Progress, UserError, say, stage, track
+from dedpo_diffusion.core.console import Progress, UserError, stage, track
+from dedpo_diffusion.evaluation.benchmarks.record import write_record
+from dedpo_diffusion.evaluation.benchmarks.throughput_arms import DTYPES, Bench, PhaseTimer, ThroughputSettings, set_up
 
 if TYPE_CHECKING:
-    from dedpo_diffusion.evaluation.benchmarks.throughput_arms import Bench
     from dedpo_diffusion.models.backbone import Backbone
 
 SHEET = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16, by its maker
-
-
-@dataclass(frozen=True)
-class ThroughputSettings:
-    """Settings of the benchmark.
-
-    Args:
-        out: file for the result (JSON).
-        model: what is trained.
-        weights: an adapter, or every weight.
-        device: cpu or cuda.
-        dtype: compute precision.
-        pairs: of a step.
-        rank: of the adapter, and its alpha.
-        gradient_checkpointing: in all arms alike.
-        compile: compile the UNet's blocks, in this project's arms.
-        channels_last: lay out the UNet's convolutions so, in this project's arms.
-        rounds: that are timed.
-        warmup: rounds before them.
-        steps: of each arm in a round.
-        dataset: pairs of the dataset.
-        threads: of torch, on the processor.
-        folder: where dataset and cache are made; None takes the system's temporary folder.
-    """
-
-    out: Path
-    model: Literal["small_sdxl", "sdxl", "sd15"] = "small_sdxl"
-    weights: Literal["lora", "full"] = "lora"
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bf16"] = "float32"
-    pairs: int = 4
-    rank: int = 8
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    channels_last: bool = False
-    rounds: int = 24
-    warmup: int = 2
-    steps: int = 1
-    dataset: int = 16
-    threads: int = 2
-    folder: Path | None = None
 
 
 def count_flop(bench: Bench) -> dict[str, float]:
@@ -133,24 +92,20 @@ def time_rounds(bench: Bench, settings: ThroughputSettings) -> dict[str, list[fl
     return seconds
 
 
-def time_stations(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each station of a step, by arm."""
-    from dedpo_diffusion.evaluation.benchmarks.throughput_arms import Stations
-
+def time_phases(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each phase of a step, by arm."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in bench.arms}
-    for _ in track(range(rounds), "timing stations", rounds):
+    for _ in track(range(rounds), "timing phases", rounds):
         for name, arm in bench.arms.items():
-            stations = Stations(bench.wait)
-            arm.step(stations)
-            found[name].append(stations.seconds)
+            phases = PhaseTimer(bench.wait)
+            arm.step(phases)
+            found[name].append(phases.seconds)
     return {name: {part: statistics.median(line[part] for line in lines) for part in lines[0]} for name, lines in found.items()}
 
 
 def matrix_peak(settings: ThroughputSettings, wait: Callable[[], None]) -> float:
     """The best rate of a large matrix product in the compute precision, in operations a second."""
     import torch
-
-    from dedpo_diffusion.evaluation.benchmarks.throughput_arms import DTYPES
 
     side = 8192 if settings.device == "cuda" else 2048
     one, other = (torch.randn(side, side, device=settings.device, dtype=DTYPES[settings.dtype]) for _ in range(2))
@@ -210,7 +165,7 @@ def speed_up(model: Backbone, settings: ThroughputSettings) -> None:
 
 
 def summarise(
-    settings: ThroughputSettings, seconds: dict[str, list[float]], flop: dict[str, float], memory: dict[str, Any], stations: dict[str, Any],
+    settings: ThroughputSettings, seconds: dict[str, list[float]], flop: dict[str, float], memory: dict[str, Any], phases: dict[str, Any],
     peak: float,
 ) -> dict[str, Any]:  # fmt: skip
     """What is kept of a run, beside settings and hardware."""
@@ -218,12 +173,12 @@ def summarise(
     sheet = next((value for part, value in SHEET.items() if part in hardware(settings.device)["device"]), None)
     arms = {}
     for name, spent in median.items():
-        rate, whole = flop[name] / spent, sum(stations[name].values())
+        rate, whole = flop[name] / spent, sum(phases[name].values())
         arms[name] = {
             "seconds_a_step": spent, "pairs_a_second": settings.pairs / spent, "over_published": ratio(seconds["published"], seconds[name]),
             "tflop_a_pair": flop[name] / settings.pairs / 1e12, "share_of_matrix_peak": rate / peak,
             "share_of_data_sheet": None if sheet is None or settings.dtype != "bf16" else rate / sheet, **memory[name],
-            "station_seconds": stations[name], "station_shares": {part: value / whole for part, value in stations[name].items()},
+            "phase_seconds": phases[name], "phase_shares": {part: value / whole for part, value in phases[name].items()},
         }  # fmt: skip
     return {"matrix_peak_tflops": peak / 1e12, "arms": arms, "seconds": seconds}
 
@@ -247,8 +202,8 @@ def show(found: dict[str, Any]) -> None:
         "TFLOP a pair": lambda arm: f"{arm['tflop_a_pair']:.3f}",
         "of the matrix peak": lambda arm: f"{arm['share_of_matrix_peak']:.0%}",
     }  # fmt: skip
-    for part in dict.fromkeys(part for name in names for part in found["arms"][name]["station_shares"]):
-        rows[part] = lambda arm, part=part: f"{arm['station_shares'].get(part, 0):.1%}"
+    for part in dict.fromkeys(part for name in names for part in found["arms"][name]["phase_shares"]):
+        rows[part] = lambda arm, part=part: f"{arm['phase_shares'].get(part, 0):.1%}"
     for title, cell in rows.items():
         shown.add_row(title, *(cell(found["arms"][name]) for name in names))
     Console(width=120).print(shown)
@@ -258,9 +213,7 @@ def run(settings: ThroughputSettings) -> None:
     """Time a training step beside the published one."""
     import torch
 
-    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.evaluation.benchmarks.random_models import SIZES, random_backbone
-    from dedpo_diffusion.evaluation.benchmarks.throughput_arms import DTYPES, set_up
 
     check(settings)
     if settings.device == "cpu":
@@ -276,12 +229,10 @@ def run(settings: ThroughputSettings) -> None:
         memory = peak_memory(bench, settings.device)
         peak = matrix_peak(settings, bench.wait)
         seconds = time_rounds(bench, settings)
-        stations = time_stations(bench, max(2, settings.rounds // 4))
-    found = summarise(settings, seconds, flop, memory, stations, max(peak, matrix_peak(settings, bench.wait)))
-    kept = {key: value for key, value in asdict(settings).items() if key not in ("out", "folder")}
+        phases = time_phases(bench, max(2, settings.rounds // 4))
+    found = summarise(settings, seconds, flop, memory, phases, max(peak, matrix_peak(settings, bench.wait)))
     show(found)
-    write_json(settings.out, {"settings": kept, "hardware": hardware(settings.device), "sizes": SIZES[settings.model], **found})
-    say(f"wrote {settings.out}")
+    write_record(settings, {"hardware": hardware(settings.device), "sizes": SIZES[settings.model], **found})
 
 
 def main(argv: list[str] | None = None) -> int:

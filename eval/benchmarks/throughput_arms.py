@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -17,17 +17,57 @@ import torch
 from dedpo_diffusion.core.console import track
 
 if TYPE_CHECKING:
-    from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.training.data import Loaded
     from dedpo_diffusion.training.setup import Session
 
 OURS = ("live", "cached", "stored")
-PROMPT = "a large red circle on a white background, in the style of number {}"
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+PROMPT = "a large red circle on a white background, in the style of number {}"
 
 
-class Stations:
+@dataclass(frozen=True)
+class ThroughputSettings:
+    """Settings of the benchmark.
+
+    Args:
+        out: file for the result (JSON).
+        model: what is trained.
+        weights: an adapter, or every weight.
+        device: cpu or cuda.
+        dtype: compute precision.
+        pairs: of a step.
+        rank: of the adapter, and its alpha.
+        gradient_checkpointing: in all arms alike.
+        compile: compile the UNet's blocks, in this project's arms.
+        channels_last: lay out the UNet's convolutions so, in this project's arms.
+        rounds: that are timed.
+        warmup: rounds before them.
+        steps: of each arm in a round.
+        dataset: pairs of the dataset.
+        threads: of torch, on the processor.
+        folder: where dataset and cache are made; None takes the system's temporary folder.
+    """
+
+    out: Path
+    model: Literal["small_sdxl", "sdxl", "sd15"] = "small_sdxl"
+    weights: Literal["lora", "full"] = "lora"
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bf16"] = "float32"
+    pairs: int = 4
+    rank: int = 8
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    rounds: int = 24
+    warmup: int = 2
+    steps: int = 1
+    dataset: int = 16
+    threads: int = 2
+    folder: Path | None = None
+
+
+class PhaseTimer:
     """Seconds spent in each part of a step, those of a part inside of another counted there alone."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
@@ -66,9 +106,9 @@ class Stations:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: `step(stations)` takes a step and returns its loss; `own` is what a run of it alone keeps."""
+    """One way to train: `step(phases)` takes a step and returns its loss; `own` is what a run of it alone keeps."""
 
-    step: Callable[[Stations | None], Any]
+    step: Callable[[PhaseTimer | None], Any]
     own: Callable[[], list[torch.Tensor]]
 
 
@@ -105,7 +145,7 @@ def write_dataset(folder: Path, count: int, size: int) -> Path:
     return folder
 
 
-def ours(sessions: dict[str, Session], name: str) -> Callable[[Stations | None], Any]:
+def ours(sessions: dict[str, Session], name: str) -> Callable[[PhaseTimer | None], Any]:
     """The step of `dedpo train` in this arm."""
     from dedpo_diffusion.dpo.noising import draw
     from dedpo_diffusion.pipelines import train
@@ -126,21 +166,21 @@ def ours(sessions: dict[str, Session], name: str) -> Callable[[Stations | None],
         done[0] += 1
         return session.loader.load((done[0] - 1) * pairs, now)
 
-    def watched(stations: Stations | None) -> torch.Tensor:
-        if stations is None:
+    def watched(phases: PhaseTimer | None) -> torch.Tensor:
+        if phases is None:
             return step(next(loads))
         parts = [(session.model, "encode_images", "latents"), (session.model, "encode_tokens", "text"),
                  (session.accelerator, "backward", "backward"), (session.accelerator, "clip_grad_norm_", "optimizer"),
                  (session.optimizer, "step", "optimizer"), (session.optimizer, "zero_grad", "optimizer")]  # fmt: skip
         with ExitStack() as stack:
             for owner, call, part in parts:
-                timed = stations.around(getattr(owner, call), lambda _, part=part: part)
+                timed = phases.around(getattr(owner, call), lambda _, part=part: part)
                 stack.enter_context(mock.patch.object(owner, call, timed))
-            predict = stations.around(session.model.predict, lambda given: "reference" if given.get("reference") else "policy")
+            predict = phases.around(session.model.predict, lambda given: "reference" if given.get("reference") else "policy")
             stack.enter_context(mock.patch.object(session.model, "predict", predict))
-            with stations("loading"):
+            with phases("loading"):
                 loaded = load()
-            with stations("noise, target, loss"):
+            with phases("noise, target, loss"):
                 return step(loaded)
 
     return watched
@@ -209,16 +249,16 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
         return _tensors(modules, optimizer)
 
     theirs = [published.unet, published.reference, published.vae, *published.text_encoders]
-    arms = {"published": Arm(lambda stations: _published(published, stations), lambda: _tensors(theirs, published.optimizer))}
+    arms = {"published": Arm(lambda phases: _published(published, phases), lambda: _tensors(theirs, published.optimizer))}
     arms |= {name: Arm(ours(sessions, name), lambda name=name: held(name)) for name in OURS}
     return Bench(arms, model, torch.cuda.synchronize if settings.device == "cuda" else lambda: None)
 
 
-def _published(published: Any, stations: Stations | None) -> float:
-    if stations is None:
+def _published(published: Any, phases: PhaseTimer | None) -> float:
+    if phases is None:
         return published.step()
-    with stations("noise, target, loss"):
-        return published.step(stations)
+    with phases("noise, target, loss"):
+        return published.step(phases)
 
 
 def _tensors(modules: list[Any], optimizer: Any) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.core.console import UserError, say, stage, track
+from dedpo_diffusion.evaluation.benchmarks.record import write_record
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,6 @@ class OrderSettings:
     floors: list[float] = field(default_factory=lambda: [1.0, 0.7, 0.5, 0.2])
     draws: int = 1000
     seed: int = 0
-
-
-def true_preferences(pairs: Path) -> np.ndarray:
-    """(N,) probability that a person prefers image 0, from the oracle's rewards."""
-    from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pairs.decoding import decode_image
-    from dedpo_diffusion.shapes.human import preference
-    from dedpo_diffusion.shapes.oracle import reward
-
-    reader = PairReader(pairs)
-    rewards = []
-    for row, pair in enumerate(track(reader.iter_pairs(), "asking the oracle", len(reader))):
-        where = reader.location(row)
-        rewards.append(reward([pair.prompt] * 2, [decode_image(pair.image_0, where), decode_image(pair.image_1, where)]))
-    return preference(*np.array(rewards).T)
 
 
 def one_draw(z: np.ndarray, g: np.ndarray, weight: np.ndarray, rng: np.random.Generator, answers: int, method: str) -> np.ndarray:
@@ -101,23 +87,25 @@ def measure(settings: OrderSettings, p: np.ndarray, g: np.ndarray) -> list[dict[
 
 def run(settings: OrderSettings) -> None:
     """Compare orders of asking at the same number of answers."""
-    from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.labels.files import align, read_labels
     from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pipelines.quickstart import true_rewards
+    from dedpo_diffusion.shapes.oracle import preference
 
-    ids = PairReader(settings.pairs).ids()
+    reader = PairReader(settings.pairs)
+    ids = reader.ids()
     if not 0 < settings.answers < len(ids):
         raise UserError(f"answers is {settings.answers}, and must lie between 1 and {len(ids) - 1}")
     if 1.0 not in settings.floors:
         raise UserError("floors must hold 1.0, the random order, which the others are compared with")
     g = align(read_labels(settings.pairs, settings.judge), ids, folder=settings.pairs, name=settings.judge, complete=True)
-    p = true_preferences(settings.pairs)
+    p = preference(*true_rewards(reader, np.arange(len(reader))).T)
     sure = float(np.mean(np.where(g > 0.5, p, 1 - p)))
     lines = measure(settings, p, g)
     for line in lines:
         say(f"floor {line['floor']}, {line['method']}: noise {line['noise_ratio']:.3f} ({line['ci'][0]:.3f} to {line['ci'][1]:.3f})")
-    record = {"pairs": len(ids), "answers": settings.answers, "draws": settings.draws, "seed": settings.seed}
-    write_json(settings.out, record | {"judge_agrees": sure, "mean_doubt": float(np.mean(1 - np.abs(2 * g - 1))), "orders": lines})
+    doubt = float(np.mean(1 - np.abs(2 * g - 1)))
+    write_record(settings, {"pairs": len(ids), "judge_agrees": sure, "mean_doubt": doubt, "orders": lines})
 
 
 if __name__ == "__main__":

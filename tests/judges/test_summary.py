@@ -18,7 +18,7 @@ from dedpo_diffusion.judges.summary import summarise
 from dedpo_diffusion.labels.files import read_labels, write_labels
 from dedpo_diffusion.labels.image_statistics import image_statistics
 from dedpo_diffusion.pairs.dataset import PairWriter
-from dedpo_diffusion.shapes import human, oracle
+from dedpo_diffusion.shapes import oracle
 from support.scenes import scenes
 
 COUNT = 170
@@ -45,11 +45,11 @@ def made(tmp_path_factory):
             source = {"model": ("sd15", "sdxl")[k % 2], "row": k, "constant": 1, "seed": k % 40}
             writer.add(Pair(f"p{k}", prompt, encoded(one), encoded(other), source))
     rewards = np.stack([oracle.reward(prompts, [two[side] for two in images]) for side in (0, 1)], axis=1)
-    truth = expit((rewards[:, 0] - rewards[:, 1]) / human.TEMPERATURE)
+    truth = expit((rewards[:, 0] - rewards[:, 1]) / oracle.TEMPERATURE)
     folder, ids = tmp_path / "pairs", [f"p{k}" for k in range(COUNT)]
     write_labels(folder, "human", Labels(ids[:160], (rng.random(160) < truth[:160]).astype(float)))
     light = np.array([[image_statistics(image)["brightness"] for image in two] for two in images])
-    scores = rewards / human.TEMPERATURE + 40 * light
+    scores = rewards / oracle.TEMPERATURE + 40 * light
     extra = {"score_0": scores[:, 0].tolist(), "score_1": scores[:, 1].tolist(), "judge_version": ["light-1"] * COUNT}
     extra |= {"order_consistent": [k % 10 > 0 for k in range(COUNT)], "validity": [0.9] * COUNT}
     write_labels(folder, "light", Labels(ids, expit(scores[:, 0] - scores[:, 1]), extra))

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from dedpo_diffusion.labels.calibration import calibrate
 from dedpo_diffusion.labels.image_statistics import image_statistics
 from dedpo_diffusion.labels.judge_diagnosis import diagnose, holm
-from dedpo_diffusion.shapes import human, oracle, world
+from dedpo_diffusion.shapes import oracle, world
 from support.scenes import scenes
 
 
@@ -31,7 +31,7 @@ class Shapes:
 
     @property
     def logit(self) -> np.ndarray:
-        return (self.rewards[:, 0] - self.rewards[:, 1]) / human.TEMPERATURE
+        return (self.rewards[:, 0] - self.rewards[:, 1]) / oracle.TEMPERATURE
 
     def people(self, rng: np.random.Generator) -> np.ndarray:
         return (rng.random(len(self.logit)) < expit(self.logit)).astype(float)
@@ -118,7 +118,7 @@ def test_a_planted_bias_is_named_first(shapes, name):
 
 
 def test_a_judge_blind_to_clutter_overlooks_it(shapes):
-    scores = shapes.blind / human.TEMPERATURE
+    scores = shapes.blind / oracle.TEMPERATURE
     report = shapes.diagnose(shapes.people(np.random.default_rng(1)), expit(scores[:, 0] - scores[:, 1]), scores=scores)
     detail = next(lean for lean in report["leans"] if lean["statistic"] == "detail")
     assert detail["named"] and detail["people"] < detail["judge"] and detail["kind"] == "overlooks"

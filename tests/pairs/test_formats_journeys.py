@@ -16,7 +16,6 @@ from dedpo_diffusion.pipelines.ingest import main
 from support.format_rows import (
     chosen_row,
     counts_row,
-    named_row,
     pair_row,
     ranked_row,
     ranking_row,
@@ -166,7 +165,7 @@ def test_open_image_preferences_results_and_binarised(tmp_path):
         assert (won, lost) == (picture(2 * k), picture(2 * k + 1)) and pair.source["category"] == "Anime"
 
 
-@pytest.mark.parametrize(("make", "label", "votes"), [(counts_row, 17 / 26, 26), (shares_row, 0.75, 26), (named_row, 0.4, 10)])
+@pytest.mark.parametrize(("make", "label", "votes"), [(counts_row, 17 / 26, 26), (shares_row, 0.75, 26)])
 def test_rapidatas_layouts(tmp_path, make, label, votes):
     (tmp_path / "data").mkdir()
     rows = [make(), make() | two_images(5) | {"prompt": "another"}]

@@ -18,7 +18,6 @@ from support.format_rows import (
     counts_row,
     image_row,
     labels,
-    named_row,
     pair_row,
     ranked_row,
     ranking_row,
@@ -44,7 +43,7 @@ ROWS = {
     "hpdv3": [pair_row(), {name: pair_row()[name] for name in ("prompt", "path1", "path2", "model1", "model2")}],
     "imagereward": [ranking_row(), image_row()],
     "open_image_preferences": [result_row(), chosen_row()],
-    "rapidata": [counts_row(), shares_row(), named_row()],
+    "rapidata": [counts_row(), shares_row()],
 }
 
 
@@ -371,26 +370,10 @@ def test_a_criterion_is_never_guessed():
 
 
 @pytest.mark.parametrize(
-    ("changes", "answers"),
-    [
-        ({}, (Answer(1.0, votes=4), Answer(0.0, votes=6))),
-        ({"aggregated_results": {"image_2": 6, "image_1": 4}}, (Answer(1.0, votes=4), Answer(0.0, votes=6))),
-        ({"aggregated_results": '{"a.jpg": 0, "b.jpg": 10}', "image1_path": "x/b.jpg", "image2_path": "x/a.jpg"}, (Answer(1.0, votes=10),)),
-        ({"aggregated_results": None, "detailed_results": '[{"votedFor": "3_sd.jpg"}, {"votedFor": "3_sd.jpg"}]'}, (Answer(0.0, votes=2),)),
-    ],
-)
-def test_votes_by_name_go_to_the_image_of_that_name(changes, answers):
-    (entry,) = read(rapidata, named_row(**changes))
-    assert entry.answers == answers and entry.key == "3368-quality"
-
-
-@pytest.mark.parametrize(
     ("row", "message"),
     [
-        (named_row(model1="sd", model2="sd"), "votes for '3368_dev.jpg' fit neither or both of image1 and image2 .*votes_image1"),
-        (named_row(aggregated_results="{'3_dev.jpg': 4}"), "aggregated_results is no JSON"),
-        (named_row(aggregated_results="[1, 2]"), "must be an object of names and votes"),
-        (named_row(aggregated_results=None, detailed_results="[3]"), "must be a list of votes with votedFor"),
+        (shares_row(detailed_results_preference="{'3_dev.jpg': 4}"), "detailed_results_preference is no JSON"),
+        (shares_row(detailed_results_preference="3"), "detailed_results_preference must be a list of votes"),
         (counts_row(votes_image1=2.5), "votes_image1 is 2.5, and must be a count"),
         (counts_row(votes_image2=-1), "votes_image2 is -1, and must be a count"),
         (shares_row(weighted_results_image1_preference=0.0, weighted_results_image2_preference=0.0), "not both 0"),

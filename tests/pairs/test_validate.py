@@ -22,7 +22,7 @@ from dedpo_diffusion.core.records import Labels, Pair, Targets, Votes
 from dedpo_diffusion.labels.files import write_labels, write_targets, write_votes
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.pairs.inspection import scan as scanning
-from dedpo_diffusion.pairs.inspection.near import look_alikes, near_pairs
+from dedpo_diffusion.pairs.inspection.near import close_hashes, look_alikes
 from dedpo_diffusion.pairs.inspection.scan import perceptual_hash, scan_dataset, tasks
 from dedpo_diffusion.pipelines.validate import main
 from support.pictures import picture, write_pairs
@@ -58,6 +58,14 @@ def validate(folder, *options, code=0, workers=1):
 
 
 # ---- near-duplicates
+
+
+def near_pairs(hashes, distance):
+    """All pairs of places i < j whose hashes are within a distance, each once and sorted."""
+    found = [
+        (i, j) for one, two, _ in close_hashes(hashes, distance, lambda _: None) for i, j in zip(one.tolist(), two.tolist(), strict=True)
+    ]
+    return np.array(sorted({(min(pair), max(pair)) for pair in found}), dtype=np.int64).reshape(-1, 2)
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=30), st.integers(0, 8), st.randoms())

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.models.loading import resolve_model
-from dedpo_diffusion.shapes import human, oracle, world
+from dedpo_diffusion.shapes import oracle, world
 
 MODEL = Path(resolve_model("shapes"))
 
@@ -75,12 +75,12 @@ def test_oracle_survives_pictures_without_an_object():
 
 def test_human_answers_follow_bradley_terry():
     rewards = np.full(20000, 0.55), np.full(20000, 0.50)
-    likely = human.preference(*rewards)[0]
+    likely = oracle.preference(*rewards)[0]
     assert likely == pytest.approx(1 / (1 + np.exp(-1)))  # a difference of one temperature
-    answers = human.answers(np.random.default_rng(0), *rewards)
+    answers = oracle.answers(np.random.default_rng(0), *rewards)
     assert set(answers) == {0.0, 1.0}
     assert abs(answers.mean() - likely) < 4 * np.sqrt(likely * (1 - likely) / 20000)
-    np.testing.assert_allclose(human.preference(*rewards), 1 - human.preference(*rewards[::-1]))
+    np.testing.assert_allclose(oracle.preference(*rewards), 1 - oracle.preference(*rewards[::-1]))
 
 
 # ---- the models that are carried

@@ -117,23 +117,6 @@ def shares_row(criteria=("preference", "coherence", "alignment"), **changes):
     return row | changes
 
 
-def named_row(**changes):
-    return {
-        "id": "3368-quality",
-        "prompt": "a manga street",
-        **two_images(),
-        "images": "[]",
-        "model1": "dev",
-        "model2": "sd",
-        "evolution": "quality",
-        "category": "Manga",
-        "subcategory": "detailed",
-        "preference_responses": "[]",
-        "aggregated_results": json.dumps({"3368_dev.jpg": 4, "3368_sd.jpg": 6}),
-        "detailed_results": "[]",
-    } | changes
-
-
 def image_row(**changes):
     return {"image_path": "images/train/train_1/a.webp", "prompt_id": "1", "prompt": "a", "rank": 1, "classification": "x"} | changes
 

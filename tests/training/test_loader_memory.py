@@ -12,7 +12,7 @@ import torch
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Pair
-from dedpo_diffusion.evaluation.benchmarks.loader_memory import make
+from dedpo_diffusion.evaluation.benchmarks.stage_throughput import make_cache
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.training.cache import PairCache
 from dedpo_diffusion.training.data import CachedSource, PairLoader
@@ -41,7 +41,7 @@ def read(folder: Path) -> tuple[int, int, int]:
 
 @pytest.mark.slow
 def test_memory_tensors_and_open_files_hardly_grow_with_the_pairs(tmp_path):
-    few, many = (make(tmp_path / str(count), count, shard_pairs=20) for count in (40, 540))
+    few, many = (make_cache(tmp_path / str(count), count, shard_pairs=20) for count in (40, 540))
     read(few)  # whatever is imported or made once
     (least, held, _), (most, more, files) = read(few), read(many)
     assert (most - least) / 500 < 700, (least, most)  # bytes; encoded, a pair has 4600
@@ -60,7 +60,7 @@ def test_ids_are_compared_shard_by_shard(tmp_path):
 
 
 def test_a_pair_that_comes_twice_is_still_named(tmp_path):
-    make(tmp_path, 8)
+    make_cache(tmp_path, 8)
     shard = tmp_path / "pairs" / "pairs-00000.parquet"
     (tmp_path / "pairs" / "pairs-00001.parquet").write_bytes(shard.read_bytes())
     with pytest.raises(UserError, match="'pair-000000000' stands in"):

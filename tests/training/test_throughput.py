@@ -107,13 +107,13 @@ def test_command(tiny_model, tmp_path, capsys, monkeypatch):
     assert throughput.main(["--out", str(out), *options]) == 0
     found = json.loads(out.read_text())
     assert list(found["arms"]) == ["published", "live", "cached", "stored"]
-    has = {name: set(arm["station_shares"]) for name, arm in found["arms"].items()}
+    has = {name: set(arm["phase_shares"]) for name, arm in found["arms"].items()}
     everything = {"noise, target, loss", "loading", "latents", "text", "policy", "reference", "backward", "optimizer"}
     assert has["published"] == has["live"] == everything
     assert has["cached"] == everything - {"latents", "text"}
     assert has["stored"] == everything - {"latents", "text", "reference"}
     for arm in found["arms"].values():
-        assert sum(arm["station_shares"].values()) == pytest.approx(1)
+        assert sum(arm["phase_shares"].values()) == pytest.approx(1)
         assert arm["peak_bytes"] == arm["kept_bytes"] + arm["step_bytes"] > 0
     assert found["arms"]["cached"]["kept_bytes"] < found["arms"]["live"]["kept_bytes"]
     assert found["arms"]["published"]["over_published"] == {"ratio": 1, "ci": [1, 1]}
@@ -129,19 +129,19 @@ def test_ratio_and_its_interval():
         throughput.check(ThroughputSettings(out=None, rounds=1))
 
 
-def test_stations_count_inner_parts_alone(monkeypatch):
+def test_phases_count_inner_parts_alone(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
     monkeypatch.setattr(throughput_arms.time, "perf_counter", lambda: next(clock))
-    stations = throughput_arms.Stations(lambda: None)
-    with stations("outer"):
-        with stations("inner"):
+    phases = throughput_arms.PhaseTimer(lambda: None)
+    with phases("outer"):
+        with phases("inner"):
             pass
-        with stations("inner"):
+        with phases("inner"):
             pass
-    assert stations.seconds == {"outer": 1.0 + 3.0 + 5.0, "inner": 2.0 + 4.0}
+    assert phases.seconds == {"outer": 1.0 + 3.0 + 5.0, "inner": 2.0 + 4.0}
 
 
-def test_tally_of_known_sizes():
+def test_count_of_known_sizes():
     kept = torch.zeros(100)
     with AllocationCounter() as counter:
         kept.add_(1)
@@ -212,7 +212,7 @@ def test_bytes_counted_on_fake_tensors_are_those_of_a_real_run(kind, options):
     assert 2 * real["trained_weights"] <= real["moments"] <= 2 * real["trained_weights"] + 4 * 1000  # and a count for each tensor
 
 
-def test_tally_against_the_allocator():
+def test_count_against_the_allocator():
     """The profiler sees every allocation, also those inside of kernels."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -10,8 +10,7 @@ import numpy as np
 from PIL.Image import Image
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.shapes.human import TEMPERATURE
-from dedpo_diffusion.shapes.oracle import TERMS, correct, read, reward
+from dedpo_diffusion.shapes.oracle import TEMPERATURE, TERMS, correct, read, reward
 
 VERSION = "shapes-oracle-1"  # of what is read off an image, and of the reward
 

@@ -66,7 +66,7 @@ def open(source: str, settings: IngestSettings) -> Source:  # the name that impo
 
 
 def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Comparison]:
-    """One entry of a train row, one for each two images of a test row.
+    """One comparison of a train row, one for each two images of a test row.
 
     Raises:
         UserError: a list is missing or of the wrong length, or the people contradict their own average.

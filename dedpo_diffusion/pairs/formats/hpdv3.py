@@ -19,12 +19,12 @@ Traps of the format:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, counted, image_source, number, text
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, counted, image_source, is_list, number, text
 from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = True
@@ -62,8 +62,7 @@ def _choice(value: Any, where: str) -> tuple[float, float] | None:
     """Votes or shares, in the file's order; None where nobody was counted."""
     if value is None:
         return None
-    listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else []
-    found = [number(item, where) for item in listed]
+    found = [number(item, where) for item in value] if is_list(value) else []
     if len(found) != 2 or found[0] is None or found[1] is None or min(found[0], found[1]) < 0:
         raise UserError(f"{where} is {value!r}, and must be two counts of votes, or null; mend the row")
     return (found[0], found[1]) if found[0] + found[1] > 0 else None

@@ -119,7 +119,7 @@ class Archives:
         self._open: OrderedDict[Path, tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]] = OrderedDict()
 
     def image(self, path: Any, folder: Path, where: str) -> bytes | str:
-        """FOLDER/NAME, or the bytes of NAME in FOLDER.zip; a path that cannot be read where neither is, so that intake decides.
+        """FOLDER/NAME, or the bytes of NAME in FOLDER.zip; a path that cannot be read where neither is, so that the import decides.
 
         Args:
             path: as the metadata names it.
@@ -164,7 +164,7 @@ class Archives:
 
 
 def entries(row: dict[str, Any], where: str, folder: Path | None, settings: IngestSettings) -> Iterator[Comparison]:
-    """An entry for each two images of a prompt.
+    """A comparison of each two images of a prompt.
 
     Raises:
         UserError: a row of one image, or lists of different lengths.

@@ -37,7 +37,7 @@ COUNTS = (
     "tie_answers", "tie_answers_dropped", "labelled", "votes", "conflicting",
 )  # fmt: skip
 RECENT = 64  # images known to decode: a ranking's images come in several comparisons
-AHEAD = 4  # comparisons in flight for each thread
+IN_FLIGHT = 4  # comparisons in flight for each thread
 SWAPPED = "swapped"  # source column of pairs whose sides were shuffled
 SEEN = {
     "ties": "comparisons that every answer calls a tie",
@@ -81,7 +81,7 @@ class Ledger:
     seen: dict[str, tuple[str, bool]] = field(default_factory=dict)
 
 
-# ---- reading ahead
+# ---- reading
 
 
 def comparisons(
@@ -91,10 +91,10 @@ def comparisons(
     for row, (where, values, folder) in enumerate(source.rows(start.row), start.row):
         skip = start.part if row == start.row else 0
         part, last = 0, None
-        for part, entry in enumerate(entries(values, where, folder, settings), 1):
+        for part, comparison in enumerate(entries(values, where, folder, settings), 1):
             if last is not None:
                 yield last, Place(row, part - 1)
-            last = entry if part > skip else None
+            last = comparison if part > skip else None
         if last is not None or part == 0:  # the row is done with its last comparison
             yield last, Place(row + 1)
 
@@ -105,18 +105,18 @@ class Tried:
     def __init__(self) -> None:
         self._good: OrderedDict[bytes, None] = OrderedDict()
 
-    def images(self, entry: Comparison) -> Images:
+    def images(self, comparison: Comparison) -> Images:
         """Both images of a comparison; an error is returned, not raised."""
         try:
-            (data_0, digest_0), (data_1, digest_1) = self._image(entry, 0), self._image(entry, 1)
+            (data_0, digest_0), (data_1, digest_1) = self._image(comparison, 0), self._image(comparison, 1)
         except UserError as error:
             return Images(error=error)
         return Images((data_0, data_1), (digest_0, digest_1))
 
-    def _image(self, entry: Comparison, side: int) -> tuple[bytes, bytes]:
+    def _image(self, comparison: Comparison, side: int) -> tuple[bytes, bytes]:
         """An image's bytes and their digest."""
-        image = entry.images[side]
-        where = f"{entry.where}, image {side}" + (f" ({image})" if isinstance(image, Path) else "")
+        image = comparison.images[side]
+        where = f"{comparison.where}, image {side}" + (f" ({image})" if isinstance(image, Path) else "")
         data = image if isinstance(image, bytes) else _read_file(image, where)
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest not in self._good:
@@ -141,10 +141,10 @@ def _read_file(path: Path | None, where: str) -> bytes:
 # ---- what becomes of a comparison
 
 
-def reasons(entry: Comparison) -> list[str]:
+def reasons(comparison: Comparison) -> list[str]:
     """What is special about a comparison before its images are seen, and so may drop it: identical, unlabelled, ties."""
-    ties = [answer.label_0 == 0.5 for answer in entry.answers]
-    found = {"identical": entry.same, "unlabelled": not ties, "ties": bool(ties) and all(ties)}
+    ties = [answer.label_0 == 0.5 for answer in comparison.answers]
+    found = {"identical": comparison.same, "unlabelled": not ties, "ties": bool(ties) and all(ties)}
     return [reason for reason, holds in found.items() if holds]
 
 
@@ -171,23 +171,23 @@ class Importer:
 
     def images(self, item: tuple[Comparison | None, Place]) -> Images:
         """Read and try a comparison's images, unless there is none, or it is dropped whatever they show. Runs in threads."""
-        entry, _ = item
-        return Images() if entry is None or dropped_for(reasons(entry), self.settings) else self._tried.images(entry)
+        comparison, _ = item
+        return Images() if comparison is None or dropped_for(reasons(comparison), self.settings) else self._tried.images(comparison)
 
-    def take(self, entry: Comparison, images: Images) -> bool:
+    def take(self, comparison: Comparison, images: Images) -> bool:
         """Keep, merge or drop one comparison, and count it; True where that finished a shard.
 
         Raises:
             UserError: an answer outside [0, 1], or an unreadable image that is not to be skipped.
         """
         counts, settings = self.ledger.counts, self.settings
-        _check_answers(entry)
-        why = reasons(entry)
+        _check_answers(comparison)
+        why = reasons(comparison)
         if images.same and "identical" not in why:
             why.insert(0, "identical")
         counts["comparisons"] += 1
         counts.update(why)
-        counts["tie_answers"] += sum(answer.votes for answer in entry.answers if answer.label_0 == 0.5)
+        counts["tie_answers"] += sum(answer.votes for answer in comparison.answers if answer.label_0 == 0.5)
         reason = dropped_for(why, settings)
         if reason is None and images.error is not None:
             if settings.unreadable == "error":
@@ -196,32 +196,32 @@ class Importer:
         if reason is not None:
             counts[f"{reason}_dropped"] += 1
             return False
-        return self._keep(entry, images)
+        return self._keep(comparison, images)
 
-    def _keep(self, entry: Comparison, images: Images) -> bool:
+    def _keep(self, comparison: Comparison, images: Images) -> bool:
         smaller_first = images.digests[0] <= images.digests[1]
         low, high = sorted(images.digests)
-        digest = hashlib.blake2b(entry.prompt.encode() + b"\0" + low + high, digest_size=16).hexdigest()
+        digest = hashlib.blake2b(comparison.prompt.encode() + b"\0" + low + high, digest_size=16).hexdigest()
         if digest in self.ledger.seen and self.settings.duplicates == "merge":
             pair_id, stored = self.ledger.seen[digest]
-            self._answer(pair_id, entry.answers, flip=stored != smaller_first)
+            self._answer(pair_id, comparison.answers, flip=stored != smaller_first)
             self.ledger.counts["duplicates_merged"] += 1
             return False
         self.ledger.counts["duplicates_kept"] += digest in self.ledger.seen
-        pair_id = self._free_id(entry)
+        pair_id = self._free_id(comparison)
         swap = self.winner_first and hashlib.blake2b(f"{self.settings.seed}\0{pair_id}".encode(), digest_size=1).digest()[0] % 2 == 1
         self.ledger.seen.setdefault(digest, (pair_id, smaller_first != swap))
         self.ledger.counts["kept"] += 1
         self.ledger.counts["sides_swapped"] += swap
-        self._answer(pair_id, entry.answers, flip=swap)
+        self._answer(pair_id, comparison.answers, flip=swap)
         image_0, image_1 = images.data[::-1] if swap else images.data
-        source = dict(entry.source) | ({SWAPPED: swap} if self.winner_first else {})
-        return self.writer.add(Pair(pair_id, entry.prompt, image_0, image_1, source))
+        source = dict(comparison.source) | ({SWAPPED: swap} if self.winner_first else {})
+        return self.writer.add(Pair(pair_id, comparison.prompt, image_0, image_1, source))
 
-    def _free_id(self, entry: Comparison) -> str:
+    def _free_id(self, comparison: Comparison) -> str:
         """The pair's id, after the source's own name where it has one; a name that comes again gets a number."""
         number = self.ledger.counts["comparisons"] - 1
-        pair_id = f"{self.name}-{number if entry.key is None else entry.key}"
+        pair_id = f"{self.name}-{number if comparison.key is None else comparison.key}"
         if pair_id not in self.writer:
             return pair_id
         self.ledger.counts["renamed"] += 1
@@ -236,14 +236,14 @@ class Importer:
             self.ledger.answers.append((pair_id, label, answer.votes, answer.rater))
 
 
-def _check_answers(entry: Comparison) -> None:
-    for answer in entry.answers:
+def _check_answers(comparison: Comparison) -> None:
+    for answer in comparison.answers:
         if not 0 <= answer.label_0 <= 1:
             raise UserError(
-                f"{entry.where}: label_0 is {answer.label_0}, and must be the probability in [0, 1] that image 0 is preferred; mend it"
+                f"{comparison.where}: label_0 is {answer.label_0}, and must be the probability in [0, 1] that image 0 is preferred; mend it"
             )
         if answer.votes < 1:
-            raise UserError(f"{entry.where}: an answer with {answer.votes} votes; mend the count, or leave it out")
+            raise UserError(f"{comparison.where}: an answer with {answer.votes} votes; mend the count, or leave it out")
 
 
 # ---- labels at the end
@@ -283,7 +283,7 @@ class Journal:
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder, self.identity = folder, identity
-        self.entries = self.answers = 0
+        self.pairs = self.answers = 0
 
     def _file(self, shard: int) -> Path:
         return self.folder / "journal" / f"{shard:05d}.json"
@@ -306,23 +306,23 @@ class Journal:
         """The ledger as it was after that many shards."""
         ledger = Ledger()
         for shard in range(shards):
-            entry = json.loads(self._file(shard).read_text(encoding="utf-8"))
-            ledger.place = Place(*entry["place"])
-            ledger.counts = Counter(entry["counts"])
-            ledger.answers += [tuple(answer) for answer in entry["answers"]]
-            ledger.seen |= {digest: tuple(found) for digest, found in entry["seen"].items()}
+            record = json.loads(self._file(shard).read_text(encoding="utf-8"))
+            ledger.place = Place(*record["place"])
+            ledger.counts = Counter(record["counts"])
+            ledger.answers += [tuple(answer) for answer in record["answers"]]
+            ledger.seen |= {digest: tuple(found) for digest, found in record["seen"].items()}
         self._mark(ledger)
         return ledger
 
     def write(self, shard: int, ledger: Ledger) -> None:
         """Note that a shard is on disk."""
-        fresh = islice(ledger.seen.items(), self.entries, None)
-        entry = {"place": [ledger.place.row, ledger.place.part], "counts": dict(ledger.counts)}
-        write_json(self._file(shard), entry | {"answers": ledger.answers[self.answers :], "seen": dict(fresh)})
+        fresh = islice(ledger.seen.items(), self.pairs, None)
+        record = {"place": [ledger.place.row, ledger.place.part], "counts": dict(ledger.counts)}
+        write_json(self._file(shard), record | {"answers": ledger.answers[self.answers :], "seen": dict(fresh)})
         self._mark(ledger)
 
     def _mark(self, ledger: Ledger) -> None:
-        self.entries, self.answers = len(ledger.seen), len(ledger.answers)
+        self.pairs, self.answers = len(ledger.seen), len(ledger.answers)
 
 
 def shuffles(chosen: Any) -> bool:
@@ -351,9 +351,9 @@ def take_in(
         importer = Importer(chosen.name, settings, winner_first=shuffles(chosen), writer=writer, ledger=ledger)
         found = comparisons(chosen.source, chosen.module.entries, settings, ledger.place)
         workers = settings.workers or os.cpu_count() or 1
-        for (entry, behind), images in prefetch(found, importer.images, workers=workers, depth=AHEAD * workers):
-            finished = entry is not None and importer.take(entry, images)
-            ledger.counts["empty_rows"] += entry is None
+        for (comparison, behind), images in prefetch(found, importer.images, workers=workers, depth=IN_FLIGHT * workers):
+            finished = comparison is not None and importer.take(comparison, images)
+            ledger.counts["empty_rows"] += comparison is None
             advance(behind.row - ledger.place.row)
             ledger.place = behind
             if finished:

@@ -14,21 +14,6 @@ BITS = 64
 COMPARED = 1 << 20  # hashes compared at once: bounds the memory
 
 
-def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """All pairs of different hashes within a distance.
-
-    Args:
-        hashes: (U,) uint64, each value once.
-        distance: largest number of differing bits, 0 to 63.
-
-    Returns:
-        (P, 2) int64 places i < j in `hashes`, sorted, each pair once.
-    """
-    found = [np.zeros((0, 2), dtype=np.int64)]
-    found += [np.sort(np.stack([first, second], axis=1), axis=1) for first, second, _ in _close(hashes, distance, lambda bands: None)]
-    return np.unique(np.concatenate(found), axis=0)
-
-
 def look_alikes(
     hashes: np.ndarray, files: np.ndarray, pairs: np.ndarray, distance: int, *, shown: int, advance: Callable[[int], object]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +23,7 @@ def look_alikes(
         hashes: (N,) uint64, one an image, equal values allowed.
         files: (N,) what tells the image files apart.
         pairs: (N,) the pair that an image belongs to.
-        distance: see `near_pairs`.
+        distance: largest number of differing bits, 0 to 63.
         shown: how many examples to name.
         advance: told of every finished band of bits, of `distance + 1`.
 
@@ -53,7 +38,7 @@ def look_alikes(
     starts = np.searchsorted(inverse[order], np.arange(len(unique) + 1))
     low, high = order[starts[:-1]], order[starts[1:] - 1]
     group, examples = np.arange(len(unique)), _equal(inverse, files, pairs, shown)
-    for one, two, bits in _close(unique, distance, advance):
+    for one, two, bits in close_hashes(unique, distance, advance):
         group = _joined(group, one, two)
         first, second = low[one], low[two]
         first = np.where(pairs[first] == pairs[second], high[one], first)
@@ -69,7 +54,9 @@ def hamming(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.bitwise_count(first ^ second)
 
 
-def _close(hashes: np.ndarray, distance: int, advance: Callable[[int], object]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def close_hashes(
+    hashes: np.ndarray, distance: int, advance: Callable[[int], object]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Places of hashes within a distance and their differing bits, in chunks; a pair can come once in every band."""
     bands = distance + 1
     for band in range(bands):

@@ -180,11 +180,11 @@ def _run(jobs: list[tuple[Path, list[int], str]], workers: int) -> Iterator[Scan
         return
     try:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            ahead = [pool.submit(scan_rows, *job) for job in jobs[: 4 * workers]]
+            waiting = [pool.submit(scan_rows, *job) for job in jobs[: 4 * workers]]
             for k in range(len(jobs)):
-                yield ahead[k % len(ahead)].result()
-                if k + len(ahead) < len(jobs):
-                    ahead[k % len(ahead)] = pool.submit(scan_rows, *jobs[k + len(ahead)])
+                yield waiting[k % len(waiting)].result()
+                if k + len(waiting) < len(jobs):
+                    waiting[k % len(waiting)] = pool.submit(scan_rows, *jobs[k + len(waiting)])
     except BrokenProcessPool as error:
         raise UserError(
             f"a process that reads images was killed (no memory left?); run again with fewer than {workers} --workers"
