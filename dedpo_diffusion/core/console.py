@@ -12,22 +12,13 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from dedpo_diffusion.core.errors import NoSpace as NoSpace
+from dedpo_diffusion.core.errors import UserError as UserError
 from dedpo_diffusion.core.gone import first_gone
 from dedpo_diffusion.core.stopping import Terminated
 
 T = TypeVar("T")
 S = TypeVar("S")
-
-
-class UserError(Exception):
-    """A mistake that the user can mend; its text names the file, the row where there is one, and the remedy."""
-
-
-class NoSpace(UserError):
-    """The disk, or the user's share of it, is full; its text names the file that was being written."""
-
-    def __init__(self, what: object) -> None:
-        super().__init__(f"{what}: no space left on its disk; make some room there, then give the same command again")
 
 
 def is_full(error: BaseException | None) -> bool:

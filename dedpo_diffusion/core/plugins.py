@@ -17,7 +17,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.errors import UserError
 
 SCORERS, JUDGES = "dedpo_diffusion.scorers", "dedpo_diffusion.judges"
 OBJECTIVES, IMPORTERS = "dedpo_diffusion.objectives", "dedpo_diffusion.importers"

@@ -1,0 +1,14 @@
+"""What goes wrong by no fault of the program, said in words for the person who can mend it."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its text names the file, the row where there is one, and the remedy."""
+
+
+class NoSpace(UserError):
+    """The disk, or the user's share of it, is full; its text names the file that was being written."""
+
+    def __init__(self, what: object) -> None:
+        super().__init__(f"{what}: no space left on its disk; make some room there, then give the same command again")
