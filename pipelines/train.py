@@ -62,7 +62,6 @@ def resume(session: Session) -> int:
     """Load the newest checkpoint, if there is one; returns the steps done."""
     from accelerate.utils import broadcast_object_list
 
-    from dedpo_diffusion.training.sharding import stored_optimizer
     from dedpo_diffusion.weights.checkpoints import load_checkpoint, load_part
     from dedpo_diffusion.weights.run_folder import newest_checkpoint
 
@@ -71,7 +70,7 @@ def resume(session: Session) -> int:
     if found is None:
         return 0
     (step, folder), model, scaler = found, session.model, session.accelerator.scaler
-    state = load_checkpoint(folder, model.trainable(), stored_optimizer(session.accelerator, model, session.optimizer))
+    state = load_checkpoint(folder, model.trainable(), session.optimizer.optimizer)
     averaged = load_part(folder, "average")
     if session.average is not None and averaged is not None:
         session.average.restore(averaged)
@@ -85,7 +84,6 @@ def resume(session: Session) -> int:
 
 def save(session: Session, step: int) -> None:
     """Write a checkpoint on the main process; the others give it their parts of the tensors, and wait."""
-    from dedpo_diffusion.training.sharding import stored_optimizer
     from dedpo_diffusion.weights.checkpoints import save_checkpoint
     from dedpo_diffusion.weights.run_folder import checkpoint_folder, prune_checkpoints
 
@@ -93,7 +91,7 @@ def save(session: Session, step: int) -> None:
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     state = {"step": step, "scaler": scaler, "adaptive": None if session.adaptive is None else session.adaptive.state()}
     averaged, main = None if session.average is None else session.average.values, accelerator.is_main_process
-    folder, optimizer = checkpoint_folder(out, step), stored_optimizer(accelerator, model, session.optimizer)
+    folder, optimizer = checkpoint_folder(out, step), session.optimizer.optimizer
     save_checkpoint(folder, model.trainable(), optimizer, state, averaged, write=main)
     if main:
         prune_checkpoints(out, session.settings.keep_checkpoints)

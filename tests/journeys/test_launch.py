@@ -40,18 +40,13 @@ def test_every_option_given_to_the_launcher_exists():
 @pytest.mark.parametrize("file", LAUNCHES, ids=lambda file: file.stem)
 def test_the_launcher_takes_the_file(file):
     from accelerate.commands.launch import _validate_launch_command
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_multi_gpu_env
 
     given, *_ = _validate_launch_command(parser().parse_args(["--config_file", str(file), "pipelines/train.py"]))
     assert (given.num_processes, given.mixed_precision) == (8, "no")
-    if file.stem == "fsdp2":
-        env = prepare_multi_gpu_env(given)
-        assert {name: env[name] for name in FSDP} == FSDP
-        assert env["FSDP_OFFLOAD_PARAMS"] == "false"
-    else:
-        given.deepspeed_fields_from_accelerate_config = ""
-        _, env = prepare_deepspeed_cmd_env(given)
-        assert (env["ACCELERATE_USE_DEEPSPEED"], env["ACCELERATE_DEEPSPEED_ZERO_STAGE"]) == ("true", "2")
+    env = prepare_multi_gpu_env(given)
+    assert {name: env[name] for name in FSDP} == FSDP
+    assert env["FSDP_OFFLOAD_PARAMS"] == "false"
 
 
 @pytest.mark.parametrize("kind", KINDS)

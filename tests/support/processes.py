@@ -15,9 +15,6 @@ FSDP = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
 }  # what `accelerate launch` makes of configs/accelerate/fsdp2.yaml
 
-DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
-DEEPSPEED |= {"ACCELERATE_TORCH_DEVICE": "cpu"}
-
 
 def launch(processes: int, job: Path) -> list[str]:
     """The command that runs this file on a job."""
@@ -40,7 +37,6 @@ def main() -> int:
     """Do the job as one of its processes."""
     job = json.loads(Path(sys.argv[1]).read_text())
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DistributedType
 
     from dedpo_diffusion.pipelines import train
     from dedpo_diffusion.training.data import PairLoader
@@ -55,12 +51,10 @@ def main() -> int:
         return loaded
 
     PairLoader.load = noting
-    if any("DS_ACCELERATOR" in run.get("env", {}) for run in job["runs"]):  # accelerate starts it on accelerators alone
-        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
     for run in job["runs"]:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        for name in (*FSDP, *DEEPSPEED):
+        for name in FSDP:
             os.environ.pop(name, None)
         os.environ.update(run.get("env", {}))
         seen.append([])
