@@ -60,7 +60,7 @@ def call(main: Callable[[list[str]], int], name: str, *arguments: object) -> Non
 
 
 def write_prompts(settings: QuickstartSettings) -> tuple[Path, Path]:
-    """The prompts that pairs are proposed for (a random draw) and those of the evaluation (all 144)."""
+    """The prompts that pairs are proposed for (a random draw) and those of the evaluation."""
     from dedpo_diffusion.core.files import write_text
     from dedpo_diffusion.shapes.world import VOCABULARY
 
@@ -68,7 +68,10 @@ def write_prompts(settings: QuickstartSettings) -> tuple[Path, Path]:
     drawn = [VOCABULARY[i].prompt for i in rng.integers(len(VOCABULARY), size=settings.pairs)]
     training, evaluation = settings.out / "prompts-training.txt", settings.out / "prompts-evaluation.txt"
     write_text(training, "\n".join(drawn) + "\n")
-    write_text(evaluation, "\n".join(a.prompt for a in VOCABULARY) + "\n")
+    if not 2 <= settings.eval_prompts <= len(VOCABULARY):
+        raise UserError(f"--eval_prompts is {settings.eval_prompts}; give a number from 2 to {len(VOCABULARY)}")
+    chosen = [VOCABULARY[k * len(VOCABULARY) // settings.eval_prompts] for k in range(settings.eval_prompts)]
+    write_text(evaluation, "\n".join(attributes.prompt for attributes in chosen) + "\n")
     return training, evaluation
 
 

@@ -114,7 +114,8 @@ class QuickstartSettings:
         pairs: how many pairs the base model proposes.
         human_share: share of pairs that the simulated human labels.
         steps: optimizer steps of each arm.
-        eval_seeds: images per prompt in the evaluation (144 prompts).
+        eval_prompts: prompts of the evaluation, spread over the 144 that there are.
+        eval_seeds: images per prompt in the evaluation.
     """
 
     out: Path = Path("quickstart")
@@ -122,4 +123,5 @@ class QuickstartSettings:
     pairs: int = 800
     human_share: float = 0.25
     steps: int = 250
+    eval_prompts: int = 144
     eval_seeds: int = 3

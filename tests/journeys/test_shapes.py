@@ -33,7 +33,7 @@ assert not any(name.startswith("dedpo") for name in sys.modules)
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory):
     out = tmp_path_factory.mktemp("journey") / "out"
-    assert quickstart.main(["--out", str(out), "--pairs", "48", "--steps", "6", "--eval_seeds", "1"]) == 0
+    assert quickstart.main(["--out", str(out), "--pairs", "48", "--steps", "6", "--eval_prompts", "16", "--eval_seeds", "1"]) == 0
     return out
 
 
@@ -51,7 +51,7 @@ def test_results_have_every_key(journey):
     assert {"agreement", "power", "effective_human_labels"} <= set(results["labels"])
     stages = {"propose", "human", "label", "merge", "train", "export", "sample", "score", "compare", "total"}
     assert stages <= set(results["seconds"])
-    assert results["n_images"] == 144
+    assert results["n_images"] == 16
 
 
 def test_every_promised_file_is_there(journey):
@@ -90,7 +90,7 @@ def test_plain_diffusers_reproduces_the_tuned_images(journey, tmp_path):
 
 def test_the_same_command_again_repeats_nothing(journey, capsys):
     before = {file: file.stat().st_mtime_ns for file in journey.rglob("*.png") if file.name != "contact_sheet.png"}
-    assert quickstart.main(["--out", str(journey), "--pairs", "48", "--steps", "6", "--eval_seeds", "1"]) == 0
+    assert quickstart.main(["--out", str(journey), "--pairs", "48", "--steps", "6", "--eval_prompts", "16", "--eval_seeds", "1"]) == 0
     assert before == {file: file.stat().st_mtime_ns for file in before}
     assert "dedpo train" not in capsys.readouterr().out
 
