@@ -48,7 +48,7 @@ def results_section(results: Mapping[str, Any], arm: str, sheet: str | None) -> 
         f"from {results['resamples']} bootstrap resamples over prompts.", "",
         *table(["scorer", "role", "gain over the base", "win rate", "images"], _scorers(results, own)),
         *items(plain(text) for text in (*own.get("warnings", []), *results.get("notes", []))),
-        *_categories(results, own), *_spread(own), *_people(own),
+        *_best_strength(results, arm), *_categories(results, own), *_spread(own), *_people(own),
     ]  # fmt: skip
     return lines if sheet is None else [*lines, f"![samples of the base and of this model]({quote(sheet)})", ""]
 
@@ -64,6 +64,21 @@ def _scorers(results: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[lis
         count = entry.get("n", results["n_images"])
         shown = code(name, cell=True) + (" (verdict)" if name == results["primary"] else "")
         yield [shown, ROLES[role_of(about)], words, interval(entry["win_rate_vs_base"], percent=True), str(count)]
+
+
+def _best_strength(results: Mapping[str, Any], arm: str) -> list[str]:
+    """What the LoRA that this arm is a strength of is worth at its best strength, without the luck of the choice."""
+    for name, entry in (results.get("loras") or {}).items():
+        if arm in [at["arm"] for at in entry["strengths"]] and entry["gain_at_best_strength"] is not None:
+            tried = ", ".join(f"{at['strength']:g}" for at in entry["strengths"])
+            chosen = " and ".join(dict.fromkeys(f"{value:g}" for value in entry["chosen"]))
+            worth = interval(entry["gain_at_best_strength"], sign=True)
+            return [
+                f"Of the strengths {tried} of {code(name)} the best is {entry['best_strength']:g}, by {code(entry['choose_by'])}. "
+                f"With each half of the prompts judged at the strength that the other half chose ({chosen}), the gain on "
+                f"{code(results['primary'])} is {worth}; the table's is of one strength on all prompts.", "",
+            ]  # fmt: skip
+    return []
 
 
 def _categories(results: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:

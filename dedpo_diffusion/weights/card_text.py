@@ -267,7 +267,12 @@ def _hashes(exported: Exported, identity: Facts, targets: Facts | None) -> list[
 
 def _made(made: Facts) -> list[str]:
     """What was done to what was trained."""
-    texts = [f"The change is what was trained times {made['strength']:g}."] if "strength" in made else []
+    scaled = "strength" in made or "best_strength" in made
+    texts = [f"The change is what was trained times {made.get('strength', 1.0):g}."] if scaled else []
+    if "best_strength" in made:
+        best = made["best_strength"]
+        tried = ", ".join(f"{strength:g}" for strength in best["tried"])
+        texts.append(f"That is the best of the strengths {tried} of {code(best['lora'])}, by {code(best['by'])}.")
     for other in made.get("added") or []:
         texts.append(f"{code(other['file'])} (SHA-256 {code(other['sha256'])}) was added to it at strength {other['strength']:g}.")
     if "relative_error" in made:
