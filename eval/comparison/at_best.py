@@ -21,8 +21,11 @@ def shown_name(name: str, entry: dict[str, Any]) -> str:
 
 
 def places(results: Results) -> Iterator[tuple[str, str, str | None]]:
-    """(name shown, arm, LoRA or None) of the base, every arm that is no strength of a LoRA, and each LoRA, by its first arm."""
-    loras = results.get("loras") or {}
+    """(name shown, arm, LoRA or None) of the base, every arm that is no strength of a LoRA, and each LoRA, by its first arm.
+
+    A LoRA that the verdict's scorer did not judge at its best strength, as people may not have, stays in its arms.
+    """
+    loras = {name: entry for name, entry in (results.get("loras") or {}).items() if results["primary"] in entry["by_scorer"]}
     of = {at["arm"]: name for name, entry in loras.items() for at in entry["strengths"]}
     seen = set()
     for arm in results["arms"]:

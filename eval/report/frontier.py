@@ -24,11 +24,18 @@ def axis(results: Results) -> tuple[str | None, str]:
     return (shared[0], f"drift from {results['base']} (by {shared[0]})") if shared else (None, "strength of the LoRA")
 
 
+def series_of(results: Results) -> dict[str, int]:
+    """By LoRA, the number of its colour: the one that it has at its best strength elsewhere on the page."""
+    listed = list(places(results))
+    found = {lora: k for k, (_, _, lora) in enumerate(listed) if lora is not None}
+    rest = [lora for lora in results["loras"] if lora not in found]
+    return found | {lora: len(listed) + k for k, lora in enumerate(rest)}
+
+
 def curves(results: Results, scorer: str) -> list[Curve]:
     """Of every LoRA the gains on a scorer, from the base on, with their intervals as a band; the best strength is marked."""
     embedder, _ = axis(results)
-    series = {lora: k for k, (_, _, lora) in enumerate(places(results)) if lora is not None}
-    found = []
+    series, found = series_of(results), []
     for name, entry in results["loras"].items():
         points, band, labels, best = [(0.0, 0.0)], [(0.0, 0.0, 0.0)], [""], None
         for at in entry["strengths"]:
@@ -59,8 +66,8 @@ def strengths_section(results: Results) -> str:
             caption = f'<p class="about">{escape(across)} →</p>'
             picture = chart(lines, title, zero=True)
             drawn.append(f'<figure class="panel"><h3>{escape(scorer)} {mark(results, scorer)}</h3>{picture}{caption}</figure>')
-    names = {lora: (k, name) for k, (name, _, lora) in enumerate(places(results)) if lora is not None}
-    legend = "".join(f"<span>{dot(names[lora][0])}{escape(lora)}</span>" for lora in results["loras"])
+    series = series_of(results)
+    legend = "".join(f"<span>{dot(series[lora])}{escape(lora)}</span>" for lora in results["loras"])
     chooser = next(iter(results["loras"].values()))["choose_by"]
     how = (
         f"One curve a LoRA, from {results['base']} over the strengths that were sampled. Shaded: 95 % intervals. Ring: the best strength, "
@@ -71,7 +78,7 @@ def strengths_section(results: Results) -> str:
         f"chose: the verdict and the scores below are these. An arm that bears a LoRA's name is strength 1. {_picked(results)}"
     )
     key = f'<p class="legend">{legend}</p>'
-    return section("Strengths", about(how), key, plots(drawn), about(fair), *_tables(results, names))
+    return section("Strengths", about(how), key, plots(drawn), about(fair), *_tables(results, series))
 
 
 def _picked(results: Results) -> str:
@@ -82,7 +89,7 @@ def _picked(results: Results) -> str:
     return f"Here they disagreed about {' and '.join(split)}: the strengths between cannot be told apart with these prompts."
 
 
-def _tables(results: Results, names: dict[str, tuple[int, str]]) -> Iterator[str]:
+def _tables(results: Results, series: dict[str, int]) -> Iterator[str]:
     """Each LoRA at its best, and every strength on every scorer."""
     scorers, embedder = ordered(results), axis(results)[0]
     forms = {scorer: f"+.{decimals(results, scorer)}f" for scorer in scorers}
@@ -94,7 +101,7 @@ def _tables(results: Results, names: dict[str, tuple[int, str]]) -> Iterator[str
         )
         chosen = " and ".join(f"{strength:g}" for strength in entry["chosen"])
         worth = [interval(entry["gain_at_best_strength"], forms[primary]), interval(entry["win_rate_at_best_strength"], ".1%")]
-        rows.append([dot(names[lora][0]) + escape(lora), f"<b>{entry['best_strength']:g}</b>", chosen, *worth, against or "–"])
+        rows.append([dot(series[lora]) + escape(lora), f"<b>{entry['best_strength']:g}</b>", chosen, *worth, against or "–"])
     head = ["at its best", "strength", "chosen by the halves", f"gain on {escape(primary)}", "win rate", "minus another at its best"]
     yield f'<div class="panel">{table(head, rows)}</div>'
     rows = []
@@ -103,7 +110,7 @@ def _tables(results: Results, names: dict[str, tuple[int, str]]) -> Iterator[str
             shown = f"{at['strength']:g}" + (" (best)" if at["strength"] == entry["best_strength"] else "")
             drift = [interval(at["drift"].get(embedder), ".4f")] if embedder else []
             gains = [interval(at["gain"].get(scorer), forms[scorer]) for scorer in scorers]
-            rows.append([dot(names[lora][0]) + escape(lora), shown, *gains, *drift])
+            rows.append([dot(series[lora]) + escape(lora), shown, *gains, *drift])
     head = ["LoRA", "strength", *(f"gain on {escape(scorer)}" for scorer in scorers), *(["drift"] if embedder else [])]
     yield f'<details class="panel"><summary>All strengths</summary>{table(head, rows)}</details>'
 

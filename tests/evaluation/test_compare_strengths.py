@@ -19,6 +19,7 @@ from dedpo_diffusion.evaluation.comparison.intervals import mean_interval, win_r
 from dedpo_diffusion.evaluation.comparison.loras import find_loras
 from dedpo_diffusion.evaluation.comparison.people import write_votes
 from dedpo_diffusion.evaluation.comparison.strengths import halves
+from dedpo_diffusion.evaluation.report.frontier import curves, draw_frontier, strengths_section
 from support.reports import Page
 from support.samples import write_samples
 from support.scores import BASE, CLUSTERS, put_scores, settings
@@ -238,6 +239,14 @@ def test_votes_that_cannot_choose(tmp_path):
         UserError, match=r"--choose_by people: people have not judged every strength of tuned in both halves .* run `dedpo vote"
     ):
         compare(settings([base, lora], choose_by="people"))
+    found = compare(settings([base, lora], primary="people", out=tmp_path / "out" / "report.html"))
+    assert found["loras"]["tuned"]["gain_at_best_strength"] is None  # they did not see strength 2, which the scorer chose
+    assert (
+        "On people, no difference between tuned and base can be told: gain +1.000" in found["verdict"]
+        and "tuned/strength-2 cannot be told" in found["verdict"]
+    )
+    strengths_section(found)
+    draw_frontier(found, tmp_path / "frontier.png")
     first = [k for k in range(12) if halves(CLUSTERS, 0)[k] == 0]
     vote(base, lora / "strength-2", [1] * 12, first)
     found = compare(settings([base, lora], held_out=[]))
@@ -283,8 +292,6 @@ def test_the_command_draws_the_frontier(folders, tmp_path, capsys):
 
 
 def test_without_embeddings_the_curve_goes_over_strength(folders):
-    from dedpo_diffusion.evaluation.report.frontier import curves, strengths_section
-
     found = compare(settings(folders))
     (_, curve) = curves(found, "truth")
     assert [x for x, _ in curve.points] == [0, *STRENGTHS] and curve.labels == ["", "0.5", "1", "2", "3"]
