@@ -195,7 +195,7 @@ def contact_sheet(prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[
 
     Args:
         prompts: R prompts.
-        columns: for each arm its name, its R images, and R captions (scores), of one or several lines.
+        columns: for each arm its name, of one or several lines, its R images, and R captions (scores), of one or several lines.
 
     Returns:
         An RGB image.
@@ -204,13 +204,13 @@ def contact_sheet(prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[
 
     cell = 128 if all(image.width <= 128 for _, images, _ in columns for image in images) else 256
     lines = max((caption.count("\n") + 1 for _, _, captions in columns for caption in captions), default=1)
-    gap, head, label, foot = 12, 40, 190, 4 + 20 * lines
+    gap, head, label, foot = 12, 40 + 20 * max(name.count("\n") for name, _, _ in columns), 190, 4 + 20 * lines
     row = cell + foot + gap
     sheet = Image.new("RGB", (label + len(columns) * (cell + gap) + gap, head + len(prompts) * row + gap), PAPER)
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(17), ImageFont.load_default(15)
     for k, (name, images, captions) in enumerate(columns):
         x = label + gap + k * (cell + gap)
-        draw.text((x, 11), name, fill=INK, font=large)
+        draw.multiline_text((x, 11), name, fill=INK, font=large)
         for r, (image, caption) in enumerate(zip(images, captions, strict=True)):
             y = head + r * row
             sheet.paste(_fitted(image, cell), (x, y))

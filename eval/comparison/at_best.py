@@ -90,6 +90,9 @@ def sentence(results: Results) -> str:
 
 
 def shown_arms(arms: Sequence[Arm], results: Results) -> list[Arm]:
-    """The arms of `at_best`, in its order and under its names: of a LoRA the one of its best strength."""
-    by_name = {arm.name: arm for arm in arms}
-    return [by_name[arm] if lora is None else replace(by_name[arm], name=name) for name, arm, lora in places(results)]
+    """The arms of `at_best`, in its order: of a LoRA the one of its best strength on all prompts, named by it ("tuned at strength 2")."""
+    by_name, loras, found = {arm.name: arm for arm in arms}, results.get("loras") or {}, []
+    for _, arm, lora in places(results):
+        name = arm if lora is None else f"{lora} at strength {loras[lora]['best_strength']:g}"
+        found.append(replace(by_name[arm], name=name))
+    return found

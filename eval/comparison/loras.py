@@ -296,7 +296,7 @@ def _notes(entry: Mapping[str, Any], name: str) -> list[str]:
         notes.append(
             f"The two halves of the prompts disagree on the best strength of {name}: {low:g} and {high:g}, by {entry['choose_by']}."
         )
-    if entry["best_strength"] == strengths[-1]:
+    elif entry["best_strength"] == strengths[-1]:
         notes.append(f"{name} is best at {strengths[-1]:g}, the largest strength that was sampled; a larger one may be better still.")
     elif entry["best_strength"] == strengths[0] and strengths[0] > 0:
         notes.append(f"{name} is best at {strengths[0]:g}, the smallest strength that was sampled; a smaller one may be better still.")

@@ -122,16 +122,18 @@ def draw_frontier(results: Results, path: Path) -> Path:
 
     from dedpo_diffusion.core.files import atomic_file
 
-    scorer, (_, across) = results["primary"], axis(results)
+    scorer, (embedder, across) = results["primary"], axis(results)
     figure = Figure(figsize=INCHES, dpi=DOTS, facecolor="white", layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
     axes.axhline(0, color="#626a77", linewidth=0.8, linestyle=(0, (3, 3)))
-    for curve in curves(results, scorer):
+    drawn = curves(results, scorer)
+    for curve in drawn:
         _draw(axes, curve)
     axes.set_xlabel(_plain(across))
     axes.set_ylabel(_plain(f"gain over {results['base']} on {scorer}"))
-    axes.set_title("Reward against drift, by strength; ring: best strength; shaded: 95 %", loc="left", fontsize=11)
-    axes.legend(frameon=False)
+    axes.set_title(f"Gain against {'drift' if embedder else 'strength'}; ring: best strength; shaded: 95 %", loc="left", fontsize=11)
+    if drawn:
+        axes.legend(frameon=False)
     axes.grid(color="#e3e4e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

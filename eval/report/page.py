@@ -262,7 +262,7 @@ def build_page(settings: CompareSettings, arms: Sequence[Arm], results: dict[str
     from dedpo_diffusion.evaluation.comparison.verdict import best_arm
 
     whole, results, every, arms = results, at_best(results), arms, shown_arms(arms, results)
-    best, names = best_arm(results), [arm.name for arm in arms]
+    best, names = best_arm(results), list(results["arms"])
     method = (
         f"Intervals: 95 %, paired, by prompts: Student's with the bootstrap's standard error ({results['resamples']} resamples, "
         f"seed {results['seed']}), win rates Wilson's. They cover prompts and seeds of images, not training seeds. "
@@ -281,7 +281,9 @@ def build_page(settings: CompareSettings, arms: Sequence[Arm], results: dict[str
         "Labels": label_section(settings.targets),
         "Settings": settings_section([*settings.runs, *(arm.folder for arm in every)]),
     }
-    images, data = image_sections(arms, results, best)  # last: what else may be wrong is told before minutes of work
+    images, data = image_sections(
+        arms, results, arms[names.index(best)].name
+    )  # last: what else may be wrong is told before minutes of work
     parts = {**before, "Images": images, **after}
     links = anchors([title for title, part in parts.items() if part])
     body = f"{headline(results, best)}{links}{''.join(parts.values())}<footer>{about(method)}</footer>"
@@ -296,7 +298,9 @@ def build_sheet(arms: Sequence[Arm], scorer: str) -> Any:
     columns = []
     for arm in arms:
         captions = [f"{arm.scores[scorer][row]:.3f}" for row in rows]
-        columns.append((arm.name, load_images(arm.folder, [arm.rows[row] for row in rows]), captions))
+        columns.append(
+            (arm.name.replace(" at strength ", "\nat strength "), load_images(arm.folder, [arm.rows[row] for row in rows]), captions)
+        )
     return contact_sheet([arms[0].rows[row]["prompt"] for row in rows], columns)
 
 

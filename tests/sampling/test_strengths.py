@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +153,22 @@ def test_names_of_folders_tell_strengths_apart(tmp_path):
     check_sweep(close, tmp_path / "a")
     with pytest.raises(UserError, match="given twice"):
         check_sweep([0.0, -0.0], tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_processes_share_the_strengths(tiny_model, prompts, lora, tmp_path):
+    """Two that know nothing of each other, one of which is killed, and a third: the images of a quiet run."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert sampled(tiny_model, prompts, whole, lora, *STRENGTHS) == 0
+    stage_file = Path(__file__).parents[2] / "pipelines" / "sample.py"
+    given = [sys.executable, str(stage_file), *arguments(tiny_model, prompts, out), "--lora", str(lora), "--strength", *STRENGTHS]
+    both = [subprocess.Popen(given) for _ in range(2)]
+    while both[0].poll() is None and not list(out.glob("*/*.png")):
+        time.sleep(0.005)
+    both[0].kill()
+    both[0].wait()
+    third = subprocess.Popen(given)
+    assert [both[1].wait(), third.wait()] == [0, 0]
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for strength in STRENGTHS:
+        assert contents(out / f"strength-{strength}") == contents(whole / f"strength-{strength}")
