@@ -227,6 +227,10 @@ def test_people_choose_among_the_strengths_that_they_judged(tmp_path):
     assert entry["gain_at_best_strength"]["mean"] == pytest.approx(np.mean([2 * answers[2.0][k] - 1 for k in rows]))
     assert entry["by_scorer"]["people"]["n"] == 10 and entry["best_minus"] == {}
     assert found["verdict"].startswith("On people, tuned at strength 2 (chosen on other prompts) is better than base: gain +0.7")
+    out = tmp_path / "out" / "report.html"
+    assert main([str(base), str(lora), "--out", str(out), "--resamples", "500"]) == 0
+    page = Page(out.read_text())
+    assert page.open == [] and found["verdict"] in page.text and json.loads(page.blocks["known"])["arms"] == ["base", "tuned at strength 2"]
 
 
 def test_votes_that_cannot_choose(tmp_path):

@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.pipelines import export
+from dedpo_diffusion.sampling.strength_folders import strength_folder
 from support.adapters import adapted, as_run, random_lora, read_metadata
 
 
@@ -75,6 +77,20 @@ def test_a_run_is_written_at_its_best_strength_which_metadata_and_card_tell(run,
     )
     assert "Here this model is `tuned/strength-2`" in card and "judged at the strength that the other half chose (2)" in card
     assert "+0.188 (+0.125 to +0.250)" in card
+
+
+def test_the_card_of_what_was_trained_is_that_of_strength_one(run, tmp_path):
+    """The samples of all strengths are of this LoRA; without --strength best it is the one of strength 1."""
+    out = tmp_path / "share" / "tuned.safetensors"
+    assert call(run, out) == 0
+    for strength in (0.5, 1.0, 2.0):
+        folder = tmp_path / "samples" / "tuned" / strength_folder(strength)
+        folder.mkdir(parents=True)
+        (folder / "settings.yaml").write_text(yaml.safe_dump({"model": "m", "lora": [str(out)], "strength": [strength]}))
+        (folder / "identity.json").write_text(json.dumps({"lora": file_digest(out)}))
+    results = write_results(tmp_path / "results.json", tuned=lora("tuned", 2.0))
+    assert call(run, out, "--results", results) == 0
+    assert "Here this model is `tuned`, its base" in (tmp_path / "share" / "README.md").read_text()
 
 
 def test_a_best_strength_of_one_is_told_too(run, tmp_path):
