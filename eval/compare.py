@@ -1,15 +1,16 @@
 """Is a model better than its base, by how much, and how sure is that?
 
     dedpo compare samples/base samples/tuned --out report.html
+    dedpo compare samples/base samples/human samples/tuned --out report.html      where these hold strengths of LoRAs: each at its best
 
 Sample folders that share prompts and seeds and hold scores (`dedpo score`); the first is the base. Writes the page, and
 beside it `results.json` and `contact_sheet.png`. How folders are paired: `arms`; the statistics: `intervals`, `numbers`, `spread`,
-`preferences` (people's votes); the words: `verdict`.
+`preferences` (people's votes), `strengths` and `loras` (the best strength of a LoRA); the words: `verdict`, `at_best`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
@@ -19,7 +20,7 @@ from dedpo_diffusion.settings import CompareSettings
 
 __all__ = ["Arm", "best_arm", "compare", "load_arm", "main", "run"]
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def choose_primary(settings: CompareSettings, scorers: dict[str, dict[str, Any]], *, people: bool) -> str:
@@ -51,8 +52,9 @@ def describe_scorers(settings: CompareSettings, base: Arm, shared: Sequence[str]
 
 def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] = ()) -> dict[str, Any]:
     """The results of loaded arms: what `results.json` holds. `told` are the notes of loading them."""
-    from dedpo_diffusion.evaluation.comparison import numbers, verdict
+    from dedpo_diffusion.evaluation.comparison import at_best, numbers, verdict
     from dedpo_diffusion.evaluation.comparison.arms import categories, shared_scorers
+    from dedpo_diffusion.evaluation.comparison.loras import find_loras
     from dedpo_diffusion.evaluation.comparison.preferences import NAME, read_judged, summary, votes_notes
     from dedpo_diffusion.evaluation.comparison.spread import spread
 
@@ -63,6 +65,7 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
     options: dict[str, Any] = {"resamples": settings.resamples, "seed": settings.seed}
     base, shared, judged, notes = arms[0], shared_scorers(arms), read_judged(arms), [*told, *votes_notes(arms)]
     names, disagreements = categories(arms)
+    loras, lora_notes = find_loras(arms)
     with Progress("intervals", 2 + len(set(names) - {None})) as progress:
         measured = numbers.measure(arms, shared, judged, **options)
         progress.advance()
@@ -90,24 +93,55 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
     results = {
         "schema": SCHEMA, "verdict": "", "notes": notes, "primary": primary, "base": base.name,
         "n_images": len(base.rows), "n_prompts": len(set(base.prompts.tolist())), **options,
-        "scorers": scorers, "arms": found, "differences": numbers.differences(arms, primary, judged, **options),
+        "scorers": scorers, "arms": found, "differences": numbers.differences(arms, primary, judged, **options), "loras": {},
     }  # fmt: skip
+    if settings.choose_by is not None and not loras:
+        raise UserError("--choose_by chooses among strengths of a LoRA, and no LoRA here was sampled at several; leave it out")
+    if loras:
+        results["loras"], choices = best_strengths(settings, loras, arms, measured, spreads, judged, scorers, primary)
+        lora_notes += choices
+        for name in results["loras"].keys() & found.keys():  # the arm of strength 1 bears the LoRA's name
+            found[name] |= {key: results["loras"][name][key] for key in ("best_strength", "gain_at_best_strength")}
     for name in list(found)[1:]:
         found[name]["warnings"] = verdict.warnings(results, name)
-    results["notes"] += [*verdict.sampling_notes(arms), *role_notes, *disagreements, *left_out, *verdict.category_notes(results)]
-    results["verdict"] = verdict.verdict(results)
+    results["notes"] += [*verdict.sampling_notes(arms), *role_notes, *disagreements, *left_out]
+    results["notes"] += [*lora_notes, *verdict.category_notes(at_best.at_best(results))]
+    results["verdict"] = at_best.sentence(results)
     return results
+
+
+def best_strengths(
+    settings: CompareSettings, loras: Sequence[Any], arms: Sequence[Arm], measured: Any, spreads: Any, judged: Any,
+    scorers: dict[str, Any], primary: str,
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """`loras` of the results, and notes on how the strengths were chosen."""
+    from dedpo_diffusion.evaluation.comparison.loras import choose_scorer, lora_results
+    from dedpo_diffusion.evaluation.comparison.strengths import halves
+
+    half = halves(arms[0].prompts, settings.seed)
+    shared = [name for name, facts in scorers.items() if facts["kind"] == "scorer"]
+    choose_by, notes = choose_scorer(settings.choose_by, primary, list(scorers), loras, judged, half)
+    found, more = lora_results(
+        loras, arms, measured, spreads, judged, shared=shared, primary=primary, choose_by=choose_by, half=half,
+        resamples=settings.resamples, seed=settings.seed,
+    )  # fmt: skip
+    return found, notes + more
 
 
 def compare(settings: CompareSettings) -> dict[str, Any]:
     """The results of the settings' folders; nothing is written.
 
     Returns:
-        schema (2), verdict, notes, primary, base, n_images, n_prompts, resamples, seed; `scorers.NAME.{version, kind, role, held_out}`;
+        schema (3), verdict, notes, primary, base, n_images, n_prompts, resamples, seed; `scorers.NAME.{version, kind, role, held_out}`;
         of each arm, under `arms.ARM`: `SCORER.{mean, ci, n, version}`; `by_scorer.SCORER.gain_over_base.{mean, ci, p, p_holm}`,
         `.win_rate_vs_base.{mean, ci}` and `.n`, with people as a scorer where they voted; `gain_over_base` and `win_rate_vs_base`
         on the primary scorer; `categories.CATEGORY.SCORER`, `spread.EMBEDDER.{version, diversity, diversity_minus_base, drift}`,
-        `people`, `warnings`; and `differences.LATER_minus_EARLIER.{mean, ci}` on the primary scorer.
+        `people`, `warnings`; `differences.LATER_minus_EARLIER.{mean, ci}` on the primary scorer; and of each LoRA that was sampled at
+        several strengths, under `loras.NAME`: `file`, `sha256`; `strengths`, a list of `strength`, `arm`, `gain.SCORER.{mean, ci}` and
+        `drift.EMBEDDER.{mean, ci}`; `choose_by`; `best_strength` on all prompts and its `best_arm`; `chosen`, at which strength the first
+        and the second half of the prompts are judged; by these `by_scorer` (as an arm's), `gain_at_best_strength.{mean, ci}`,
+        `win_rate_at_best_strength`, `best_minus.OTHER.{mean, ci}` and `best_wins.OTHER.{mean, ci}` (OTHER is a LoRA at its own, or an
+        arm). The arm that bears the LoRA's name, that of strength 1, has `best_strength` and `gain_at_best_strength` too.
 
     Raises:
         UserError: folders that cannot be compared.
@@ -147,9 +181,28 @@ def print_tables(results: dict[str, Any]) -> None:
             held = [results["arms"][name]["categories"].get(category, {}).get(results["primary"]) for name in others]
             table.add_row(category, *("-" if entry is None else _signed(entry["gain_over_base"], digits) for entry in held))
         Console().print(table)
+    for line in _lora_lines(results):
+        say(line)
     for name in results["arms"]:
         for line in [*_spread_lines(results, name), *_people_lines(results, name)]:
             say(line)
+
+
+def _lora_lines(results: dict[str, Any]) -> Iterator[str]:
+    """Of each LoRA the gains at all its strengths, and what it is worth at its best."""
+    from dedpo_diffusion.evaluation.comparison import verdict
+
+    primary = results["primary"]
+    digits = verdict.decimals(results, primary)
+    for name, entry in results["loras"].items():
+        tried = [f"{at['strength']:g}: {_signed(at['gain'].get(primary), digits)}" for at in entry["strengths"]]
+        yield f"{name}, gain on {primary} by strength: {'; '.join(tried)}"
+        chosen = " and ".join(f"{strength:g}" for strength in dict.fromkeys(entry["chosen"]))
+        worth = _signed(entry["gain_at_best_strength"], digits)
+        yield (
+            f"{name} is best at strength {entry['best_strength']:g} by {entry['choose_by']}; with each half of the prompts judged at the "
+            f"strength that the other half chose ({chosen}), gain {worth}"
+        )
 
 
 def _signed(entry: dict[str, Any] | None, digits: int) -> str:

@@ -267,12 +267,13 @@ def open_folders(folders: Sequence[Path]) -> dict[Path, list[Row]]:
 def run(settings: ScoreSettings) -> list[Path]:
     """Score sample folders; several processes may share them."""
     from dedpo_diffusion.judges.scorers import load_scorer
+    from dedpo_diffusion.sampling.strength_folders import expanded
 
     names = [spec if spec.startswith("http=") else spec.partition("=")[0] for spec in settings.scorers]  # servers name themselves
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"scorer {twice[0]} is named twice; name each scorer once")
-    indexes = open_folders(settings.folders)
+    indexes = open_folders(expanded(settings.folders))
     named: set[str] = set()
     for spec in settings.scorers:
         scorer = load_scorer(spec, device=settings.device, batch=settings.batch, dtype=settings.dtype)

@@ -5,6 +5,7 @@
     dedpo export runs/tuned --format merged --out models/tuned                        the whole model as a diffusers folder
     dedpo export runs/tuned --format checkpoint --out tuned.safetensors               the whole model as one file
     dedpo export runs/tuned --out share/tuned.safetensors --results report/results.json   with a model card
+    dedpo export runs/tuned --out best.safetensors --strength best --results report/results.json   at the strength found best
     dedpo export one.safetensors --add other.safetensors=0.5 --rank 16 --format kohya --out both.safetensors
 
 Of a run the newest checkpoint is taken, or with --checkpoint best what was trained at the best validation. The same export gives the same
@@ -38,14 +39,33 @@ def run(settings: ExportSettings) -> Path:
     from dedpo_diffusion.weights.source import open_source
 
     check(settings)
+    settings, chosen = with_strength(settings)
     source = open_source(settings)
+    if chosen:
+        source = replace(source, before={**source.before, "best_strength": chosen})
     if settings.format in LORAS:
         write_lora(settings, source)
     else:
         write_model(settings, source)
-    if settings.card or settings.results is not None:
+    if settings.source.is_dir() and (settings.card or settings.results is not None):
         write_card(settings)
     return settings.out
+
+
+def with_strength(settings: ExportSettings) -> tuple[ExportSettings, dict[str, Any]]:
+    """The settings with a number for "best", and what is told of that choice; {} where a number was given.
+
+    Raises:
+        UserError: the results do not tell this LoRA's best strength.
+    """
+    from dedpo_diffusion.weights.best_strength import best_strength
+
+    if settings.strength != "best":
+        return settings, {}
+    assert settings.results is not None  # or `check` had refused
+    found = best_strength(settings.results, settings.source, settings.arm)
+    check_strength(f"{settings.results}: the best strength", found.strength)
+    return replace(settings, strength=found.strength, arm=found.arm), found.told
 
 
 def check(settings: ExportSettings) -> None:
@@ -54,7 +74,10 @@ def check(settings: ExportSettings) -> None:
     Raises:
         UserError: it cannot.
     """
-    if (settings.card or settings.results is not None) and settings.source.is_file():
+    best = settings.strength == "best"
+    if best and settings.results is None:
+        raise UserError("--strength best takes the strength from a comparison; give its --results, the results.json of `dedpo compare`")
+    if (settings.card or (settings.results is not None and not best)) and settings.source.is_file():
         raise UserError(f"{settings.source}: a model card is written from a run folder, and this is a file; leave --card and --results out")
     if settings.arm is not None and settings.results is None:
         raise UserError("--arm names an arm of --results; give both")
@@ -69,11 +92,18 @@ def check(settings: ExportSettings) -> None:
         raise UserError(f"{settings.out}: give a file name that ends in .safetensors")
     if settings.rank is not None and settings.rank < 1:
         raise UserError(f"--rank is {settings.rank}; it must be at least 1")
-    check_strength("--strength", settings.strength)
+    if not isinstance(settings.strength, str):
+        check_strength("--strength", settings.strength)
     read = [settings.source, *(path for path, _ in map(to_add, settings.add))]
     again = next((path for path in read if path.resolve() == settings.out.resolve()), None)
     if again is not None:
         raise UserError(f"{settings.out}: it is what is read ({again}), and would be overwritten; choose another --out")
+
+
+def number(settings: ExportSettings) -> float:
+    """The strength, which `with_strength` has made a number."""
+    assert not isinstance(settings.strength, str)
+    return settings.strength
 
 
 def check_strength(what: str, strength: float) -> None:
@@ -137,11 +167,11 @@ def changed_lora(settings: ExportSettings, source: Source) -> tuple[Lora, dict[s
     if rank is not None and (lora is None or dora):
         pipe, parts = source.load_base(), source.touched(others)
         before = {name: value.clone() for name, value in weights_of(pipe, parts).items()}
-        source.apply(pipe, settings.strength, others)
+        source.apply(pipe, number(settings), others)
         lora, loss = extracted(before, weights_of(pipe, parts), rank, part="")
     else:
         assert lora is not None
-        lora = combined([scaled(lora, settings.strength), *(scaled(other, by) for other, by in others)])
+        lora = combined([scaled(lora, number(settings)), *(scaled(other, by) for other, by in others)])
         if rank is not None:
             lora, loss = resized(lora, rank)
     if loss is not None:
@@ -201,7 +231,7 @@ def write_model(settings: ExportSettings, source: Source) -> None:
 
     others, made = added(settings)
     pipe = source.load_base()
-    source.apply(pipe, settings.strength, others)
+    source.apply(pipe, number(settings), others)
     dtype = settings.dtype or ("float16" if settings.format == "checkpoint" else "float32")
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     for part in parts:

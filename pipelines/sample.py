@@ -1,14 +1,17 @@
 """Sample images, seed-paired with every other model sampled with the same prompts and seed.
 
     dedpo sample --model shapes --lora tuned.safetensors --prompts prompts.txt --out samples/tuned
+    dedpo sample --model shapes --lora tuned.safetensors --strength 0.5 1 1.5 2 3 --prompts prompts.txt --out samples/tuned
     accelerate launch --num_processes 4 pipelines/sample.py --model MODEL --prompts parti --out samples/base
 
 Writes PNG files, index.parquet (file, prompt, prompt_index, seed, category) and settings.yaml. Processes and machines that run
-the same command on the same folder share the images; they need not know of each other.
+the same command on the same folder share the images; they need not know of each other. Several strengths of one LoRA make a folder
+each, samples/tuned/strength-0.5 and so on, as if each had been sampled by itself.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dedpo_diffusion.core.console import UserError, stage
@@ -32,14 +35,23 @@ def image_size(settings: SampleSettings) -> int | tuple[int, int] | None:
 def run(settings: SampleSettings) -> Path:
     """Sample images, seed-paired with every other model sampled with the same prompts and seed."""
     from dedpo_diffusion.sampling.prompts import read_prompts
-    from dedpo_diffusion.sampling.sampler import Recipe, jobs, sample_folder
+    from dedpo_diffusion.sampling.recipe import Recipe
+    from dedpo_diffusion.sampling.sampler import Target, jobs, sample_folders
+    from dedpo_diffusion.sampling.strength_folders import check_sweep, is_sweep, strength_folder
 
     recipe = Recipe(
         settings.model, settings.steps, settings.guidance, settings.batch, image_size(settings), settings.negative, settings.lora,
         settings.strength, settings.scheduler, settings.model_config, settings.dtype,
     )  # fmt: skip
+    targets = [Target(settings.out, settings, recipe)]
+    if is_sweep(settings.lora, settings.strength):
+        check_sweep(settings.strength, settings.out)
+        targets = []
+        for strength in settings.strength:
+            own = replace(settings, strength=[strength], out=settings.out / strength_folder(strength))
+            targets.append(Target(own.out, own, replace(recipe, strength=own.strength)))
     prompts = read_prompts(settings.prompts, categories=settings.categories, limit=settings.limit)
-    sample_folder(settings.out, jobs(prompts, settings.seeds, settings.seed), settings, recipe, device=local_device(settings.device))
+    sample_folders(targets, jobs(prompts, settings.seeds, settings.seed), device=local_device(settings.device))
     return settings.out
 
 

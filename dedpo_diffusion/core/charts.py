@@ -105,12 +105,17 @@ def forest(gains: Sequence[Gain], title: str, *, line: float = 0.0, form: str = 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart: points (x, y), x rising; `series` picks the colour, `mark` is a point to be seen."""
+    """One line of a chart: points (x, y), x rising; `series` picks the colour, `mark` is a point to be seen.
+
+    `band` holds (x, low, high) of a shaded band around it, and `labels` what stands beside each point, which then has a dot.
+    """
 
     name: str
     points: list[tuple[float, float]]
     series: int
     mark: tuple[float, float] | None = None
+    band: list[tuple[float, float, float]] | None = None
+    labels: list[str] | None = None
 
 
 def _thinned(points: list[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
@@ -142,6 +147,7 @@ def chart(curves: Sequence[Curve], title: str, *, smooth: bool = False, zero: bo
     """
     width, height, left, bottom, top, right = 320.0, 176.0, 54.0, 22.0, 8.0, 8.0
     xs, ys = ([point[axis] for curve in curves for point in curve.points] for axis in (0, 1))
+    ys += [end for curve in curves for _, *ends in curve.band or () for end in ends]
     (x_low, x_high), (y_low, y_high) = (_span(values) for values in (xs, ys))
 
     def place(point: tuple[float, float]) -> str:
@@ -157,6 +163,10 @@ def chart(curves: Sequence[Curve], title: str, *, smooth: bool = False, zero: bo
         x = float(place((tick, y_low)).split(",")[0])
         parts.append(_text(min(x, width - 14), height - 6, number(tick), "middle"))
     for curve in curves:
+        if curve.band:
+            edge = [place((x, high)) for x, _, high in curve.band] + [place((x, low)) for x, low, _ in curve.band[::-1]]
+            parts.append(f'<polygon points="{" ".join(edge)}" fill="{colour(curve.series)}" opacity="0.16"/>')
+    for curve in curves:
         points = _thinned(curve.points)
         lines = [(points, 0.25, 1.0), (smoothed(points), 1.0, 2.0)] if smooth and len(points) > 8 else [(points, 1.0, 2.0)]
         for line, opacity, stroke in lines:
@@ -168,6 +178,10 @@ def chart(curves: Sequence[Curve], title: str, *, smooth: bool = False, zero: bo
             parts.append(
                 f'<circle cx="{across}" cy="{down}" r="5" fill="var(--panel)" stroke="{colour(curve.series)}" stroke-width="2.5"/>'
             )
+        for point, label in zip(curve.points, curve.labels or (), strict=False):
+            x, y = (float(part) for part in place(point).split(","))
+            parts.append(f'<circle cx="{x}" cy="{y}" r="2.6" fill="{colour(curve.series)}"/>')
+            parts.append(_text(min(x, width - 14), max(y - 7, 10), label, "middle", "soft value"))
     return _svg(width, height, title, parts)
 
 
@@ -181,7 +195,7 @@ def contact_sheet(prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[
 
     Args:
         prompts: R prompts.
-        columns: for each arm its name, its R images, and R captions (scores), of one or several lines.
+        columns: for each arm its name, of one or several lines, its R images, and R captions (scores), of one or several lines.
 
     Returns:
         An RGB image.
@@ -190,13 +204,13 @@ def contact_sheet(prompts: Sequence[str], columns: Sequence[tuple[str, Sequence[
 
     cell = 128 if all(image.width <= 128 for _, images, _ in columns for image in images) else 256
     lines = max((caption.count("\n") + 1 for _, _, captions in columns for caption in captions), default=1)
-    gap, head, label, foot = 12, 40, 190, 4 + 20 * lines
+    gap, head, label, foot = 12, 40 + 20 * max(name.count("\n") for name, _, _ in columns), 190, 4 + 20 * lines
     row = cell + foot + gap
     sheet = Image.new("RGB", (label + len(columns) * (cell + gap) + gap, head + len(prompts) * row + gap), PAPER)
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(17), ImageFont.load_default(15)
     for k, (name, images, captions) in enumerate(columns):
         x = label + gap + k * (cell + gap)
-        draw.text((x, 11), name, fill=INK, font=large)
+        draw.multiline_text((x, 11), name, fill=INK, font=large)
         for r, (image, caption) in enumerate(zip(images, captions, strict=True)):
             y = head + r * row
             sheet.paste(_fitted(image, cell), (x, y))

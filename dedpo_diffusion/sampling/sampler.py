@@ -33,61 +33,11 @@ from dedpo_diffusion.models.backbone import Backbone, fingerprint
 from dedpo_diffusion.models.loading import LEFT_OUT, UNLOADABLE, load_pipeline
 from dedpo_diffusion.models.pretrained import within_memory
 from dedpo_diffusion.sampling.png import is_whole, parameters, tensor_hash, write_png
+from dedpo_diffusion.sampling.recipe import SCHEDULERS, Recipe
 from dedpo_diffusion.weights import Lora, read_lora_file, to_diffusers
 from dedpo_diffusion.weights.run_folder import open_run
 
-SCHEDULERS = {  # by the names of SampleSettings.scheduler
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 LOCKS = ".locks.tmp"  # in a sample folder, as long as it is not finished; by its name no content of it
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How images are sampled, prompts and seeds aside.
-
-    Attributes:
-        model, config, dtype: what `load_pipeline` takes.
-        steps: sampler steps.
-        guidance: classifier-free guidance scale.
-        batch: images sampled at once.
-        size: pixels of a side, or (height, width); None takes the model's own.
-        negative: the negative prompt of every image; None takes what the pipeline takes for none.
-        lora, strength: adapter files, and how strongly each counts; no strengths are 1 each.
-        scheduler: a key of SCHEDULERS; None takes the model's own.
-    """
-
-    model: str
-    steps: int
-    guidance: float
-    batch: int
-    size: int | tuple[int, int] | None = None
-    negative: str | None = None
-    lora: Sequence[Path] = ()
-    strength: Sequence[float] = ()
-    scheduler: str | None = None
-    config: str | None = None
-    dtype: str = "float32"
-
-    def check(self) -> None:
-        """Refuse what cannot be sampled, before anything is loaded.
-
-        Raises:
-            UserError: a number out of range, strengths that are not as many as the LoRAs, or a file that holds no LoRA.
-        """
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.strength and len(self.strength) != len(self.lora):
-            raise UserError(f"{len(self.strength)} strengths for {len(self.lora)} LoRA files; give one for each file, or none for 1 each")
-        for file in self.lora:
-            if not file.is_file():
-                raise UserError(f"{file}: no such adapter file; `dedpo export RUN --out {file}` writes one")
-            read_lora_file(file)
 
 
 # ---- one batch
@@ -138,7 +88,12 @@ def add_loras(pipe: Any, model: str, files: Sequence[Path], strength: Sequence[f
     for place, file in enumerate(files):
         _add_lora(pipe, model, file, f"lora_{place}")
     if files:
-        pipe.set_adapters([f"lora_{place}" for place in range(len(files))], list(strength) or [1.0] * len(files))
+        set_strengths(pipe, list(strength) or [1.0] * len(files))
+
+
+def set_strengths(pipe: Any, strength: Sequence[float]) -> None:
+    """Let the LoRAs that `add_loras` loaded count with these strengths, one each."""
+    pipe.set_adapters([f"lora_{place}" for place in range(len(strength))], list(strength))
 
 
 def _add_lora(pipe: Any, model: str, file: Path, name: str) -> None:
@@ -334,49 +289,87 @@ class _Whole:
         return self.known[name][1]
 
 
+@dataclass(frozen=True)
+class Target:
+    """A sample folder to fill: where, the settings of the stage that its `settings.yaml` tells, and how its images are sampled."""
+
+    folder: Path
+    settings: Any
+    recipe: Recipe
+
+
 def sample_folder(folder: Path, work: Sequence[Job], settings: Any, recipe: Recipe, *, device: str | None) -> None:
-    """Sample every job into `folder` as PNG, then write `index.parquet`; a killed run goes on at its last batch.
+    """Sample every job into one folder; as `sample_folders`."""
+    sample_folders([Target(folder, settings, recipe)], work, device=device)
+
+
+def sample_folders(targets: Sequence[Target], work: Sequence[Job], *, device: str | None) -> None:
+    """Sample every job into each folder as PNG, then write `index.parquet`; a killed run goes on at its last batch.
 
     Processes and machines that do the same at the same time share the batches, and need not know of each other. An image that
-    is missing or damaged is sampled again, in the company that it had.
+    is missing or damaged is sampled again, in the company that it had. The model is loaded once. Every batch goes through all
+    folders, so that its prompts are encoded once, unless a LoRA changes the text encoders.
 
     Args:
-        folder: the sample folder.
+        targets: the sample folders, whose recipes differ in the LoRAs' strengths alone; another run of a folder must have the same
+            settings.
         work: the images, in the order in which batches are cut from them.
-        settings: of the stage; another run of the same folder must have the same.
-        recipe: how they are sampled.
         device: torch device; None takes a GPU if there is one.
 
     Raises:
-        UserError: the folder holds samples of other settings or prompts, or the model cannot be loaded.
+        UserError: a folder holds samples of other settings or prompts, or the model cannot be loaded.
     """
-    recipe.check()
+    for target in targets:
+        target.recipe.check()
+    recipe = targets[0].recipe
     listed = hashlib.sha256(json.dumps([asdict(job) for job in work]).encode()).hexdigest()
     loras = [{"name": file.stem, "sha256": file_digest(file), "hash": tensor_hash(file)} for file in recipe.lora]
     identity = {"lora": ",".join(lora["sha256"] for lora in loras), "images": listed}
-    identity_file = folder / "identity.json"
-    whole, begun = _Whole(folder), identity_file.is_file()  # which is written last, so that there is nothing to write here
-    if begun:  # say before a model is loaded what can be said
-        held = json.loads(identity_file.read_text(encoding="utf-8"))
-        open_run(folder, settings, identity | ({"model": held["model"]} if "model" in held else {}), free=("out",))
-    if not begun or not all(whole(job.file) for job in work):
+    whole = {target.folder: _Whole(target.folder) for target in targets}
+    begun = [target for target in targets if (target.folder / "identity.json").is_file()]  # written last: there is nothing to write here
+    for target in begun:  # say before a model is loaded what can be said
+        held = json.loads((target.folder / "identity.json").read_text(encoding="utf-8"))
+        open_run(target.folder, target.settings, identity | ({"model": held["model"]} if "model" in held else {}), free=("out",))
+    finished = [target for target in begun if all(whole[target.folder](job.file) for job in work)]
+    for target in finished:
+        if _is_index(target.folder, work):
+            say(f"{target.folder}: all {len(work)} images are there already")
+    if len(finished) < len(targets):
         pipe = load_sampler(
             recipe.model, config=recipe.config, lora=recipe.lora, strength=recipe.strength, scheduler=recipe.scheduler, device=device,
             dtype=recipe.dtype,
         )  # fmt: skip
         size = image_size(pipe, recipe.size)
-        _open(folder, settings, identity | {"model": pipe.base_fingerprint})  # not before: it may not exist
-        strengths = list(recipe.strength) or [1.0] * len(loras)
-        told = [{**lora, "strength": strength} for lora, strength in zip(loras, strengths, strict=True)]
-        _sample_batches(folder, work, recipe, pipe, whole, _facts(pipe, recipe, size) | {"lora": told})
-    elif _is_index(folder, work):
-        say(f"{folder}: all {len(work)} images are there already")
+        for target in targets:
+            _open(target.folder, target.settings, identity | {"model": pipe.base_fingerprint})  # not before: it may not exist
+        if len(targets) > 1 and not _changes_text(pipe):
+            encode_once(pipe)
+        _sample_batches(targets, work, pipe, whole, _facts(pipe, recipe, size), loras)
     share_tasks(
-        [folder],
-        pending=lambda _: {} if _is_index(folder, work) else {"index": _locks(folder) / "index.lock"},
-        work=lambda *_: write_index(folder, work),
+        [target.folder for target in targets],
+        pending=lambda folder: {} if _is_index(folder, work) else {"index": _locks(folder) / "index.lock"},
+        work=lambda folder, _: write_index(folder, work),
     )
-    shutil.rmtree(folder / LOCKS, ignore_errors=True)
+    for target in targets:
+        shutil.rmtree(target.folder / LOCKS, ignore_errors=True)
+
+
+def _changes_text(pipe: Any) -> bool:
+    """Whether a LoRA that is loaded changes a text encoder."""
+    encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+    return any(".lora_A." in name for encoder in encoders if encoder is not None for name, _ in encoder.named_parameters())
+
+
+def encode_once(pipe: Any) -> None:
+    """Keep what a pipeline's text encoders gave for the last prompts, and give it again while the same prompts are asked for."""
+    encode, last = pipe.encode_prompt, []  # type: tuple[Any, list[Any]]
+
+    def kept(*given: Any, **more: Any) -> Any:
+        if not last or last[0] != (given, more):
+            last[:] = [(given, more), encode(*given, **more)]
+        return last[1]
+
+    pipe.encode_prompt = kept
 
 
 def _open(folder: Path, settings: Any, identity: Mapping[str, str]) -> None:
@@ -395,39 +388,58 @@ def _locks(folder: Path) -> Path:
     return folder / LOCKS
 
 
-def _sample_batches(folder: Path, work: Sequence[Job], recipe: Recipe, pipe: Any, whole: _Whole, facts: Mapping[str, Any]) -> None:
-    """Sample what is not there yet; `facts` are those of all images."""
-    parts = [work[start : start + recipe.batch] for start in range(0, len(work), recipe.batch)]
-    finished = {number for number, part in enumerate(parts) if all(whole(job.file) for job in part)}
-    kept = sum(len(parts[number]) for number in finished)
-    if kept:
-        say(f"{kept} of {len(work)} images are there already; going on")
+def _sample_batches(
+    targets: Sequence[Target], work: Sequence[Job], pipe: Any, whole: Mapping[Path, _Whole], facts: Mapping[str, Any],
+    loras: Sequence[Mapping[str, Any]],
+) -> None:  # fmt: skip
+    """Sample what is not there yet; `facts` are those of all images, and `loras` says which LoRAs these are, strengths aside."""
+    batch = targets[0].recipe.batch
+    parts = [work[start : start + batch] for start in range(0, len(work), batch)]
+    tasks = [(number, target) for number in range(len(parts)) for target in range(len(targets))]
 
-    def pending(number: int) -> dict[str, Path]:
-        if not all(whole(job.file) for job in parts[number]):
-            return {"images": _locks(folder) / f"{number:06d}.lock"}
-        if number not in finished:  # by whomever
-            finished.add(number)
-            progress.advance(len(parts[number]))
+    def is_there(task: tuple[int, int]) -> bool:
+        return all(whole[targets[task[1]].folder](job.file) for job in parts[task[0]])
+
+    finished = {task for task in tasks if is_there(task)}
+    kept = sum(len(parts[number]) for number, _ in finished)
+    if kept:
+        say(f"{kept} of {len(work) * len(targets)} images are there already; going on")
+
+    def pending(task: tuple[int, int]) -> dict[str, Path]:
+        if not is_there(task):
+            return {"images": _locks(targets[task[1]].folder) / f"{task[0]:06d}.lock"}
+        if task not in finished:  # by whomever
+            finished.add(task)
+            progress.advance(len(parts[task[0]]))
         return {}
 
-    def draw(number: int, _: list[str]) -> None:
-        part = parts[number]
-        missing = [job for job in part if not whole(job.file)]
-        for job in missing:
-            if (folder / job.file).exists():
-                say(f"{folder / job.file} is damaged; it is sampled again")
-        with within_memory("sampling", f"{len(part)} images", "give a smaller --batch, and another --out"):
-            images = sample(
-                pipe, [job.prompt for job in part], [job.seed for job in part], steps=recipe.steps, guidance=recipe.guidance,
-                size=recipe.size, negative=recipe.negative,
-            )  # fmt: skip
-        for job, image in zip(part, images, strict=True):
-            if job in missing:
-                save_png(folder / job.file, image, job, recipe.model, facts)
+    def draw(task: tuple[int, int], _: list[str]) -> None:
+        target = targets[task[1]]
+        strengths = list(target.recipe.strength) or [1.0] * len(loras)
+        if len(targets) > 1:
+            set_strengths(pipe, strengths)
+        told = [{**lora, "strength": strength} for lora, strength in zip(loras, strengths, strict=True)]
+        _draw_batch(target, parts[task[0]], pipe, whole[target.folder], {**facts, "lora": told})
 
-    with Progress("sampling", len(work), start=kept) as progress:
-        share_tasks([number for number in range(len(parts)) if number not in finished], pending=pending, work=draw)
+    with Progress("sampling", len(work) * len(targets), start=kept) as progress:
+        share_tasks([task for task in tasks if task not in finished], pending=pending, work=draw)
+
+
+def _draw_batch(target: Target, part: Sequence[Job], pipe: Any, whole: _Whole, facts: Mapping[str, Any]) -> None:
+    """Sample one batch, and write what is missing of it; `facts` are those of all images of the folder."""
+    folder, recipe = target.folder, target.recipe
+    missing = [job for job in part if not whole(job.file)]
+    for job in missing:
+        if (folder / job.file).exists():
+            say(f"{folder / job.file} is damaged; it is sampled again")
+    with within_memory("sampling", f"{len(part)} images", "give a smaller --batch, and another --out"):
+        images = sample(
+            pipe, [job.prompt for job in part], [job.seed for job in part], steps=recipe.steps, guidance=recipe.guidance,
+            size=recipe.size, negative=recipe.negative,
+        )  # fmt: skip
+    for job, image in zip(part, images, strict=True):
+        if job in missing:
+            save_png(folder / job.file, image, job, recipe.model, facts)
 
 
 def _facts(pipe: Any, recipe: Recipe, size: tuple[int, int]) -> dict[str, Any]:

@@ -16,11 +16,12 @@ class SampleSettings:
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
         prompts: parti, geneval or hpsv2; a folder with HPSv2's four lists; a .json, .jsonl, .csv, .tsv or .parquet file with prompts
             and, if they are there, categories; or a text file, one prompt a line.
-        out: folder for the images and index.parquet.
+        out: folder for the images and index.parquet; of several strengths of one LoRA, for a folder each (strength-0.5, ...).
         categories: the categories of prompts to sample; none takes all.
         limit: how many prompts to sample, as many of each category as of any other; None takes all.
         lora: LoRA files, in the layout of diffusers or kohya; several add up.
-        strength: how strongly each LoRA counts, one number a file; none takes 1 for each.
+        strength: how strongly each LoRA counts, one number a file; none takes 1 for each. Of one LoRA, several numbers make a sample
+            folder for each within `out`, with the model loaded once.
         seeds: images per prompt.
         seed: the first image's seed; image i gets seed + i.
         steps: sampler steps.
@@ -62,7 +63,7 @@ class ScoreSettings:
     """Score sample folders.
 
     Args:
-        folders: the sample folders.
+        folders: the sample folders; a folder of strengths of one LoRA stands for all of them.
         scorers: scorers, each as name or name=location: pickscore, clip=MODEL:TAG, hps, aesthetic=HEAD, http=URL; for Shapes
             oracle_reward, oracle_accuracy, and one attribute each, oracle_shape, _colour, _size, _background, _clean.
         batch: images scored at once.
@@ -84,9 +85,12 @@ class CompareSettings:
     """Compare sample folders that share prompts and seeds; the first is the base.
 
     Args:
-        folders: two or more scored sample folders; their names name the arms.
+        folders: two or more scored sample folders; their names name the arms. A folder of strengths of one LoRA, as `dedpo sample
+            --strength 0.5 1 2` makes it, stands for all of them.
         out: the page to write; results.json lies beside it.
         primary: the scorer of the verdict, or "people"; None takes the first held-out scorer that all folders share, or else the first.
+        choose_by: the scorer, or "people", that chooses each LoRA's best strength, on one half of the prompts for the other; None takes
+            that of the verdict.
         runs: run folders whose training curves the page shows.
         targets: reports (JSON) of the targets that the arms were trained on: their judges made the labels, other scorers are held out.
         held_out: scorers that made no training label; needed where no report of targets says so.
@@ -97,6 +101,7 @@ class CompareSettings:
     folders: list[Path]
     out: Path = Path("report.html")
     primary: str | None = None
+    choose_by: str | None = None
     runs: list[Path] = field(default_factory=list)
     targets: list[Path] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)

@@ -247,15 +247,16 @@ class ExportSettings:
         checkpoint: of a run, the last one, or what was trained at the best validation.
         average: of a run, take the moving average, if it kept one.
         dtype: precision of what is written; None takes float16 for a checkpoint and float32 for the others.
-        strength: what the change is multiplied by.
+        strength: what the change is multiplied by; "best" takes the LoRA's best strength from `results`.
         rank: rank of the LoRA. The nearest one of that rank is written, and how much it leaves out is said; of a run that trained the
             whole UNet, and of a DoRA, it is extracted from the change of the weights.
         add: other LoRA files to add to it, each with its strength, as "other.safetensors=0.5".
         model: the base model; None takes that of the run, or of the settings in the LoRA file.
         model_config: for a .safetensors model, the diffusers folder or hub id of its architecture.
         card: of a run, write a model card (README.md) beside what is written.
-        results: the results.json of `dedpo compare`, whose figures and pictures the card shows; it implies the card.
-        arm: which arm of the results this model is; None finds it by the files that its samples were made with.
+        results: the results.json of `dedpo compare`, whose figures and pictures the card shows; of a run it implies the card.
+        arm: which arm of the results this model is, or which LoRA where strength is "best"; None finds it by the files that its samples
+            were made with.
     """
 
     source: Path
@@ -264,7 +265,7 @@ class ExportSettings:
     checkpoint: Literal["last", "best"] = "last"
     average: bool = True
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    strength: float = 1.0
+    strength: float | Literal["best"] = 1.0
     rank: int | None = None
     add: list[str] = field(default_factory=list)
     model: str | None = None

@@ -177,6 +177,8 @@ def which_arm(results: Mapping[str, Any], path: Path, out: Path, report: Mapping
         return named
     told = {name: _is_sampled_from(_sample_folder(name, path, out), out, report) for name in arms}
     yes = [name for name in arms if told[name]]
+    if len(yes) > 1:  # strengths of one LoRA: the one that it has by itself
+        yes = [name for name in yes if _strength_of(_sample_folder(name, path, out)) == 1] or yes
     if len(yes) == 1:
         return yes[0]
     if len(arms) == 1 and told[arms[0]] is None:
@@ -188,7 +190,14 @@ def which_arm(results: Mapping[str, Any], path: Path, out: Path, report: Mapping
 def _sample_folder(name: str, path: Path, out: Path) -> Path | None:
     """Where the samples of an arm lie, if they lie where they usually do."""
     roots = (path.parent, path.parent / "samples", out.parent / "samples", Path("samples"))
-    return next((root / name for root in roots if (root / name / "settings.yaml").is_file()), None)
+    places = [place for root in roots for place in (root / name, root / name / "strength-1")]
+    return next((place for place in places if (place / "settings.yaml").is_file()), None)
+
+
+def _strength_of(folder: Path | None) -> float | None:
+    """The strength of the one LoRA of a sample folder, 1 where it tells none; None without a folder."""
+    strengths = None if folder is None else _sampling(folder)[0].get("strength") or [1.0]
+    return float(strengths[0]) if isinstance(strengths, list) and len(strengths) == 1 else None
 
 
 def _sampling(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path]]:
@@ -224,6 +233,9 @@ def _sampled(results: Mapping[str, Any], path: Path, out: Path, report: Mapping[
     settings, identity, loras = _sampling(folder)
     strengths = settings.get("strength") or []
     found = []
+    made = ((report.get("own") or {}).get("made") or {}).get("strength", 1.0)
+    if loras and made != 1 and strengths == [made]:
+        return f"The images were sampled from the LoRA at strength {made:g}, which is worked into this file."
     if loras and identity.get("lora") != report.get("sha256"):
         found.append("The images are of another file of the same LoRA, not of this very one.")
     if any(strength != 1 for strength in (strengths if isinstance(strengths, list) else [strengths])):

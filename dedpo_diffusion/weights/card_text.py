@@ -91,7 +91,7 @@ def results_section(results: Mapping[str, Any], arm: str, sheet: str | None) -> 
         f"from {results['resamples']} bootstrap resamples over prompts.", "",
         *table(["scorer", "role", "gain over the base", "win rate", "images"], _scorers(results, own)),
         *items(plain(text) for text in (*own.get("warnings", []), *results.get("notes", []))),
-        *_categories(results, own), *_spread(own), *_people(own),
+        *_best_strength(results, arm), *_categories(results, own), *_spread(own), *_people(own),
     ]  # fmt: skip
     return lines if sheet is None else [*lines, f"![samples of the base and of this model]({quote(sheet)})", ""]
 
@@ -107,6 +107,21 @@ def _scorers(results: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[lis
         count = entry.get("n", results["n_images"])
         shown = code(name, cell=True) + (" (verdict)" if name == results["primary"] else "")
         yield [shown, ROLES[role_of(about)], words, interval(entry["win_rate_vs_base"], percent=True), str(count)]
+
+
+def _best_strength(results: Mapping[str, Any], arm: str) -> list[str]:
+    """What the LoRA that this arm is a strength of is worth at its best strength, without the luck of the choice."""
+    for name, entry in (results.get("loras") or {}).items():
+        if arm in [at["arm"] for at in entry["strengths"]] and entry["gain_at_best_strength"] is not None:
+            tried = ", ".join(f"{at['strength']:g}" for at in entry["strengths"])
+            chosen = " and ".join(dict.fromkeys(f"{value:g}" for value in entry["chosen"]))
+            worth = interval(entry["gain_at_best_strength"], sign=True)
+            return [
+                f"Of the strengths {tried} of {code(name)} the best is {entry['best_strength']:g}, by {code(entry['choose_by'])}. "
+                f"With each half of the prompts judged at the strength that the other half chose ({chosen}), the gain on "
+                f"{code(results['primary'])} is {worth}; the table's is of one strength on all prompts.", "",
+            ]  # fmt: skip
+    return []
 
 
 def _categories(results: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
@@ -399,7 +414,12 @@ def _hashes(exported: Exported, identity: Facts, targets: Facts | None) -> list[
 
 def _made(made: Facts) -> list[str]:
     """What was done to what was trained."""
-    texts = [f"The change is what was trained times {made['strength']:g}."] if "strength" in made else []
+    scaled = "strength" in made or "best_strength" in made
+    texts = [f"The change is what was trained times {made.get('strength', 1.0):g}."] if scaled else []
+    if "best_strength" in made:
+        best = made["best_strength"]
+        tried = ", ".join(f"{strength:g}" for strength in best["tried"])
+        texts.append(f"That is the best of the strengths {tried} of {code(best['lora'])}, by {code(best['by'])}.")
     for other in made.get("added") or []:
         texts.append(f"{code(other['file'])} (SHA-256 {code(other['sha256'])}) was added to it at strength {other['strength']:g}.")
     if "relative_error" in made:

@@ -10,6 +10,7 @@
 | a scorer that not all folders hold | left out; told in the notes |
 | an image of another size than the base's of the same prompt and seed | refused |
 | images of several sizes, the same in all folders | told in the notes |
+| a folder of strengths of a LoRA (`dedpo sample --strength 0.5 1 2`) | stands for all of them; as the base it is refused |
 
 The clusters of all statistics are the prompts by their text: a text that a prompt file holds twice is one prompt.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation.comparison.samples import Row
@@ -82,7 +83,44 @@ def load_arm(folder: Path) -> Arm:
     listed = read_index(folder)
     rows = sorted(listed, key=lambda row: (row["prompt_index"], row["seed"]))
     scores, versions = _scores(folder, rows)
-    return Arm(folder.resolve().name, folder, rows, scores, versions, [key(row) for row in listed])
+    return Arm(arm_name(folder), folder, rows, scores, versions, [key(row) for row in listed])
+
+
+def arm_name(folder: Path) -> str:
+    """The folder's name; of a strength of a LoRA that `dedpo sample` put there, the name of the folder around it too.
+
+    tuned/strength-2 is called "tuned/strength-2", and tuned/strength-1 just "tuned": the LoRA as it was trained.
+
+    Raises:
+        UserError: a settings.yaml that holds no settings.
+    """
+    from dedpo_diffusion.sampling.strength_folders import folder_strength
+
+    place = folder.resolve()
+    strength = folder_strength(place)
+    if strength is None or sampling_settings(place).get("strength") != [strength]:
+        return place.name
+    return place.parent.name if strength == 1 else f"{place.parent.name}/{place.name}"
+
+
+def sampling_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a folder was sampled with; {} where nothing tells them.
+
+    Raises:
+        UserError: a settings.yaml that holds no settings.
+    """
+    import yaml
+
+    file, remedy = folder / "settings.yaml", "restore it, or remove it, and nothing is said of how the images were sampled"
+    if not file.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as YAML ({' '.join(str(error).split())}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no settings; {remedy}")
+    return found
 
 
 def _scores(folder: Path, rows: Sequence[Row]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -190,6 +228,13 @@ def load_arms(folders: Sequence[Path]) -> tuple[list[Arm], list[str]]:
     Raises:
         UserError: see this module's table.
     """
+    from dedpo_diffusion.sampling.strength_folders import expanded
+
+    if folders and expanded(folders[:1]) != list(folders[:1]):
+        raise UserError(
+            f"{folders[0]} holds several strengths of a LoRA, and the first folder is the base, which is one; give the base first"
+        )
+    folders = expanded(folders)
     if len(folders) < 2:
         raise UserError("comparing takes two folders or more: the base first, then the others")
     loaded = [load_arm(folder) for folder in folders]

@@ -63,7 +63,7 @@ def measure(
         found[arm.name] = {}
         for scorer in shared:
             mean, gain, win = next(held), next(held), next(held)
-            found[arm.name][scorer] = Measured(mean, _within(gain, 1) if rates[scorer] else gain, win, n, kinds)
+            found[arm.name][scorer] = Measured(mean, within(gain, 1) if rates[scorer] else gain, win, n, kinds)
     for name, said in judged.items():
         of = np.flatnonzero(np.isin(said.rows, rows))
         if len(of):
@@ -74,7 +74,7 @@ def measure(
     return found
 
 
-def _within(found: Interval, most: float) -> Interval:
+def within(found: Interval, most: float) -> Interval:
     """An interval without what is impossible: beyond -most and most. Ends of NaN stay."""
     import numpy as np
 
@@ -150,9 +150,9 @@ def differences(arms: Sequence[Arm], primary: str, judged: Mapping[str, Judged],
             mine, other = judged[later.name], judged[earlier.name]
             common, a, b = np.intersect1d(mine.rows, other.rows, return_indices=True)
             if len(np.unique(prompts := arms[0].prompts[common])) > 1:
-                found[name] = _within(intervals([(mine.gain[a] - other.gain[b], False)], prompts, **options)[0], 2).as_dict()
+                found[name] = within(intervals([(mine.gain[a] - other.gain[b], False)], prompts, **options)[0], 2).as_dict()
     if columns:
         gaps = intervals(list(columns.values()), arms[0].prompts, **options)
         most = 1 if _rates(arms, primary) else np.inf
-        found = {name: _within(gap, most).as_dict() for name, gap in zip(columns, gaps, strict=True)}
+        found = {name: within(gap, most).as_dict() for name, gap in zip(columns, gaps, strict=True)}
     return found

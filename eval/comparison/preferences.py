@@ -40,6 +40,16 @@ class Judged:
         return (self.preferred > 0.5) + 0.5 * (self.preferred == 0.5)
 
 
+def as_judged(gains: np.ndarray) -> Judged:
+    """Gains (N,) from -1 to 1, NaN where nobody was asked, as what people said; without the single answers."""
+    import numpy as np
+
+    from dedpo_diffusion.evaluation.comparison.people import Votes
+
+    rows = np.flatnonzero(~np.isnan(gains))
+    return Judged(rows, (gains[rows] + 1) / 2, Votes(rows[:0], [], gains[:0], np.zeros(0, dtype=bool)))
+
+
 def read_judged(arms: Sequence[Arm]) -> dict[str, Judged]:
     """By arm, what people said of it against the base; arms without votes are left out.
 

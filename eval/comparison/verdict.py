@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.evaluation.comparison.arms import Arm
+from dedpo_diffusion.evaluation.comparison.arms import Arm, sampling_settings
 from dedpo_diffusion.evaluation.comparison.preferences import NAME as PEOPLE
 
 Results = dict[str, Any]
@@ -108,26 +108,12 @@ def sampling_notes(arms: Sequence[Arm]) -> list[str]:
     Raises:
         UserError: a settings.yaml that holds no settings.
     """
-    files = {arm.name: arm.folder / "settings.yaml" for arm in arms}
-    held = {name: _read_settings(file) for name, file in files.items() if file.is_file()}
+    held = {arm.name: found for arm in arms if (found := sampling_settings(arm.folder))}
     base = held.pop(arms[0].name, {})
     return [
         f"{name} was sampled with {key} {mine[key]}, {arms[0].name} with {base[key]}."
         for name, mine in held.items() for key in base if key not in FREE_SETTINGS and key in mine and mine[key] != base[key]
     ]  # fmt: skip
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    import yaml
-
-    remedy = "restore it, or remove it, and nothing is said of how the images were sampled"
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as YAML ({' '.join(str(error).split())}); {remedy}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds no settings; {remedy}")
-    return found
 
 
 # ---- what should make a reader doubt

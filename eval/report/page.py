@@ -18,6 +18,7 @@ from dedpo_diffusion.core.charts import Curve, chart, contact_sheet
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.page import about, document, dot, page_file, section, shown, table
 from dedpo_diffusion.evaluation.comparison.verdict import read_targets_report
+from dedpo_diffusion.evaluation.report.frontier import draw_frontier, strengths_section
 from dedpo_diffusion.evaluation.report.gallery import evenly_spaced, image_sections, ranking
 from dedpo_diffusion.evaluation.report.sections import (
     WARNING,
@@ -257,27 +258,32 @@ def settings_section(folders: Iterable[Path]) -> str:
 
 def build_page(settings: CompareSettings, arms: Sequence[Arm], results: dict[str, Any]) -> str:
     """The whole page as HTML."""
+    from dedpo_diffusion.evaluation.comparison.at_best import at_best, places, shown_arms
     from dedpo_diffusion.evaluation.comparison.verdict import best_arm
 
-    best, names = best_arm(results), [arm.name for arm in arms]
+    whole, results, every, arms = results, at_best(results), arms, shown_arms(arms, results)
+    best, names = best_arm(results), list(results["arms"])
     method = (
         f"Intervals: 95 %, paired, by prompts: Student's with the bootstrap's standard error ({results['resamples']} resamples, "
         f"seed {results['seed']}), win rates Wilson's. They cover prompts and seeds of images, not training seeds. "
         "Win rate: ties count half. Gains are means over all images of the arm's score minus the base's, same prompt and seed."
     )
     before = {
+        "Strengths": strengths_section(whole),
         "Scores": scores_section(results),
         "Between the arms": section("Between the arms", differences(results)),
-        "People": people_section(results),
+        "People": people_section(whole),
     }
     after = {
         "Categories": categories_section(results, best),
-        "Diversity and drift": spread_section(results),
-        "Training": training_section(settings.runs, names),
+        "Diversity and drift": spread_section(whole),
+        "Training": training_section(settings.runs, [lora or name for name, _, lora in places(whole)]),
         "Labels": label_section(settings.targets),
-        "Settings": settings_section([*settings.runs, *(arm.folder for arm in arms)]),
+        "Settings": settings_section([*settings.runs, *(arm.folder for arm in every)]),
     }
-    images, data = image_sections(arms, results, best)  # last: what else may be wrong is told before minutes of work
+    images, data = image_sections(
+        arms, results, arms[names.index(best)].name
+    )  # last: what else may be wrong is told before minutes of work
     parts = {**before, "Images": images, **after}
     links = anchors([title for title, part in parts.items() if part])
     body = f"{headline(results, best)}{links}{''.join(parts.values())}<footer>{about(method)}</footer>"
@@ -292,12 +298,14 @@ def build_sheet(arms: Sequence[Arm], scorer: str) -> Any:
     columns = []
     for arm in arms:
         captions = [f"{arm.scores[scorer][row]:.3f}" for row in rows]
-        columns.append((arm.name, load_images(arm.folder, [arm.rows[row] for row in rows]), captions))
+        columns.append(
+            (arm.name.replace(" at strength ", "\nat strength "), load_images(arm.folder, [arm.rows[row] for row in rows]), captions)
+        )
     return contact_sheet([arms[0].rows[row]["prompt"] for row in rows], columns)
 
 
-def write_report(settings: CompareSettings, arms: Sequence[Arm], results: dict[str, Any]) -> tuple[Path, Path]:
-    """Write the page and, beside it, contact_sheet.png; both are made before either is written.
+def write_report(settings: CompareSettings, arms: Sequence[Arm], results: dict[str, Any]) -> tuple[Path, ...]:
+    """Write the page and, beside it, contact_sheet.png; both are made before either is written. With strengths of LoRAs frontier.png too.
 
     Args:
         settings: of the comparison.
@@ -305,16 +313,19 @@ def write_report(settings: CompareSettings, arms: Sequence[Arm], results: dict[s
         results: of `compare`.
 
     Returns:
-        The paths of page and sheet.
+        The paths of page, sheet and, if there is one, frontier.
 
     Raises:
         UserError: a run folder, metrics or an image that cannot be read.
     """
     from dedpo_diffusion.core.files import atomic_file, write_text
+    from dedpo_diffusion.evaluation.comparison.at_best import shown_arms
 
-    page, sheet = build_page(settings, arms, results), build_sheet(arms, ranking(arms, results))
+    page, sheet = build_page(settings, arms, results), build_sheet(shown_arms(arms, results), ranking(arms, results))
     picture = settings.out.parent / "contact_sheet.png"
     write_text(settings.out, page)
     with atomic_file(picture) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
+    if results.get("loras"):
+        return settings.out, picture, draw_frontier(results, settings.out.parent / "frontier.png")
     return settings.out, picture

@@ -8,7 +8,6 @@ import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from dedpo_diffusion.evaluation.comparison import people
 from dedpo_diffusion.evaluation.report import gallery
 from dedpo_diffusion.evaluation.report import page as report
 from dedpo_diffusion.evaluation.report import sections as report_sections
-from support.reports import CHANGE, NAMES, told_by_schema_2
+from support.reports import CHANGE, NAMES, Page, told_by_schema_2
 from support.samples import PROMPTS, write_samples
 from support.scores import BASE, put_scores, settings
 
@@ -52,42 +51,6 @@ def made(tmp_path):
 def loaded(changed):
     """The arms of these settings."""
     return [compare.load_arm(folder) for folder in changed.folders]
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order, and collects attributes and text; what stands in <noscript> is not shown."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.images: list[str] = []
-        self.blocks: dict[str, str] = {}
-        self.block = None
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        self.links += [values[key] for key in ("src", "href", "action") if values.get(key)]
-        self.images += [values["src"]] if tag == "img" and "src" in values else []
-        self.block = values.get("id", "") if tag == "script" else None
-        if tag not in ("img", "meta", "br", "input"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        self.block = None
-
-    def handle_data(self, data):
-        if self.block is None:
-            self.text += data if self.open and self.open[-1] in ("h1", "span") else " " + data
-        else:
-            self.blocks[self.block] = data
 
 
 def write(changed):

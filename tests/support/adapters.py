@@ -121,6 +121,16 @@ def save_lora(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, An
     save_tensors(path, tensors, told)
 
 
+def random_lora(base: Path, path: Path, *, text: bool = False, seed: int = 1, rank: int = 4) -> Path:
+    """A LoRA of a base with random values, strong enough to be seen; of the UNet, and with `text` of the text encoders too."""
+    model = Backbone(str(base), device=torch.device("cpu"))
+    model.add_lora(rank=rank, alpha=rank, text=text)
+    tensors, config = to_diffusers(from_parameters(model.trainable(), alpha=float(rank)))
+    generator = torch.Generator().manual_seed(seed)
+    save_lora(path, {name: 0.3 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}, config, {})
+    return path
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """The adapter's configuration, and what `dedpo export` stored in a file: settings, sources, how it was made."""
     with safe_open(path, "pt") as file:

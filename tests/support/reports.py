@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
+
 import numpy as np
 
 NAMES = ("base", "human_only", "tuned")
@@ -35,3 +37,39 @@ def told_by_schema_2(results):
     drift = {"version": "clip-1", "diversity": None, "diversity_minus_base": None, "drift": {"mean": 0.1234, "ci": [0.12, 0.13]}}
     tuned["spread"] = {"clip": drift}
     return results
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and collects attributes and text; what stands in <noscript> is not shown."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.images: list[str] = []
+        self.blocks: dict[str, str] = {}
+        self.block = None
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.links += [values[key] for key in ("src", "href", "action") if values.get(key)]
+        self.images += [values["src"]] if tag == "img" and "src" in values else []
+        self.block = values.get("id", "") if tag == "script" else None
+        if tag not in ("img", "meta", "br", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.block = None
+
+    def handle_data(self, data):
+        if self.block is None:
+            self.text += data if self.open and self.open[-1] in ("h1", "span") else " " + data
+        else:
+            self.blocks[self.block] = data
