@@ -180,7 +180,9 @@ def test_broken_settings_are_told_in_words(tmp_path, capsys, key, text, words):
     assert inspect_weights.main([str(file), "--json", "true"]) == 0
 
 
-@pytest.mark.parametrize("trained", [{"data": 3}, {"lora": {"rank": 1, "alpha": "x"}}, {"lora": [1]}, {"objective": {"options": {"a": "b"}}}])
+@pytest.mark.parametrize(
+    "trained", [{"data": 3}, {"lora": {"rank": 1, "alpha": "x"}}, {"lora": [1]}, {"objective": {"options": {"a": "b"}}}]
+)
 def test_odd_settings_are_a_warning_of_inspect(tmp_path, trained):
     report = inspect_path(kohya(tmp_path / "a.safetensors", {"dedpo_settings": json.dumps(trained)}))
     assert report["settings"] is None and any("cannot be read" in text for text in report["warnings"])
