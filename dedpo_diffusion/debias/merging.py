@@ -101,10 +101,11 @@ def merge_labels(
         `effective_human_labels`, the same at power 1, `human_labels_alone` (their worth without a judge), `rule`, `folds` (of
         cross-fitting), `judges` and `strata` (the figures of each, by name), `merged_strata` (those that were too small), and
         `sentences`, `mean_abs_offset` (how sharp the targets are: the mean of |target - 0.5| by weight), `correction` (of
-        `adapted`: c, the factor wanted, |B|^2, V, ...) and `run` (of `visits`); None stands where a number does not exist. Of several judges, agreement and bias are those of the mixed
-        label and powers those of all together. Agreement and bias are those of all pairs, of labelled ones weighted by strata
-        and propensities. A worth is counted in human labels taken at random from all pairs (a stratum's: from the stratum),
-        or, where propensities are unequal within a stratum, in labels taken with the same (`worth_reference`). That of tuned
+        `adapted`: c, the factor wanted, |B|^2, V, ...) and `run` (of `visits`); None stands where a number
+        does not exist. Of several judges, agreement and bias are those of the mixed label and powers those of all together.
+        Agreement and bias are those of all pairs, of labelled ones weighted by strata and propensities. A worth is counted in
+        human labels taken at random from all pairs (a stratum's: from the stratum), or, where propensities are unequal within a
+        stratum, in labels taken with the same (`worth_reference`). That of tuned
         powers of several judges or strata is told by powers fitted to other pairs.
 
     Raises:

@@ -292,9 +292,8 @@ def _run_sentences(report: dict[str, Any]) -> list[str]:
         words.append(f"a power of {report['power']:.2f} is best; endless training would take {run['endless_power']:.2f}")
     if here["value"] is not None and endless["value"] is not None:
         interval = f" (95 %: {_count(here['ci'][0])} to {_count(here['ci'][1])})" if here["ci"] else ""
-        words.append(
-            f"these labels are worth about {_count(here['value'])} human labels{interval}, in endless training {_count(endless['value'])}"
-        )
+        words.append(f"these labels are worth about {_count(here['value'])} human labels{interval}")
+        words[-1] += f", in endless training {_count(endless['value'])}"
     return [f"{words[0]}, {'; '.join(words[1:])}."] if len(words) > 1 else []
 
 
@@ -305,8 +304,8 @@ def _correction_sentences(report: dict[str, Any]) -> list[str]:
     texts = []
     if moved["bias"] is not None:
         texts.append(
-            f"Along {moved['directions']} direction{'s' * (moved['directions'] > 1)} the judge's systematic error is {moved['bias']:.2g}, where chance alone makes "
-            f"{moved['noise']:.2g}: the labels ask for a correction of {moved['wanted']:.2f}."
+            f"Along {moved['directions']} direction{'s' * (moved['directions'] > 1)} the judge's systematic error is "
+            f"{moved['bias']:.2g}, where chance alone makes {moved['noise']:.2g}: the labels ask for a correction of {moved['wanted']:.2f}."
         )
     place = "labelled pairs keep the human label" if moved["keep"] == 1 else f"an answer moves its pair {moved['keep']:.0%} of the way"
     if moved["c"] > moved["floor"] * moved["keep"]:

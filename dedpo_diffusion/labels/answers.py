@@ -87,7 +87,7 @@ class Answers:
 
     `human` (N,); `judges` (N, K) of the K judges in `names`; `propensity` (N,) of a human label, None for labels taken at random;
     `strata` (N,) numbers of the strata in `strata_names`, None where there are none; `sources` each (N,): the source columns, but
-    for those of texts with `too_many` values.
+    for those of texts with `too_many` values. `features` (N, F): differences of what is known of the images before training.
     """
 
     human: np.ndarray
@@ -98,12 +98,13 @@ class Answers:
     strata_names: list[str]
     sources: dict[str, np.ndarray]
     too_many: list[str]
+    features: np.ndarray | None = None
 
     def part(self, rows: np.ndarray) -> Answers:
         """Those of some pairs."""
         if rows.all():
             return self
-        arrays = {name: getattr(self, name) for name in ("human", "judges", "propensity", "strata")}
+        arrays = {name: getattr(self, name) for name in ("human", "judges", "propensity", "strata", "features")}
         chosen = {name: None if values is None else values[rows] for name, values in arrays.items()}
         return dataclasses.replace(self, sources={name: values[rows] for name, values in self.sources.items()}, **chosen)
 
