@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ def draw_adapted(report: dict[str, Any], path: Path, title: str) -> Path:
         figure = Figure(figsize=INCHES, dpi=DOTS, facecolor=PAPER)
         canvas = FigureCanvasAgg(figure)
         figure.text(0.03, 0.935, plain(title), fontsize=17, fontweight="bold")
-        figure.text(0.03, 0.885, plain(report["sentences"][0]), fontsize=11, color=SOFT)
-        grid = figure.add_gridspec(1, 3, left=0.17, right=0.975, top=0.78, bottom=0.11, width_ratios=[1.25, 1, 0.8], wspace=0.28)
+        first = textwrap.fill(plain(report["sentences"][0]), 165)
+        figure.text(0.03, 0.905, first, fontsize=11, color=SOFT, va="top", linespacing=1.4)
+        grid = figure.add_gridspec(1, 3, left=0.17, right=0.975, top=0.77, bottom=0.11, width_ratios=[1.25, 1, 0.8], wspace=0.28)
         _weights(figure.add_subplot(grid[0, 0]), report)
         _reliability(figure.add_subplot(grid[0, 1]), report)
         _losses(figure.add_subplot(grid[0, 2]), report)
@@ -63,7 +65,7 @@ def _reliability(axes: Axes, report: dict[str, Any]) -> None:
             axes.errorbar(
                 point["confidence"], point["observed"], yerr=ends, fmt="o", color=colour, ecolor=pale, elinewidth=2.5, markersize=5.5
             )
-    axes.set(xlim=(0.49, 1.015), xlabel="confidence, held out", ylabel="people agree")
+    axes.set(xlim=(0.49, 1.015), xlabel="confidence, held out; grey: temperature, blue: adapted", ylabel="people agree")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 

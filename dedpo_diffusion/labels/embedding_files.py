@@ -82,6 +82,8 @@ def _shards(folder: Path) -> Iterator[tuple[int, np.ndarray]]:
             raise UserError(
                 f"{path} cannot be read ({error}); remove its folder, and run `dedpo label --keep_embeddings true` again"
             ) from error
+        if len(vectors) == 0:  # all of its images came earlier
+            continue
         yield start, vectors
         start += len(vectors)
 

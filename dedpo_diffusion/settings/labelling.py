@@ -91,6 +91,7 @@ class LabelSettings:
         workers: threads that read and decode images ahead of the judges.
         human: name of the human label file that the summary compares with.
         summary: compare the labels with people's when done, if there are any.
+        keep_embeddings: keep what a scorer's image tower saw (PAIRS/embeddings), from which `dedpo calibrate --method adapt` may learn.
         vlm: how vision-language models are asked.
         server: the server of judge openai.
         self_training: how judge self reads a policy's reward.
@@ -107,6 +108,7 @@ class LabelSettings:
     workers: int = 2
     human: str = "human"
     summary: bool = True
+    keep_embeddings: bool = False
     vlm: VlmSettings = field(default_factory=VlmSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     self_training: SelfTrainingSettings = field(default_factory=SelfTrainingSettings)
