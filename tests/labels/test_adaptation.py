@@ -56,11 +56,10 @@ def test_swapped_images_flip_labels_exactly(taught, kind):
 
 def test_equal_images_are_undecided_and_scales_do_not_matter(taught):
     scores, others, human, prompts, _, before = taught
-    blank = np.flatnonzero(np.isnan(human))[0]
-    for group in (scores, *others):
-        values = group.values.copy()
-        values[blank] = 0
-        assert values.any()
+    blank = int(np.flatnonzero(np.isnan(human))[0])
+    alike = [Group(group.name, group.columns, group.values * (np.arange(N) != blank)[:, None]) for group in (scores, *others)]
+    found = made(alike[0], alike[1:], human, prompts)
+    assert found.adapted and found.log_odds[blank] == 0 and found.probability[blank] == 0.5
     scaled = [Group(group.name, group.columns, group.values * (2.0**k)) for k, group in ((3, scores), (-5, others[0]))]
     after = made(scaled[0], scaled[1:], human, prompts)
     np.testing.assert_allclose(after.log_odds, before.log_odds, atol=1e-9)
@@ -261,7 +260,8 @@ score = rng.normal(size=(n, 1))
 z = (rng.random(n) < 1 / (1 + np.exp(-(score[:, 0] - x[:, 4])))).astype(float)
 human = np.where(rng.random(n) < 0.002, z, np.nan)
 began = time.perf_counter()
-found = adapt(Group("scores", ["clip"], score), [Group("statistics", [f"s{k}" for k in range(8)], x)], human, prompts=[f"p{k % 300_000}" for k in range(n)])
+groups = Group("scores", ["clip"], score), Group("statistics", [f"s{k}" for k in range(8)], x)
+found = adapt(groups[0], groups[1:], human, prompts=[f"p{k % 300_000}" for k in range(n)])
 assert found.adapted and np.mean((found.probability > 0.5) == (z > 0.5)) > 0.7
 print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """
