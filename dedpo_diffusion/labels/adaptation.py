@@ -35,8 +35,8 @@ from dedpo_diffusion.labels.calibration import (
 )
 
 LEAST = 20  # human labels
-STRENGTHS = tuple(10 ** (k / 2) for k in range(6, -4, -1))  # L2, 1000 to 0.03, strongest first: of equal ones the strongest
-INNER = 5  # folds in which strength and groups are chosen
+STRENGTHS = tuple(10 ** (k / 2) for k in range(6, 0, -1))  # L2, 1000 to 3, strongest first: of equal ones the strongest
+INNER, MANY, FEW = 20, 200, 10  # folds in which strength and groups are chosen: 20, and 10 from 200 labels on
 MOST_CHOSEN, MOST_FITTED = 4000, 20_000  # labelled pairs, drawn at random, by which these are chosen, and weights are fitted
 RESAMPLES = 200  # refits for the intervals of weights
 BLOCK = 65_536  # pairs predicted at once
@@ -110,6 +110,7 @@ def fit_weights(x: np.ndarray, human: np.ndarray, weights: np.ndarray, strengths
     A soft label counts as both outcomes, with its shares. Every pair is first turned so that its first feature that differs is
     positive: then the fit cannot depend, not even in its last bit, on which image was called image 0.
     """
+    from sklearn import config_context
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -122,10 +123,11 @@ def fit_weights(x: np.ndarray, human: np.ndarray, weights: np.ndarray, strengths
     both, outcome = np.concatenate([turned, turned]), np.repeat([1, 0], len(x))
     model = LogisticRegression(fit_intercept=False, solver="newton-cholesky", tol=1e-6, max_iter=200, warm_start=True)
     found = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), config_context(assume_finite=True, skip_parameter_validation=True):  # thousands of small fits
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of a step count for nothing here
         for strength in strengths:
-            model.set_params(C=1 / strength).fit(both, outcome, sample_weight=np.concatenate([w * share, w * (1 - share)]))
+            model.C = 1 / strength
+            model.fit(both, outcome, sample_weight=np.concatenate([w * share, w * (1 - share)]))
             found.append(model.coef_[0].copy())
     return np.stack(found)
 
@@ -151,7 +153,8 @@ def mean_and_error(values: np.ndarray, weights: np.ndarray, prompt: np.ndarray) 
 
 def choose(sample: Taught, names: Sequence[str], seed: int) -> tuple[list[int], float, list[dict[str, Any]]]:
     """Groups and L2 strength, by cross-validation over prompts: the first group always, each other that helps by a standard error."""
-    fold = assign_folds([str(k) for k in sample.prompt], INNER, seed)
+    folds = min(INNER if len(sample.human) < MANY else FEW, len(sample.human))
+    fold = assign_folds([str(k) for k in sample.prompt], folds, seed)
     used = [0]
     losses, strength = cross_losses(sample, used, fold)
     first = {"group": names[0], "admitted": True, "log_loss": float(np.average(losses, weights=sample.weights))}

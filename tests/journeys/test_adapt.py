@@ -25,7 +25,7 @@ from dedpo_diffusion.shapes import human, oracle
 from support.pictures import picture
 from support.scenes import scenes
 
-N, N_HUMAN = 120, 50
+N, N_HUMAN = 160, 90
 
 
 def png(image):
@@ -36,7 +36,7 @@ def png(image):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """120 Shapes pairs, 50 answers of their people, the carried CLIP judge with its embeddings, and adapted labels."""
+    """160 Shapes pairs, 90 answers of their people, the carried CLIP judge with its embeddings, and adapted labels."""
     from importlib.resources import files
 
     folder = tmp_path_factory.mktemp("adapt") / "pairs"

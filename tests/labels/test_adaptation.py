@@ -9,12 +9,21 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from dedpo_diffusion.labels import adaptation
 from dedpo_diffusion.labels.adapt_words import adapt_sentences
 from dedpo_diffusion.labels.adaptation import Group, Taught, adapt, choose, fit_weights, mean_and_error
 from dedpo_diffusion.labels.calibration import calibrate
 
 N = 400
 STATISTICS = ["brightness", "contrast", "detail"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_inner_folds():
+    """Nothing here depends on their number, and each costs time."""
+    before, adaptation.INNER = adaptation.INNER, 5
+    yield
+    adaptation.INNER = before
 
 
 def world(seed=0, n=N, labelled=80, clutter=-1.5):
