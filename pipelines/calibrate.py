@@ -1,10 +1,12 @@
 """Calibrate judges' labels on people's, or stack several judges into one.
 
     dedpo calibrate pairs --judges pickscore clip --method stack
+    dedpo calibrate pairs --method adapt
 
 Reads raw scores and human labels from `PAIRS/labels`. Writes a new label file `NAME.parquet`, which `dedpo merge` takes as it
 takes any judge's, its report `NAME.json` and picture `NAME.png`. A pair's map never learned from that pair's own human label;
 only scores of a judge that itself trained on people's labels, as "self" does, can carry it in. Such judges must be named.
+Method adapt teaches the judges what people mind: image statistics of all pairs are measured once, into `PAIRS/statistics`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dedpo_diffusion.core.records import Labels
+    from dedpo_diffusion.labels.adaptation import Adapted, Group
     from dedpo_diffusion.labels.calibration import Calibrated
 
 RAW = ("score_0", "score_1", "judge_version")
@@ -150,11 +153,13 @@ def plan(settings: CalibrateSettings, judges: Sequence[str]) -> dict[str, list[s
     stack = settings.method == "stack"
     if stack and len(judges) < 2:
         raise UserError(f"method stack needs two or more judges, and there is {', '.join(judges)}; use --method temperature")
-    if settings.name is not None and not stack and len(judges) > 1:
+    if settings.name is not None and settings.method not in ("stack", "adapt") and len(judges) > 1:
         raise UserError(
             f"--name {settings.name} names one file, but {len(judges)} judges make one each; leave --name out, or name one judge"
         )
-    made = {settings.name or "stack": list(judges)} if stack else {settings.name or f"{name}-{settings.method}": [name] for name in judges}
+    together = stack or settings.method == "adapt"
+    made = {settings.name or settings.method: list(judges)} if together else {}
+    made = made or {settings.name or f"{name}-{settings.method}": [name] for name in judges}
     for name in made:
         held = label_origin(settings.pairs, name)  # this also refuses what cannot name a file
         if name == settings.human or (name in label_names(settings.pairs) and held != CALIBRATED):
@@ -174,7 +179,7 @@ def calibrated_version(settings: CalibrateSettings, judges: dict[str, Judge]) ->
     return f"calibrated {settings.method} of {versions} on {settings.human} {digest} folds {settings.folds} seed {settings.seed}{inverted}"
 
 
-def as_labels(made: Calibrated, ids: list[str], version: str) -> Labels:
+def as_labels(made: Calibrated | Adapted, ids: list[str], version: str) -> Labels:
     """The label file's content: pairs without an answer are left out, and sigmoid(score_0 - score_1) is the label."""
     import numpy as np
 
@@ -210,6 +215,85 @@ def calibrate_file(settings: CalibrateSettings, name: str, judges: dict[str, Jud
     return {"label_files": [{"file": f"labels/{file.name}", "sha256": file_digest(file)} for file in used], "calibration": made.report}
 
 
+# ---- the method adapt
+
+
+def check_taught(settings: CalibrateSettings, answers: dict[str, Judge], asked: Asked) -> None:
+    """Refuse what cannot be adapted before any image is looked at.
+
+    Raises:
+        UserError: too few answers or all alike, or a judge without scores for some pairs.
+    """
+    import numpy as np
+
+    from dedpo_diffusion.labels.adaptation import check_human
+
+    try:
+        check_human(asked.human)
+    except ValueError as error:
+        remedy = f"run `dedpo vote {settings.pairs}`, or use --method temperature"
+        raise UserError(f"{label_path(settings, settings.human)}: {error} ({remedy})") from error
+    for name, judge in answers.items():
+        missing = np.flatnonzero(np.isnan(judge.scores).any(axis=1))
+        if missing.size:
+            raise UserError(
+                f"{label_path(settings, name)} has no scores for {missing.size} of {len(asked.ids)} pairs (first missing: "
+                f"{asked.ids[missing[0]]!r}), and method adapt takes all; run `dedpo label` again, or name other judges with --judges"
+            )
+
+
+def features_of(settings: CalibrateSettings, answers: dict[str, Judge]) -> list[Group]:
+    """What may be taken in beside the judges' scores, in this order.
+
+    Raises:
+        UserError: an image that cannot be read.
+    """
+    from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pairs.features import embedding_group, generator_group, statistics_group
+    from dedpo_diffusion.pairs.statistics import measure_statistics
+
+    reader = PairReader(settings.pairs)
+    found = [statistics_group(measure_statistics(reader))] if settings.statistics else []
+    versions = {name: judge.version for name, judge in answers.items()}
+    others = (generator_group(reader), embedding_group(reader, versions, seed=settings.seed))
+    return found + [group for group in others if group is not None]
+
+
+def adapt_file(settings: CalibrateSettings, name: str, answers: dict[str, Judge], asked: Asked) -> dict[str, Any]:
+    """Teach the judges, write the labels; returns what a summary does not know.
+
+    Raises:
+        UserError: labels, scores or images that cannot be used.
+    """
+    import numpy as np
+
+    from dedpo_diffusion.core.files import file_digest
+    from dedpo_diffusion.labels.adapt_words import adapt_sentences
+    from dedpo_diffusion.labels.adaptation import Group, adapt
+    from dedpo_diffusion.labels.files import CALIBRATED, write_labels
+
+    check_taught(settings, answers, asked)
+    scores = Group("scores", list(answers), np.stack([judge.scores[:, 0] - judge.scores[:, 1] for judge in answers.values()], axis=1))
+    if not scores.varied().columns:
+        raise UserError(
+            f"{settings.pairs / 'labels'}: {', '.join(answers)} give both images of every pair the same score; use another judge"
+        )
+    try:
+        made = adapt(
+            scores, features_of(settings, answers), asked.human, folds=settings.folds, prompts=asked.prompts, weights=asked.weights,
+            invert=settings.invert, seed=settings.seed,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{settings.pairs / 'labels'} ({', '.join(answers)} and {settings.human}): {error}") from error
+    report = made.report | {"sentences": adapt_sentences(made.report)}
+    path = write_labels(settings.pairs, name, as_labels(made, asked.ids, calibrated_version(settings, answers)), origin=CALIBRATED)
+    for sentence in report["sentences"]:
+        say(sentence)
+    say(f"wrote {path}")
+    used = [label_path(settings, file) for file in (settings.human, *answers)]
+    return {"label_files": [{"file": f"labels/{file.name}", "sha256": file_digest(file)} for file in used], "calibration": report}
+
+
 # ---- what is told
 
 
@@ -240,15 +324,21 @@ def run(settings: CalibrateSettings) -> list[Path]:
     made = plan(settings, list(files))
     answers = {judge: raw_answers(settings, judge, labels, asked.ids) for judge, labels in files.items()}
     of = {name: {judge: answers[judge] for judge in judges} for name, judges in made.items()}
-    reports = {name: calibrate_file(settings, name, judges, asked) for name, judges in of.items()}
+    work = adapt_file if settings.method == "adapt" else calibrate_file
+    reports = {name: work(settings, name, judges, asked) for name, judges in of.items()}
     summaries = summarise(settings.pairs, list(reports), human=settings.human, seed=settings.seed, extra=reports)
     for name in set(reports) - set(summaries):  # too few human labels for a summary
         about = {"name": name, "judge_version": calibrated_version(settings, of[name]), "human": reports[name]["label_files"][0]}
         about["propensities"] = asked.weights is not None
         write_json(label_path(settings, name).with_suffix(".json"), about | reports[name])
     for name, report in reports.items():
-        missing = " --missing tie" if report["calibration"]["n_missing"] else ""
-        say(f"next: dedpo merge {settings.pairs} --judge {name}{missing}")
+        further = " --missing tie" if report["calibration"]["n_missing"] else ""
+        if settings.method == "adapt":
+            from dedpo_diffusion.labels.adapt_figure import draw_adapted
+
+            further = " --method adapted"
+            draw_adapted(report["calibration"], label_path(settings, name).with_suffix(".png"), f"{name}: what people taught")
+        say(f"next: dedpo merge {settings.pairs} --judge {name}{further}")
     return [label_path(settings, name) for name in made]
 
 

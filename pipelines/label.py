@@ -82,12 +82,13 @@ class Run:
     """One judge's labels in the making.
 
     `stamp` identifies them; `retried` holds parts of an earlier run that lack answers, by file, with their time: they
-    are asked again, once. Whoever makes or joins the folder of parts holds the lock `joining`.
+    are asked again, once; `embed` asks for the images' embeddings too. Whoever makes or joins the folder of parts holds the lock `joining`.
     """
 
     judge: Judge
     folder: Path
     stamp: dict[str, str]
+    embed: bool = False
     retried: dict[Path, int] = field(default_factory=dict)
 
     @property
@@ -103,6 +104,12 @@ class Run:
     def part(self, shard: int) -> Path:
         """The file of one shard."""
         return self.parts / f"shard-{shard:06d}.parquet"
+
+    def embedded(self, shard: int) -> Path:
+        """The file of one shard's embeddings."""
+        from dedpo_diffusion.labels.embedding_files import shard_path
+
+        return shard_path(self.folder.parent, self.judge.name, shard)
 
     def lock(self, shard: int) -> Path:
         """The lock of one shard."""
@@ -126,6 +133,8 @@ class Run:
     def is_pending(self, shard: int) -> bool:
         """Whether nobody has finished this shard."""
         part = self.part(shard)
+        if self.embed and not self.embedded(shard).is_file():
+            return self.mark.is_file()
         try:
             return self.retried.get(part) == part.stat().st_mtime_ns
         except FileNotFoundError:
@@ -159,7 +168,21 @@ def is_done(run: Run, ids: list[str]) -> bool:
     if held.pair_id != ids and not run.mark.is_file():
         gone = f"lacks {len(ids) - len(held.pair_id)} of {len(ids)} pairs, and {run.parts.name}, from which it would go on, is not there"
         raise UserError(f"{run.path} {gone}; bring that folder back, give another --name, or remove the file to label all pairs again")
+    if run.embed:
+        from dedpo_diffusion.labels.embedding_files import has_embeddings
+
+        return held.pair_id == ids and has_embeddings(dataset, run.judge.name, run.stamp)
     return held.pair_id == ids
+
+
+def embeds(settings: LabelSettings, judge: Judge) -> bool:
+    """Whether this judge's embeddings are kept; a judge that has none is told of."""
+    from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+
+    if settings.keep_embeddings and not (isinstance(judge, BradleyTerry) and judge.embeds):
+        say(f"{judge.name} gives no embeddings of images; none are kept of it")
+        return False
+    return settings.keep_embeddings
 
 
 def open_runs(settings: LabelSettings, judges: Sequence[Judge], reader: PairReader, ids: list[str]) -> list[Run]:
@@ -169,7 +192,7 @@ def open_runs(settings: LabelSettings, judges: Sequence[Judge], reader: PairRead
     stamp = {"dataset": reader.fingerprint(), "shard size": str(settings.shard)}
     runs = []
     for judge in judges:
-        run = Run(judge, settings.pairs / "labels", {"judge version": judge.version, **stamp})
+        run = Run(judge, settings.pairs / "labels", {"judge version": judge.version, **stamp}, embeds(settings, judge))
         done = is_done(run, ids)
         while not done and run not in runs:
             run.parts.mkdir(parents=True, exist_ok=True)
@@ -192,6 +215,10 @@ def take_up(run: Run) -> None:
     from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.judges.work import check_stamp, count_missing, read_part
 
+    if run.embed:
+        from dedpo_diffusion.labels.embedding_files import prepare
+
+        prepare(run.folder.parent, run.judge.name, run.stamp)
     if run.mark.is_file():
         check_stamp(run.parts, json.loads(run.mark.read_text(encoding="utf-8")), run.stamp)
     else:
@@ -300,6 +327,7 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
     from dedpo_diffusion.core.locks import share_tasks
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
     from dedpo_diffusion.judges.work import ImageWork, PairWork, read_part, write_part
+    from dedpo_diffusion.labels.embedding_files import write_shard
 
     rows, by_name, clock = shard_rows(settings, len(reader)), {run.judge.name: run for run in runs}, Clock()
 
@@ -309,14 +337,17 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
     def work_of(run: Run, shard: int) -> Work:
         if isinstance(run.judge, BradleyTerry):
             assert first is not None
-            return ImageWork(run.judge, first.mask(rows[shard]), 2 * settings.batch)
+            return ImageWork(run.judge, first.mask(rows[shard]), 2 * settings.batch, embed=run.embed)
         part = run.part(shard)
         return PairWork(run.judge, settings.batch, read_part(part, run.stamp) if part.is_file() else None)
 
     def work(shard: int, names: list[str]) -> None:
         mine = [by_name[name] for name in names]
-        tables = judge_shard(settings, reader, rows[shard], [work_of(run, shard) for run in mine], clock)
-        for run, table in zip(mine, tables, strict=True):
+        works = [work_of(run, shard) for run in mine]
+        tables = judge_shard(settings, reader, rows[shard], works, clock)
+        for run, table, done in zip(mine, tables, works, strict=True):
+            if run.embed and isinstance(done, ImageWork):  # first, so that no shard counts as done without them
+                write_shard(run.embedded(shard), done.embeddings())
             write_part(run.part(shard), table, run.stamp)
         progress.advance(len(rows[shard]))
 
@@ -369,6 +400,10 @@ def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: 
     columns |= {"judge_version": [run.judge.version] * len(rows)}
     columns |= {name: [values[row] for row in rows] for name, values in extra.items()}
     labels = Labels([ids[row] for row in rows], probability(scores[rows], run.judge.temperature), columns)
+    if run.embed and first is not None:
+        from dedpo_diffusion.labels.embedding_files import write_uses
+
+        write_uses(run.folder.parent, run.judge.name, first.places())
     write_labels(run.folder.parent, run.judge.name, labels, origin=run.origin)
     return Outcome(gone, {name: sum(count or 0 for count in table[name].to_pylist()) for name in TOKENS if name in table.column_names})
 

@@ -2,6 +2,7 @@
 
     dedpo merge pairs --method tuned
     dedpo merge pairs --judges clip,vlm --strata source_model
+    dedpo merge pairs --judge adapt --method adapted
     dedpo merge pairs --plan 400
 
 Reads `PAIRS/labels`, writes `PAIRS/targets/NAME.parquet`, its report `NAME.json` and its picture `NAME.png`; with --folds K also
@@ -49,11 +50,24 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
     too_many = [
         SOURCE + name for name, column in columns.items() if sources and SOURCE + name not in sources and str(column.type) != "null"
     ]
-    answers = Answers(human, given, judges, propensity, None, [], sources, too_many)
+    answers = Answers(human, given, judges, propensity, None, [], sources, too_many, features_of(settings, reader, ids, judges))
     if settings.strata is None:
         return answers
     names, codes = strata_of(settings.strata, reader.prompts(), columns, answers.judged(), folder=reader.folder)
     return dataclasses.replace(answers, strata=codes, strata_names=names)
+
+
+def features_of(settings: MergeSettings, reader: PairReader, ids: list[str], judges: list[str]) -> np.ndarray | None:
+    """(N, F) differences in which a systematic error of an adapted judge may show; None for other methods, or where there are none."""
+    if settings.method != "adapted":
+        return None
+    from dedpo_diffusion.labels.files import CALIBRATED, label_origin
+    from dedpo_diffusion.pairs.features import known_differences
+
+    raw = [name for name in judges if label_origin(settings.pairs, name) != CALIBRATED]
+    if raw:
+        say(f"warning: {', '.join(raw)} learned nothing from people, and its labels are taken as they are; run `dedpo calibrate` first")
+    return known_differences(reader, ids, human=settings.human)[0]
 
 
 # ---- merging
@@ -73,6 +87,8 @@ def merge(settings: MergeSettings, answers: Answers, what: str) -> Merged:
     options: dict[str, Any] = {"method": settings.method, "power": settings.power, "max_overshoot": settings.max_overshoot}
     options |= {"seed": settings.seed, "propensity": answers.propensity}
     options |= {"strata": answers.stratum(), "rule": settings.rule, "judges": answers.names or None}
+    options |= {"correction": settings.correction, "features": answers.features, "rater_agreement": settings.rater_agreement}
+    options |= {"visits": settings.visits, "noise_ratio": settings.noise_ratio}
     try:
         return merge_labels(answers.human, judges, **options)
     except ValueError as error:

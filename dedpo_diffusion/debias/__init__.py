@@ -14,6 +14,8 @@ unbiased up to terms of order 1 / labels. Several judges have one power each; st
     merging.py     merge_labels: the whole of it
     estimate.py    the same without the report
     weights.py     labels, inverse propensities and powers -> weights and targets
+    imputation.py  method adapted: the best prediction for every pair, between imputation and DeDPO
+    compute.py     the power and the worth of the labels in a run of finite length
     powers.py      the powers that make the gradient's variance at margin 0 least
     strata.py      strata and folds of the pairs, powers shrunk towards the common ones
     worth.py       agreement, bias, effective human labels, with intervals
@@ -27,8 +29,10 @@ May import: nothing of this project.
 
 from __future__ import annotations
 
+from dedpo_diffusion.debias.compute import Run, best_scale, hard_power, run_terms
 from dedpo_diffusion.debias.estimate import Estimate, estimate
 from dedpo_diffusion.debias.exact import exact_power
+from dedpo_diffusion.debias.imputation import Correction, answer_weight, james_stein, odd_directions
 from dedpo_diffusion.debias.merging import Merged, merge_labels
 from dedpo_diffusion.debias.powers import Fit, best_powers, fit_power, fit_powers, judge_moments, power_cap
 from dedpo_diffusion.debias.propensity import Propensity, estimate_propensity
@@ -53,13 +57,17 @@ __all__ = [
     "RULES",
     "SMALL_STRATA",
     "Basis",
+    "Correction",
     "Estimate",
     "Fit",
     "Merged",
     "Propensity",
+    "Run",
     "Strata",
     "agreement",
+    "answer_weight",
     "best_powers",
+    "best_scale",
     "bootstrap_sums",
     "estimate",
     "estimate_propensity",
@@ -67,16 +75,20 @@ __all__ = [
     "fit_power",
     "fit_powers",
     "group_strata",
+    "hard_power",
     "inverse_propensity",
+    "james_stein",
     "judge_bias",
     "judge_moments",
     "merge_labels",
     "mix_judges",
+    "odd_directions",
     "own_weights",
     "pair_targets",
     "pair_weights",
     "power_cap",
     "reference_sentences",
+    "run_terms",
     "variance_ratio",
     "wilson_interval",
 ]

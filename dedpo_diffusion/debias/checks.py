@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.debias.powers import MAX_JUDGES
-from dedpo_diffusion.debias.weights import METHODS, RULES
+from dedpo_diffusion.debias.weights import METHODS, RULES, WITHOUT_POWER
 
 
 def check_options(method: str, power: Any, propensity: Any, max_overshoot: float, rule: str, folds: int) -> None:
@@ -17,7 +17,7 @@ def check_options(method: str, power: Any, propensity: Any, max_overshoot: float
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
-    if power is not None and method in ("human_only", "naive"):
+    if power is not None and method in ("human_only", *WITHOUT_POWER):
         raise ValueError(f"method {method!r} takes no power: leave it out, or use method='tuned'")
     if rule != "plug_in" and (method != "tuned" or power is not None):
         raise ValueError(f"rule {rule!r} chooses a tuned power: leave it out, or use method='tuned' without a power")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from dedpo_diffusion.debias.checks import check_options, check_powers, check_present, checked_judges, checked_labels, checked_names
+from dedpo_diffusion.debias.compute import Run, best_scale, check_run, run_terms
+from dedpo_diffusion.debias.imputation import Correction, check_correction, impute
 from dedpo_diffusion.debias.strata import Powers, Strata, assign_cells, choose_powers, group_strata
-from dedpo_diffusion.debias.weights import inverse_propensity, mix_judges, pair_targets, pair_weights
+from dedpo_diffusion.debias.weights import WITHOUT_POWER, inverse_propensity, mix_judges, pair_targets, pair_weights
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,9 @@ class Estimate:
     """Targets and weights of N pairs and what they were made from: labels of K judges, powers, strata.
 
     `z` (N,), `g` (N, K) and `mixed` (N,) labels, NaN where there is none; `h` (N,) inverse propensities; `total` (N,) powers
-    of all judges together, NaN for naive merging; `target`, `weight` (N,). `names` are the judges'; `stated` tells whether
-    propensities were given.
+    of all judges together, NaN for methods without one; `target`, `weight` (N,). `names` are the judges'; `stated` tells whether
+    propensities were given. `correction` is that of method adapted; `run` the run that a power was made for, to which `endless`
+    (N,), the powers of endless training, were multiplied by `scale`.
     """
 
     method: str
@@ -37,6 +40,10 @@ class Estimate:
     names: list[str]
     max_overshoot: float
     stated: bool
+    correction: Correction | None = None
+    run: Run | None = None
+    scale: float = 1.0
+    endless: np.ndarray | None = None
 
     def uneven(self) -> bool:
         """Whether some labelled pairs were likelier to be labelled than others of their stratum."""
@@ -62,6 +69,11 @@ def estimate(
     rule: str = "plug_in",
     judges: Sequence[str] | None = None,
     folds: int = 5,
+    correction: float | None = None,
+    features: Any = None,
+    rater_agreement: float | None = None,
+    visits: float | None = None,
+    noise_ratio: float | None = None,
 ) -> Estimate:
     """`merge_labels` without its report, and so without a bootstrap: for simulations. Arguments and errors are the same."""
     check_options(method, power, propensity, max_overshoot, rule, folds)
@@ -70,23 +82,29 @@ def estimate(
     names = checked_names(judges, g.shape[1])
     check_present(z, g, method, synthetic is None, names)
     given = check_powers(power, g.shape[1])
+    known = check_correction(method, correction, features, rater_agreement, len(z))
+    run, scale = check_run(method, power, rule, visits, noise_ratio), 1.0
     layers = group_strata(strata, ~np.isnan(z))
     n_folds = folds if rule == "cross_fitted" else 1
     cell = _cells(z, layers, n_folds, propensity, seed)
-    if method == "naive":
-        h, powers = inverse_propensity(z), Powers(np.zeros((1, g.shape[1])), np.zeros(len(z), dtype=np.int64))
-    else:
-        groups = cell if propensity is None else layers.code
-        h = inverse_propensity(z, propensity, groups if groups.any() else None)
-        powers = _powers(z, g, h, layers, cell, method, given, rule, n_folds, max_overshoot)
+    groups = cell if propensity is None else layers.code
+    h = inverse_propensity(z) if method == "naive" else inverse_propensity(z, propensity, groups if groups.any() else None)
+    powers = _powers(z, g, h, layers, cell, method, given, rule, n_folds, max_overshoot)
     mixed, total = mix_judges(g, powers.table, powers.cell), powers.totals()
-    if method == "naive":
+    endless, moved = total, None
+    if run is not None and method == "tuned" and given is None:
+        scale = best_scale(run_terms(z, mixed, h, total), run)
+        powers, total = replace(powers, table=scale * powers.table), scale * total
+    if method in WITHOUT_POWER:
         target, weight, total = np.where(np.isnan(z), mixed, z), np.ones(len(z)), np.full(len(z), np.nan)
     else:
         weight = pair_weights(h, total)
         target = pair_targets(z, mixed, h, weight)
+    if method == "adapted":
+        options = {"correction": correction, "features": known, "rater_agreement": rater_agreement}
+        target, moved = impute(z, mixed, h, **options, max_overshoot=max_overshoot)  # type: ignore[arg-type]
     about = (layers, powers, names, max_overshoot, propensity is not None)
-    return Estimate(method, rule, n_folds, z, g, mixed, h, total, target, weight, *about)
+    return Estimate(method, rule, n_folds, z, g, mixed, h, total, target, weight, *about, moved, run, scale, endless)
 
 
 def _cells(z: np.ndarray, strata: Strata, folds: int, propensity: Any, seed: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dedpo_diffusion.debias.estimate import estimate
 from dedpo_diffusion.debias.report import make_basis, make_report
+from dedpo_diffusion.debias.weights import WITHOUT_POWER
 from dedpo_diffusion.debias.worth import Basis
 
 
@@ -20,12 +21,12 @@ class Merged:
 
     `target` and `weight` are (N,) float64; targets of labelled pairs may leave [0, 1] and must not be clipped: that would
     restore the judge's bias. `power` is the power used, of all judges together, on average over the pairs; NaN for naive
-    merging, which has none. `report` is ready for JSON.
+    merging and method adapted, which have none. `report` is ready for JSON.
 
     What they were merged from, (N,) float64: `human` (NaN: no label), `judge` (mixed by the powers of several judges, their
     plain mean where these are 0; NaN: missing), `inverse` propensity h, `powers` (lam, of all judges together).
-    weight = h + lam (1 - h) and weight * target = h human + lam (1 - h) judge; naive merging has neither h nor lam. `basis` is
-    what the worth is told by, for `label_plan`.
+    weight = h + lam (1 - h) and weight * target = h human + lam (1 - h) judge; naive merging has neither h nor lam, and method
+    adapted no lam either. `basis` is what the worth is told by, for `labels.plan`.
     """
 
     target: np.ndarray
@@ -52,6 +53,11 @@ def merge_labels(
     rule: str = "plug_in",
     judges: Sequence[str] | None = None,
     folds: int = 5,
+    correction: float | None = None,
+    features: Any = None,
+    rater_agreement: float | None = None,
+    visits: float | None = None,
+    noise_ratio: float | None = None,
 ) -> Merged:
     """Merge human and judge labels into a target and a weight per pair.
 
@@ -61,7 +67,8 @@ def merge_labels(
             labelled pairs in `naive`).
         method: `tuned` fits the power to the labelled pairs, `dedpo` takes 1 as published (not capped; of the mean of several
             judges), `human_only` is power 0, `naive` takes the human label where there is one and the judges' mean
-            elsewhere, which is biased.
+            elsewhere, which is biased; `adapted` is for a judge that people taught (`dedpo calibrate --method adapt`): its
+            labels everywhere, those of labelled pairs moved towards the answers (see `imputation`).
         power: a power in [0, 1] to use instead of the method's, for several judges one each with a sum of at most 1 (`dedpo`
             and `tuned` only); not capped.
         propensity: probability in (0, 1] that a pair was labelled, a number or (N,); None is the labelled share of the pair's
@@ -75,6 +82,14 @@ def merge_labels(
             the labels of other folds, so that no label has a part in its own pair's power.
         judges: names of the judges, for the report.
         folds: of `cross_fitted`, drawn at random, the labelled pairs dealt out evenly in each stratum.
+        correction: of `adapted`: c in p + max(1, c h) (z - p) of a labelled pair, from the labelled share or less (the human label
+            in place) to 1 (DeDPO). None takes the James-Stein factor of the residuals z - p, and holds c h at `max_overshoot`.
+        features: (N, F) differences of what is known of a pair's images before training, for `adapted`: directions in which the
+            judge's error may be systematic, besides the judge's own.
+        rater_agreement: for `adapted`: how often two people agree on a pair, if that is known. A single answer then moves its
+            pair's target as far as its noise allows, not all the way.
+        visits, noise_ratio: of `tuned` and `dedpo`: optimizer steps times pairs of a step, and the mean squared gradient of a
+            visit over that of a pair. `tuned` takes the power that is best in a run of this length (`compute`).
 
     Returns:
         Merged. The report holds counts (`n`, `n_human`, `n_ties`), `labelled_share`, `agreement`, `power`, `power_raw`,
@@ -82,10 +97,12 @@ def merge_labels(
         `overshoot`, `share_outside`, `max_abs_offset` (the largest |target - 0.5|), `judge_bias` (mean of g - z),
         `effective_human_labels`, the same at power 1, `human_labels_alone` (their worth without a judge), `rule`, `folds` (of
         cross-fitting), `judges` and `strata` (the figures of each, by name), `merged_strata` (those that were too small), and
-        `sentences`; None stands where a number does not exist. Of several judges, agreement and bias are those of the mixed
-        label and powers those of all together. Agreement and bias are those of all pairs, of labelled ones weighted by strata
-        and propensities. A worth is counted in human labels taken at random from all pairs (a stratum's: from the stratum),
-        or, where propensities are unequal within a stratum, in labels taken with the same (`worth_reference`). That of tuned
+        `sentences`, `mean_abs_offset` (how sharp the targets are: the mean of |target - 0.5| by weight), `correction` (of
+        `adapted`: c, the factor wanted, |B|^2, V, ...) and `run` (of `visits`); None stands where a number
+        does not exist. Of several judges, agreement and bias are those of the mixed label and powers those of all together.
+        Agreement and bias are those of all pairs, of labelled ones weighted by strata and propensities. A worth is counted in
+        human labels taken at random from all pairs (a stratum's: from the stratum), or, where propensities are unequal within a
+        stratum, in labels taken with the same (`worth_reference`). That of tuned
         powers of several judges or strata is told by powers fitted to other pairs.
 
     Raises:
@@ -97,11 +114,13 @@ def merge_labels(
 
     Reference: DeDPO, arXiv 2602.06195; PPI++, arXiv 2311.01453, for the power.
     """
-    options = {"method": method, "power": power, "propensity": propensity, "max_overshoot": max_overshoot, "seed": seed}
+    options: dict[str, Any] = {"method": method, "power": power, "propensity": propensity, "max_overshoot": max_overshoot, "seed": seed}
+    options |= {"correction": correction, "features": features, "rater_agreement": rater_agreement}
+    options |= {"visits": visits, "noise_ratio": noise_ratio}
     made = estimate(human, synthetic, **options, strata=strata, rule=rule, judges=judges, folds=folds)
     basis = make_basis(made, seed)
     report = make_report(made, basis, seed)
     common: dict[str, Any] = {"human": made.z, "judge": made.mixed, "basis": basis}
-    if method == "naive":
+    if method in WITHOUT_POWER:
         return Merged(made.target, made.weight, math.nan, report, **common)
     return Merged(made.target, made.weight, report["power"], report, inverse=made.h, powers=made.total, **common)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.debias.compute import run_report, run_terms
 from dedpo_diffusion.debias.estimate import Estimate
 from dedpo_diffusion.debias.powers import Fit
 from dedpo_diffusion.debias.strata import Strata, assign_cells, choose_powers
-from dedpo_diffusion.debias.weights import mix_judges
+from dedpo_diffusion.debias.weights import WITHOUT_POWER, mix_judges
 from dedpo_diffusion.debias.worth import Basis, agreement, judge_bias, no_worth, worths
 
 HELD_OUT_FOLDS = 5  # by which the worth of many tuned powers is told
@@ -18,7 +20,7 @@ HELD_OUT_FOLDS = 5  # by which the worth of many tuned powers is told
 
 def make_report(case: Estimate, basis: Basis, seed: int) -> dict[str, Any]:
     """Every number of the report, and its sentences; ready for JSON. `seed` is that of the bootstrap."""
-    labelled, naive, fit = ~np.isnan(case.z), case.method == "naive", case.powers.pooled
+    labelled, naive, fit = ~np.isnan(case.z), case.method in WITHOUT_POWER, case.powers.pooled
     counted = case.weight > 0
     outside = counted & ((case.target < -1e-9) | (case.target > 1 + 1e-9))
     worth = worths(basis, seed)
@@ -36,6 +38,9 @@ def make_report(case: Estimate, basis: Basis, seed: int) -> dict[str, Any]:
         "power_cap": None if case.powers.cap is None else float(case.powers.cap.min()),
         "capped_share": _capped_share(case),
         "overshoot": None if naive else float((case.h[labelled] / case.weight[labelled]).max()),
+        "mean_abs_offset": float(case.weight @ np.abs(case.target - 0.5) / case.weight.sum()),
+        "correction": None if case.correction is None else dataclasses.asdict(case.correction),
+        "run": _run(case, seed),
         "share_outside": float(outside.mean()),
         "max_abs_offset": float(np.abs(case.target - 0.5)[counted].max()),
         "judge_bias": _bias(case, case.mixed),
@@ -50,6 +55,14 @@ def make_report(case: Estimate, basis: Basis, seed: int) -> dict[str, Any]:
         "merged_strata": case.strata.merged,
     }
     return {**report, "sentences": sentences(report)}
+
+
+def _run(case: Estimate, seed: int) -> dict[str, Any] | None:
+    """What the labels are worth in a run of so many visits, where the run is known."""
+    if case.run is None or case.endless is None:
+        return None
+    terms = run_terms(case.z, case.mixed, case.h, case.endless)
+    return run_report(terms, case.scale, case.run, _mean(case.endless), seed)
 
 
 def _known(value: float) -> float | None:
@@ -129,7 +142,7 @@ def _judge_entry(case: Estimate, k: int) -> dict[str, Any]:
         "name": case.names[k],
         "agreement": _agreement(case, g),
         "judge_bias": _bias(case, g),
-        "power": None if case.method == "naive" else _mean(case.powers.table[:, k][case.powers.cell]),
+        "power": None if case.method in WITHOUT_POWER else _mean(case.powers.table[:, k][case.powers.cell]),
         "power_raw": None if fit is None else float(fit.raw[k]),
         "power_se": None if fit is None else _known(fit.se[k]),
     }
@@ -154,10 +167,10 @@ def _strata_entries(case: Estimate, each: list[dict[str, Any]]) -> list[dict[str
                 "n_human": int((~np.isnan(z)).sum()),
                 "agreement": agreement(z[both], mixed[both], h),
                 "judge_bias": judge_bias(z[both], mixed[both], h=h),
-                "power": None if case.method == "naive" else _mean(case.total[rows]),
+                "power": None if case.method in WITHOUT_POWER else _mean(case.total[rows]),
                 "power_raw": None if fit is None else float(fit.raw.sum()),
                 "power_se": None if fit is None else _known(fit.total_se),
-                "powers": None if case.method == "naive" else own.mean(axis=0).tolist(),
+                "powers": None if case.method in WITHOUT_POWER else own.mean(axis=0).tolist(),
                 "shrinkage": None if case.powers.shrinkage is None else float(case.powers.shrinkage[s].mean()),
                 "effective_human_labels": each[s],
             }
@@ -174,6 +187,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
         *_worth_sentences(report),
         *_judge_sentences(report),
         *_power_sentences(report),
+        *_run_sentences(report),
+        *_correction_sentences(report),
         *_strata_sentences(report),
         *_target_sentences(report),
     ]
@@ -191,6 +206,8 @@ def _worth_sentences(report: dict[str, Any]) -> list[str]:
             f"The {labels} are trained on as if people had given them all: naive merging keeps the judge's bias, "
             "so no number of human labels is equal to it."
         ]
+    if report["method"] == "adapted":
+        return [f"The {labels} make one prediction of what people would say of each pair; no number of human labels is equal to it."]
     if report["method"] == "human_only":
         return [f"Only the {n_human} human labels are used; {n - n_human} pairs have weight 0.", *reference_sentences(report)]
     if worth["value"] is None:
@@ -263,6 +280,41 @@ def _power_sentences(report: dict[str, Any]) -> list[str]:
     elif report["power"] == 0:
         texts.append("The judge's labels are not used: at power 0 this is training on the human labels alone.")
     return texts
+
+
+def _run_sentences(report: dict[str, Any]) -> list[str]:
+    run = report["run"]
+    if run is None:
+        return []
+    here, endless = run["effective_human_labels"], run["endless"]
+    words = [f"In a run of {run['visits']:.0f} visits at noise ratio {run['noise_ratio']:g}"]
+    if run["scale"] < 1:
+        words.append(f"a power of {report['power']:.2f} is best; endless training would take {run['endless_power']:.2f}")
+    if here["value"] is not None and endless["value"] is not None:
+        interval = f" (95 %: {_count(here['ci'][0])} to {_count(here['ci'][1])})" if here["ci"] else ""
+        words.append(f"these labels are worth about {_count(here['value'])} human labels{interval}")
+        words[-1] += f", in endless training {_count(endless['value'])}"
+    return [f"{words[0]}, {'; '.join(words[1:])}."] if len(words) > 1 else []
+
+
+def _correction_sentences(report: dict[str, Any]) -> list[str]:
+    moved = report["correction"]
+    if moved is None:
+        return []
+    texts = []
+    if moved["bias"] is not None:
+        texts.append(
+            f"Along {moved['directions']} direction{'s' * (moved['directions'] > 1)} the judge's systematic error is "
+            f"{moved['bias']:.2g}, where chance alone makes {moved['noise']:.2g}: the labels ask for a correction of {moved['wanted']:.2f}."
+        )
+    place = "labelled pairs keep the human label" if moved["keep"] == 1 else f"an answer moves its pair {moved['keep']:.0%} of the way"
+    if moved["c"] > moved["floor"] * moved["keep"]:
+        texts.append(f"A correction of {moved['c']:.2f} is used, between imputation ({moved['floor']:.2f}) and DeDPO (1).")
+    else:
+        texts.append(f"A correction of {moved['c']:.2f} is no more than imputation ({moved['floor']:.2f}): {place}.")
+    if moved["capped"]:
+        texts.append("Warning: the correction was held back so that no target is stretched beyond the bound of the overshoot.")
+    return [*texts, f"Targets lie {report['mean_abs_offset']:.3f} from 0.5 on average."]
 
 
 def _strata_sentences(report: dict[str, Any]) -> list[str]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-METHODS = ("human_only", "naive", "dedpo", "tuned")
+METHODS = ("human_only", "naive", "dedpo", "tuned", "adapted")
+WITHOUT_POWER = ("naive", "adapted")  # every pair has weight 1
 RULES = ("plug_in", "half", "minus_se", "cross_fitted")
 
 

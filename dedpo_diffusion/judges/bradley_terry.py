@@ -9,7 +9,7 @@ from PIL.Image import Image
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.judges.judge import Answers, Judge, Question
-from dedpo_diffusion.judges.scorers import Scorer
+from dedpo_diffusion.judges.scorers import Embedder, Scorer
 
 
 class BradleyTerry(Judge):
@@ -33,7 +33,20 @@ class BradleyTerry(Judge):
         Raises:
             UserError: a score is NaN or infinite.
         """
-        scores = self.scorer.score(prompts, images)
+        return self._checked(self.scorer.score(prompts, images), prompts)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether its scorer gives the embeddings of images too."""
+        return isinstance(self.scorer, Embedder)
+
+    def score_and_embed(self, prompts: Sequence[str], images: Sequence[Image]) -> tuple[np.ndarray, np.ndarray]:
+        """As `score`, and the images' embeddings (N, D) float32 of norm 1, in one pass; for a scorer that `embeds`."""
+        assert isinstance(self.scorer, Embedder)
+        scores, seen = self.scorer.score_and_embed(prompts, images)
+        return self._checked(scores, prompts), seen
+
+    def _checked(self, scores: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         bad = np.flatnonzero(~np.isfinite(scores))
         if bad.size:
             value, prompt = scores[bad[0]], prompts[bad[0]]

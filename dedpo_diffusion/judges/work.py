@@ -65,6 +65,10 @@ class FirstUses:
         """(len(rows), 2) bool: the images that come first in these pairs."""
         return self.first.reshape(-1, 2)[rows.start : rows.stop]
 
+    def places(self) -> np.ndarray:
+        """(N, 2) int64: the place, among first uses in the order of the data set, of each pair's images."""
+        return (np.cumsum(self.first) - 1)[self._source].reshape(-1, 2)
+
     def everywhere(self, scores: np.ndarray) -> np.ndarray:
         """(N, 2) scores of all images from those of first uses, (U,), in the order of the data set."""
         spread = np.full(self.first.size, np.nan)
@@ -98,10 +102,12 @@ class ImageWork:
         judge: whose scorer it is.
         first: (n, 2) bool, from `FirstUses.mask`.
         batch: images scored at once.
+        embed: whether to keep the embeddings of a scorer that gives them.
     """
 
-    def __init__(self, judge: BradleyTerry, first: np.ndarray, batch: int) -> None:
-        self.judge, self.first, self.batch = judge, first, batch
+    def __init__(self, judge: BradleyTerry, first: np.ndarray, batch: int, *, embed: bool = False) -> None:
+        self.judge, self.first, self.batch, self.embed = judge, first, batch, embed
+        self._seen: list[np.ndarray] = []
         self._prompts: list[str] = []
         self._images: list[Image] = []
         self._scores: list[np.ndarray] = [np.empty(0)]
@@ -120,7 +126,12 @@ class ImageWork:
             self._score(self.batch)
 
     def _score(self, count: int) -> None:
-        self._scores.append(self.judge.score(self._prompts[:count], self._images[:count]))
+        if self.embed:
+            scores, seen = self.judge.score_and_embed(self._prompts[:count], self._images[:count])
+            self._seen.append(seen.astype(np.float16))
+        else:
+            scores = self.judge.score(self._prompts[:count], self._images[:count])
+        self._scores.append(scores)
         del self._prompts[:count], self._images[:count]
 
     def finish(self) -> pa.Table:
@@ -128,6 +139,10 @@ class ImageWork:
         if self._images:
             self._score(len(self._images))
         return pa.table({"score": np.concatenate(self._scores)})
+
+    def embeddings(self) -> np.ndarray:
+        """(U, D) float16 of the images that were scored, in order, once `finish` is done; (0, 0) where there were none."""
+        return np.concatenate(self._seen) if self._seen else np.zeros((0, 0), np.float16)
 
 
 class PairWork:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 def choose_judges(settings: MergeSettings) -> list[str]:
-    """The judges' label files: those named, or the only one that is not human; none only for human_only."""
-    from dedpo_diffusion.labels.files import label_names
+    """The judges' label files: those named, or the only one that is not human (of adapted: that people taught); none only for
+    human_only."""
+    from dedpo_diffusion.labels.files import CALIBRATED, label_names, label_origin
 
     named = [name.strip() for text in settings.judges for name in text.split(",") if name.strip()]
     if named and settings.judge is not None:
@@ -28,6 +29,8 @@ def choose_judges(settings: MergeSettings) -> list[str]:
     if named:
         return named
     judges = [name for name in label_names(settings.pairs) if name != settings.human]
+    if settings.method == "adapted" and "adapt" in judges and label_origin(settings.pairs, "adapt") == CALIBRATED:
+        return ["adapt"]
     if len(judges) == 1:
         return judges
     if settings.method == "human_only":
@@ -87,7 +90,7 @@ class Answers:
 
     `human` (N,); `judges` (N, K) of the K judges in `names`; `propensity` (N,) of a human label, None for labels taken at random;
     `strata` (N,) numbers of the strata in `strata_names`, None where there are none; `sources` each (N,): the source columns, but
-    for those of texts with `too_many` values.
+    for those of texts with `too_many` values. `features` (N, F): differences of what is known of the images before training.
     """
 
     human: np.ndarray
@@ -98,12 +101,13 @@ class Answers:
     strata_names: list[str]
     sources: dict[str, np.ndarray]
     too_many: list[str]
+    features: np.ndarray | None = None
 
     def part(self, rows: np.ndarray) -> Answers:
         """Those of some pairs."""
         if rows.all():
             return self
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("human", "judges", "propensity", "strata")}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("human", "judges", "propensity", "strata", "features")}
         chosen: dict[str, Any] = {name: None if values is None else values[rows] for name, values in arrays.items()}
         return dataclasses.replace(self, sources={name: values[rows] for name, values in self.sources.items()}, **chosen)
 

@@ -221,7 +221,7 @@ def assign_folds(groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
     return fold[group]
 
 
-def _pair_folds(groups: Sequence[str] | None, labelled: np.ndarray, folds: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def pair_folds(groups: Sequence[str] | None, labelled: np.ndarray, folds: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(N,) fold of every pair, -1 for pairs that share no group with a labelled one; and the group (n,) of each labelled pair."""
     rows = np.flatnonzero(labelled)
     names = [str(row) for row in rows] if groups is None else [groups[row] for row in rows.tolist()]
@@ -300,7 +300,7 @@ def calibrate(
     d = d[:, None] if d.ndim == 1 else d
     z = np.asarray(human, dtype=np.float64)
     labelled = _check(d, z, method, folds, weights, groups)
-    fold, group = _pair_folds(groups, labelled, folds, seed)
+    fold, group = pair_folds(groups, labelled, folds, seed)
     w = np.ones(len(z)) if weights is None else np.asarray(weights, dtype=np.float64)
 
     def cross(columns: np.ndarray, kind: str) -> tuple[np.ndarray, list[Map]]:
@@ -316,7 +316,7 @@ def calibrate(
     missing, n = np.isnan(d).any(axis=1), int(labelled.sum())
     counts = {"n": len(z), "n_human": n, "n_missing": int(missing.sum()), "n_human_missing": int((~np.isnan(z)).sum()) - n}
     report = {"method": method, "folds": folds, "seed": seed, "invert": invert, "weighted": weights is not None, **counts}
-    report |= _report(_Held(z[labelled], w[labelled], group, seed), d[labelled].T, expit(log_odds[labelled]), came, rivals, names, maps)
+    report |= _report(HeldOut(z[labelled], w[labelled], group, seed), d[labelled].T, expit(log_odds[labelled]), came, rivals, names, maps)
     report |= {"map": maps[-1].describe(), "fold_maps": [fitted.describe() for fitted in maps[:-1]]}
     report["sentences"] = _sentences(report)
     return Calibrated(expit(log_odds), log_odds, fold, report)
@@ -401,7 +401,7 @@ def percentile_intervals(drawn: np.ndarray) -> list[list[float] | None]:
 
 
 @dataclass(frozen=True)
-class _Held:
+class HeldOut:
     """The n labelled pairs: label, weight and group (n,) each."""
 
     human: np.ndarray
@@ -420,7 +420,7 @@ class _Held:
         return [{"value": float(value), "ci": ci, "n": len(self.group)} for value, ci in zip(values, ends, strict=True)]
 
 
-def _report(held: _Held, d: np.ndarray, after: np.ndarray, came: Any, rivals: Any, names: list[str], maps: list[Map]) -> dict[str, Any]:
+def _report(held: HeldOut, d: np.ndarray, after: np.ndarray, came: Any, rivals: Any, names: list[str], maps: list[Map]) -> dict[str, Any]:
     """The judges as they came, the calibrated labels, and how these compare with their rivals; the last map is the overall one."""
     size = len(names)
     own, calibrated = [log_losses(p, held.human) for p in came], log_losses(after, held.human)
@@ -436,7 +436,7 @@ def _report(held: _Held, d: np.ndarray, after: np.ndarray, came: Any, rivals: An
     }
 
 
-def _judge(held: _Held, d: np.ndarray, name: str, j: int, maps: list[Map]) -> dict[str, Any]:
+def _judge(held: HeldOut, d: np.ndarray, name: str, j: int, maps: list[Map]) -> dict[str, Any]:
     """How judge j, with differences (n,), agrees with people and enters the maps."""
     words, overall = {1: "as it is", 0: "undecided", -1: "inverted"}, maps[-1]
     agrees = score_agreement(d, held.human, held.weights)

@@ -126,7 +126,7 @@ def _leans(axes: Axes, leans: list[dict[str, Any]]) -> None:
         return
     for row, lean in enumerate(leans):
         _line(axes, row, lean, (BLUE, PALE) if lean["named"] else (SOFT, RULE), filled=lean["kind"] != "overlooks")
-        high, low = _poles(lean["statistic"])
+        high, low = poles(lean["statistic"])
         up, named = lean["value"] > 0, "bold" if lean["named"] else "normal"
         ends = ((-0.015, "right", low, not up), (1.015, "left", high, up))
         for x, side, words, bold in ends:
@@ -143,7 +143,7 @@ def _leans(axes: Axes, leans: list[dict[str, Any]]) -> None:
     axes.set(xlim=(-far, far), xlabel="mean label of the judge less that of people, for the image on the right\n" + LEGEND)
 
 
-def _poles(name: str) -> tuple[str, str]:
+def poles(name: str) -> tuple[str, str]:
     """Words for the higher and the lower value of a statistic.
 
     "the image with more contrast" -> "more contrast"; "the busier image (more detail)" -> "busier".
@@ -205,7 +205,7 @@ def _other_parts(report: dict[str, Any]) -> tuple[list[tuple[str, dict[str, Any]
         others, title = sorted(parts, key=lambda part: part[1]["value"]), "Agreement by people's side and what made the pair"
     else:
         told = [lean["statistic"] for lean in report["leans"][: (MOST - len(sides)) // 2]]
-        both = [zip(_poles(name), ("chose_higher", "chose_lower"), strict=True) for name in told]
+        both = [zip(poles(name), ("chose_higher", "chose_lower"), strict=True) for name in told]
         others = [(words, report["by_statistic"][name][key]) for name, poles in zip(told, both, strict=True) for words, key in poles]
         title = "Agreement where people chose"
     return [part for part in [*sides, *others] if part[1]["value"] is not None], title

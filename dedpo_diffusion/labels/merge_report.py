@@ -42,7 +42,7 @@ def known_of(settings: MergeSettings, merged: Merged) -> Pool | None:
     """What the labels say of the pool, for curve and plan; None where they say nothing."""
     from dedpo_diffusion.labels.plan import describe
 
-    if settings.method in ("human_only", "naive") or merged.basis is None:
+    if settings.method in ("human_only", "naive", "adapted") or merged.basis is None:
         return None
     return describe(merged.basis, settings.seed)
 
@@ -182,12 +182,17 @@ def print_report(report: dict[str, Any], title: str) -> None:
         "  standard error of the fit": ("power_se", 3),
         "overshoot": ("overshoot", 2),
         "targets outside [0, 1]": ("share_outside", 3),
+        "distance of targets from 0.5": ("mean_abs_offset", 3),
         "effective human labels": ("effective_human_labels", 0),
         "  at power 1, as published": ("effective_human_labels_power_1", 0),
         "  human labels alone": ("human_labels_alone", 0),
     }
     for words, (key, digits) in lines.items():
         table.add_row(words, _number(report[key], digits))
+    if report["run"] is not None:
+        table.add_row("  in this run", _number(report["run"]["effective_human_labels"], 0))
+    if report["correction"] is not None:
+        table.add_row("correction (0: the human label, 1: DeDPO)", _number(report["correction"]["c"]))
     Console().print(table)
     if len(report["judges"] or []) > 1:
         _print_parts("judge", report["judges"], {})

@@ -91,6 +91,7 @@ class LabelSettings:
         workers: threads that read and decode images ahead of the judges.
         human: name of the human label file that the summary compares with.
         summary: compare the labels with people's when done, if there are any.
+        keep_embeddings: keep what a scorer's image tower saw (PAIRS/embeddings), from which `dedpo calibrate --method adapt` may learn.
         vlm: how vision-language models are asked.
         server: the server of judge openai.
         self_training: how judge self reads a policy's reward.
@@ -107,6 +108,7 @@ class LabelSettings:
     workers: int = 2
     human: str = "human"
     summary: bool = True
+    keep_embeddings: bool = False
     vlm: VlmSettings = field(default_factory=VlmSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     self_training: SelfTrainingSettings = field(default_factory=SelfTrainingSettings)
@@ -120,21 +122,24 @@ class CalibrateSettings:
         pairs: the pair dataset.
         judges: label files to use; empty takes all that hold raw scores, but calibrated ones and those of judge self, which learned
             from people's labels already.
-        method: temperature or isotonic makes one label file for each judge, stack one of all judges.
-        name: name of the new label file, for one judge or a stack; None takes JUDGE-METHOD, or stack.
+        method: temperature or isotonic makes one label file for each judge, stack one of all judges. adapt makes one of all judges too
+            and teaches it what people mind that they do not: image statistics, generators, embeddings, each where it helps.
+        name: name of the new label file, for one judge, a stack or an adapted one; None takes JUDGE-METHOD, stack or adapt.
         human: name of the human label file.
         folds: the labelled pairs are split into this many parts; each is calibrated on the others.
         invert: let a judge that agrees with people less often than a coin count the other way round.
+        statistics: let method adapt look at every image (brightness, contrast, clutter, ...); they are measured once.
         seed: seed of the folds and the bootstrap.
     """
 
     pairs: Path
     judges: list[str] = field(default_factory=list)
-    method: Literal["temperature", "isotonic", "stack"] = "temperature"
+    method: Literal["temperature", "isotonic", "stack", "adapt"] = "temperature"
     name: str | None = None
     human: str = "human"
     folds: int = 5
     invert: bool = False
+    statistics: bool = True
     seed: int = 0
 
 
@@ -144,7 +149,8 @@ class MergeSettings:
 
     Args:
         pairs: the pair dataset.
-        method: the estimator; tuned fits the judge's power to the labels, dedpo is the published power 1.
+        method: the estimator; tuned fits the judge's power to the labels, dedpo is the published power 1. adapted takes the labels of a
+            judge that people taught (`dedpo calibrate --method adapt`) everywhere, and corrects them by what is surely systematic.
         judge: name of the judge's label file; None takes the only one there is.
         judges: several judges' label files, each of which gets a power of its own: A,B.
         human: name of the human label file.
@@ -159,6 +165,11 @@ class MergeSettings:
         propensities: how likely each pair was to be labelled: stored takes what the human label file says, at random if it says
             nothing; estimate fits it to the judge's label and confidence, strata and source columns (numbers, and texts of at
             most 50 values); none takes labels as taken at random.
+        correction: of method adapted, from 0 (labelled pairs keep the human label) to 1 (DeDPO); None takes what the labels ask for.
+        rater_agreement: of method adapted: how often two people agree on a pair, if that is known; a single answer then moves its pair
+            only as far as its noise allows.
+        visits: optimizer steps times pairs of a step: tuned takes the power that is best for a run of this length.
+        noise_ratio: with visits: the mean squared gradient of one visit over that of its pair.
         plan: write no targets, but tell how many more human labels, and in which strata, make the labels worth this many.
         missing: what becomes of pairs without the judge's answer: an error, or the judge counts as undecided there (0.5).
         folds: also write targets NAME-fold-0, -1, ..., each without the pairs of one fold, so that policies can be trained
@@ -168,7 +179,7 @@ class MergeSettings:
     """
 
     pairs: Path
-    method: Literal["human_only", "naive", "dedpo", "tuned"] = "tuned"
+    method: Literal["human_only", "naive", "dedpo", "tuned", "adapted"] = "tuned"
     judge: str | None = None
     judges: list[str] = field(default_factory=list)
     human: str = "human"
@@ -178,6 +189,10 @@ class MergeSettings:
     max_overshoot: float = 2.0
     strata: str | None = None
     propensities: Literal["stored", "estimate", "none"] = "stored"
+    correction: float | None = None
+    rater_agreement: float | None = None
+    visits: int | None = None
+    noise_ratio: float | None = None
     plan: float | None = None
     missing: Literal["error", "tie"] = "error"
     folds: int = 0
