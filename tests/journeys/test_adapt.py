@@ -13,6 +13,7 @@ from scipy.special import expit
 
 from dedpo_diffusion.core.records import Labels, Pair
 from dedpo_diffusion.debias import merge_labels
+from dedpo_diffusion.labels import adaptation
 from dedpo_diffusion.labels.calibration import calibrate
 from dedpo_diffusion.labels.embedding_files import components, has_embeddings
 from dedpo_diffusion.labels.files import align, label_names, read_labels, read_targets, write_labels
@@ -32,6 +33,14 @@ def png(image):
     held = io.BytesIO()
     image.save(held, "PNG")
     return held.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_inner_folds():
+    """Nothing here depends on their number, and each costs time."""
+    before, adaptation.INNER = adaptation.INNER, 5
+    yield
+    adaptation.INNER = before
 
 
 @pytest.fixture(scope="module")
