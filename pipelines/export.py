@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dedpo_diffusion.weights import Lora
-    from dedpo_diffusion.weights.base import Base
+    from dedpo_diffusion.weights.base_model import Base
     from dedpo_diffusion.weights.source import Source
 
 LORAS = ("diffusers", "kohya")
@@ -127,7 +127,7 @@ def write_lora(settings: ExportSettings, source: Source) -> None:
     """A LoRA as one file, in the layout of diffusers or of kohya."""
     from dedpo_diffusion.weights import to_diffusers, to_kohya
     from dedpo_diffusion.weights.algebra import one_alpha
-    from dedpo_diffusion.weights.base import KEPT, modelspec, network
+    from dedpo_diffusion.weights.base_model import KEPT, modelspec, network
     from dedpo_diffusion.weights.diffusers_layout import CONFIG
     from dedpo_diffusion.weights.header import save_tensors
 
@@ -197,7 +197,7 @@ def added(settings: ExportSettings) -> tuple[list[tuple[Lora, float]], dict[str,
 
 def base_of_lora(settings: ExportSettings, source: Source, lora: Lora) -> Base:
     """The base that the LoRA is for: the one given, that of the settings, the one that the file names, or the one its layers fit."""
-    from dedpo_diffusion.weights.base import Base, look_up, told_base
+    from dedpo_diffusion.weights.base_model import Base, look_up, told_base
     from dedpo_diffusion.weights.kohya import family_of
 
     shown = family_of(lora)
@@ -227,7 +227,7 @@ def write_model(settings: ExportSettings, source: Source) -> None:
     import torch
 
     from dedpo_diffusion.core.files import atomic_folder, write_json
-    from dedpo_diffusion.weights.merging import cast
+    from dedpo_diffusion.weights.fusing import cast
 
     others, made = added(settings)
     pipe = source.load_base()
@@ -251,7 +251,7 @@ def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: 
     import torch
 
     from dedpo_diffusion.models.single_file import to_single_file
-    from dedpo_diffusion.weights.base import base_of, modelspec
+    from dedpo_diffusion.weights.base_model import base_of, modelspec
     from dedpo_diffusion.weights.header import save_tensors
 
     base = base_of(pipe)
@@ -298,7 +298,7 @@ def _rounded(lora: Lora, dtype: str) -> Lora:
 
 
 def _warn_of_dora(lora: Lora) -> None:
-    from dedpo_diffusion.weights.readers import KOHYA_DORA
+    from dedpo_diffusion.weights.compatibility import KOHYA_DORA
 
     if any(layer.magnitude is not None for layer in lora.layers.values()):
         say(f"Warning: {KOHYA_DORA}. For all of these, give --rank, which extracts a plain LoRA, or --format checkpoint")

@@ -29,6 +29,7 @@ May import: nothing of this project.
 
 from __future__ import annotations
 
+from dedpo_diffusion.debias.coefficients import METHODS, RULES, inverse_propensity, mix_judges, pair_targets, pair_weights
 from dedpo_diffusion.debias.compute import Run, best_scale, hard_power, run_terms
 from dedpo_diffusion.debias.estimate import Estimate, estimate
 from dedpo_diffusion.debias.exact import exact_power
@@ -38,7 +39,6 @@ from dedpo_diffusion.debias.powers import Fit, best_powers, fit_power, fit_power
 from dedpo_diffusion.debias.propensity import Propensity, estimate_propensity
 from dedpo_diffusion.debias.report import reference_sentences
 from dedpo_diffusion.debias.strata import SMALL_STRATA, Strata, group_strata, own_weights
-from dedpo_diffusion.debias.weights import METHODS, RULES, inverse_propensity, mix_judges, pair_targets, pair_weights
 from dedpo_diffusion.debias.worth import (
     NORMAL_975,
     RESAMPLES,

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.debias.coefficients import METHODS, RULES, WITHOUT_POWER
 from dedpo_diffusion.debias.powers import MAX_JUDGES
-from dedpo_diffusion.debias.weights import METHODS, RULES, WITHOUT_POWER
 
 
 def check_options(method: str, power: Any, propensity: Any, max_overshoot: float, rule: str, folds: int) -> None:

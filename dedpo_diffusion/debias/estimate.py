@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.debias.checks import check_options, check_powers, check_present, checked_judges, checked_labels, checked_names
+from dedpo_diffusion.debias.coefficients import WITHOUT_POWER, inverse_propensity, mix_judges, pair_targets, pair_weights
 from dedpo_diffusion.debias.compute import Run, best_scale, check_run, run_terms
 from dedpo_diffusion.debias.imputation import Correction, check_correction, impute
 from dedpo_diffusion.debias.strata import Powers, Strata, assign_cells, choose_powers, group_strata
-from dedpo_diffusion.debias.weights import WITHOUT_POWER, inverse_propensity, mix_judges, pair_targets, pair_weights
 
 
 @dataclass(frozen=True)

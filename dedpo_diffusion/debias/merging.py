@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.debias.coefficients import WITHOUT_POWER
 from dedpo_diffusion.debias.estimate import estimate
 from dedpo_diffusion.debias.report import make_basis, make_report
-from dedpo_diffusion.debias.weights import WITHOUT_POWER
 from dedpo_diffusion.debias.worth import Basis
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.debias.coefficients import WITHOUT_POWER, mix_judges
 from dedpo_diffusion.debias.compute import run_report, run_terms
 from dedpo_diffusion.debias.estimate import Estimate
 from dedpo_diffusion.debias.powers import Fit
 from dedpo_diffusion.debias.strata import Strata, assign_cells, choose_powers
-from dedpo_diffusion.debias.weights import WITHOUT_POWER, mix_judges
 from dedpo_diffusion.debias.worth import Basis, agreement, judge_bias, no_worth, worths
 
 HELD_OUT_FOLDS = 5  # by which the worth of many tuned powers is told

@@ -45,7 +45,7 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
             location, settings.vlm, device=settings.device, batch=settings.vlm.batch, dtype=settings.dtype, temperature=settings.temperature
         )
     if name == "openai":
-        from dedpo_diffusion.judges.openai_server import ServerJudge
+        from dedpo_diffusion.judges.openai_client import ServerJudge
 
         return ServerJudge(location, settings.vlm, settings.server, temperature=settings.temperature)
     if name == "self":

@@ -18,7 +18,7 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors
 from dedpo_diffusion.models.loading import load_pipeline
-from dedpo_diffusion.models.sharding import reshard
+from dedpo_diffusion.models.sharded_tensors import reshard
 from dedpo_diffusion.models.text_encoders import TextEncoders, chunks
 from dedpo_diffusion.pairs.pixels import bucket_shapes
 

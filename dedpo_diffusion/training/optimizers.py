@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.models.sharding import own_part
+from dedpo_diffusion.models.sharded_tensors import own_part
 
 
 def build_optimizer(

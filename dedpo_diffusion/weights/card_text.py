@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import yaml
 
-from dedpo_diffusion.weights.base import FAMILIES
+from dedpo_diffusion.weights.base_model import FAMILIES
 from dedpo_diffusion.weights.provenance import base_name, in_short, is_hub_id
 
 _SPECIAL = re.compile(r"([\\`*\[\]<>|#~$&]|(?<![^\W_])_|_(?![^\W_]))")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import atomic_folder, file_checksum, write_json
-from dedpo_diffusion.models.sharding import own_part, whole
+from dedpo_diffusion.models.sharded_tensors import own_part, whole
 
 CHECKSUMS = "checksums.json"  # of the other files of a checkpoint; those of earlier versions have none
 QUANTISED = "__bnb_optimizer_quant_state__"  # where bitsandbytes nests its moments; it reads them without the nest too

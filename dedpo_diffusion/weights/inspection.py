@@ -18,11 +18,11 @@ from dedpo_diffusion.core.console import Progress, UserError, track
 from dedpo_diffusion.core.files import is_leftover
 from dedpo_diffusion.models.single_file import CLIP, OPEN_CLIP, UNET, VAE, family, foreign
 from dedpo_diffusion.weights.adapters import WORDS, Adapter, find_adapter
-from dedpo_diffusion.weights.base import FAMILIES, Evidence, find_base
+from dedpo_diffusion.weights.base_model import FAMILIES, Evidence, find_base
+from dedpo_diffusion.weights.compatibility import A1111, COMFY, DIFFUSERS, troubles, who_reads
 from dedpo_diffusion.weights.diffusers_layout import CONFIG
 from dedpo_diffusion.weights.header import PICKLED, Header, read_header
 from dedpo_diffusion.weights.provenance import in_short, others_facts, own_facts
-from dedpo_diffusion.weights.readers import A1111, COMFY, DIFFUSERS, troubles, who_reads
 from dedpo_diffusion.weights.run_folder import best_folder, checkpoints
 
 HASHED = 2**30  # bytes; the digest of a larger file is told when it is asked for

@@ -9,7 +9,7 @@ import torch
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.single_file import opened
-from dedpo_diffusion.weights.base import DECLARED, REFINER
+from dedpo_diffusion.weights.base_model import DECLARED, REFINER
 from dedpo_diffusion.weights.diffusers_layout import PARTS, from_diffusers
 from dedpo_diffusion.weights.kohya import from_kohya
 from dedpo_diffusion.weights.lora import Lora

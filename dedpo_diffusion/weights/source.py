@@ -75,7 +75,7 @@ class Source:
 
     def apply(self, pipe: Any, strength: float, others: Sequence[tuple[Lora, float]]) -> None:
         """Work this, and other LoRAs, into a pipeline's weights, in float32 and in place."""
-        from dedpo_diffusion.weights.merging import merge, replace_weights
+        from dedpo_diffusion.weights.fusing import merge, replace_weights
 
         if self.weights is not None:
             replace_weights(pipe.unet, self.weights, strength=strength)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.judges.openai_server import Pace, ServerJudge
+from dedpo_diffusion.judges.openai_client import Pace, ServerJudge
 from support.servers import (
     SETTINGS,
     VLM,

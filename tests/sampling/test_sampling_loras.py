@@ -15,7 +15,7 @@ from dedpo_diffusion.pipelines import sample as stage
 from dedpo_diffusion.sampling import sampler as sampling
 from dedpo_diffusion.sampling.sampler import Recipe, add_loras, load_sampler, sample
 from dedpo_diffusion.weights import Lora, LoraLayer, read_lora_file, to_kohya
-from dedpo_diffusion.weights.merging import merge
+from dedpo_diffusion.weights.fusing import merge
 from support.adapters import diffusers_lora, save_lora
 
 RANK = 4

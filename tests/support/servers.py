@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dedpo_diffusion.judges.judge import Question
-from dedpo_diffusion.judges.openai_server import ServerJudge
+from dedpo_diffusion.judges.openai_client import ServerJudge
 from dedpo_diffusion.settings import ServerSettings, VlmSettings
 
 

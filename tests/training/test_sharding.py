@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from dedpo_diffusion.models.loading import load_pipeline
-from dedpo_diffusion.models.sharding import own_part, reshard, whole
+from dedpo_diffusion.models.sharded_tensors import own_part, reshard, whole
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.weights.run_folder import checkpoints
 from support.pictures import write_pairs

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.weights import Lora, LoraLayer, from_parameters, read_lora_file, to_diffusers, to_kohya, to_parameters
 from dedpo_diffusion.weights.algebra import one_alpha
-from dedpo_diffusion.weights.base import Base, look_up, modelspec, network, told_base
+from dedpo_diffusion.weights.base_model import Base, look_up, modelspec, network, told_base
 from dedpo_diffusion.weights.diffusers_layout import CONFIG
 from dedpo_diffusion.weights.header import DIGEST, save_tensors
 from dedpo_diffusion.weights.kohya import family_of
@@ -78,7 +78,7 @@ def varied(lora: Lora) -> Lora:
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_plain_diffusers_reads_layers_of_several_ranks_and_alphas(folders, tmp_path, kind):
     """In the kohya layout they have one alpha; with several of them, diffusers 0.42 computes something else."""
-    from dedpo_diffusion.weights.merging import merge
+    from dedpo_diffusion.weights.fusing import merge
 
     model = adapted(folders[kind], text=True, targets=["to_q", "to_out.0", "conv1"])
     lora = varied(from_parameters(model.trainable(), alpha=4.0))

@@ -13,7 +13,7 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pipelines import export, inspect_weights
 from dedpo_diffusion.weights import Lora, LoraLayer, read_lora_file
 from dedpo_diffusion.weights.algebra import one_alpha
-from dedpo_diffusion.weights.base import Base, told_base
+from dedpo_diffusion.weights.base_model import Base, told_base
 from dedpo_diffusion.weights.diffusers_layout import CONFIG
 from dedpo_diffusion.weights.inspection import inspect_path
 from support.adapters import adapted, as_run

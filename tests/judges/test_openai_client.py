@@ -12,7 +12,7 @@ from PIL import Image
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.judges.judge import Question, probability
-from dedpo_diffusion.judges.openai_server import ServerJudge
+from dedpo_diffusion.judges.openai_client import ServerJudge
 from dedpo_diffusion.judges.question import fitted, read_template
 from dedpo_diffusion.judges.registry import load_judge
 from dedpo_diffusion.settings import LabelSettings, VlmSettings
