@@ -82,9 +82,6 @@ class ObjectiveSettings:
             errors of a pair by equal and opposite gradients, which the balance is derived for, and none elsewhere.
         balance_clip: bound of the balance's log-ratio u.
         balance_tempering: factor of u in balance=probability, whose ratios are extreme at small timesteps without it.
-        guard: mu of Diffusion-SDPO's guard, which weakens the loser's gradient where it would raise the winner's error; None for
-            none. It looks at the labels, so the optimum shifts and debiased targets are no longer exactly unbiased. It reckons with the
-            balance, and goes with the same objectives.
         margin_cap: bound on what the part of a target outside [0, 1] can add to the margin; None leaves it unbounded.
         timesteps: the range [first, last) that timesteps are drawn from, in steps of the training schedule.
         timestep_sampling: how they are drawn from it.
@@ -104,7 +101,6 @@ class ObjectiveSettings:
     balance: Literal["none", "output", "relative", "probability"] | None = None
     balance_clip: float = 10.0
     balance_tempering: float = 1e-3
-    guard: float | None = None
     margin_cap: float | None = 10.0
     timesteps: tuple[int, int] | None = None
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"

@@ -218,19 +218,16 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         )
     if optim.average is not None and not 0 <= optim.average < 1:
         raise UserError(f"optim.average is {optim.average}; give a decay in [0, 1), or null for no moving average")
-    if objective.guard is not None and not 0 <= objective.guard < 1:
-        raise UserError(f"objective.guard is {objective.guard}; give mu in [0, 1), or null for no guard")
     if objective.power == "adaptive" and objective.kind != "sigmoid":
         raise UserError(
             f"objective.power=adaptive is derived for the gradient of objective.kind=sigmoid, not of {objective.kind}; "
             "leave it at fixed, which keeps the power of the merge"
         )
-    for name, idle in (("balance", "none"), ("guard", None)):
-        if not balanced and getattr(objective, name) not in (None, idle):
-            raise UserError(
-                f"objective.{name} is derived for objectives that move both errors of a pair by equal and opposite gradients; "
-                f"objective.kind={objective.kind} does not, so leave it out"
-            )
+    if not balanced and objective.balance not in (None, "none"):
+        raise UserError(
+            "objective.balance is derived for objectives that move both errors of a pair by equal and opposite gradients; "
+            f"objective.kind={objective.kind} does not, so leave it out"
+        )
     chosen = objective.balance or ("output" if balanced else "none")
     return dataclasses.replace(settings, objective=dataclasses.replace(objective, balance=chosen))
 

@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_from_an_adapter_survives_a_stop_bit_for_bit(tiny_mod
         {"data__sampling": "stratified"},
         {"objective__kind": "ipo", "objective__balance": "probability"},
         {"objective__kind": "kto", "objective__options": '{"undesirable": 2.0}'},
-        {"objective__kind": "cdpo", "objective__guard": 0.1},
+        {"objective__kind": "cdpo"},
         {"objective__kind": "mapo", "objective__timestep_sampling": "logit_normal", "objective__timestep_weighting": "min_snr"},
         {"objective__kind": "dr_dpo", "data__targets": "plain", "objective__timesteps": "[100, 600]"},
     ],
@@ -190,14 +190,6 @@ def test_the_balance_of_the_settings_is_the_balance_of_the_step(tiny_model, merg
     assert line["buckets"][0]["ratio"] == pytest.approx(np.exp(np.clip(u, -clip, clip)), rel=1e-5)
 
 
-def test_the_guard_of_the_settings_is_the_guard_of_the_step(tiny_model, merged_pairs, tmp_path):
-    line = first_of_one_pair(tiny_model, merged_pairs, tmp_path, objective__balance="none", objective__guard=0.9)
-    [bucket] = line["buckets"]
-    bound = 0.1 / (bucket["error_ratio"] * bucket["cosine"])
-    assert 0 < bound < 1
-    assert (line["winner_coefficient"], line["loser_coefficient"]) == (1.0, pytest.approx(bound, rel=1e-4))
-
-
 def test_timesteps_and_their_weights_are_those_of_the_settings(tiny_model, merged_pairs, tmp_path):
     """At margin 0 the loss is log 2 times the mean weight of the drawn timesteps; all pairs weigh 1."""
     changes = {"sampling": "logit_normal", "location": -0.5, "spread": 0.7, "weighting": "min_snr"}
@@ -241,7 +233,6 @@ def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path)
         ({"objective__options": '{"tau": 1.0}'}, "no option 'tau'"),
         ({"objective__timesteps": "[0, 1001]"}, "ends at 1000"),
         ({"objective__timesteps": "[5, 5]"}, "holds some"),
-        ({"objective__guard": 1.0}, "objective.guard"),
         ({"objective__beta": 0, "objective__kind": "mapo"}, "objective.beta is 0"),
         ({"objective__beta": ".inf"}, "objective.beta is inf"),
         ({"objective__margin_cap": -1, "objective__kind": "ipo"}, "objective.margin_cap is -1"),
@@ -249,7 +240,7 @@ def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path)
         ({"objective__balance_tempering": ".nan"}, "objective.balance_tempering is nan"),
         ({"objective__kind": "cdpo", "objective__options": "{flips: .nan}"}, "flips is nan"),
         ({"objective__kind": "kto", "objective__balance": "output"}, "objective.kind=kto does not, so leave it out"),
-        ({"objective__kind": "sft", "objective__guard": 0.1}, "objective.kind=sft does not, so leave it out"),
+        ({"objective__kind": "sft", "objective__balance": "relative"}, "objective.kind=sft does not, so leave it out"),
         ({"objective__kind": "cdpo", "objective__power": "adaptive"}, "not of cdpo"),
         ({"objective__kind": "dr_dpo", "objective__power": "adaptive"}, "not of dr_dpo"),
         ({"data__reference_draws": 2}, "needs data.cache"),
