@@ -197,7 +197,6 @@ class TrainSettings:
         mixed_precision: compute precision; trained weights, errors and losses stay float32.
         gradient_checkpointing: trade compute for memory; selective computes less again and saves less.
         compile: compile the UNet's transformer blocks; the first steps then take minutes.
-        channels_last: lay images out with their channels last, which convolutions on a GPU in half precision are fastest with.
         attention: torch's own attention, or that of xformers (CUDA only).
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of the newest checkpoints are kept.
@@ -221,7 +220,6 @@ class TrainSettings:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
-    channels_last: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     checkpoint_every: int = 100
     keep_checkpoints: int = 2

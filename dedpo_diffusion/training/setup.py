@@ -139,8 +139,6 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
         add_lora(settings, model)
     elif data.reference_draws is not None:
         model.place(torch.float32)
-    if settings.channels_last:
-        model.channels_last()
     if settings.compile:
         model.compile_blocks()
     if data.reference_draws is not None:  # by the kernels that the policy will be computed by
@@ -294,7 +292,7 @@ def open_grid(
     return ReferenceGrid(
         folder, source, model, loader.rows, pairs=len(reader), draws=data.reference_draws or 0,
         timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
-        batch=settings.optim.batch, kernels=[settings.attention, settings.channels_last, settings.compile],
+        batch=settings.optim.batch, kernels=[settings.attention, settings.compile],
     )  # fmt: skip
 
 

@@ -26,16 +26,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dedpo_diffusion.core.console import Progress, UserError, stage, track
 from dedpo_diffusion.evaluation.benchmarks.record import write_record
 from dedpo_diffusion.evaluation.benchmarks.throughput_arms import DTYPES, Bench, PhaseTimer, ThroughputSettings, set_up
-
-if TYPE_CHECKING:
-    from dedpo_diffusion.models.backbone import Backbone
 
 SHEET = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16, by its maker
 
@@ -156,14 +153,6 @@ def check(settings: ThroughputSettings) -> None:
         raise UserError("give at least 2 rounds, and a dataset of at least the pairs of a step")
 
 
-def speed_up(model: Backbone, settings: ThroughputSettings) -> None:
-    """Compile or lay out the project's UNet, where that was asked for."""
-    if settings.channels_last:
-        model.channels_last()
-    if settings.compile:
-        model.compile_blocks()
-
-
 def summarise(
     settings: ThroughputSettings, seconds: dict[str, list[float]], flop: dict[str, float], memory: dict[str, Any], phases: dict[str, Any],
     peak: float,
@@ -225,7 +214,8 @@ def run(settings: ThroughputSettings) -> None:
             progress.advance()
         bench = set_up(settings, model, Path(place))
         flop = count_flop(bench)  # before anything is compiled, which the counter cannot look into
-        speed_up(model, settings)
+        if settings.compile:
+            model.compile_blocks()
         memory = peak_memory(bench, settings.device)
         peak = matrix_peak(settings, bench.wait)
         seconds = time_rounds(bench, settings)

@@ -40,7 +40,6 @@ class ThroughputSettings:
         rank: of the adapter, and its alpha.
         gradient_checkpointing: in all arms alike.
         compile: compile the UNet's blocks, in this project's arms.
-        channels_last: lay out the UNet's convolutions so, in this project's arms.
         rounds: that are timed.
         warmup: rounds before them.
         steps: of each arm in a round.
@@ -58,7 +57,6 @@ class ThroughputSettings:
     rank: int = 8
     gradient_checkpointing: bool = False
     compile: bool = False
-    channels_last: bool = False
     rounds: int = 24
     warmup: int = 2
     steps: int = 1

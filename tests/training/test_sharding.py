@@ -135,7 +135,6 @@ def test_parts_make_the_whole(world):
         (FSDP, FULL | {"optim__optimizer": "adafactor"}, "take adamw"),
         (FSDP, FULL | {"compile": "true"}, "compile=true"),
         (FSDP, FULL | {"validation__every": 2, "validation__pairs": "held-out"}, "validation.every"),
-        (FSDP, FULL | {"channels_last": "true"}, "channels_last=true"),
         (FSDP, FULL, "needs several processes"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "take FSDP2"),
     ],
