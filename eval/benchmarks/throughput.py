@@ -2,7 +2,6 @@
 
     python eval/benchmarks/throughput.py --out throughput.json
     python eval/benchmarks/throughput.py --model sdxl --device cuda --dtype bf16 --gradient_checkpointing true --steps 4 --out sdxl.json
-    python eval/benchmarks/throughput.py --model sd15 --weights full --device cuda --dtype bf16 --steps 4 --out sd15_full.json
 
 Arms: `published`, what the published scripts do (`published_step.py` says which, and which facts); `live`, this project without a cache;
 `cached`, with latents and text from a cache on disk; `stored`, with the reference's errors known too. The project's arms run
@@ -145,8 +144,6 @@ def check(settings: ThroughputSettings) -> None:
     """Raises UserError for settings that do not go together."""
     import torch
 
-    if settings.weights == "full" and settings.model != "sd15":
-        raise UserError("weights=full is compared with Salesforce's script for SD1.5; give --model sd15 with it")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, and torch sees none; give --device cpu")
     if settings.rounds < 2 or settings.dataset < settings.pairs:
