@@ -118,7 +118,7 @@ class OptimSettings:
     """How it is minimised.
 
     Args:
-        optimizer: adamw; adamw_8bit (bitsandbytes, CUDA) and adafactor keep less in memory.
+        optimizer: adamw; adamw_8bit (bitsandbytes, CUDA) keeps less in memory.
         learning_rate: peak learning rate; it should scale like 1 / beta.
         steps: optimizer steps.
         batch: pairs in one forward pass of one process.
@@ -131,7 +131,7 @@ class OptimSettings:
         average: decay of a moving average of what is trained, for each step; it is exported in its place. None keeps none.
     """
 
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: float = 1e-4
     steps: int = 1000
     batch: int = 4

@@ -210,10 +210,6 @@ def resolve(settings: TrainSettings) -> TrainSettings:
             raise UserError(f"objective.options: {name} is {value}; give a finite number")
     if settings.weights == "full" and settings.lora != LoraSettings():
         raise UserError("weights=full trains no adapter; leave the options of lora out")
-    if settings.weights == "lora" and optim.optimizer == "adafactor":
-        raise UserError(
-            "optim.optimizer=adafactor takes steps in proportion to a parameter's size, which is 0 for a fresh adapter; take adamw"
-        )
     if optim.average is not None and not 0 <= optim.average < 1:
         raise UserError(f"optim.average is {optim.average}; give a decay in [0, 1), or null for no moving average")
     if objective.power == "adaptive" and objective.kind != "sigmoid":

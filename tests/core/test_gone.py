@@ -43,6 +43,7 @@ def test_it_names_what_there_is():
     for kind in REMOVED:
         assert f"objective.kind takes {', '.join(kinds[:-1])} or {kinds[-1]}" in GONE[f"objective.kind={kind}"]
     assert not {"rounds", "extrapolation"} & set(OptimSettings.__dataclass_fields__)
+    assert "adafactor" not in OptimSettings.__annotations__["optimizer"]
     assert "guard" not in ObjectiveSettings.__dataclass_fields__ and "channels_last" not in TrainSettings.__dataclass_fields__
 
 

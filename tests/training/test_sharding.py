@@ -132,7 +132,7 @@ def test_parts_make_the_whole(world):
         (FSDP, {}, "FSDP2 is for weights=full"),
         (FSDP | {"FSDP_VERSION": "1"}, FULL, "--fsdp_version 2"),
         (FSDP, FULL | {"mixed_precision": "fp16"}, "take bf16"),
-        (FSDP, FULL | {"optim__optimizer": "adafactor"}, "take adamw"),
+        (FSDP, FULL | {"optim__optimizer": "adamw_8bit"}, "take adamw"),
         (FSDP, FULL | {"compile": "true"}, "compile=true"),
         (FSDP, FULL | {"validation__every": 2, "validation__pairs": "held-out"}, "validation.every"),
         (FSDP, FULL, "needs several processes"),
