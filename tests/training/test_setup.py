@@ -17,8 +17,12 @@ from dedpo_diffusion.dpo.balance import probability_scale
 from dedpo_diffusion.dpo.noising import TimestepDraw, draw
 from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.models.backbone import Backbone
+from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.training.data import PairLoader
+from dedpo_diffusion.settings import DataSettings, TrainSettings
+from dedpo_diffusion.training.cache import cache_folder
+from dedpo_diffusion.training.data import LiveSource, PairLoader, cache_identity
+from dedpo_diffusion.training.setup import open_grid
 from support.pictures import write_pairs
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
@@ -188,6 +192,22 @@ def test_the_balance_of_the_settings_is_the_balance_of_the_step(tiny_model, merg
     u = {"output": np.log(ratio), "relative": 0.0, "probability": 0.5 * scale.item() * winner * (ratio**2 - 1)}[mode]
     assert mode == "relative" or abs(u) > 0.0005
     assert line["buckets"][0]["ratio"] == pytest.approx(np.exp(np.clip(u, -clip, clip)), rel=1e-5)
+
+
+def test_reference_errors_are_kept_apart_by_the_kernels_that_compute_them(tiny_model, merged_pairs, tmp_path):
+    """Of no rows, so that the folders are made and nothing is computed."""
+    model, reader = Backbone(str(tiny_model), device=torch.device("cpu")), PairReader(merged_pairs)
+    data = DataSettings(merged_pairs, "plain", cache=tmp_path, reference_draws=1)
+    loader = PairLoader(
+        reader, LiveSource(reader, model, data, size=model.size, seed=0), targets="plain", seed=0, sampling="uniform", together=4
+    )
+    loader.rows = loader.rows[:0]
+    cache_folder(tmp_path, cache_identity(model, data, pairs="p", size=model.size)).mkdir(parents=True)
+    settings = TrainSettings(model=str(tiny_model), out=tmp_path / "run", data=data)
+    changes = ({}, {"compile": True}, {"attention": "xformers"}, {"seed": 1})
+    ways = [dataclasses.replace(settings, **changed) for changed in changes]
+    folders = [open_grid(way, reader, loader.source, model, loader, "p", model.size).folder for way in ways]
+    assert len(set(folders)) == 3 and folders[3] == folders[0]
 
 
 def test_timesteps_and_their_weights_are_those_of_the_settings(tiny_model, merged_pairs, tmp_path):
