@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.settings import OptimSettings, TrainSettings
 
-STEP_OPTIONS = ("beta", "kind", "options", "margin_cap", "balance", "balance_clip", "balance_tempering", "guard")  # of `preference_step`
+STEP_OPTIONS = ("beta", "kind", "options", "margin_cap", "balance", "balance_clip", "balance_tempering")  # of `preference_step`
 NOTED = {"loss": "loss", "implicit accuracy": "implicit_accuracy"}  # beside the progress, by their key in a line of metrics
 
 if TYPE_CHECKING:

@@ -10,6 +10,9 @@ _ROUNDS = "is gone; train, export the adapter, and train another run with it as 
 _OBJECTIVES = "is gone; objective.kind takes sigmoid, ipo, cdpo, dr_dpo, kto, mapo or sft"
 GONE = {  # "option" or "option=value" -> the rest of the sentence
     "objective.power=follow": "is now objective.power=adaptive",
+    "channels_last": "is gone; leave it out: it won nothing where it was measured",
+    "objective.guard": "is gone; objective.balance=output does what it was for, without a look at the labels",
+    "optim.optimizer=adafactor": "is gone; optim.optimizer takes adamw, or adamw_8bit, whose moments take a quarter of the memory",
     "optim.rounds": _ROUNDS,
     "optim.extrapolation": _ROUNDS,
     **{

@@ -66,9 +66,8 @@ def merge_labels(
         synthetic: (N,) the judge's, in [0, 1], or (N, K) those of K <= 8 judges; None or NaN only for `human_only` (and for
             labelled pairs in `naive`).
         method: `tuned` fits the power to the labelled pairs, `dedpo` takes 1 as published (not capped; of the mean of several
-            judges), `human_only` is power 0, `naive` takes the human label where there is one and the judges' mean
-            elsewhere, which is biased; `adapted` is for a judge that people taught (`dedpo calibrate --method adapt`): its
-            labels everywhere, those of labelled pairs moved towards the answers (see `imputation`).
+            judges), `human_only` is power 0, `naive` takes the human label, or else the judges' mean, which is biased;
+            `adapted` is for a judge that people taught (`dedpo calibrate --method adapt`), see `imputation`.
         power: a power in [0, 1] to use instead of the method's, for several judges one each with a sum of at most 1 (`dedpo`
             and `tuned` only); not capped.
         propensity: probability in (0, 1] that a pair was labelled, a number or (N,); None is the labelled share of the pair's
@@ -77,17 +76,14 @@ def merge_labels(
         seed: seed of the bootstrap of `effective_human_labels` and of the folds.
         strata: (N,) name of each pair's stratum, text or whole numbers. Each has a labelled share and powers of its own, the
             powers shrunk towards the common ones. Strata with fewer than 10 human labels are joined into "(small strata)".
-        rule: how a tuned power is chosen: `plug_in` the estimate, `half` half of it, which keeps three quarters of the gain at
-            margin 0 and is safer once margins have grown, `minus_se` one standard error less, `cross_fitted` fitted to
-            the labels of other folds, so that no label has a part in its own pair's power.
+        rule: how a tuned power is chosen: `plug_in` the estimate, `half` half of it (three quarters of the gain at margin 0, safer
+            once margins have grown), `minus_se` one standard error less, `cross_fitted` fitted to the labels of other folds.
         judges: names of the judges, for the report.
         folds: of `cross_fitted`, drawn at random, the labelled pairs dealt out evenly in each stratum.
         correction: of `adapted`: c in p + max(1, c h) (z - p) of a labelled pair, from the labelled share or less (the human label
             in place) to 1 (DeDPO). None takes the James-Stein factor of the residuals z - p, and holds c h at `max_overshoot`.
-        features: (N, F) differences of what is known of a pair's images before training, for `adapted`: directions in which the
-            judge's error may be systematic, besides the judge's own.
-        rater_agreement: for `adapted`: how often two people agree on a pair, if that is known. A single answer then moves its
-            pair's target as far as its noise allows, not all the way.
+        features: (N, F) of `adapted`: differences of a pair's images, in whose directions the judge's error may be systematic.
+        rater_agreement: of `adapted`: how often two people agree on a pair; an answer then moves its target as far as its noise allows.
         visits, noise_ratio: of `tuned` and `dedpo`: optimizer steps times pairs of a step, and the mean squared gradient of a
             visit over that of a pair. `tuned` takes the power that is best in a run of this length (`compute`).
 
@@ -96,21 +92,19 @@ def merge_labels(
         `power_se`, `power_cap` (the least of the strata's or folds'), `capped_share` (of the pairs whose power it holds down),
         `overshoot`, `share_outside`, `max_abs_offset` (the largest |target - 0.5|), `judge_bias` (mean of g - z),
         `effective_human_labels`, the same at power 1, `human_labels_alone` (their worth without a judge), `rule`, `folds` (of
-        cross-fitting), `judges` and `strata` (the figures of each, by name), `merged_strata` (those that were too small), and
+        cross-fitting), `judges` and `strata` (the figures of each, by name), `merged_strata` (those that were too small),
         `sentences`, `mean_abs_offset` (how sharp the targets are: the mean of |target - 0.5| by weight), `correction` (of
-        `adapted`: c, the factor wanted, |B|^2, V, ...) and `run` (of `visits`); None stands where a number
-        does not exist. Of several judges, agreement and bias are those of the mixed label and powers those of all together.
-        Agreement and bias are those of all pairs, of labelled ones weighted by strata and propensities. A worth is counted in
-        human labels taken at random from all pairs (a stratum's: from the stratum), or, where propensities are unequal within a
-        stratum, in labels taken with the same (`worth_reference`). That of tuned
-        powers of several judges or strata is told by powers fitted to other pairs.
+        `adapted`: c, the factor wanted, |B|^2, V, ...) and `run` (of `visits`); None stands where a number does not exist. Of
+        several judges, agreement and bias are those of the mixed label and powers those of all together. Agreement and bias are
+        those of all pairs, of labelled ones weighted by strata and propensities. A worth is counted in human labels taken at
+        random from all pairs (a stratum's: from the stratum), or, where propensities are unequal within a stratum, in labels taken
+        with the same (`worth_reference`); that of tuned powers of several judges or strata is told by powers fitted to other pairs.
 
     Raises:
         ValueError: a label or option that cannot be used; the message names index and remedy.
 
-    With a fixed power the loss is unbiased for labels taken at random (in each stratum), whatever the judges; so is it with
-    `cross_fitted`, whose folds have labelled shares of their own. `plug_in`, `half` and `minus_se` use each label twice, in
-    the loss and in the power, and are unbiased up to terms of order 1 / (number of human labels).
+    With a fixed power or `cross_fitted` the loss is unbiased for labels taken at random (in each stratum), whatever the judges; the other
+    rules use each label twice, in loss and power, and are unbiased up to terms of order 1 / (number of human labels).
 
     Reference: DeDPO, arXiv 2602.06195; PPI++, arXiv 2311.01453, for the power.
     """

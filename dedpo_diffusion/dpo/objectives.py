@@ -149,7 +149,7 @@ class Objective:
         loss: from Pairs and the options to (B,) unweighted losses.
         affine: whether the loss is affine in the target, so that debiased targets outside [0, 1] keep their meaning.
         balanced: whether it moves the two errors by opposite gradients of one size, as every function of e_0 - e_1 does: what the
-            balance and the guard are derived for.
+            balance is derived for.
         needs: what it needs beside policy errors and labels: "reference" errors, the whole "batch".
         options: its options and their defaults.
     """

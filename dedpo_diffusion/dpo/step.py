@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dedpo_diffusion.core.records import Conditioning, PairBatch, StepResult
-from dedpo_diffusion.dpo.balance import balance_coefficients, guard_factors, probability_scale, scale_gradients
+from dedpo_diffusion.dpo.balance import balance_coefficients, probability_scale, scale_gradients
 from dedpo_diffusion.dpo.losses import implicit_rewards, margin
 from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors, residual_cosine
 from dedpo_diffusion.dpo.objectives import find_objective, objective_loss
@@ -43,7 +43,6 @@ def preference_step(
     balance: str = "output",
     balance_clip: float = 10.0,
     balance_tempering: float = 1e-3,
-    guard: float | None = None,
     timestep_weight: Tensor | None = None,
 ) -> StepResult:
     """The weighted preference loss of each pair.
@@ -58,7 +57,6 @@ def preference_step(
         noise: (B, C, h, w), one draw a pair.
         beta, kind, options, margin_cap: see `objectives`.
         balance, balance_clip, balance_tempering: see `balance`.
-        guard: mu of Diffusion-SDPO's guard, None for none; it looks at the labels, see `balance.guard_factors`.
         timestep_weight: (B,) factors of the pair losses, outside the sigmoid.
 
     Returns:
@@ -79,8 +77,6 @@ def preference_step(
             process.alphas_cumprod, timesteps, noise[0].numel(), tempering=balance_tempering, prediction=process.prediction
         )
     factors = balance_coefficients(policy_errors, reference_errors, mode=balance, clip=balance_clip, scale=scale)
-    if guard is not None:
-        factors = factors * guard_factors(policy_errors, cosine, batch.target, mu=guard, balance=factors)
     scaled = scale_gradients(policy_errors, factors)
     loss = objective_loss(
         scaled,

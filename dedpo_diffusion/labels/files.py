@@ -34,7 +34,6 @@ VOTE_COLUMNS = ("pair_id", "label_0", "votes", "rater")
 VOTE_EXTRAS = {"swapped": "true or false", "repeat": "true or false", "seconds": "a number", "time": "text"}
 TARGET_COLUMNS = ("pair_id", "target", "weight")
 TARGET_EXTRAS = ("human", "judge", "inverse", "power")  # what the targets were merged from
-FORMER_EXTRAS = ("doubt",)  # that earlier versions wrote and nothing reads any more
 
 
 # ---- labels
@@ -295,7 +294,7 @@ def read_targets(folder: Path, name: str) -> Targets:
     path = _existing(folder, "targets", name)
     with open_parquet(path) as file:
         schema = file.schema_arrow
-        check_columns(path, schema, TARGET_COLUMNS, (*TARGET_EXTRAS, *FORMER_EXTRAS), source=False)
+        check_columns(path, schema, TARGET_COLUMNS, TARGET_EXTRAS, source=False)
         numbers = [name for name in (*TARGET_COLUMNS[1:], *TARGET_EXTRAS) if name in schema.names]
         check_types(path, schema, {"pair_id": "text"} | dict.fromkeys(numbers, "a number"))
         table = file.read(use_threads=False)

@@ -125,10 +125,6 @@ class Backbone:
         self.unet.compile_repeated_blocks()
         self._compiled = True
 
-    def channels_last(self) -> None:
-        """Keep images with their channels last, which convolutions in half precision are fastest with."""
-        self.unet.to(memory_format=torch.channels_last)
-
     def place(self, dtype: torch.dtype | None = None) -> None:
         """Move the UNet to the device, in the compute precision or another; until then it leaves the device to the encoders."""
         self.unet.to(device=self.device, dtype=dtype or self.dtype)

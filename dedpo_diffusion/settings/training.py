@@ -82,9 +82,6 @@ class ObjectiveSettings:
             errors of a pair by equal and opposite gradients, which the balance is derived for, and none elsewhere.
         balance_clip: bound of the balance's log-ratio u.
         balance_tempering: factor of u in balance=probability, whose ratios are extreme at small timesteps without it.
-        guard: mu of Diffusion-SDPO's guard, which weakens the loser's gradient where it would raise the winner's error; None for
-            none. It looks at the labels, so the optimum shifts and debiased targets are no longer exactly unbiased. It reckons with the
-            balance, and goes with the same objectives.
         margin_cap: bound on what the part of a target outside [0, 1] can add to the margin; None leaves it unbounded.
         timesteps: the range [first, last) that timesteps are drawn from, in steps of the training schedule.
         timestep_sampling: how they are drawn from it.
@@ -104,7 +101,6 @@ class ObjectiveSettings:
     balance: Literal["none", "output", "relative", "probability"] | None = None
     balance_clip: float = 10.0
     balance_tempering: float = 1e-3
-    guard: float | None = None
     margin_cap: float | None = 10.0
     timesteps: tuple[int, int] | None = None
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
@@ -122,7 +118,7 @@ class OptimSettings:
     """How it is minimised.
 
     Args:
-        optimizer: adamw; adamw_8bit (bitsandbytes, CUDA) and adafactor keep less in memory.
+        optimizer: adamw; adamw_8bit (bitsandbytes, CUDA) keeps less in memory.
         learning_rate: peak learning rate; it should scale like 1 / beta.
         steps: optimizer steps.
         batch: pairs in one forward pass of one process.
@@ -135,7 +131,7 @@ class OptimSettings:
         average: decay of a moving average of what is trained, for each step; it is exported in its place. None keeps none.
     """
 
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: float = 1e-4
     steps: int = 1000
     batch: int = 4
@@ -201,7 +197,6 @@ class TrainSettings:
         mixed_precision: compute precision; trained weights, errors and losses stay float32.
         gradient_checkpointing: trade compute for memory; selective computes less again and saves less.
         compile: compile the UNet's transformer blocks; the first steps then take minutes.
-        channels_last: lay images out with their channels last, which convolutions on a GPU in half precision are fastest with.
         attention: torch's own attention, or that of xformers (CUDA only).
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of the newest checkpoints are kept.
@@ -225,7 +220,6 @@ class TrainSettings:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
-    channels_last: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     checkpoint_every: int = 100
     keep_checkpoints: int = 2

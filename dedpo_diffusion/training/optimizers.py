@@ -17,9 +17,7 @@ def build_optimizer(
     """An optimizer over float32 parameters.
 
     Args:
-        name: "adamw"; "adamw_8bit", whose moments take a quarter of the memory (bitsandbytes, CUDA only); "adafactor" (arXiv
-            1804.04235), which keeps row and column means of a matrix's second moment and no first one. Its steps are
-            `learning_rate` times the size of the parameter, so it does not move an adapter that starts at 0; `betas` is not for it.
+        name: "adamw"; "adamw_8bit", whose moments take a quarter of the memory (bitsandbytes, CUDA only).
         parameters: what is trained.
         learning_rate: until the loop sets another.
         betas: decays of AdamW's moments.
@@ -30,16 +28,14 @@ def build_optimizer(
     """
     parameters = list(parameters)
     on_gpu = bool(parameters) and all(parameter.is_cuda for parameter in parameters)
-    if name == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=on_gpu or None)
     if not on_gpu:
-        raise UserError(f"optim.optimizer={name} needs a CUDA device; take adamw or adafactor")
+        raise UserError(f"optim.optimizer={name} needs a CUDA device; take adamw")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise UserError(f"optim.optimizer={name} needs `pip install bitsandbytes` ({error}); or take adamw or adafactor") from error
+        raise UserError(f"optim.optimizer={name} needs `pip install bitsandbytes` ({error}); or take adamw") from error
     return AdamW8bit(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
 

@@ -139,8 +139,6 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
         add_lora(settings, model)
     elif data.reference_draws is not None:
         model.place(torch.float32)
-    if settings.channels_last:
-        model.channels_last()
     if settings.compile:
         model.compile_blocks()
     if data.reference_draws is not None:  # by the kernels that the policy will be computed by
@@ -212,25 +210,18 @@ def resolve(settings: TrainSettings) -> TrainSettings:
             raise UserError(f"objective.options: {name} is {value}; give a finite number")
     if settings.weights == "full" and settings.lora != LoraSettings():
         raise UserError("weights=full trains no adapter; leave the options of lora out")
-    if settings.weights == "lora" and optim.optimizer == "adafactor":
-        raise UserError(
-            "optim.optimizer=adafactor takes steps in proportion to a parameter's size, which is 0 for a fresh adapter; take adamw"
-        )
     if optim.average is not None and not 0 <= optim.average < 1:
         raise UserError(f"optim.average is {optim.average}; give a decay in [0, 1), or null for no moving average")
-    if objective.guard is not None and not 0 <= objective.guard < 1:
-        raise UserError(f"objective.guard is {objective.guard}; give mu in [0, 1), or null for no guard")
     if objective.power == "adaptive" and objective.kind != "sigmoid":
         raise UserError(
             f"objective.power=adaptive is derived for the gradient of objective.kind=sigmoid, not of {objective.kind}; "
             "leave it at fixed, which keeps the power of the merge"
         )
-    for name, idle in (("balance", "none"), ("guard", None)):
-        if not balanced and getattr(objective, name) not in (None, idle):
-            raise UserError(
-                f"objective.{name} is derived for objectives that move both errors of a pair by equal and opposite gradients; "
-                f"objective.kind={objective.kind} does not, so leave it out"
-            )
+    if not balanced and objective.balance not in (None, "none"):
+        raise UserError(
+            "objective.balance is derived for objectives that move both errors of a pair by equal and opposite gradients; "
+            f"objective.kind={objective.kind} does not, so leave it out"
+        )
     chosen = objective.balance or ("output" if balanced else "none")
     return dataclasses.replace(settings, objective=dataclasses.replace(objective, balance=chosen))
 
@@ -297,7 +288,7 @@ def open_grid(
     return ReferenceGrid(
         folder, source, model, loader.rows, pairs=len(reader), draws=data.reference_draws or 0,
         timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
-        batch=settings.optim.batch, kernels=[settings.attention, settings.channels_last, settings.compile],
+        batch=settings.optim.batch, kernels=[settings.attention, settings.compile],
     )  # fmt: skip
 
 

@@ -57,8 +57,8 @@ def _check_fsdp(settings: TrainSettings) -> None:
         raise UserError("mixed_precision=fp16 does not go with FSDP2; take bf16")
     if settings.validation.every is not None:
         raise UserError("validation.every does not go with FSDP2; leave it out, and judge what `dedpo export` writes")
-    if settings.compile or settings.channels_last:
-        raise UserError(f"{'compile' if settings.compile else 'channels_last'}=true does not go with FSDP2; leave it out")
+    if settings.compile:
+        raise UserError("compile=true does not go with FSDP2; leave it out")
     if settings.optim.optimizer != "adamw":
         raise UserError(f"optim.optimizer={settings.optim.optimizer} does not go with FSDP2; take adamw, whose moments are shared out")
 

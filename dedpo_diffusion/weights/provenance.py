@@ -56,7 +56,6 @@ def in_short(trained: Mapping[str, Any]) -> dict[str, str]:
         "objective options": ", ".join(f"{key} {value:g}" for key, value in (objective.get("options") or {}).items()) or None,
         "beta": objective.get("beta"),
         "balance": objective.get("balance"),
-        "guard": objective.get("guard"),
         "power in training": objective.get("power"),
         "trained": "all weights of the UNet" if trained.get("weights") == "full" else _adapter(lora) if lora else None,
         "optimizer": optim.get("optimizer"),

@@ -1,8 +1,8 @@
 """A training step as the published Diffusion-DPO scripts take it: what `throughput.py` compares this project's step with.
 
-Read for it, and written anew from these facts:
+Read for it: diffusers, examples/research_projects/diffusion_dpo/train_diffusion_dpo_sdxl.py and train_diffusion_dpo.py (commit 58eb52c0).
+Written anew from these facts:
 
-LoRA: diffusers, examples/research_projects/diffusion_dpo/train_diffusion_dpo_sdxl.py and train_diffusion_dpo.py (commit 58eb52c0).
 * Images are decoded, scaled, mirrored and cropped in the main process (`dataloader_num_workers` is 0), prompts tokenized there.
 * In every step the VAE encodes all 2 B images, eight at a time, in float32 for SDXL and in the compute precision for SD1.5; then the text
   encoders run, in the compute precision.
@@ -14,14 +14,7 @@ LoRA: diffusers, examples/research_projects/diffusion_dpo/train_diffusion_dpo_sd
   device.
 * Gradient checkpointing is an option that its README uses. So are 8-bit moments, whose cost an adapter does not notice.
 
-Every weight: Salesforce's DiffusionDPO, train.py and launchers/sd15.sh (commit 5233e759), for SD1.5.
-* The frozen reference is a UNet of its own in the compute precision, outside of autocast; the policy is float32 under autocast. The
-  order is the same: one batch of 2 B, the policy's pass first. VAE and text encoder in the compute precision.
-* Images are decoded by 16 workers (here as many as there are cores, if that is fewer). AdamW over all weights, not fused; no gradient
-  checkpointing unless asked for; the loss with 1 / 2.
-* It asks for xformers; here torch's attention takes its place, in both arms alike.
-
-Left out in all of them: logging to a tracker, the learning rate's schedule, accelerate's wrapping. They are cheap, and leaving them out
+Left out: logging to a tracker, the learning rate's schedule, accelerate's wrapping. They are cheap, and leaving them out
 favours the published step.
 """
 
@@ -29,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -91,7 +83,6 @@ class PublishedStep:
     Args:
         model: where the weights come from, placed on the device, before it has an adapter or is trained.
         examples: the pairs.
-        full: every weight, as Salesforce's script; else an adapter, as those of diffusers.
         rank: of the adapter; its alpha is the same.
         batch: B.
         beta: of the loss with the factor 1 / 2.
@@ -100,7 +91,7 @@ class PublishedStep:
     """
 
     def __init__(
-        self, model: Backbone, examples: Examples, *, full: bool, rank: int, batch: int, beta: float, learning_rate: float,
+        self, model: Backbone, examples: Examples, *, rank: int, batch: int, beta: float, learning_rate: float,
         checkpointing: bool,
     ) -> None:  # fmt: skip
         from diffusers import DDPMScheduler
@@ -111,23 +102,17 @@ class PublishedStep:
         self.scheduler.alphas_cumprod = model.process.alphas_cumprod
         self.vae = _in(model.vae, torch.float32 if self.xl else self.dtype).to(self.device)
         self.text_encoders = [_in(encoder, self.dtype).to(self.device) for encoder in model.text.encoders]
-        self.unet = copy.deepcopy(model.unet).to(self.device, torch.float32 if full else self.dtype)
-        self.reference: Any = None
-        if full:
-            self.reference = copy.deepcopy(self.unet).to(self.dtype).requires_grad_(False)
-            self.unet.requires_grad_(True)
-        else:
-            targets = ["to_k", "to_q", "to_v", "to_out.0"]
-            self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
-            for parameter in self.trainable():  # as under fp16, which the README's commands use
-                parameter.data = parameter.data.float()
+        self.unet = copy.deepcopy(model.unet).to(self.device, self.dtype)
+        targets = ["to_k", "to_q", "to_v", "to_out.0"]
+        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
+        for parameter in self.trainable():  # as under fp16, which the README's commands use
+            parameter.data = parameter.data.float()
         self.unet.train()
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
         options: dict[str, Any] = {"lr": learning_rate, "betas": (0.9, 0.999), "weight_decay": 1e-2, "eps": 1e-8}
         self.optimizer = torch.optim.AdamW(self.trainable(), **options)
-        loader = DataLoader(examples, batch, shuffle=True, drop_last=True, num_workers=min(16, os.cpu_count() or 1) if full else 0)
-        self.batches = _endless(loader)
+        self.batches = _endless(DataLoader(examples, batch, shuffle=True, drop_last=True))
 
     def trainable(self) -> list[nn.Parameter]:
         """What the optimizer moves."""
@@ -164,13 +149,10 @@ class PublishedStep:
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
         errors = _errors(prediction, target)
         with phase("reference"), torch.no_grad():
-            if self.reference is not None:
-                predicted = self.reference(noisy, timesteps, text, added_cond_kwargs=added).sample
-            else:
-                self.unet.disable_adapters()
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    predicted = self.unet(noisy, timesteps, text, added_cond_kwargs=added).sample
-                self.unet.enable_adapters()
+            self.unet.disable_adapters()
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                predicted = self.unet(noisy, timesteps, text, added_cond_kwargs=added).sample
+            self.unet.enable_adapters()
         reference_errors = _errors(predicted, target)
         (winner, loser), (base_winner, base_loser) = errors.chunk(2), reference_errors.chunk(2)
         inside = -0.5 * self.beta * ((winner - loser) - (base_winner - base_loser))

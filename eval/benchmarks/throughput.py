@@ -2,7 +2,6 @@
 
     python eval/benchmarks/throughput.py --out throughput.json
     python eval/benchmarks/throughput.py --model sdxl --device cuda --dtype bf16 --gradient_checkpointing true --steps 4 --out sdxl.json
-    python eval/benchmarks/throughput.py --model sd15 --weights full --device cuda --dtype bf16 --steps 4 --out sd15_full.json
 
 Arms: `published`, what the published scripts do (`published_step.py` says which, and which facts); `live`, this project without a cache;
 `cached`, with latents and text from a cache on disk; `stored`, with the reference's errors known too. The project's arms run
@@ -26,16 +25,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dedpo_diffusion.core.console import Progress, UserError, stage, track
 from dedpo_diffusion.evaluation.benchmarks.record import write_record
 from dedpo_diffusion.evaluation.benchmarks.throughput_arms import DTYPES, Bench, PhaseTimer, ThroughputSettings, set_up
-
-if TYPE_CHECKING:
-    from dedpo_diffusion.models.backbone import Backbone
 
 SHEET = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16, by its maker
 
@@ -148,20 +144,10 @@ def check(settings: ThroughputSettings) -> None:
     """Raises UserError for settings that do not go together."""
     import torch
 
-    if settings.weights == "full" and settings.model != "sd15":
-        raise UserError("weights=full is compared with Salesforce's script for SD1.5; give --model sd15 with it")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, and torch sees none; give --device cpu")
     if settings.rounds < 2 or settings.dataset < settings.pairs:
         raise UserError("give at least 2 rounds, and a dataset of at least the pairs of a step")
-
-
-def speed_up(model: Backbone, settings: ThroughputSettings) -> None:
-    """Compile or lay out the project's UNet, where that was asked for."""
-    if settings.channels_last:
-        model.channels_last()
-    if settings.compile:
-        model.compile_blocks()
 
 
 def summarise(
@@ -225,7 +211,8 @@ def run(settings: ThroughputSettings) -> None:
             progress.advance()
         bench = set_up(settings, model, Path(place))
         flop = count_flop(bench)  # before anything is compiled, which the counter cannot look into
-        speed_up(model, settings)
+        if settings.compile:
+            model.compile_blocks()
         memory = peak_memory(bench, settings.device)
         peak = matrix_peak(settings, bench.wait)
         seconds = time_rounds(bench, settings)

@@ -33,14 +33,12 @@ class ThroughputSettings:
     Args:
         out: file for the result (JSON).
         model: what is trained.
-        weights: an adapter, or every weight.
         device: cpu or cuda.
         dtype: compute precision.
         pairs: of a step.
         rank: of the adapter, and its alpha.
         gradient_checkpointing: in all arms alike.
         compile: compile the UNet's blocks, in this project's arms.
-        channels_last: lay out the UNet's convolutions so, in this project's arms.
         rounds: that are timed.
         warmup: rounds before them.
         steps: of each arm in a round.
@@ -51,14 +49,12 @@ class ThroughputSettings:
 
     out: Path
     model: Literal["small_sdxl", "sdxl", "sd15"] = "small_sdxl"
-    weights: Literal["lora", "full"] = "lora"
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bf16"] = "float32"
     pairs: int = 4
     rank: int = 8
     gradient_checkpointing: bool = False
     compile: bool = False
-    channels_last: bool = False
     rounds: int = 24
     warmup: int = 2
     steps: int = 1
@@ -193,9 +189,9 @@ def train_settings(settings: ThroughputSettings, pairs: Path, cache: Path) -> An
 
     return resolve(
         TrainSettings(
-            model=settings.model, out=pairs / "run", weights=settings.weights,
+            model=settings.model, out=pairs / "run",
             data=DataSettings(pairs, "benchmark", cache=cache, sampling="uniform", reference_draws=2),
-            lora=LoraSettings(rank=settings.rank, alpha=settings.rank) if settings.weights == "lora" else LoraSettings(),
+            lora=LoraSettings(rank=settings.rank, alpha=settings.rank),
             optim=OptimSettings(batch=settings.pairs, learning_rate=1e-6),
             mixed_precision="no" if settings.dtype == "float32" else "bf16", gradient_checkpointing=settings.gradient_checkpointing,
         )
@@ -212,7 +208,7 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     from dedpo_diffusion.training.optimizers import build_optimizer
     from dedpo_diffusion.training.setup import Session, add_lora, open_grid, timestep_draw
 
-    full, size = settings.weights == "full", model.size
+    size = model.size
     reader = PairReader(write_dataset(folder / "pairs", settings.dataset, size))
     told = train_settings(settings, reader.folder, folder / "cache")
     optim, data = told.optim, told.data
@@ -221,17 +217,14 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     cached = CachedSource(open_cache(reader, model, data, root=data.cache, fingerprint=reader.fingerprint(), size=size), model.channels)
     visited: dict[str, Any] = {"targets": data.targets, "seed": told.seed, "sampling": data.sampling, "together": optim.batch}
     loaders = {name: PairLoader(reader, live if name == "live" else cached, **visited) for name in OURS}
-    model.place(torch.float32 if full else None)
+    model.place()
     preferred = (loaders["live"].target < 0.5).int().numpy()
     published = PublishedStep(
-        model, Examples(reader, preferred, model.text.tokenizers, size, flip=True), full=full, rank=settings.rank, batch=optim.batch,
+        model, Examples(reader, preferred, model.text.tokenizers, size, flip=True), rank=settings.rank, batch=optim.batch,
         beta=told.objective.beta, learning_rate=optim.learning_rate, checkpointing=settings.gradient_checkpointing,
     )  # fmt: skip
-    if not full:
-        add_lora(told, model)
+    add_lora(told, model)
     loaders["stored"].grid = open_grid(told, reader, cached, model, loaders["stored"], reader.fingerprint(), size)
-    if full:
-        model.train_all(reference=True)
     if settings.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     optimizer = build_optimizer(
@@ -245,10 +238,9 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
 
     def held(name: str) -> list[torch.Tensor]:
         modules = [model.unet] + ([model.vae, *model.text.encoders] if name == "live" else [])
-        modules += [model.frozen] if model.frozen is not None and name != "stored" else []
         return _tensors(modules, optimizer)
 
-    theirs = [published.unet, published.reference, published.vae, *published.text_encoders]
+    theirs = [published.unet, published.vae, *published.text_encoders]
     arms = {"published": Arm(lambda phases: _published(published, phases), lambda: _tensors(theirs, published.optimizer))}
     arms |= {name: Arm(ours(sessions, name), lambda name=name: held(name)) for name in OURS}
     return Bench(arms, model, torch.cuda.synchronize if settings.device == "cuda" else lambda: None)
@@ -262,6 +254,6 @@ def _published(published: Any, phases: PhaseTimer | None) -> float:
 
 
 def _tensors(modules: list[Any], optimizer: Any) -> list[torch.Tensor]:
-    """Weights of modules, those that are None left out, and what an optimizer remembers."""
-    found = [tensor for module in modules if module is not None for tensor in (*module.parameters(), *module.buffers())]
+    """Weights of modules, and what an optimizer remembers."""
+    found = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return found + [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]

@@ -6,7 +6,7 @@ import pytest
 
 from dedpo_diffusion.core.gone import GONE, first_gone
 from dedpo_diffusion.pipelines import main
-from dedpo_diffusion.settings.training import Kind, OptimSettings
+from dedpo_diffusion.settings.training import Kind, ObjectiveSettings, OptimSettings, TrainSettings
 
 REMOVED = [name.removeprefix("objective.kind=") for name in GONE if name.startswith("objective.kind=")]
 
@@ -21,7 +21,8 @@ def test_every_way_of_giving_it_is_noticed(name, tmp_path):
         nested = {room: nested}
     nested_text, file = str(nested).replace("'", '"'), tmp_path / "settings.yaml"
     file.write_text(nested_text)
-    ways = [[f"--{option}", value], [f"--{option}={value}"], [f"--{rooms[0]}", f'{{"{key}": "{value}"}}']]
+    ways = [[f"--{option}", value], [f"--{option}={value}"]]
+    ways += [[f"--{room}", f'{{"{key}": "{value}"}}'] for room in rooms]
     ways += [["--config", str(file)], [f"--config={file}"], ["--config", nested_text]]
     for way in ways:
         assert first_gone(["--out", "run", *way, "--seed", "1"]) == f"{name} {GONE[name]}"
@@ -42,6 +43,8 @@ def test_it_names_what_there_is():
     for kind in REMOVED:
         assert f"objective.kind takes {', '.join(kinds[:-1])} or {kinds[-1]}" in GONE[f"objective.kind={kind}"]
     assert not {"rounds", "extrapolation"} & set(OptimSettings.__dataclass_fields__)
+    assert "adafactor" not in OptimSettings.__annotations__["optimizer"]
+    assert "guard" not in ObjectiveSettings.__dataclass_fields__ and "channels_last" not in TrainSettings.__dataclass_fields__
 
 
 @pytest.mark.parametrize("stage", ["train", "merge"])

@@ -255,38 +255,21 @@ def test_activations_that_are_computed_again_change_nothing(folders, pairs, tmp_
     assert metrics(tmp_path / "kept") == metrics(tmp_path / "again")
 
 
-@pytest.mark.parametrize("changes", [{"channels_last": "true"}, pytest.param({"compile": "true"}, marks=pytest.mark.slow)])
-def test_layout_and_compilation_round_and_do_no_more(folders, pairs, tmp_path, changes):
+@pytest.mark.slow
+def test_compilation_rounds_and_does_no_more(folders, pairs, tmp_path):
     run(folders["sdxl"], pairs, tmp_path / "plain", data__cache=tmp_path / "cache")
-    run(folders["sdxl"], pairs, tmp_path / "fast", data__cache=tmp_path / "cache", **changes)
+    run(folders["sdxl"], pairs, tmp_path / "fast", data__cache=tmp_path / "cache", compile="true")
     assert metrics(tmp_path / "fast")[0]["margin_abs_max"] == 0  # the reference is computed as the policy is
     for one, other in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "fast"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-3)
     assert metrics(tmp_path / "fast")[-1]["margin_abs_max"] > 0
 
 
-@pytest.mark.slow
-def test_images_with_channels_last_resume_in_their_layout(folders, pairs, tmp_path, monkeypatch):
-    changes = WHOLE | {"data.cache": tmp_path / "cache", "channels_last": "true", "optim.average": 0.9, "mixed_precision": "bf16"}
-    assert train.main(arguments(folders["sd15"], pairs, tmp_path / "whole", **changes)) == 0
-    stop_after(monkeypatch, 2)
-    assert train.main(arguments(folders["sd15"], pairs, tmp_path / "part", **changes)) == 130
-    sessions, real = [], train.resume
-    monkeypatch.setattr(train, "resume", lambda session: (sessions.append(session), real(session))[1])
-    assert train.main(arguments(folders["sd15"], pairs, tmp_path / "part", **changes)) == 0
-    assert deviation(final(tmp_path / "whole"), final(tmp_path / "part")) == (0, 0)
-    state = sessions[0].optimizer.optimizer.state
-    weights = [value for value in sessions[0].model.trainable().values() if value.ndim == 4]
-    assert any(not value.is_contiguous() for value in weights)
-    assert all(state[value]["exp_avg"].stride() == value.stride() for value in weights)
-
-
-@pytest.mark.parametrize("changes", [pytest.param({"channels_last": "true"}, marks=pytest.mark.slow), {"optim__batch": 3}])
-def test_stored_reference_errors_are_not_those_of_other_kernels(folders, pairs, tmp_path, changes):
+def test_stored_reference_errors_are_not_those_of_another_batch(folders, pairs, tmp_path):
     """At margin 0 the policy is computed just as what was stored was."""
     stored = {"data__cache": tmp_path / "cache", "data__reference_draws": 1, "mixed_precision": "bf16", "optim__steps": 1}
     run(folders["sd15"], pairs, tmp_path / "one", **stored)
-    run(folders["sd15"], pairs, tmp_path / "other", **stored | changes)
+    run(folders["sd15"], pairs, tmp_path / "other", **stored, optim__batch=3)
     for name in ("one", "other"):
         assert metrics(tmp_path / name)[0]["margin_abs_max"] == 0
     assert len(list((tmp_path / "cache").glob("*/reference-*"))) == 2

@@ -17,8 +17,12 @@ from dedpo_diffusion.dpo.balance import probability_scale
 from dedpo_diffusion.dpo.noising import TimestepDraw, draw
 from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.models.backbone import Backbone
+from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.training.data import PairLoader
+from dedpo_diffusion.settings import DataSettings, TrainSettings
+from dedpo_diffusion.training.cache import cache_folder
+from dedpo_diffusion.training.data import LiveSource, PairLoader, cache_identity
+from dedpo_diffusion.training.setup import open_grid
 from support.pictures import write_pairs
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
@@ -127,7 +131,7 @@ def test_a_run_that_goes_on_from_an_adapter_survives_a_stop_bit_for_bit(tiny_mod
         {"data__sampling": "stratified"},
         {"objective__kind": "ipo", "objective__balance": "probability"},
         {"objective__kind": "kto", "objective__options": '{"undesirable": 2.0}'},
-        {"objective__kind": "cdpo", "objective__guard": 0.1},
+        {"objective__kind": "cdpo"},
         {"objective__kind": "mapo", "objective__timestep_sampling": "logit_normal", "objective__timestep_weighting": "min_snr"},
         {"objective__kind": "dr_dpo", "data__targets": "plain", "objective__timesteps": "[100, 600]"},
     ],
@@ -190,12 +194,20 @@ def test_the_balance_of_the_settings_is_the_balance_of_the_step(tiny_model, merg
     assert line["buckets"][0]["ratio"] == pytest.approx(np.exp(np.clip(u, -clip, clip)), rel=1e-5)
 
 
-def test_the_guard_of_the_settings_is_the_guard_of_the_step(tiny_model, merged_pairs, tmp_path):
-    line = first_of_one_pair(tiny_model, merged_pairs, tmp_path, objective__balance="none", objective__guard=0.9)
-    [bucket] = line["buckets"]
-    bound = 0.1 / (bucket["error_ratio"] * bucket["cosine"])
-    assert 0 < bound < 1
-    assert (line["winner_coefficient"], line["loser_coefficient"]) == (1.0, pytest.approx(bound, rel=1e-4))
+def test_reference_errors_are_kept_apart_by_the_kernels_that_compute_them(tiny_model, merged_pairs, tmp_path):
+    """Of no rows, so that the folders are made and nothing is computed."""
+    model, reader = Backbone(str(tiny_model), device=torch.device("cpu")), PairReader(merged_pairs)
+    data = DataSettings(merged_pairs, "plain", cache=tmp_path, reference_draws=1)
+    loader = PairLoader(
+        reader, LiveSource(reader, model, data, size=model.size, seed=0), targets="plain", seed=0, sampling="uniform", together=4
+    )
+    loader.rows = loader.rows[:0]
+    cache_folder(tmp_path, cache_identity(model, data, pairs="p", size=model.size)).mkdir(parents=True)
+    settings = TrainSettings(model=str(tiny_model), out=tmp_path / "run", data=data)
+    changes = ({}, {"compile": True}, {"attention": "xformers"}, {"seed": 1})
+    ways = [dataclasses.replace(settings, **changed) for changed in changes]
+    folders = [open_grid(way, reader, loader.source, model, loader, "p", model.size).folder for way in ways]
+    assert len(set(folders)) == 3 and folders[3] == folders[0]
 
 
 def test_timesteps_and_their_weights_are_those_of_the_settings(tiny_model, merged_pairs, tmp_path):
@@ -241,7 +253,6 @@ def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path)
         ({"objective__options": '{"tau": 1.0}'}, "no option 'tau'"),
         ({"objective__timesteps": "[0, 1001]"}, "ends at 1000"),
         ({"objective__timesteps": "[5, 5]"}, "holds some"),
-        ({"objective__guard": 1.0}, "objective.guard"),
         ({"objective__beta": 0, "objective__kind": "mapo"}, "objective.beta is 0"),
         ({"objective__beta": ".inf"}, "objective.beta is inf"),
         ({"objective__margin_cap": -1, "objective__kind": "ipo"}, "objective.margin_cap is -1"),
@@ -249,7 +260,7 @@ def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path)
         ({"objective__balance_tempering": ".nan"}, "objective.balance_tempering is nan"),
         ({"objective__kind": "cdpo", "objective__options": "{flips: .nan}"}, "flips is nan"),
         ({"objective__kind": "kto", "objective__balance": "output"}, "objective.kind=kto does not, so leave it out"),
-        ({"objective__kind": "sft", "objective__guard": 0.1}, "objective.kind=sft does not, so leave it out"),
+        ({"objective__kind": "sft", "objective__balance": "relative"}, "objective.kind=sft does not, so leave it out"),
         ({"objective__kind": "cdpo", "objective__power": "adaptive"}, "not of cdpo"),
         ({"objective__kind": "dr_dpo", "objective__power": "adaptive"}, "not of dr_dpo"),
         ({"data__reference_draws": 2}, "needs data.cache"),

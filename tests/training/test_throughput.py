@@ -31,19 +31,19 @@ from support.training import fresh_accelerate_state  # noqa: F401
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("kind", "full"), [("sdxl", False), ("sd15", False), ("sd15", True)])
-def test_published_step_computes_our_loss_and_gradient(folders, tmp_path, kind, full):
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_published_step_computes_our_loss_and_gradient(folders, tmp_path, kind):
     """From the same image files, with the same draws, by two routes that share no code but the networks."""
     torch.manual_seed(3)  # the adapters are drawn, too
     reader = PairReader(tiny.write_pairs(tmp_path, "some", count=4))
     model, preferred = Backbone(str(folders[kind]), device=CPU), np.array([0, 1, 1, 0])
     examples = Examples(reader, preferred, model.text.tokenizers, tiny.SIDE, flip=False)
     settings = {"rank": 2, "batch": 4, "beta": 500.0, "learning_rate": 1e-3, "checkpointing": False}
-    published = PublishedStep(model, examples, full=full, **settings)
-    model.train_all(reference=True) if full else model.add_lora(rank=2, alpha=2)
+    published = PublishedStep(model, examples, **settings)
+    model.add_lora(rank=2, alpha=2)
     theirs = dict(published.unet.named_parameters())
     for name, parameter in model.trainable().items():  # a policy that has left the reference
-        parameter.data += (0.01 if full else 0.3) * torch.randn_like(parameter)
+        parameter.data += 0.3 * torch.randn_like(parameter)
         theirs[name].data.copy_(parameter.data)
 
     batch = default_collate([examples[row] for row in range(4)])
@@ -99,7 +99,7 @@ def test_arithmetic_of_the_arms(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_command(tiny_model, tmp_path, capsys, monkeypatch):
+def test_command(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(random_models, "random_backbone", lambda *_, device, dtype: Backbone(str(tiny_model), device=device, dtype=dtype))
     monkeypatch.setattr(throughput, "matrix_peak", lambda *_: 1e12)
     out = tmp_path / "found.json"
@@ -117,8 +117,6 @@ def test_command(tiny_model, tmp_path, capsys, monkeypatch):
         assert arm["peak_bytes"] == arm["kept_bytes"] + arm["step_bytes"] > 0
     assert found["arms"]["cached"]["kept_bytes"] < found["arms"]["live"]["kept_bytes"]
     assert found["arms"]["published"]["over_published"] == {"ratio": 1, "ci": [1, 1]}
-    assert throughput.main(["--out", str(out), "--weights", "full"]) == 2
-    assert "sd15" in capsys.readouterr().err
 
 
 def test_ratio_and_its_interval():
