@@ -17,6 +17,8 @@ from support.reports import CHANGE, NAMES, told_by_schema_2
 from support.samples import PROMPTS, write_samples
 from support.scores import BASE, put_scores, settings
 
+pytestmark = pytest.mark.slow  # a browser for each test
+
 COUNT = 12
 
 

@@ -22,9 +22,11 @@ from dedpo_diffusion.pairs.features import known_differences
 from dedpo_diffusion.pipelines.calibrate import main
 from dedpo_diffusion.pipelines.label import main as label
 from dedpo_diffusion.pipelines.merge import main as merge
-from dedpo_diffusion.shapes import human, oracle
+from dedpo_diffusion.shapes import oracle
 from support.pictures import picture
 from support.scenes import scenes
+
+pytestmark = pytest.mark.slow
 
 N, N_HUMAN = 160, 90
 
@@ -54,14 +56,14 @@ def shapes(tmp_path_factory):
         for k, (prompt, (one, other)) in enumerate(zip(prompts, images, strict=True)):
             writer.add(Pair(f"p{k}", prompt, png(one), png(other)))
     rewards = [oracle.reward(prompts, [pair[side] for pair in images]) for side in (0, 1)]
-    z = human.answers(np.random.default_rng(1), *rewards)
+    z = oracle.answers(np.random.default_rng(1), *rewards)
     rows = np.random.default_rng(2).permutation(N)[:N_HUMAN]
     write_labels(folder, "human", Labels([f"p{k}" for k in rows], z[rows]))
     judge = files("dedpo_diffusion.shapes") / "model" / "judge"
     options = ["--device", "cpu", "--summary", "false", "--keep_embeddings", "true", "--shard", "50"]
     assert label([str(folder), "--with", f"pickscore={judge}", *options]) == 0
     assert main([str(folder), "--method", "adapt"]) == 0
-    return folder, human.preference(*rewards), rows
+    return folder, oracle.preference(*rewards), rows
 
 
 def test_people_teach_the_judge_what_it_overlooks(shapes):

@@ -90,6 +90,7 @@ def test_merge_takes_the_new_labels_unchanged(folder):
     np.testing.assert_allclose(targets.target[unlabelled], labels_of(folder, "stack")[unlabelled], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_without_names_all_judges_with_raw_scores_are_taken(folder, capsys):
     write_labels(folder, "imported", Labels(IDS, np.full(N, 0.5)))
     made = run(CalibrateSettings(folder))

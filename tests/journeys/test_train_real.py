@@ -111,7 +111,7 @@ def test_a_damaged_cache_stops_the_run_by_the_files_name(folders, pairs, tmp_pat
         assert not checkpoints(tmp_path / "bad") or load_file(checkpoints(tmp_path / "bad")[-1][1] / "parameters.safetensors")
 
 
-FAST = {("sdxl", 2), ("sd15", 4)}
+FAST = {("sd15", 4)}
 ADAPTERS = [
     {},
     {"lora.rslora": "true", "lora.alpha": 3},
@@ -165,7 +165,8 @@ def test_a_run_goes_on_from_an_exported_adapter_at_another_alpha(folders, pairs,
     assert metrics(tmp_path / "second")[0]["margin_abs_max"] == 0
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_adapted_text_encoders_train_with_and_without_a_cache_and_resume(folders, pairs, tmp_path, monkeypatch, kind):
     changes = {"lora__text_encoders": "true", "data__caption_dropout": 0.4}
     run(folders[kind], pairs, tmp_path / "live", **changes)

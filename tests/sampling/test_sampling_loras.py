@@ -84,6 +84,7 @@ def made(tiny_model, folders, tmp_path_factory):
     return both, image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "sdxl"])
 def test_both_layouts_give_the_same_image(made, kind):
     """Rank 4 with alpha 2: a reader that takes alpha for the rank would draw something else."""

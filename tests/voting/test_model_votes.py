@@ -70,6 +70,7 @@ def answer_everything(url, rater, rows):
     return said
 
 
+@pytest.mark.slow
 def test_answers_of_two_people_are_what_the_vote_file_holds(two, capsys):
     base, arm = two
     rows = {pixels((arm / row["file"]).read_bytes()): row for row in read_index(arm)}

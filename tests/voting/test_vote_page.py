@@ -19,6 +19,8 @@ from dedpo_diffusion.shapes.world import render, sample_scene
 from support.browser import HOSTILE, PHONE, WATCH_POLICY, WIDE, browser  # noqa: F401
 from support.voting import command, finish, make_samples
 
+pytestmark = pytest.mark.slow  # a browser for each test
+
 TOKEN = "abcdefghijklmnopqrst"
 
 

@@ -196,6 +196,7 @@ def test_a_step_that_leaves_infinity_behind_is_not_saved(tiny_model, tiny_pairs,
     assert [step for step, _ in runs.checkpoints(tmp_path / "run")] == [2]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_breaks_between_log_lines_reaches_no_checkpoint(tiny_model, tiny_pairs, tmp_path, monkeypatch, capsys):
     real, calls = train.learn, []
 
@@ -232,6 +233,7 @@ def scaled(base: Path, folder: Path, part: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_base_model_that_changed_is_refused_and_gets_caches_of_its_own(tiny_model, tiny_pairs, tmp_path, capsys):
     """Another UNet shares the encoded pairs, but not the reference's errors; another VAE shares nothing."""
     root = tmp_path / "cache"
