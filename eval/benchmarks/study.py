@@ -18,46 +18,27 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
-from dedpo_diffusion.evaluation.benchmarks.study_world import (
-    ARMS,
-    JUDGES,
-    LORA,
-    PEOPLE,
-    Sample,
-    Verdict,
-    draw_sample,
-    make_pool,
-    merged_targets,
-    placed,
-)
-
-if TYPE_CHECKING:
-    import torch
-
-    from dedpo_diffusion.debias import Merged
+from dedpo_diffusion.core.files import write_json
+from dedpo_diffusion.core.locks import hold_lock
+from dedpo_diffusion.core.records import Targets
+from dedpo_diffusion.debias import Merged
+from dedpo_diffusion.evaluation.benchmarks import study_world as world
+from dedpo_diffusion.labels.files import write_targets
 
 
 @dataclass(frozen=True)
 class Block:
-    """Cells: every combination of these.
+    """Cells, every combination of these: `people` label `shares` of the pairs, `judges` the rest; `seeds` are the first and the last."""
 
-    Args:
-        arms: ways to make targets, or base.
-        judges: who labels the rest.
-        shares: share of the pairs that people label.
-        people: quickstart or noisy.
-        seeds: first and last seed.
-    """
-
-    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    arms: list[str] = field(default_factory=lambda: list(world.ARMS))
     judges: list[str] = field(default_factory=lambda: ["clip"])
     shares: list[float] = field(default_factory=lambda: [0.05])
     people: list[str] = field(default_factory=lambda: ["quickstart"])
@@ -71,10 +52,8 @@ class StudySettings:
     Args:
         work: folder for the pool, the cache and the cells.
         blocks: which cells, in the order in which they are done; the report's figure is of the first one's first judge and share.
-        pool: pairs proposed once for all seeds.
-        pairs: pairs of a seed.
-        steps, batch, learning_rate, beta: of training; the rest is the quickstart's.
-        draws: pre-drawn noises of each pair (data.reference_draws), shared by all runs.
+        pool, pairs: pairs proposed once for all seeds, and pairs of a seed.
+        steps, draws: of training, and pre-drawn noises of each pair (data.reference_draws); the rest is the quickstart's.
         strengths: of the LoRA, at which each training is judged.
         prompts, image_seeds: prompts that a policy is judged by, and images of each.
         minutes: no cell is begun after so many; None goes on until all are done.
@@ -86,9 +65,6 @@ class StudySettings:
     pool: int = 1600
     pairs: int = 800
     steps: int = 150
-    batch: int = 32
-    learning_rate: float = 1e-3
-    beta: float = 500.0
     draws: int = 16
     strengths: tuple[float, ...] = (0.7, 1.0, 1.5, 2.0, 3.0)
     prompts: int = 144
@@ -97,6 +73,8 @@ class StudySettings:
     report: Path | None = None
 
 
+CONFIG = files("dedpo_diffusion.configs") / "shapes_lora.yaml"
+NAMES = (world.ARMS, world.JUDGES, world.PEOPLE)
 SHARED = [entry.name for entry in fields(StudySettings) if entry.name not in ("work", "blocks", "minutes", "report")]
 
 
@@ -114,18 +92,10 @@ class Cell:
     @property
     def name(self) -> str:
         """16 hexadecimal digits over all of it."""
-        return digest(asdict(self))
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 KEYS = [entry.name for entry in fields(Cell)]
-
-
-def digest(what: Any, *values: np.ndarray) -> str:
-    """16 hexadecimal digits."""
-    found = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
-    for part in values:
-        found.update(part.tobytes())
-    return found.hexdigest()[:16]
 
 
 def cells(settings: StudySettings) -> list[Cell]:
@@ -139,9 +109,10 @@ def cells(settings: StudySettings) -> list[Cell]:
         raise UserError(f"strengths {list(at)}: give different ones above 0")
     if settings.prompts < 2 or settings.pairs > settings.pool:
         raise UserError(f"{settings.prompts} prompts, {settings.pairs} pairs: give 2 prompts or more, and no more pairs than the pool has")
-    of, found = json.dumps({name: getattr(settings, name) for name in SHARED}), {}
+    of = json.dumps({name: getattr(settings, name) for name in SHARED})
+    found: dict[Cell, None] = {}
     for block in settings.blocks:
-        for what, given, known in (("arm", block.arms, ARMS), ("judge", block.judges, JUDGES), ("people", block.people, PEOPLE)):
+        for what, given, known in zip(("arm", "judge", "people"), (block.arms, block.judges, block.people), NAMES, strict=True):
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise UserError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
@@ -149,8 +120,8 @@ def cells(settings: StudySettings) -> list[Cell]:
             raise UserError(f"shares {block.shares}: give numbers above 0 and up to 1")
         seeds = range(block.seeds[0], block.seeds[1] + 1)
         for seed, people, share, judge, arm in itertools.product(seeds, block.people, block.shares, block.judges, block.arms):
-            where = placed(arm, judge, share, people)
-            found[Cell(*where, seed=0 if arm == "base" else seed, of=of)] = None
+            _, of_judge, of_share, whose = world.placed(arm, judge, share, people)
+            found[Cell(arm, of_judge, of_share, whose, 0 if arm == "base" else seed, of)] = None
     return list(found)
 
 
@@ -159,80 +130,58 @@ class Study:
 
     def __init__(self, settings: StudySettings) -> None:
         self.settings = settings
-        self.pool = make_pool(settings.work, settings.pool)
-        self.verdict = Verdict(settings.prompts, settings.image_seeds)
+        self.pool = world.make_pool(settings.work, settings.pool)
+        self.verdict = world.Verdict(settings.prompts, settings.image_seeds)
 
     def do(self, cell: Cell) -> list[dict[str, Any]]:
         """Train and judge one cell: a line for each strength."""
         line: dict[str, Any] = asdict(cell)
         if cell.arm == "base":
-            self.verdict.load(None)
-            return [line | _judged(0.0, self.verdict.rewards())]
-        began = time.monotonic()
-        sample = draw_sample(self.pool, seed=cell.seed, pairs=self.settings.pairs, people=cell.people)
-        merged = merged_targets(self.pool, sample, cell.arm, cell.judge, cell.share, cell.seed)
+            return [line | self.judged(None, 0.0)]
+        began, at = time.monotonic(), self.settings
+        sample = world.draw_sample(self.pool, seed=cell.seed, pairs=at.pairs, people=cell.people)
+        merged = world.merged_targets(self.pool, sample, cell.arm, cell.judge, cell.share, cell.seed)
         line |= {"power": merged.report["power"], "target_agreement": float(np.mean((merged.target > 0.5) == (sample.answer > 0.5)))}
-        line["seconds_merge"] = time.monotonic() - began
-        return [line | outcome for outcome in self.outcomes(cell, sample, merged)]
+        merging = time.monotonic()
+        parameters = self.train(cell, sample.rows, merged)
+        trained = time.monotonic()
+        found = [self.judged(parameters, strength) for strength in at.strengths]
+        line |= {"seconds_merge": merging - began, "seconds_train": trained - merging, "seconds_judge": time.monotonic() - trained}
+        return [line | entry for entry in found]
 
-    def outcomes(self, cell: Cell, sample: Sample, merged: Merged) -> list[dict[str, Any]]:
-        """The verdict at each strength; runs that are the same to the bit, such as tuned at power 0 and human_only, are trained once."""
-        from dedpo_diffusion.core.files import write_json
-        from dedpo_diffusion.core.locks import hold_lock
+    def judged(self, parameters: dict[str, Any] | None, strength: float) -> dict[str, Any]:
+        """The verdict on a LoRA at one strength; None is the base."""
+        self.verdict.load(parameters, strength)
+        rewards = self.verdict.rewards()
+        return {"strength": strength, "reward": float(np.mean(rewards)), "rewards": rewards}
 
-        folder = self.settings.work / "trained"
-        same = folder / f"{digest([cell.seed, cell.of], sample.rows, merged.target, merged.weight)}.json"
-        with hold_lock(same.with_suffix(".lock"), wait=True):
-            if not same.is_file():
-                began, found = time.monotonic(), []
-                parameters = self.train(cell, sample, merged)
-                trained = time.monotonic() - began
-                for strength in self.settings.strengths:
-                    self.verdict.load(parameters, strength)
-                    found.append(_judged(strength, self.verdict.rewards()) | {"seconds_train": trained})
-                judged = time.monotonic() - began - trained
-                write_json(same, [entry | {"seconds_judge": judged} for entry in found])
-        return json.loads(same.read_text(encoding="utf-8"))
+    def train(self, cell: Cell, rows: np.ndarray, merged: Merged) -> dict[str, Any]:
+        """`dedpo train` on these targets of the pool's `rows`, as the quickstart trains: the LoRA that it ends with.
 
-    def train(self, cell: Cell, sample: Sample, merged: Merged) -> dict[str, torch.Tensor]:
-        """`dedpo train` on these targets, as the quickstart trains: the LoRA that it ends with; its folder is removed again."""
+        All other pairs have weight 0, and the weights of these make up for their number. The run's folder is removed again.
+        """
         from safetensors.torch import load_file
 
         from dedpo_diffusion.pipelines import train
-        from dedpo_diffusion.settings import DataSettings, LoraSettings, ObjectiveSettings, OptimSettings, TrainSettings
         from dedpo_diffusion.weights.run_folder import checkpoints
 
-        at = self.settings
-        out = at.work / "runs" / cell.name
-        self.write_targets(cell.name, sample, merged)
-        settings = TrainSettings(
-            model="shapes", out=out,
-            data=DataSettings(self.pool.folder, targets=cell.name, cache=at.work / "cache", reference_draws=at.draws),
-            lora=LoraSettings(**LORA),  # type: ignore[arg-type]
-            objective=ObjectiveSettings(beta=at.beta, balance="output"),
-            optim=OptimSettings(learning_rate=at.learning_rate, steps=at.steps, batch=at.batch, warmup=20),
-            seed=cell.seed, checkpoint_every=at.steps, log_every=at.steps, device="cpu",
-        )  # fmt: skip
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            train.run(settings)
+        at, ids, folder = self.settings, self.pool.ids, self.pool.folder
+        target, weight = np.full(len(ids), 0.5), np.zeros(len(ids))
+        target[rows], weight[rows] = merged.target, merged.weight * len(ids) / len(rows)
+        write_targets(folder, cell.name, Targets(ids, target, weight), {})
+        out, told = at.work / "runs" / cell.name, io.StringIO()
+        argv = ["--config", CONFIG, "--data.pairs", folder, "--data.targets", cell.name, "--data.cache", at.work / "cache", "--out", out]
+        argv += ["--data.reference_draws", at.draws, "--optim.steps", at.steps, "--seed", cell.seed]
+        argv += ["--checkpoint_every", at.steps, "--log_every", at.steps]
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            code = train.main([str(part) for part in argv])
+        if code:
+            raise UserError(f"training {out} ended with exit code {code}: {told.getvalue()[-2000:]}")
         parameters = load_file(checkpoints(out)[-1][1] / "parameters.safetensors")
         shutil.rmtree(out)
         for suffix in ("parquet", "json"):
-            (self.pool.folder / "targets" / f"{cell.name}.{suffix}").unlink()
+            (folder / "targets" / f"{cell.name}.{suffix}").unlink()
         return parameters
-
-    def write_targets(self, name: str, sample: Sample, merged: Merged) -> None:
-        """Targets of the whole pool: weight 0 but for the sample's pairs, whose weights make up for the others' number."""
-        from dedpo_diffusion.core.records import Targets
-        from dedpo_diffusion.labels.files import write_targets
-
-        target, weight = np.full(len(self.pool.ids), 0.5), np.zeros(len(self.pool.ids))
-        target[sample.rows], weight[sample.rows] = merged.target, merged.weight * len(self.pool.ids) / len(sample.rows)
-        write_targets(self.pool.folder, name, Targets(self.pool.ids, target, weight), {})
-
-
-def _judged(strength: float, rewards: Sequence[float]) -> dict[str, Any]:
-    return {"strength": strength, "reward": float(np.mean(rewards)), "rewards": list(rewards)}
 
 
 def restore(settings: StudySettings, wanted: dict[Cell, Path]) -> None:
@@ -243,10 +192,9 @@ def restore(settings: StudySettings, wanted: dict[Cell, Path]) -> None:
     """
     import pyarrow.parquet as pq
 
-    from dedpo_diffusion.core.files import write_json
-
     assert settings.report is not None
-    file, found = settings.report / "results.parquet", {}
+    file = settings.report / "results.parquet"
+    found: dict[Cell, list[dict[str, Any]]] = {}
     for line in pq.read_table(file).to_pylist() if file.is_file() else []:
         cell = Cell(**{name: line[name] for name in KEYS}) if set(KEYS) <= set(line) else None
         if cell not in wanted:
@@ -259,11 +207,8 @@ def restore(settings: StudySettings, wanted: dict[Cell, Path]) -> None:
 
 def run(settings: StudySettings) -> None:
     """Do all cells of the study that are not done yet, and report."""
-    from dedpo_diffusion.core.files import write_json
-    from dedpo_diffusion.core.locks import hold_lock
-
     wanted, began = {cell: settings.work / "cells" / f"{cell.name}.json" for cell in cells(settings)}, time.monotonic()
-    for name in ("locks", "cells", "trained"):
+    for name in ("locks", "cells"):
         (settings.work / name).mkdir(parents=True, exist_ok=True)
     if settings.report is not None:
         restore(settings, wanted)
@@ -286,7 +231,9 @@ def run(settings: StudySettings) -> None:
     if settings.report is not None and done:
         from dedpo_diffusion.evaluation.benchmarks.study_report import write_report
 
-        write_report(settings.report, [line for file in done for line in json.loads(file.read_text(encoding="utf-8"))], settings.blocks[0])
+        first = settings.blocks[0]
+        main = (first.judges[0], first.shares[0], first.people[0])
+        write_report(settings.report, [line for file in done for line in json.loads(file.read_text(encoding="utf-8"))], main)
 
 
 def main(argv: list[str] | None = None) -> int:

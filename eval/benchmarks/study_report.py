@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from dedpo_diffusion.evaluation.benchmarks.study_world import ARMS, METHODS, pla
 from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 from dedpo_diffusion.evaluation.comparison.strengths import at_chosen, cross_choose, halves
 from dedpo_diffusion.labels.judge_figure import STYLE
-
-if TYPE_CHECKING:
-    from dedpo_diffusion.evaluation.benchmarks.study import Block
 
 TIE = 0.002  # worst regrets that differ by no more are alike
 COLOURS = dict(zip(ARMS, ("#626a77", "#191d24", "#ca8a04", "#0f766e", "#2f6fd0", "#be185d", "#c2410c", "#9333ea"), strict=True))
@@ -123,9 +120,8 @@ def tables(found: Line) -> str:
         differences = [words(row["adapted_minus"][arm]) for arm in ("human_only", "naive")]
         lines.append(_line([*start, *(words(row["gain"][arm]) for arm in arms), *differences, words(row["recovered"]["adapted"], ".0%")]))
     lines[1:1], regret = [_line(["---"] * (len(arms) + 7))], [_line([*heads, *METHODS]), _line(["---"] * (len(METHODS) + 4))]
-    regret += [
-        _line([*start, *(words(row["regret"][m], ".3f") for m in METHODS)]) for row, start in zip(rows, shown, strict=True) if row["regret"]
-    ]
+    for row, start in zip(rows, shown, strict=True):
+        regret += [_line([*start, *(words(row["regret"][method], ".3f") for method in METHODS)])] if row["regret"] else []
     for people, worst in found["worst_regret"].items():
         regret += [_line([people, "worst", "", "", *(f"{words(worst[m], '.3f')}, {worst[m]['judge']}" for m in METHODS)])] if worst else []
     title = f"Gain in true reward over the base ({found['base_reward']:.3f}), each arm at its best strength, and intervals over seeds:"
@@ -136,14 +132,14 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def draw(lines: Sequence[Line], path: Path, block: Block) -> None:
-    """Reward against strength, one curve an arm, with 95 % intervals over seeds, in the main cell."""
+def draw(lines: Sequence[Line], path: Path, main: tuple[str, float, str]) -> None:
+    """Reward against strength, one curve an arm, with 95 % intervals over seeds, in the cell `main` (judge, share, people)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    runs, (judge, share, people) = group(lines), (block.judges[0], block.shares[0], block.people[0])
+    runs, (judge, share, people) = group(lines), main
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
         for arm in ARMS:
@@ -162,8 +158,8 @@ def draw(lines: Sequence[Line], path: Path, block: Block) -> None:
         plt.close(figure)
 
 
-def write_report(folder: Path, lines: Sequence[Line], block: Block) -> None:
-    """Write results.parquet, and with the base's cell summary.json, tables.md and figure.png (of `block`) into the report's folder."""
+def write_report(folder: Path, lines: Sequence[Line], main: tuple[str, float, str]) -> None:
+    """Write results.parquet, and with the base's cell summary.json, tables.md and figure.png (of the cell `main`) into the report's folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -176,5 +172,5 @@ def write_report(folder: Path, lines: Sequence[Line], block: Block) -> None:
     found = summarise(lines)
     write_json(folder / "summary.json", found)
     write_text(folder / "tables.md", tables(found))
-    draw(lines, folder / "figure.png", block)
+    draw(lines, folder / "figure.png", main)
     say(f"wrote results.parquet, summary.json, tables.md and figure.png into {folder}")

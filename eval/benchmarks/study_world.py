@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit
 
-from dedpo_diffusion.core.console import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from dedpo_diffusion.debias import Merged
-    from dedpo_diffusion.labels.adaptation import Group
-    from dedpo_diffusion.pairs.dataset import PairReader
+from dedpo_diffusion.core.console import UserError, track
+from dedpo_diffusion.core.files import write_json, write_text
+from dedpo_diffusion.debias import Merged, merge_labels
+from dedpo_diffusion.judges.summary import judge_answers
+from dedpo_diffusion.labels.adaptation import LEAST, Group, adapt
+from dedpo_diffusion.labels.calibration import calibrate
+from dedpo_diffusion.labels.files import label_names, read_labels
+from dedpo_diffusion.pairs.dataset import PairReader
+from dedpo_diffusion.pairs.decoding import decode_image
+from dedpo_diffusion.pairs.features import statistics_group
+from dedpo_diffusion.pairs.statistics import measure_statistics
+from dedpo_diffusion.shapes import oracle
+from dedpo_diffusion.shapes.world import VOCABULARY
 
 METHODS = ("human_only", "tuned", "adapted", "naive", "dedpo")  # that could be the default, the simplest first
 ARMS = ("base", "human_100", "judge_only", *METHODS)
 HONESTY = {"perfect": 1.0, "random-90": 0.9, "random-80": 0.8, "coin": 0.5, "adversarial": 0.3}  # chance to repeat a person's answer
 JUDGES = ("clip", "biased-80", *HONESTY)
 PEOPLE = {"quickstart": None, "noisy": 0.70}  # how often two of them agree; None has the quickstart's temperature
-SAMPLER = {"steps": 12, "guidance": 1.5}  # the quickstart's
-LORA = {"rank": 8, "alpha": 8.0}  # the quickstart's
+SAMPLER: dict[str, Any] = {"steps": 12, "guidance": 1.5}  # the quickstart's
+LORA: dict[str, Any] = {"rank": 8, "alpha": 8.0}  # the quickstart's
 VERDICT_SEED = 5_000_000  # far from the seeds of the pool
 
 
@@ -51,15 +59,8 @@ def make_pool(work: Path, pairs: int) -> Pool:
     Raises:
         UserError: a pool of another size is there.
     """
-    from dedpo_diffusion.core.files import write_text
-    from dedpo_diffusion.judges.summary import judge_answers
-    from dedpo_diffusion.labels.files import label_names, read_labels
-    from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pairs.features import statistics_group
-    from dedpo_diffusion.pairs.statistics import measure_statistics
     from dedpo_diffusion.pipelines import label, propose
     from dedpo_diffusion.pipelines.quickstart import call
-    from dedpo_diffusion.shapes.world import VOCABULARY
 
     folder, prompts = work / "pool", work / "prompts.txt"
     work.mkdir(parents=True, exist_ok=True)
@@ -82,23 +83,15 @@ def make_pool(work: Path, pairs: int) -> Pool:
 
 def _look(reader: PairReader, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Oracle rewards and clutter of both images of every pair, kept in `file`."""
-    import json
-
-    from dedpo_diffusion.core.console import track
-    from dedpo_diffusion.core.files import write_json
-    from dedpo_diffusion.pairs.decoding import decode_image
-    from dedpo_diffusion.shapes.oracle import TERMS, read, terms
-
     if not file.is_file():
         rows = []
         for row in track(range(len(reader)), "asking the oracle", len(reader)):
             pair, where = reader.pair(row), reader.location(row)
-            looks = [terms(pair.prompt, read(decode_image(data, where))) for data in (pair.image_0, pair.image_1)]
-            rows.append([[look[name] for name in TERMS] for look in looks])
-        write_json(file, {"terms": list(TERMS), "pairs": rows})
-    found = json.loads(file.read_text(encoding="utf-8"))
-    values = np.array(found["pairs"])
-    return values.mean(axis=-1), 1 - values[:, :, found["terms"].index("clean")]
+            looks = [oracle.terms(pair.prompt, oracle.read(decode_image(data, where))) for data in (pair.image_0, pair.image_1)]
+            rows.append([[look[name] for name in oracle.TERMS] for look in looks])
+        write_json(file, {"terms": list(oracle.TERMS), "pairs": rows})
+    values = np.array(json.loads(file.read_text(encoding="utf-8"))["pairs"])
+    return values.mean(axis=-1), 1 - values[:, :, oracle.TERMS.index("clean")]
 
 
 # ---- people and judges
@@ -106,8 +99,6 @@ def _look(reader: PairReader, file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def people_agreement(reward: np.ndarray, temperature: float) -> float:
     """How often two people answer a pair alike, on average over pairs of rewards (N, 2): the mean of p^2 + (1 - p)^2."""
-    from scipy.special import expit
-
     p = expit((reward[:, 0] - reward[:, 1]) / temperature)
     return float(np.mean(p**2 + (1 - p) ** 2))
 
@@ -118,8 +109,6 @@ def temperature_at(reward: np.ndarray, agreement: float) -> float:
     Raises:
         UserError: people of no temperature from 1e-6 to 1e3 do.
     """
-    from scipy.optimize import brentq
-
     low, high = (people_agreement(reward, 10.0**power) for power in (3, -6))
     if not low < agreement < high:
         raise UserError(f"people cannot agree on {agreement:.1%} of these pairs, only on more than {low:.1%} and less than {high:.1%}")
@@ -140,13 +129,11 @@ class Sample:
 
 def draw_sample(pool: Pool, *, seed: int, pairs: int, people: str) -> Sample:
     """Fresh pairs, fresh answers, fresh order, all from `seed`; for all people the same pairs, order and chance."""
-    from dedpo_diffusion.shapes.oracle import TEMPERATURE, answers
-
     agreement = PEOPLE[people]
-    temperature = TEMPERATURE if agreement is None else temperature_at(pool.reward, agreement)
+    temperature = oracle.TEMPERATURE if agreement is None else temperature_at(pool.reward, agreement)
     rng = np.random.default_rng((seed, 1))
     rows = np.sort(rng.choice(len(pool.ids), pairs, replace=False))
-    answer = answers(rng, pool.reward[rows, 0], pool.reward[rows, 1], temperature=temperature)
+    answer = oracle.answers(rng, pool.reward[rows, 0], pool.reward[rows, 1], temperature=temperature)
     return Sample(rows, answer, rng.permutation(pairs))
 
 
@@ -183,13 +170,9 @@ def judge_answers_of(pool: Pool, sample: Sample, judge: str, seed: int) -> tuple
 
 def placed(arm: str, judge: str, share: float, people: str) -> tuple[str, str, float, str]:
     """Arm, judge, share and people, without what the arm does not look at: so it is trained once for all of them."""
-    if arm == "base":
-        return arm, "none", 0.0, "none"
-    if arm == "judge_only":
-        return arm, judge, 0.0, people
-    return (
-        (arm, "none", 1.0 if arm == "human_100" else share, people) if arm in ("human_only", "human_100") else (arm, judge, share, people)
-    )
+    if arm in ("base", "human_only", "human_100"):
+        judge, share = "none", {"base": 0.0, "human_only": share, "human_100": 1.0}[arm]
+    return arm, judge, 0.0 if arm == "judge_only" else share, "none" if arm == "base" else people
 
 
 def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: float, seed: int) -> Merged:
@@ -199,10 +182,6 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
     `--method temperature` instead: then the judge's labels are those of that calibration, and its raw ones where it refuses too (fewer
     labelled pairs than its 5 folds).
     """
-    from dedpo_diffusion.debias import merge_labels
-    from dedpo_diffusion.labels.adaptation import LEAST, Group, adapt
-    from dedpo_diffusion.labels.calibration import calibrate
-
     human = human_labels(sample, share)
     if arm in ("human_only", "human_100"):
         return merge_labels(human, None, method="human_only")
@@ -225,29 +204,23 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
 
 
 class Verdict:
-    """Judges policies on one model held in memory, by images of the grammar's prompts, spread evenly; prompts and seeds are the same
-    for every policy.
-
-    Args:
-        prompts: how many, of the 144 that there are.
-        seeds: images of each.
-    """
+    """Judges policies on one model held in memory, by `seeds` images of each of `prompts` prompts of
+    the grammar (at most 144, spread evenly), the same for every policy."""
 
     def __init__(self, prompts: int, seeds: int) -> None:
         import torch
 
         from dedpo_diffusion.models.backbone import Backbone
         from dedpo_diffusion.sampling.sampler import load_sampler
-        from dedpo_diffusion.shapes.world import VOCABULARY
 
         self.model: Backbone = Backbone("shapes", device=torch.device("cpu"))
-        self.model.add_lora(**LORA)  # type: ignore[arg-type]
+        self.model.add_lora(**LORA)
         self.pipe = load_sampler("shapes", device="cpu")
         self.pipe.unet = self.model.unet
         self.seeds = seeds
         self.prompts = [VOCABULARY[k * len(VOCABULARY) // prompts].prompt for k in range(prompts) for _ in range(seeds)]
 
-    def load(self, parameters: dict[str, torch.Tensor] | None, strength: float = 1.0) -> None:
+    def load(self, parameters: dict[str, Any] | None, strength: float = 1.0) -> None:
         """Put a policy's LoRA in place, counting `strength` times as much as trained; None is the base model."""
         import torch
 
@@ -261,10 +234,9 @@ class Verdict:
     def rewards(self) -> list[float]:
         """Mean oracle reward of the images of each prompt."""
         from dedpo_diffusion.sampling.sampler import sample
-        from dedpo_diffusion.shapes.oracle import reward
 
         made = []
         for start in range(0, len(self.prompts), 48):
             part = range(start, min(start + 48, len(self.prompts)))
-            made += sample(self.pipe, [self.prompts[k] for k in part], [VERDICT_SEED + k for k in part], **SAMPLER)  # type: ignore[arg-type]
-        return reward(self.prompts, made).reshape(-1, self.seeds).mean(axis=1).tolist()
+            made += sample(self.pipe, [self.prompts[k] for k in part], [VERDICT_SEED + k for k in part], **SAMPLER)
+        return oracle.reward(self.prompts, made).reshape(-1, self.seeds).mean(axis=1).tolist()
