@@ -38,7 +38,7 @@ from dedpo_diffusion.labels.files import write_targets
 class Block:
     """Cells, every combination of these: `people` label `shares` of the pairs, `judges` the rest; `seeds` are the first and the last."""
 
-    arms: list[str] = field(default_factory=lambda: list(world.ARMS))
+    arms: list[str] = field(default_factory=lambda: list(world.ARMS[1:]))
     judges: list[str] = field(default_factory=lambda: ["clip"])
     shares: list[float] = field(default_factory=lambda: [0.05])
     people: list[str] = field(default_factory=lambda: ["quickstart"])
@@ -74,7 +74,6 @@ class StudySettings:
 
 
 CONFIG = files("dedpo_diffusion.configs") / "shapes_lora.yaml"
-NAMES = (world.ARMS, world.JUDGES, world.PEOPLE)
 SHARED = [entry.name for entry in fields(StudySettings) if entry.name not in ("work", "blocks", "minutes", "report")]
 
 
@@ -96,23 +95,22 @@ class Cell:
 
 
 KEYS = [entry.name for entry in fields(Cell)]
+KNOWN = (world.ARMS[1:], world.JUDGES, world.PEOPLE)
 
 
 def cells(settings: StudySettings) -> list[Cell]:
-    """Every cell once, seed by seed within a block, so that a study stopped early has whole arms of fewer seeds.
+    """Every cell once, the base's first, seed by seed within a block, so that a study stopped early has whole arms of fewer seeds.
 
     Raises:
         UserError: an arm, a judge or people that are not known, a share outside (0, 1], or a strength twice or not positive.
     """
     at = settings.strengths
-    if not at or len(set(at)) < len(at) or min(at) <= 0:
-        raise UserError(f"strengths {list(at)}: give different ones above 0")
-    if settings.prompts < 2 or settings.pairs > settings.pool:
-        raise UserError(f"{settings.prompts} prompts, {settings.pairs} pairs: give 2 prompts or more, and no more pairs than the pool has")
+    if not at or len(set(at)) < len(at) or min(at) <= 0 or settings.prompts < 2 or settings.pairs > settings.pool:
+        raise UserError("give different strengths above 0, 2 prompts or more, and no more pairs than the pool has")
     of = json.dumps({name: getattr(settings, name) for name in SHARED})
-    found: dict[Cell, None] = {}
+    found: dict[Cell, None] = {Cell("base", "none", 0.0, "none", 0, of): None}
     for block in settings.blocks:
-        for what, given, known in zip(("arm", "judge", "people"), (block.arms, block.judges, block.people), NAMES, strict=True):
+        for what, given, known in zip(("arm", "judge", "people"), (block.arms, block.judges, block.people), KNOWN, strict=True):
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise UserError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
@@ -121,7 +119,7 @@ def cells(settings: StudySettings) -> list[Cell]:
         seeds = range(block.seeds[0], block.seeds[1] + 1)
         for seed, people, share, judge, arm in itertools.product(seeds, block.people, block.shares, block.judges, block.arms):
             _, of_judge, of_share, whose = world.placed(arm, judge, share, people)
-            found[Cell(arm, of_judge, of_share, whose, 0 if arm == "base" else seed, of)] = None
+            found[Cell(arm, of_judge, of_share, whose, seed, of)] = None
     return list(found)
 
 
@@ -228,12 +226,11 @@ def run(settings: StudySettings) -> None:
     done = [file for file in wanted.values() if file.is_file()]
     if len(done) < len(wanted):
         say(f"{len(wanted) - len(done)} cells are not done yet: start the same command again, or wait for the other processes")
-    if settings.report is not None and done:
+    if settings.report is not None and next(iter(wanted.values())).is_file():  # the base's
         from dedpo_diffusion.evaluation.benchmarks.study_report import write_report
 
-        first = settings.blocks[0]
-        main = (first.judges[0], first.shares[0], first.people[0])
-        write_report(settings.report, [line for file in done for line in json.loads(file.read_text(encoding="utf-8"))], main)
+        lines, first = [line for file in done for line in json.loads(file.read_text(encoding="utf-8"))], settings.blocks[0]
+        write_report(settings.report, lines, (first.judges[0], first.shares[0], first.people[0]))
 
 
 def main(argv: list[str] | None = None) -> int:

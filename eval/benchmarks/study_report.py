@@ -112,24 +112,21 @@ def words(entry: Line | None, form: str = "+.3f") -> str:
 
 def tables(found: Line) -> str:
     """The summary as Markdown: gains and differences, then regrets."""
-    arms, rows = ARMS[1:], found["cells"]
-    heads = ["people", "judge", "human labels", "seeds"]
-    lines = [_line([*heads, *arms, "adapted minus human_only", "adapted minus naive", "adapted: share of human_100's gain"])]
-    shown = [[row["people"], row["judge"], f"{row['share']:.0%}", str(row["seeds"]["adapted"])] for row in rows]
-    for row, start in zip(rows, shown, strict=True):
+    arms, heads = ARMS[1:], ["people", "judge", "human labels", "seeds"]
+    gains = [[*heads, *arms, "adapted minus human_only", "adapted minus naive", "adapted: share of human_100's gain"]]
+    regret = [[*heads, *METHODS]]
+    for row in found["cells"]:
+        start = [row["people"], row["judge"], f"{row['share']:.0%}", str(row["seeds"]["adapted"])]
         differences = [words(row["adapted_minus"][arm]) for arm in ("human_only", "naive")]
-        lines.append(_line([*start, *(words(row["gain"][arm]) for arm in arms), *differences, words(row["recovered"]["adapted"], ".0%")]))
-    lines[1:1], regret = [_line(["---"] * (len(arms) + 7))], [_line([*heads, *METHODS]), _line(["---"] * (len(METHODS) + 4))]
-    for row, start in zip(rows, shown, strict=True):
-        regret += [_line([*start, *(words(row["regret"][method], ".3f") for method in METHODS)])] if row["regret"] else []
+        gains.append([*start, *(words(row["gain"][arm]) for arm in arms), *differences, words(row["recovered"]["adapted"], ".0%")])
+        regret += [[*start, *(words(row["regret"][m], ".3f") for m in METHODS)]] if row["regret"] else []
     for people, worst in found["worst_regret"].items():
-        regret += [_line([people, "worst", "", "", *(f"{words(worst[m], '.3f')}, {worst[m]['judge']}" for m in METHODS)])] if worst else []
+        regret += [[people, "worst", "", "", *(f"{words(worst[m], '.3f')}, {worst[m]['judge']}" for m in METHODS)]] if worst else []
     title = f"Gain in true reward over the base ({found['base_reward']:.3f}), each arm at its best strength, and intervals over seeds:"
-    return "\n".join([title, "", *lines, "", f"Regret (default by the rule: {found['default']}):", "", *regret]) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    parts = [[title, ""], gains, ["", f"Regret (default by the rule: {found['default']}):", ""], regret]
+    for part in (gains, regret):
+        part.insert(1, ["---"] * len(part[0]))
+    return "".join((f"| {' | '.join(line)} |" if isinstance(line, list) else line) + "\n" for part in parts for line in part)
 
 
 def draw(lines: Sequence[Line], path: Path, main: tuple[str, float, str]) -> None:
@@ -159,7 +156,7 @@ def draw(lines: Sequence[Line], path: Path, main: tuple[str, float, str]) -> Non
 
 
 def write_report(folder: Path, lines: Sequence[Line], main: tuple[str, float, str]) -> None:
-    """Write results.parquet, and with the base's cell summary.json, tables.md and figure.png (of the cell `main`) into the report's folder."""
+    """Write results.parquet, summary.json, tables.md and figure.png (of the cell `main`) into the report's folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -167,8 +164,6 @@ def write_report(folder: Path, lines: Sequence[Line], main: tuple[str, float, st
     columns = dict.fromkeys(key for line in lines for key in line)
     with atomic_file(folder / "results.parquet") as temporary:
         pq.write_table(pa.table({key: [line.get(key) for line in lines] for key in columns}), temporary)
-    if not any(line["arm"] == "base" for line in lines):
-        return say(f"wrote {folder / 'results.parquet'}; tables and figure need the cell of the base")
     found = summarise(lines)
     write_json(folder / "summary.json", found)
     write_text(folder / "tables.md", tables(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +12,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from dedpo_diffusion.core.console import UserError, track
-from dedpo_diffusion.core.files import write_json, write_text
+from dedpo_diffusion.core.files import write_text
 from dedpo_diffusion.debias import Merged, merge_labels
 from dedpo_diffusion.judges.summary import judge_answers
 from dedpo_diffusion.labels.adaptation import LEAST, Group, adapt
@@ -78,23 +77,18 @@ def make_pool(work: Path, pairs: int) -> Pool:
         raise UserError(f"{folder} holds {len(ids)} pairs, and the study asks for {pairs}; give another --work")
     said = judge_answers(read_labels(folder, "clip"), ids, folder=folder, name="clip")
     clip = np.stack([said.label_0, said.scores[:, 0] - said.scores[:, 1]], axis=1)
-    return Pool(folder, ids, reader.prompts(), *_look(reader, work / "oracle.json"), clip, statistics_group(measure_statistics(reader)))
+    return Pool(folder, ids, reader.prompts(), *_look(reader), clip, statistics_group(measure_statistics(reader)))
 
 
-def _look(reader: PairReader, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Oracle rewards and clutter of both images of every pair, kept in `file`."""
-    if not file.is_file():
-        rows = []
-        for row in track(range(len(reader)), "asking the oracle", len(reader)):
-            pair, where = reader.pair(row), reader.location(row)
-            looks = [oracle.terms(pair.prompt, oracle.read(decode_image(data, where))) for data in (pair.image_0, pair.image_1)]
-            rows.append([[look[name] for name in oracle.TERMS] for look in looks])
-        write_json(file, {"terms": list(oracle.TERMS), "pairs": rows})
-    values = np.array(json.loads(file.read_text(encoding="utf-8"))["pairs"])
+def _look(reader: PairReader) -> tuple[np.ndarray, np.ndarray]:
+    """Oracle rewards and clutter (N, 2) of both images of every pair."""
+    rows = []
+    for row in track(range(len(reader)), "asking the oracle", len(reader)):
+        pair, where = reader.pair(row), reader.location(row)
+        looks = [oracle.terms(pair.prompt, oracle.read(decode_image(data, where))) for data in (pair.image_0, pair.image_1)]
+        rows.append([[look[name] for name in oracle.TERMS] for look in looks])
+    values = np.array(rows)
     return values.mean(axis=-1), 1 - values[:, :, oracle.TERMS.index("clean")]
-
-
-# ---- people and judges
 
 
 def people_agreement(reward: np.ndarray, temperature: float) -> float:
@@ -117,14 +111,18 @@ def temperature_at(reward: np.ndarray, agreement: float) -> float:
 
 @dataclass(frozen=True)
 class Sample:
-    """One seed's pairs and the answers that people would give to all of them.
-
-    `rows` (n,) of the pool, `answer` (n,) 0 or 1, `order` (n,) the order in which people are asked: shares are nested.
-    """
+    """One seed's n pairs, as rows of the pool, people's answers (0 or 1) to all of them, and the order in which they are asked."""
 
     rows: np.ndarray
     answer: np.ndarray
     order: np.ndarray
+
+    def human(self, share: float) -> np.ndarray:
+        """(n,) answers of the first `share` of the pairs that are asked, NaN for the others; so shares are nested."""
+        found = np.full(len(self.rows), np.nan)
+        asked = self.order[: round(share * len(self.rows))]
+        found[asked] = self.answer[asked]
+        return found
 
 
 def draw_sample(pool: Pool, *, seed: int, pairs: int, people: str) -> Sample:
@@ -135,13 +133,6 @@ def draw_sample(pool: Pool, *, seed: int, pairs: int, people: str) -> Sample:
     rows = np.sort(rng.choice(len(pool.ids), pairs, replace=False))
     answer = oracle.answers(rng, pool.reward[rows, 0], pool.reward[rows, 1], temperature=temperature)
     return Sample(rows, answer, rng.permutation(pairs))
-
-
-def human_labels(sample: Sample, share: float) -> np.ndarray:
-    """(n,) answers of the first `share` of the pairs that are asked, NaN for the others."""
-    labelled = np.zeros(len(sample.rows), dtype=bool)
-    labelled[sample.order[: round(share * len(sample.rows))]] = True
-    return np.where(labelled, sample.answer, np.nan)
 
 
 def judge_answers_of(pool: Pool, sample: Sample, judge: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,9 +156,6 @@ def judge_answers_of(pool: Pool, sample: Sample, judge: str, seed: int) -> tuple
     return labels, 2 * labels - 1
 
 
-# ---- targets
-
-
 def placed(arm: str, judge: str, share: float, people: str) -> tuple[str, str, float, str]:
     """Arm, judge, share and people, without what the arm does not look at: so it is trained once for all of them."""
     if arm in ("base", "human_only", "human_100"):
@@ -182,7 +170,7 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
     `--method temperature` instead: then the judge's labels are those of that calibration, and its raw ones where it refuses too (fewer
     labelled pairs than its 5 folds).
     """
-    human = human_labels(sample, share)
+    human = sample.human(share)
     if arm in ("human_only", "human_100"):
         return merge_labels(human, None, method="human_only")
     label, difference = judge_answers_of(pool, sample, judge, seed)
@@ -198,9 +186,6 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
     elif asked >= 5:
         label = calibrate(difference, human, groups=prompts, seed=seed).probability
     return merge_labels(human, label, method="adapted", features=np.concatenate([scores.values, images.values], axis=1))
-
-
-# ---- the verdict
 
 
 class Verdict:
