@@ -99,11 +99,7 @@ KNOWN = (world.ARMS[1:], world.JUDGES, world.PEOPLE)
 
 
 def cells(settings: StudySettings) -> list[Cell]:
-    """Every cell once, the base's first, seed by seed within a block, so that a study stopped early has whole arms of fewer seeds.
-
-    Raises:
-        UserError: an arm, a judge or people that are not known, a share outside (0, 1], or a strength twice or not positive.
-    """
+    """Every cell once, the base's first, seed by seed within a block, so that a study stopped early has whole arms of fewer seeds."""
     at = settings.strengths
     if not at or len(set(at)) < len(at) or min(at) <= 0 or settings.prompts < 2 or settings.pairs > settings.pool:
         raise UserError("give different strengths above 0, 2 prompts or more, and no more pairs than the pool has")
@@ -150,8 +146,7 @@ class Study:
     def judged(self, parameters: dict[str, Any] | None, strength: float) -> dict[str, Any]:
         """The verdict on a LoRA at one strength; None is the base."""
         self.verdict.load(parameters, strength)
-        rewards = self.verdict.rewards()
-        return {"strength": strength, "reward": float(np.mean(rewards)), "rewards": rewards}
+        return {"strength": strength, "reward": float(np.mean(rewards := self.verdict.rewards())), "rewards": rewards}
 
     def train(self, cell: Cell, rows: np.ndarray, merged: Merged) -> dict[str, Any]:
         """`dedpo train` on these targets of the pool's `rows`, as the quickstart trains: the LoRA that it ends with.
@@ -183,11 +178,7 @@ class Study:
 
 
 def restore(settings: StudySettings, wanted: dict[Cell, Path]) -> None:
-    """Put the cells of an earlier report back into the work folder, where they are missing.
-
-    Raises:
-        UserError: the report holds cells that this study does not ask for, and would lose them.
-    """
+    """Put the cells of an earlier report back into the work folder, where they are missing; a UserError for cells of another study."""
     import pyarrow.parquet as pq
 
     assert settings.report is not None

@@ -18,8 +18,7 @@ from dedpo_diffusion.labels.judge_figure import STYLE
 TIE = 0.002  # worst regrets that differ by no more are alike
 COLOURS = dict(zip(ARMS, ("#626a77", "#191d24", "#ca8a04", "#0f766e", "#2f6fd0", "#be185d", "#c2410c", "#9333ea"), strict=True))
 Line = dict[str, Any]
-Key = tuple[str, str, float, str]  # arm, judge, share, people, of `placed`
-Runs = dict[Key, dict[int, list[Line]]]  # lines of a training, by strength; by key and seed
+Runs = dict[tuple[str, str, float, str], dict[int, list[Line]]]  # lines of a training, by arm, judge, share, people of `placed`, and seed
 
 
 def group(lines: Sequence[Line]) -> Runs:
@@ -123,10 +122,10 @@ def tables(found: Line) -> str:
     for people, worst in found["worst_regret"].items():
         regret += [[people, "worst", "", "", *(f"{words(worst[m], '.3f')}, {worst[m]['judge']}" for m in METHODS)]] if worst else []
     title = f"Gain in true reward over the base ({found['base_reward']:.3f}), each arm at its best strength, and intervals over seeds:"
-    parts = [[title, ""], gains, ["", f"Regret (default by the rule: {found['default']}):", ""], regret]
-    for part in (gains, regret):
-        part.insert(1, ["---"] * len(part[0]))
-    return "".join((f"| {' | '.join(line)} |" if isinstance(line, list) else line) + "\n" for part in parts for line in part)
+    first, second = (
+        "".join(f"| {' | '.join(line)} |\n" for line in [part[0], ["---"] * len(part[0]), *part[1:]]) for part in (gains, regret)
+    )
+    return f"{title}\n\n{first}\nRegret (default by the rule: {found['default']}):\n\n{second}"
 
 
 def draw(lines: Sequence[Line], path: Path, main: tuple[str, float, str]) -> None:

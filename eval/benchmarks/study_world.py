@@ -53,11 +53,7 @@ class Pool:
 
 
 def make_pool(work: Path, pairs: int) -> Pool:
-    """Propose the pool (seed 0), label it with the carried judge, measure it, and ask the oracle; what is there already is kept.
-
-    Raises:
-        UserError: a pool of another size is there.
-    """
+    """Propose the pool (seed 0), label it with the carried judge, measure it, and ask the oracle; what is there already is kept."""
     from dedpo_diffusion.pipelines import label, propose
     from dedpo_diffusion.pipelines.quickstart import call
 
@@ -98,11 +94,7 @@ def people_agreement(reward: np.ndarray, temperature: float) -> float:
 
 
 def temperature_at(reward: np.ndarray, agreement: float) -> float:
-    """The temperature at which people agree with each other so often on pairs of rewards (N, 2).
-
-    Raises:
-        UserError: people of no temperature from 1e-6 to 1e3 do.
-    """
+    """The temperature at which people agree with each other so often on pairs of rewards (N, 2), from 1e-6 to 1e3; else a UserError."""
     low, high = (people_agreement(reward, 10.0**power) for power in (3, -6))
     if not low < agreement < high:
         raise UserError(f"people cannot agree on {agreement:.1%} of these pairs, only on more than {low:.1%} and less than {high:.1%}")
