@@ -5,8 +5,7 @@
 One cell is one LoRA trained by `dedpo train` with pairs, human answers and first weights all from the cell's seed, judged by the oracle
 at several strengths. The same seed gives every arm the same pairs, answers, weights and noises, so differences between arms are paired.
 All seeds draw from one pool, and two share about half of their pairs if it is twice a seed's. Start the command several times to share
-the cells among processes; what is done is kept, and a stopped study goes on, from the cells in WORK or those in the report's
-results.parquet.
+the cells among processes; a stopped study goes on, from the cells in WORK or those in the report's results.parquet.
 """
 
 from __future__ import annotations

@@ -159,8 +159,7 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
     """Targets of an arm. judge_only are the judge's labels as they come.
 
     adapted is `dedpo calibrate --method adapt` and `dedpo merge --method adapted`. Below 20 human labels `adapt` refuses and names
-    `--method temperature` instead: then the judge's labels are those of that calibration, and its raw ones where it refuses too (fewer
-    labelled pairs than its 5 folds).
+    `--method temperature`: then the labels are that calibration's, in fewer folds where 5 need more labels; raw ones below 4 labels.
     """
     human = sample.human(share)
     if arm in ("human_only", "human_100"):
@@ -175,8 +174,8 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
     images = Group(pool.statistics.name, pool.statistics.columns, pool.statistics.values[sample.rows])
     if asked >= LEAST:
         label = adapt(scores, [images], human, prompts=prompts, seed=seed).probability
-    elif asked >= 5:
-        label = calibrate(difference, human, groups=prompts, seed=seed).probability
+    elif asked >= 4:
+        label = calibrate(difference, human, folds=min(5, asked // 2), groups=prompts, seed=seed).probability
     return merge_labels(human, label, method="adapted", features=np.concatenate([scores.values, images.values], axis=1))
 
 
