@@ -151,7 +151,8 @@ def test_an_exported_adapter_samples_what_was_trained(folders, pairs, tmp_path, 
     assert max(abs(a - b) for a, b in zip(images["base"], images["merged"], strict=True)) > 2
 
 
-@pytest.mark.parametrize("text", [pytest.param("false", marks=pytest.mark.slow), "true"])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["false", "true"])
 def test_a_run_goes_on_from_an_exported_adapter_at_another_alpha(folders, pairs, tmp_path, text):
     run(folders["sdxl"], pairs, tmp_path / "first", lora__alpha=6, lora__text_encoders=text)
     file = tmp_path / "first.safetensors"
