@@ -181,7 +181,10 @@ def test_adapted_text_encoders_train_with_and_without_a_cache_and_resume(folders
     trained = {name: value for name, value in final(tmp_path / "live").items() if "lora_B" in name}
     layers = {"sd15": 3, "sdxl": 2 + 3}[kind]  # of SDXL's first encoder the last is not used
     assert sum(name.startswith("text_encoder") for name in trained) == 4 * layers
-    assert all(value.abs().max() > 0 for value in trained.values())
+    # SD1.5's middle block sees a single place here, and attention to one place alone depends on neither queries nor keys
+    alone = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.transformer_blocks.0.attn1.to_k")
+    still = [name for name, value in trained.items() if not value.abs().max() > 0]
+    assert all(kind == "sd15" and name.startswith(alone) for name in still), still
 
 
 @pytest.mark.parametrize("content", [{"lora_unet_x.alpha": 1.0}, {}, None])
