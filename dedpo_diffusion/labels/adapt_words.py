@@ -36,7 +36,7 @@ def _gain_sentence(report: dict[str, Any]) -> str:
             f"{loss['adapt']['value']:.3f}, {change} against {judge} with a temperature{told}."
         )
     return (
-        f"What {report['n_human']} answers teach does not help by one standard error ({change} in cross-validated log loss, standard error "
+        f"What {report['n_human']} answers teach does not help ({change} in cross-validated log loss, standard error "
         f"{report['gain_se']:.3f}), so these are the labels of {judge} with a temperature."
     )
 

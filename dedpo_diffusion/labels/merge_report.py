@@ -70,17 +70,21 @@ def find_warnings(settings: MergeSettings, answers: Answers, merged: Merged) -> 
     if answers.strata is not None:
         found += look.strata_warnings(answers.human, answers.strata_names, answers.strata)
     if settings.method != "naive":
-        found += not_at_random(answers, labelled, merged)
+        found += not_at_random(answers, labelled, merged, pairs=settings.pairs)
     if settings.method in ("dedpo", "tuned") and answers.judges is not None:
         seen = [look.seen_human_labels(answers.human, answers.judges[:, k], name=name) for k, name in enumerate(answers.names)]
         found += [entry for entry in seen if entry is not None]
     return found + look.overshoot_warnings(merged.target, merged.weight, merged.report["overshoot"])
 
 
-def not_at_random(answers: Answers, labelled: np.ndarray, merged: Merged) -> list[dict[str, Any]]:
-    """Warnings about labels that are merged as if taken at random, in each stratum or in all, or about propensities."""
+def not_at_random(answers: Answers, labelled: np.ndarray, merged: Merged, *, pairs: Path) -> list[dict[str, Any]]:
+    """Warnings about labels that are merged as if taken at random, in each stratum or in all, or about propensities.
+
+    Judges that were calibrated or taught say nothing of it: labelled pairs have their labels from other maps than the others.
+    """
     import numpy as np
 
+    from dedpo_diffusion.labels.files import CALIBRATED, label_origin
     from dedpo_diffusion.labels.warnings import unbalanced, unlike, unlike_warnings
 
     if not 0 < labelled.sum() < len(labelled):
@@ -88,6 +92,8 @@ def not_at_random(answers: Answers, labelled: np.ndarray, merged: Merged) -> lis
     columns: dict[str, Any] = {}
     for k, name in enumerate([] if answers.judges is None else answers.names):
         assert answers.judges is not None
+        if label_origin(pairs, name) == CALIBRATED:
+            continue
         given = answers.judges[:, k]
         columns |= {f"the label of {name}": given, f"the confidence of {name}": np.abs(given - 0.5)}
     columns |= answers.sources

@@ -234,6 +234,9 @@ def test_an_image_that_cannot_be_read_is_named_and_no_label_written(tmp_path, fo
 
 
 def test_what_does_not_help_is_temperature_to_the_bit(folder, capsys):
+    """People who say what the judge says have nothing to teach it."""
+    said = np.array(read_labels(folder, "clip").label_0)[:40] > 0.5
+    write_labels(folder, "human", Labels([f"p{k}" for k in range(40)], said.astype(float)))
     assert main([str(folder), "--method", "adapt", "--seed", "3"]) == 0
     taught = json.loads((folder / "labels" / "adapt.json").read_text())["calibration"]
     assert not taught["adapted"]

@@ -11,9 +11,10 @@ from PIL import Image
 from dedpo_diffusion.core.records import Labels, Pair
 from dedpo_diffusion.debias import estimate_propensity, merge_labels
 from dedpo_diffusion.evaluation.report import page
-from dedpo_diffusion.labels.files import read_targets, write_labels
+from dedpo_diffusion.labels.files import CALIBRATED, read_targets, write_labels
 from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pipelines.merge import main
+from support.pictures import write_pairs
 
 N, ASKED = 400, 160
 IDS = [f"p{i}" for i in range(N)]
@@ -308,3 +309,16 @@ def test_a_plan_is_printed_and_written_and_no_targets_are(made, capsys):
 def test_what_cannot_be_done_is_said_and_nothing_is_written(made, capsys, options, words):
     assert main([str(made), "--name", "refused", *options]) == 2
     assert words in capsys.readouterr().err and not list(made.glob("targets/refused*"))
+
+
+@pytest.mark.parametrize(("origin", "warned"), [(None, True), (CALIBRATED, False)])
+def test_labels_from_other_maps_where_people_answered_are_no_sign_of_a_choice(tmp_path, origin, warned):
+    """A cross-fitted judge may be less sure on labelled pairs; of a plain judge that says that people were asked about hard pairs."""
+    folder, count = write_pairs(tmp_path / "data", 200), 200
+    ids = [f"p{k}" for k in range(count)]
+    sure = np.where(np.arange(count) < 60, 0.6, 0.9)
+    write_labels(folder, "judge", Labels(ids, sure), origin=origin)
+    write_labels(folder, "human", Labels(ids[:60], np.tile([1.0, 1.0, 0.0], 20)))
+    assert main([str(folder), "--judge", "judge"]) == 0
+    warnings = json.loads((folder / "targets" / "tuned.json").read_text())["warnings"]
+    assert any("confidence of judge" in entry["text"] for entry in warnings) == warned
