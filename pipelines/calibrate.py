@@ -191,28 +191,43 @@ def as_labels(made: Calibrated | Adapted, ids: list[str], version: str) -> Label
     return Labels([ids[row] for row in rows], made.probability[rows], extra)
 
 
+def differences_of(judges: dict[str, Judge]) -> np.ndarray:
+    """(N, J) raw score of image 0 minus that of image 1, by judge."""
+    import numpy as np
+
+    return np.stack([judge.scores[:, 0] - judge.scores[:, 1] for judge in judges.values()], axis=1)
+
+
+def write_made(
+    settings: CalibrateSettings, name: str, made: Calibrated | Adapted, judges: dict[str, Judge], asked: Asked
+) -> tuple[Path, list[dict[str, str]]]:
+    """Write one new label file; its path, and names and digests of the files that it was made from."""
+    from dedpo_diffusion.core.files import file_digest
+    from dedpo_diffusion.labels.files import CALIBRATED, write_labels
+
+    path = write_labels(settings.pairs, name, as_labels(made, asked.ids, calibrated_version(settings, judges)), origin=CALIBRATED)
+    used = [label_path(settings, file) for file in (settings.human, *judges)]
+    return path, [{"file": f"labels/{file.name}", "sha256": file_digest(file)} for file in used]
+
+
 def calibrate_file(settings: CalibrateSettings, name: str, judges: dict[str, Judge], asked: Asked) -> dict[str, Any]:
     """Calibrate, write and tell one new label file; returns what a summary of it does not know: where it is from, and how."""
     import numpy as np
 
-    from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.labels.calibration import calibrate
-    from dedpo_diffusion.labels.files import CALIBRATED, write_labels
 
-    differences = np.stack([judge.scores[:, 0] - judge.scores[:, 1] for judge in judges.values()], axis=1)
     try:
         made = calibrate(
-            differences, asked.human, method=settings.method, folds=settings.folds, groups=asked.prompts, invert=settings.invert,
+            differences_of(judges), asked.human, method=settings.method, folds=settings.folds, groups=asked.prompts, invert=settings.invert,
             seed=settings.seed, weights=asked.weights, names=list(judges),
             own=np.stack([judge.label_0 for judge in judges.values()], axis=1),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"{settings.pairs / 'labels'} ({', '.join(judges)} and {settings.human}): {error}") from error
-    path = write_labels(settings.pairs, name, as_labels(made, asked.ids, calibrated_version(settings, judges)), origin=CALIBRATED)
-    used = [label_path(settings, file) for file in (settings.human, *judges)]
+    path, used = write_made(settings, name, made, judges, asked)
     print_report(made.report, f"{name}: calibrated on {settings.human}")
     say(f"wrote {path}")
-    return {"label_files": [{"file": f"labels/{file.name}", "sha256": file_digest(file)} for file in used], "calibration": made.report}
+    return {"label_files": used, "calibration": made.report}
 
 
 # ---- the method adapt
@@ -265,15 +280,11 @@ def adapt_file(settings: CalibrateSettings, name: str, answers: dict[str, Judge]
     Raises:
         UserError: labels, scores or images that cannot be used.
     """
-    import numpy as np
-
-    from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.labels.adapt_words import adapt_sentences
     from dedpo_diffusion.labels.adaptation import Group, adapt
-    from dedpo_diffusion.labels.files import CALIBRATED, write_labels
 
     check_taught(settings, answers, asked)
-    scores = Group("scores", list(answers), np.stack([judge.scores[:, 0] - judge.scores[:, 1] for judge in answers.values()], axis=1))
+    scores = Group("scores", list(answers), differences_of(answers))
     if not scores.varied().columns:
         raise UserError(
             f"{settings.pairs / 'labels'}: {', '.join(answers)} give both images of every pair the same score; use another judge"
@@ -286,12 +297,11 @@ def adapt_file(settings: CalibrateSettings, name: str, answers: dict[str, Judge]
     except ValueError as error:
         raise UserError(f"{settings.pairs / 'labels'} ({', '.join(answers)} and {settings.human}): {error}") from error
     report = made.report | {"sentences": adapt_sentences(made.report)}
-    path = write_labels(settings.pairs, name, as_labels(made, asked.ids, calibrated_version(settings, answers)), origin=CALIBRATED)
+    path, used = write_made(settings, name, made, answers, asked)
     for sentence in report["sentences"]:
         say(sentence)
     say(f"wrote {path}")
-    used = [label_path(settings, file) for file in (settings.human, *answers)]
-    return {"label_files": [{"file": f"labels/{file.name}", "sha256": file_digest(file)} for file in used], "calibration": report}
+    return {"label_files": used, "calibration": report}
 
 
 # ---- what is told

@@ -132,13 +132,12 @@ def impute(
         max_overshoot: at least 1.
     """
     rows = ~np.isnan(z)
-    labelled = np.flatnonzero(rows)
-    wanted, bias, noise = james_stein(z[rows] - p[rows], h[rows], odd_directions(p, features)[labelled])
+    directions = odd_directions(p, features)
+    wanted, bias, noise = james_stein(z[rows] - p[rows], h[rows], directions[rows])
     keep = answer_weight(z[rows], p[rows], rater_agreement)
-    bound = max_overshoot / float(h.max()) if correction is None and len(labelled) else 1.0
+    bound = max_overshoot / float(h.max()) if correction is None and rows.any() else 1.0
     c, capped = (min(wanted, bound), wanted > bound) if correction is None else (float(correction), False)
     stretch = np.maximum(keep, c * h[rows])
     target = p.copy()
     target[rows] = z[rows] + (stretch - 1) * (z[rows] - p[rows])  # this form is exact where the label stays in place
-    directions = odd_directions(p, features).shape[1]
-    return target, Correction(c, wanted, correction is not None, bias, noise, directions, float(rows.mean()), keep, capped)
+    return target, Correction(c, wanted, correction is not None, bias, noise, directions.shape[1], float(rows.mean()), keep, capped)

@@ -1,7 +1,7 @@
 """Image embeddings that `dedpo label --keep_embeddings` leaves, and a few principal components of their differences.
 
     PAIRS/embeddings/NAME/about.json             which judge, which pairs
-    PAIRS/embeddings/NAME/shard-000000.safetensors ...   float16, a row for each image that comes first in a stretch of pairs
+    PAIRS/embeddings/NAME/shard-000000.safetensors ...   float16, a row for each image that comes first in a shard of pairs
     PAIRS/embeddings/NAME/uses.npy               (N, 2): the row, over all shards, of each pair's images; written last
 
 Never more than a shard is in memory.
@@ -29,7 +29,7 @@ def embedding_folder(pairs: Path, name: str) -> Path:
 
 
 def shard_path(pairs: Path, name: str, shard: int) -> Path:
-    """The file of one stretch of pairs."""
+    """The file of one shard of pairs."""
     return embedding_folder(pairs, name) / f"shard-{shard:06d}.safetensors"
 
 
@@ -43,7 +43,7 @@ def prepare(pairs: Path, name: str, stamp: dict[str, str]) -> None:
 
 
 def write_shard(path: Path, vectors: np.ndarray) -> None:
-    """Keep the embeddings (U, D) of one stretch, atomically."""
+    """Keep the embeddings (U, D) of one shard, atomically."""
     from safetensors.numpy import save_file
 
     with atomic_file(path) as temporary:

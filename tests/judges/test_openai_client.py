@@ -32,18 +32,6 @@ from support.servers import (
 )
 
 
-@pytest.fixture
-def server():
-    with serve(Model()) as running:
-        yield running
-
-
-@pytest.fixture
-def text_server():
-    with serve(TextModel()) as running:
-        yield running
-
-
 def probabilities(judge: ServerJudge, asked: list[Question]) -> np.ndarray:
     return judge.prefer([q.prompt for q in asked], [q.image_0 for q in asked], [q.image_1 for q in asked])
 

@@ -21,28 +21,13 @@ from support.servers import (
     VLM,
     Model,
     Reply,
-    TextModel,
     completion,
     judge_of,
     logprob_choice,
     many,
     questions,
-    serve,
     text_choice,
 )
-
-
-@pytest.fixture
-def server():
-    with serve(Model()) as running:
-        yield running
-
-
-@pytest.fixture
-def text_server():
-    with serve(TextModel()) as running:
-        yield running
-
 
 # ---- the key
 

@@ -39,9 +39,9 @@ def test_they_are_those_of_each_image_and_kept_where_no_judge_is(tmp_path):
 
 
 def test_a_stopped_run_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(statistics, "STRETCH", 2)
+    monkeypatch.setattr(statistics, "PART", 2)
     reader = dataset(tmp_path / "d", 7)
-    seen, real = [], statistics.measure_stretch
+    seen, real = [], statistics.measure_part
 
     def counted(folder, start, path):
         seen.append(start)
@@ -49,21 +49,21 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return real(folder, start, path)
 
-    monkeypatch.setattr(statistics, "measure_stretch", counted)
+    monkeypatch.setattr(statistics, "measure_part", counted)
     with pytest.raises(KeyboardInterrupt):
         measure_statistics(reader, workers=1)
     assert seen == [0, 2, 4] and read_statistics(reader) is None
     found = measure_statistics(reader, workers=1)
     assert seen == [0, 2, 4, 4, 6]
     statistics_path(reader.folder).unlink()
-    monkeypatch.setattr(statistics, "STRETCH", 256)
-    monkeypatch.setattr(statistics, "measure_stretch", real)
+    monkeypatch.setattr(statistics, "PART", 256)
+    monkeypatch.setattr(statistics, "measure_part", real)
     np.testing.assert_array_equal(measure_statistics(reader), found)
 
 
 @pytest.mark.slow
 def test_several_processes_measure_the_same(tmp_path):
-    reader = dataset(tmp_path / "d", 3 * statistics.STRETCH + 5)
+    reader = dataset(tmp_path / "d", 3 * statistics.PART + 5)
     many = measure_statistics(reader, workers=2)
     statistics_path(reader.folder).unlink()
     np.testing.assert_array_equal(measure_statistics(reader, workers=1), many)
