@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import shutil
-import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from dedpo_diffusion.pipelines import train
 from dedpo_diffusion.weights.run_folder import checkpoints
 from support.pictures import write_pairs
-from support.training import arguments, metrics
+from support.training import arguments, metrics, train_into
 
 IMPORTED = [  # by the server that the runs are forked from, so that a start does not cost their seconds
-    *(f"dedpo_diffusion.{name}" for name in ("pipelines.train", "pipelines.train_setup", "loader", "step", "metrics", "runs", "health")),
-    *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"),
-    *("diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "peft.tuners.lora", "accelerate"),
-    *("torch.utils.tensorboard", "pandas", "jsonargparse", "docstring_parser", "typeshed_client"),
+    *("support.training", "torch.utils.tensorboard", "pandas", "jsonargparse", "docstring_parser", "typeshed_client"),
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
 ]
 
 
@@ -35,14 +31,6 @@ def server():
     first.start()
     first.join()
     return context
-
-
-def command(argv: list[str], log: Path) -> None:
-    """`dedpo train` with its output in a file."""
-    with open(log, "a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.exit(train.main(argv))
 
 
 class Runs:
@@ -58,7 +46,7 @@ class Runs:
         )  # fmt: skip
 
     def start(self) -> BaseProcess:
-        process = self.server.Process(target=command, args=(self.argv, self.log))
+        process = self.server.Process(target=train_into, args=(self.argv, self.log))
         process.start()
         return process
 

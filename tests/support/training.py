@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,14 @@ def arguments(base: Path, pairs: Path, out: Path, **changes: object) -> list[str
         "data.sampling": "uniform", "data.caption_dropout": 0.3,
     } | {key.replace("__", "."): value for key, value in changes.items()}  # fmt: skip
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+def train_into(argv: list[str], log: Path) -> None:
+    """`dedpo train` with its output in a file; here, since a process that is forked from a server imports it by name."""
+    with open(log, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(train.main(argv))
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
