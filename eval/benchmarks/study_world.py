@@ -180,8 +180,10 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
 
 
 class Verdict:
-    """Judges policies on one model held in memory, by `seeds` images of each of `prompts` prompts of
-    the grammar (at most 144, spread evenly), the same for every policy."""
+    """Judges policies by `seeds` images of each of `prompts` prompts of the grammar (at most 144, spread evenly), the same for all.
+
+    The LoRA is merged into weights held in memory and the UNet samples in bfloat16, which halves the time.
+    """
 
     def __init__(self, prompts: int, seeds: int) -> None:
         import torch
@@ -192,7 +194,7 @@ class Verdict:
         self.model: Backbone = Backbone("shapes", device=torch.device("cpu"))
         self.model.add_lora(**LORA)
         self.pipe = load_sampler("shapes", device="cpu")
-        self.pipe.unet = self.model.unet
+        self.base = {name: value.clone() for name, value in self.pipe.unet.state_dict().items()}
         self.seeds = seeds
         self.prompts = [VOCABULARY[k * len(VOCABULARY) // prompts].prompt for k in range(prompts) for _ in range(seeds)]
 
@@ -201,18 +203,24 @@ class Verdict:
         import torch
 
         with torch.no_grad():
+            self.pipe.unet.load_state_dict(self.base)
+            if parameters is None:
+                return
             for name, parameter in self.model.trainable().items():
-                if parameters is not None:
-                    parameter.copy_(parameters[name] * (strength if "lora_B" in name else 1.0))
-                elif "lora_B" in name:
-                    parameter.zero_()
+                parameter.copy_(parameters[name])
+            for name, layer in self.model.unet.named_modules():
+                if hasattr(layer, "get_delta_weight"):
+                    self.pipe.unet.get_parameter(f"{name}.weight").add_(layer.get_delta_weight("default"), alpha=strength)
 
     def rewards(self) -> list[float]:
         """Mean oracle reward of the images of each prompt."""
+        import torch
+
         from dedpo_diffusion.sampling.sampler import sample
 
         made = []
-        for start in range(0, len(self.prompts), 48):
-            part = range(start, min(start + 48, len(self.prompts)))
-            made += sample(self.pipe, [self.prompts[k] for k in part], [VERDICT_SEED + k for k in part], **SAMPLER)
+        with torch.autocast("cpu", torch.bfloat16):
+            for start in range(0, len(self.prompts), 48):
+                part = range(start, min(start + 48, len(self.prompts)))
+                made += sample(self.pipe, [self.prompts[k] for k in part], [VERDICT_SEED + k for k in part], **SAMPLER)
         return oracle.reward(self.prompts, made).reshape(-1, self.seeds).mean(axis=1).tolist()
