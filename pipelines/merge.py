@@ -1,7 +1,7 @@
 """Merge human and judge labels into one target and weight per pair, and tell what the labels are worth.
 
     dedpo merge pairs --method tuned
-    dedpo merge pairs --judges clip,vlm --strata source_model
+    dedpo merge pairs --judges clip,vlm
     dedpo merge pairs --judge adapt --method adapted
     dedpo merge pairs --plan 400
 
@@ -11,7 +11,6 @@ NAME-fold-0 and so on, each merged without the pairs of one fold. With --plan it
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
     import numpy as np
 
     from dedpo_diffusion.core.tables import SOURCE
-    from dedpo_diffusion.labels.merge_columns import comparable, strata_of
+    from dedpo_diffusion.labels.merge_columns import comparable
 
     human, propensity = read_human(settings, ids)
     if propensity is not None:
@@ -50,11 +49,7 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
     too_many = [
         SOURCE + name for name, column in columns.items() if sources and SOURCE + name not in sources and str(column.type) != "null"
     ]
-    answers = Answers(human, given, judges, propensity, None, [], sources, too_many, features_of(settings, reader, ids, judges))
-    if settings.strata is None:
-        return answers
-    names, codes = strata_of(settings.strata, reader.prompts(), columns, answers.judged(), folder=reader.folder)
-    return dataclasses.replace(answers, strata=codes, strata_names=names)
+    return Answers(human, given, judges, propensity, sources, too_many, features_of(settings, reader, ids, judges))
 
 
 def features_of(settings: MergeSettings, reader: PairReader, ids: list[str], judges: list[str]) -> np.ndarray | None:
@@ -86,7 +81,7 @@ def merge(settings: MergeSettings, answers: Answers, what: str) -> Merged:
         judges = judges[:, 0]
     options: dict[str, Any] = {"method": settings.method, "power": settings.power, "max_overshoot": settings.max_overshoot}
     options |= {"seed": settings.seed, "propensity": answers.propensity}
-    options |= {"strata": answers.stratum(), "rule": settings.rule, "judges": answers.names or None}
+    options |= {"rule": settings.rule, "judges": answers.names or None}
     options |= {"correction": settings.correction, "features": answers.features, "rater_agreement": settings.rater_agreement}
     options |= {"visits": settings.visits, "noise_ratio": settings.noise_ratio}
     try:

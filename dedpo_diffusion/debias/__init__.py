@@ -9,7 +9,7 @@ targets and weights depend on the labels alone: merging happens once, before tra
 judge's part, as in PPI++ (arXiv 2311.01453): 0 recovers training on the human labels, 1 the objective above, and every
 fixed power is unbiased for labels taken at random, whatever the judge, as long as the judge did not learn from these human
 labels; so are powers fitted to the labels of other pairs (`cross_fitted`). A power tuned to the labels that it is used with is
-unbiased up to terms of order 1 / labels. Several judges have one power each; strata of the pairs have powers of their own.
+unbiased up to terms of order 1 / labels. Several judges have one power each.
 
     merging.py     merge_labels: the whole of it
     estimate.py    the same without the report
@@ -17,13 +17,13 @@ unbiased up to terms of order 1 / labels. Several judges have one power each; st
     imputation.py  method adapted: the best prediction for every pair, between imputation and DeDPO
     compute.py     the power and the worth of the labels in a run of finite length
     powers.py      the powers that make the gradient's variance at margin 0 least
-    strata.py      strata and folds of the pairs, powers shrunk towards the common ones
+    tuning.py      the powers of a rule, of all pairs or of each fold
     worth.py       agreement, bias, effective human labels, with intervals
     report.py      the report and its sentences
     propensity.py  probabilities of being labelled, estimated
     exact.py       the power from whole gradients: a slow reference
 
-Public: merge_labels, Merged, power_cap, estimate_propensity, inverse_propensity, group_strata.
+Public: merge_labels, Merged, power_cap, estimate_propensity, inverse_propensity.
 May import: nothing of this project.
 """
 
@@ -37,8 +37,6 @@ from dedpo_diffusion.debias.imputation import Correction, answer_weight, james_s
 from dedpo_diffusion.debias.merging import Merged, merge_labels
 from dedpo_diffusion.debias.powers import Fit, best_powers, fit_power, fit_powers, judge_moments, power_cap
 from dedpo_diffusion.debias.propensity import Propensity, estimate_propensity
-from dedpo_diffusion.debias.report import reference_sentences
-from dedpo_diffusion.debias.strata import SMALL_STRATA, Strata, group_strata, own_weights
 from dedpo_diffusion.debias.worth import (
     NORMAL_975,
     RESAMPLES,
@@ -55,7 +53,6 @@ __all__ = [
     "NORMAL_975",
     "RESAMPLES",
     "RULES",
-    "SMALL_STRATA",
     "Basis",
     "Correction",
     "Estimate",
@@ -63,7 +60,6 @@ __all__ = [
     "Merged",
     "Propensity",
     "Run",
-    "Strata",
     "agreement",
     "answer_weight",
     "best_powers",
@@ -74,7 +70,6 @@ __all__ = [
     "exact_power",
     "fit_power",
     "fit_powers",
-    "group_strata",
     "hard_power",
     "inverse_propensity",
     "james_stein",
@@ -83,11 +78,9 @@ __all__ = [
     "merge_labels",
     "mix_judges",
     "odd_directions",
-    "own_weights",
     "pair_targets",
     "pair_weights",
     "power_cap",
-    "reference_sentences",
     "run_terms",
     "variance_ratio",
     "wilson_interval",

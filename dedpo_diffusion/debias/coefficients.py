@@ -17,10 +17,10 @@ def inverse_propensity(z: np.ndarray, propensity: Any = None, cells: np.ndarray 
     Args:
         z: (N,) human labels, NaN where there is none.
         propensity: probability in (0, 1] of being labelled, a number or (N,); None is the labelled share.
-        cells: (N,) integers from 0 or None; the labelled share is taken, and h normalised, in each cell by itself.
+        cells: (N,) integers from 0 or None; a labelled share is taken in each cell by itself.
 
     Raises:
-        ValueError: a propensity of another shape or outside (0, 1]; a cell without a label whose share is needed.
+        ValueError: a propensity of another shape or outside (0, 1].
     """
     labelled = ~np.isnan(z)
     p = labelled.mean() if propensity is None else np.asarray(propensity, dtype=np.float64)
@@ -32,18 +32,10 @@ def inverse_propensity(z: np.ndarray, propensity: Any = None, cells: np.ndarray 
     if bad.size:
         name = f"propensity[{bad[0]}]" if p.ndim else "propensity"
         raise ValueError(f"{name} is {p.flat[bad[0]]}: the probability of being labelled must lie in (0, 1]; clip small estimates yourself")
-    if cells is not None and (propensity is None or p.ndim):
-        return _within_cells(labelled if propensity is None else labelled / p, cells)
+    if cells is not None and propensity is None:
+        return labelled * (np.bincount(cells) / np.bincount(cells, weights=labelled))[cells]
     h = labelled / p
     return h / h.mean() if p.ndim else h
-
-
-def _within_cells(h: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """h scaled to mean 1 in every cell."""
-    mean = np.bincount(cells, weights=h) / np.maximum(np.bincount(cells), 1)
-    if (mean[np.unique(cells)] == 0).any():
-        raise ValueError("some cell of the pairs has no human label, so its share is unknown: join cells")
-    return h / mean[cells]
 
 
 def pair_weights(h: np.ndarray, power: float | np.ndarray) -> np.ndarray:

@@ -12,12 +12,12 @@ from dedpo_diffusion.debias.checks import check_options, check_powers, check_pre
 from dedpo_diffusion.debias.coefficients import WITHOUT_POWER, inverse_propensity, mix_judges, pair_targets, pair_weights
 from dedpo_diffusion.debias.compute import Run, best_scale, check_run, run_terms
 from dedpo_diffusion.debias.imputation import Correction, check_correction, impute
-from dedpo_diffusion.debias.strata import Powers, Strata, assign_cells, choose_powers, group_strata
+from dedpo_diffusion.debias.tuning import Powers, assign_folds, choose_powers
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Targets and weights of N pairs and what they were made from: labels of K judges, powers, strata.
+    """Targets and weights of N pairs and what they were made from: labels of K judges, powers.
 
     `z` (N,), `g` (N, K) and `mixed` (N,) labels, NaN where there is none; `h` (N,) inverse propensities; `total` (N,) powers
     of all judges together, NaN for methods without one; `target`, `weight` (N,). `names` are the judges'; `stated` tells whether
@@ -35,7 +35,6 @@ class Estimate:
     total: np.ndarray
     target: np.ndarray
     weight: np.ndarray
-    strata: Strata
     powers: Powers
     names: list[str]
     max_overshoot: float
@@ -46,14 +45,9 @@ class Estimate:
     endless: np.ndarray | None = None
 
     def uneven(self) -> bool:
-        """Whether some labelled pairs were likelier to be labelled than others of their stratum."""
-        if not self.stated:
-            return False
-        rows = ~np.isnan(self.z)
-        high, low = np.zeros(len(self.strata.names)), np.full(len(self.strata.names), np.inf)
-        np.maximum.at(high, self.strata.code[rows], self.h[rows])
-        np.minimum.at(low, self.strata.code[rows], self.h[rows])
-        return bool((high > low * (1 + 1e-9)).any())
+        """Whether some labelled pairs were likelier to be labelled than others."""
+        h = self.h[~np.isnan(self.z)]
+        return self.stated and len(h) > 0 and bool(h.max() > h.min() * (1 + 1e-9))
 
 
 def estimate(
@@ -65,7 +59,6 @@ def estimate(
     propensity: Any = None,
     max_overshoot: float = 2.0,
     seed: int = 0,
-    strata: Any = None,
     rule: str = "plug_in",
     judges: Sequence[str] | None = None,
     folds: int = 5,
@@ -84,12 +77,10 @@ def estimate(
     given = check_powers(power, g.shape[1])
     known = check_correction(method, correction, features, rater_agreement, len(z))
     run, scale = check_run(method, power, rule, visits, noise_ratio), 1.0
-    layers = group_strata(strata, ~np.isnan(z))
     n_folds = folds if rule == "cross_fitted" else 1
-    cell = _cells(z, layers, n_folds, propensity, seed)
-    groups = cell if propensity is None else layers.code
-    h = inverse_propensity(z) if method == "naive" else inverse_propensity(z, propensity, groups if groups.any() else None)
-    powers = _powers(z, g, h, layers, cell, method, given, rule, n_folds, max_overshoot)
+    fold = _folds(z, n_folds, propensity, seed)
+    h = inverse_propensity(z) if method == "naive" else inverse_propensity(z, propensity, fold if rule == "cross_fitted" else None)
+    powers = _powers(z, g, h, fold, method, given, rule, n_folds, max_overshoot)
     mixed, total = mix_judges(g, powers.table, powers.cell), powers.totals()
     endless, moved = total, None
     if run is not None and method == "tuned" and given is None:
@@ -103,35 +94,32 @@ def estimate(
     if method == "adapted":
         options = {"correction": correction, "features": known, "rater_agreement": rater_agreement}
         target, moved = impute(z, mixed, h, **options, max_overshoot=max_overshoot)  # type: ignore[arg-type]
-    about = (layers, powers, names, max_overshoot, propensity is not None)
+    about = (powers, names, max_overshoot, propensity is not None)
     return Estimate(method, rule, n_folds, z, g, mixed, h, total, target, weight, *about, moved, run, scale, endless)
 
 
-def _cells(z: np.ndarray, strata: Strata, folds: int, propensity: Any, seed: int) -> np.ndarray:
-    """(N,) stratum of each pair, or for cross-fitting stratum and fold."""
+def _folds(z: np.ndarray, folds: int, propensity: Any, seed: int) -> np.ndarray:
+    """(N,) fold of each pair, 0 without cross-fitting."""
     if folds == 1:
-        return strata.code
-    labelled = ~np.isnan(z)
+        return np.zeros(len(z), dtype=np.int64)
+    dealt = np.zeros(len(z), dtype=bool)
     if propensity is None:  # each fold's labelled share is taken for itself: deal the labels out evenly
-        counts = np.bincount(strata.code[labelled], minlength=len(strata.names))
-        least = int(counts.argmin())
-        if counts[least] < folds:
-            where = f" in stratum {strata.names[least]!r}" if len(counts) > 1 else ""
+        dealt = ~np.isnan(z)
+        if dealt.sum() < folds:
             raise ValueError(
-                f"rule 'cross_fitted' with {folds} folds needs {folds} human labels{where}, and there are {counts[least]}: "
+                f"rule 'cross_fitted' with {folds} folds needs {folds} human labels, and there are {dealt.sum()}: "
                 "label more pairs, or use rule plug_in"
             )
-    dealt = labelled if propensity is None else np.zeros(len(z), dtype=bool)
-    return assign_cells(strata, folds, dealt, np.random.default_rng((seed, 1)))
+    return assign_folds(dealt, folds, np.random.default_rng((seed, 1)))
 
 
 def _powers(
-    z: np.ndarray, g: np.ndarray, h: np.ndarray, strata: Strata, cell: np.ndarray, method: str, given: np.ndarray | None, rule: str,
-    folds: int, max_overshoot: float,
+    z: np.ndarray, g: np.ndarray, h: np.ndarray, fold: np.ndarray, method: str, given: np.ndarray | None, rule: str, folds: int,
+    max_overshoot: float,
 ) -> Powers:  # fmt: skip
     """Powers given, of the method, or tuned."""
     judges = g.shape[1]
     if given is None and method == "tuned":
-        return choose_powers(z, g, h, strata, rule=rule, cell=cell, folds=folds, max_overshoot=max_overshoot)
+        return choose_powers(z, g, h, rule=rule, fold=fold, folds=folds, max_overshoot=max_overshoot)
     fixed = given if given is not None else np.full(judges, 1 / judges if method == "dedpo" else 0.0)
     return Powers(fixed[None, :], np.zeros(len(z), dtype=np.int64))

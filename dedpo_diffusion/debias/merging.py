@@ -49,7 +49,6 @@ def merge_labels(
     propensity: Any = None,
     max_overshoot: float = 2.0,
     seed: int = 0,
-    strata: Any = None,
     rule: str = "plug_in",
     judges: Sequence[str] | None = None,
     folds: int = 5,
@@ -70,16 +69,14 @@ def merge_labels(
             `adapted` is for a judge that people taught (`dedpo calibrate --method adapt`), see `imputation`.
         power: a power in [0, 1] to use instead of the method's, for several judges one each with a sum of at most 1 (`dedpo`
             and `tuned` only); not capped.
-        propensity: probability in (0, 1] that a pair was labelled, a number or (N,); None is the labelled share of the pair's
-            stratum. With an array the inverse propensities are normalised to mean 1 in each stratum (Hajek).
+        propensity: probability in (0, 1] that a pair was labelled, a number or (N,); None is the labelled
+            share. With an array the inverse propensities are normalised to mean 1 (Hajek).
         max_overshoot: bound A >= 1 of the tuned power: a labelled target is g + A (z - g) at most.
         seed: seed of the bootstrap of `effective_human_labels` and of the folds.
-        strata: (N,) name of each pair's stratum, text or whole numbers. Each has a labelled share and powers of its own, the
-            powers shrunk towards the common ones. Strata with fewer than 10 human labels are joined into "(small strata)".
         rule: how a tuned power is chosen: `plug_in` the estimate, `half` half of it (three quarters of the gain at margin 0, safer
             once margins have grown), `minus_se` one standard error less, `cross_fitted` fitted to the labels of other folds.
         judges: names of the judges, for the report.
-        folds: of `cross_fitted`, drawn at random, the labelled pairs dealt out evenly in each stratum.
+        folds: of `cross_fitted`, drawn at random, the labelled pairs dealt out evenly.
         correction: of `adapted`: c in p + max(1, c h) (z - p) of a labelled pair, from the labelled share or less (the human label
             in place) to 1 (DeDPO). None takes the James-Stein factor of the residuals z - p, and holds c h at `max_overshoot`.
         features: (N, F) of `adapted`: differences of a pair's images, in whose directions the judge's error may be systematic.
@@ -89,21 +86,20 @@ def merge_labels(
 
     Returns:
         Merged. The report holds counts (`n`, `n_human`, `n_ties`), `labelled_share`, `agreement`, `power`, `power_raw`,
-        `power_se`, `power_cap` (the least of the strata's or folds'), `capped_share` (of the pairs whose power it holds down),
+        `power_se`, `power_cap` (the least of the folds'), `capped_share` (of the pairs whose power it holds down),
         `overshoot`, `share_outside`, `max_abs_offset` (the largest |target - 0.5|), `judge_bias` (mean of g - z),
-        `effective_human_labels`, the same at power 1, `human_labels_alone` (their worth without a judge), `rule`, `folds` (of
-        cross-fitting), `judges` and `strata` (the figures of each, by name), `merged_strata` (those that were too small),
+        `effective_human_labels`, the same at power 1, `rule`, `folds` (of cross-fitting), `judges` (the figures of each, by name),
         `sentences`, `mean_abs_offset` (how sharp the targets are: the mean of |target - 0.5| by weight), `correction` (of
         `adapted`: c, the factor wanted, |B|^2, V, ...) and `run` (of `visits`); None stands where a number does not exist. Of
         several judges, agreement and bias are those of the mixed label and powers those of all together. Agreement and bias are
-        those of all pairs, of labelled ones weighted by strata and propensities. A worth is counted in human labels taken at
-        random from all pairs (a stratum's: from the stratum), or, where propensities are unequal within a stratum, in labels taken
-        with the same (`worth_reference`); that of tuned powers of several judges or strata is told by powers fitted to other pairs.
+        those of all pairs, of labelled ones weighted by propensities. A worth is counted in human labels taken at random from all
+        pairs, or, where propensities are unequal, in labels taken with the same (`worth_reference`); that of tuned powers of several
+        judges is told by powers fitted to other pairs.
 
     Raises:
         ValueError: a label or option that cannot be used; the message names index and remedy.
 
-    With a fixed power or `cross_fitted` the loss is unbiased for labels taken at random (in each stratum), whatever the judges; the other
+    With a fixed power or `cross_fitted` the loss is unbiased for labels taken at random, whatever the judges; the other
     rules use each label twice, in loss and power, and are unbiased up to terms of order 1 / (number of human labels).
 
     Reference: DeDPO, arXiv 2602.06195; PPI++, arXiv 2311.01453, for the power.
@@ -111,7 +107,7 @@ def merge_labels(
     options: dict[str, Any] = {"method": method, "power": power, "propensity": propensity, "max_overshoot": max_overshoot, "seed": seed}
     options |= {"correction": correction, "features": features, "rater_agreement": rater_agreement}
     options |= {"visits": visits, "noise_ratio": noise_ratio}
-    made = estimate(human, synthetic, **options, strata=strata, rule=rule, judges=judges, folds=folds)
+    made = estimate(human, synthetic, **options, rule=rule, judges=judges, folds=folds)
     basis = make_basis(made, seed)
     report = make_report(made, basis, seed)
     common: dict[str, Any] = {"human": made.z, "judge": made.mixed, "basis": basis}

@@ -19,8 +19,7 @@ class Fit:
     `free` (K,) minimises the variance without constraint; `raw` (K,) under raw >= 0 and sum(raw) <= 1. `se` (K,) is the delta
     method's standard error of a power, in the fit of the judges in use and this one; `total_se` that of the sum over the
     judges in use. NaN where they do not exist. `cross` (K,) and `square` (K, K) are the sums c and V of the quadratic
-    lam' V lam - 2 c' lam; `n` is the number of labelled pairs. `left` is the mean square of rho_z that `free` leaves over; the
-    variance of c that comes with it is `meat` (K, K), or left * `scores` (K, K) if it did not depend on what the judges say.
+    lam' V lam - 2 c' lam.
     """
 
     free: np.ndarray
@@ -29,10 +28,6 @@ class Fit:
     total_se: float
     cross: np.ndarray
     square: np.ndarray
-    n: int
-    left: float
-    scores: np.ndarray
-    meat: np.ndarray
 
 
 def judge_moments(z: np.ndarray, g: np.ndarray, h: np.ndarray) -> np.ndarray:
@@ -131,8 +126,8 @@ def fit_powers(z: np.ndarray, g: np.ndarray, h: np.ndarray) -> Fit:
     """
     k = g.shape[1]
     if len(z) == 0:
-        none, empty = np.zeros(k), np.zeros((k, k))
-        return Fit(none, none, np.full(k, np.nan), math.nan, none, empty, 0, math.nan, empty, empty)
+        none = np.zeros(k)
+        return Fit(none, none, np.full(k, np.nan), math.nan, none, np.zeros((k, k)))
     cross, square, factor = _moments(z, g, h)
     heard = np.flatnonzero(np.diag(square) > 0)
     raw, free, se, total_se = best_powers(cross, square), np.zeros(k), np.full(k, np.nan), math.nan
@@ -148,10 +143,7 @@ def fit_powers(z: np.ndarray, g: np.ndarray, h: np.ndarray) -> Fit:
             place = int(np.searchsorted(among, j))
             se[j] = np.sqrt(np.maximum(0.0, covariance(among)[place, place]))
         total_se = float(np.sqrt(np.maximum(0.0, covariance(used if len(used) else heard).sum())))
-    rho_g = factor[:, None] * (0.5 - g)
-    left, spare = (0.5 - z - (0.5 - g) @ free) ** 2, max(1, len(z) - len(heard))
-    meat = (rho_g * left[:, None]).T @ rho_g * (len(z) / spare)
-    return Fit(free, raw, se, total_se, cross, square, len(z), float(left.sum()) / spare, rho_g.T @ rho_g, meat)
+    return Fit(free, raw, se, total_se, cross, square)
 
 
 def fit_power(z: np.ndarray, g: np.ndarray, h: np.ndarray) -> tuple[float, float | None]:

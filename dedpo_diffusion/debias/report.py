@@ -11,8 +11,7 @@ import numpy as np
 from dedpo_diffusion.debias.coefficients import WITHOUT_POWER, mix_judges
 from dedpo_diffusion.debias.compute import run_report, run_terms
 from dedpo_diffusion.debias.estimate import Estimate
-from dedpo_diffusion.debias.powers import Fit
-from dedpo_diffusion.debias.strata import Strata, assign_cells, choose_powers
+from dedpo_diffusion.debias.tuning import assign_folds, choose_powers
 from dedpo_diffusion.debias.worth import Basis, agreement, judge_bias, no_worth, worths
 
 HELD_OUT_FOLDS = 5  # by which the worth of many tuned powers is told
@@ -31,7 +30,7 @@ def make_report(case: Estimate, basis: Basis, seed: int) -> dict[str, Any]:
         "n_ties": int((case.z == 0.5).sum()),
         "labelled_share": float(labelled.mean()),
         "agreement": _agreement(case, case.mixed),
-        "weighted": len(case.strata.names) > 1 or case.uneven(),
+        "weighted": case.uneven(),
         "power": None if naive else _mean(case.total),
         "power_raw": None if fit is None else float(fit.raw.sum()),
         "power_se": None if fit is None else _known(fit.total_se),
@@ -46,13 +45,10 @@ def make_report(case: Estimate, basis: Basis, seed: int) -> dict[str, Any]:
         "judge_bias": _bias(case, case.mixed),
         "effective_human_labels": worth.here,
         "effective_human_labels_power_1": no_worth(worth.here["n_human"]) if np.isnan(case.g).any() else worth.at_one,
-        "human_labels_alone": worth.alone,
         "worth_reference": "same_propensities" if basis.uneven else "at_random",
         "rule": case.rule,
         "folds": case.folds if case.rule == "cross_fitted" else None,
         "judges": [_judge_entry(case, k) for k in range(len(case.names))] if not np.isnan(case.g).all() else [],
-        "strata": _strata_entries(case, worth.each),
-        "merged_strata": case.strata.merged,
     }
     return {**report, "sentences": sentences(report)}
 
@@ -88,21 +84,15 @@ def _both(case: Estimate, g: np.ndarray) -> np.ndarray:
 
 
 def _agreement(case: Estimate, g: np.ndarray) -> dict[str, Any]:
-    """Of all pairs: each labelled one counts for those of its stratum and propensity."""
-    rows, code = _both(case, g), case.strata.code
-    h = case.h[rows] if case.stated else np.ones(int(rows.sum()))
-    counts, stands = np.bincount(code), np.bincount(code[rows], weights=h, minlength=len(case.strata.names))
-    return agreement(case.z[rows], g[rows], h * (counts / np.where(stands > 0, stands, 1.0))[code[rows]])
+    """Of all pairs: each labelled one counts for those of its propensity."""
+    rows = _both(case, g)
+    return agreement(case.z[rows], g[rows], case.h[rows] if case.stated else None)
 
 
 def _bias(case: Estimate, g: np.ndarray) -> dict[str, Any]:
-    """Of all pairs: strata may have been labelled at rates of their own, and pairs with propensities of their own."""
-    rows, code = _both(case, g), case.strata.code
-    h = case.h[rows] if case.stated else None
-    if len(case.strata.names) == 1:
-        return judge_bias(case.z[rows], g[rows], h=h)
-    shares = np.bincount(code, minlength=len(case.strata.names)) / len(code)
-    return judge_bias(case.z[rows], g[rows], shares, code[rows], h)
+    """Of all pairs, which may have been labelled with propensities of their own."""
+    rows = _both(case, g)
+    return judge_bias(case.z[rows], g[rows], case.h[rows] if case.stated else None)
 
 
 def make_basis(case: Estimate, seed: int) -> Basis:
@@ -112,22 +102,19 @@ def make_basis(case: Estimate, seed: int) -> Basis:
     that were fitted to other pairs. A single power hardly does, and is taken as it is. A judge that is missing counts as
     undecided, as it does where its power is 0.
     """
-    rows, strata, made = ~np.isnan(case.z), case.strata, case.powers
+    rows, made = ~np.isnan(case.z), case.powers
     z, g, h = case.z[rows], case.g[rows], case.h[rows]
-    if made.fits is not None and case.folds == 1 and len(strata.names) * g.shape[1] > 1:
-        few = Strata(strata.names, strata.code[rows], [])
-        cell = assign_cells(few, HELD_OUT_FOLDS, np.zeros(len(z), dtype=bool), np.random.default_rng((seed, 2)))
-        made = choose_powers(z, g, h, few, rule=case.rule, cell=cell, folds=HELD_OUT_FOLDS, max_overshoot=case.max_overshoot)
+    if made.pooled is not None and case.folds == 1 and g.shape[1] > 1:
+        fold = assign_folds(np.zeros(len(z), dtype=bool), HELD_OUT_FOLDS, np.random.default_rng((seed, 2)))
+        made = choose_powers(z, g, h, rule=case.rule, fold=fold, folds=HELD_OUT_FOLDS, max_overshoot=case.max_overshoot)
         mixed, total, at = mix_judges(g, made.table, made.cell), made.totals(), made.cell
     else:
         mixed, total, at = case.mixed[rows], case.total[rows], made.cell[rows]
     even = mixed if g.shape[1] == 1 else g.mean(axis=1)
-    pairs = np.bincount(strata.code, minlength=len(strata.names))
     if not case.stated:  # shares of folds, which differ by a label, are of no interest
-        labels = np.bincount(strata.code[rows], minlength=len(pairs))
-        h = (pairs / np.maximum(labels, 1))[strata.code[rows]]
+        h = np.full(len(z), len(rows) / max(len(z), 1))
     return Basis(
-        z, _undecided(mixed), _undecided(even), h, total, strata.code[rows], strata.names, pairs,
+        z, _undecided(mixed), _undecided(even), h, total, len(rows),
         None if made.free is None else made.free[at], None if made.back is None else made.back[at], case.max_overshoot, case.uneven(),
     )  # fmt: skip
 
@@ -148,36 +135,6 @@ def _judge_entry(case: Estimate, k: int) -> dict[str, Any]:
     }
 
 
-def _strata_entries(case: Estimate, each: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    if case.strata.names == [""]:
-        return None
-    entries, code = [], case.strata.code
-    order = np.argsort(code, kind="stable")
-    parts = np.split(order, np.cumsum(np.bincount(code, minlength=len(case.strata.names)))[:-1])
-    for s, (name, rows) in enumerate(zip(case.strata.names, parts, strict=True)):
-        z, mixed = case.z[rows], case.mixed[rows]
-        both = ~np.isnan(z) & ~np.isnan(mixed)
-        h = case.h[rows][both] if case.stated else None
-        fit: Fit | None = None if case.powers.fits is None else case.powers.fits[s]
-        own = case.powers.table[np.unique(case.powers.cell[rows])]
-        entries.append(
-            {
-                "name": name,
-                "n": len(rows),
-                "n_human": int((~np.isnan(z)).sum()),
-                "agreement": agreement(z[both], mixed[both], h),
-                "judge_bias": judge_bias(z[both], mixed[both], h=h),
-                "power": None if case.method in WITHOUT_POWER else _mean(case.total[rows]),
-                "power_raw": None if fit is None else float(fit.raw.sum()),
-                "power_se": None if fit is None else _known(fit.total_se),
-                "powers": None if case.method in WITHOUT_POWER else own.mean(axis=0).tolist(),
-                "shrinkage": None if case.powers.shrinkage is None else float(case.powers.shrinkage[s].mean()),
-                "effective_human_labels": each[s],
-            }
-        )
-    return entries
-
-
 # ---- sentences
 
 
@@ -189,7 +146,6 @@ def sentences(report: dict[str, Any]) -> list[str]:
         *_power_sentences(report),
         *_run_sentences(report),
         *_correction_sentences(report),
-        *_strata_sentences(report),
         *_target_sentences(report),
     ]
 
@@ -209,7 +165,7 @@ def _worth_sentences(report: dict[str, Any]) -> list[str]:
     if report["method"] == "adapted":
         return [f"The {labels} make one prediction of what people would say of each pair; no number of human labels is equal to it."]
     if report["method"] == "human_only":
-        return [f"Only the {n_human} human labels are used; {n - n_human} pairs have weight 0.", *reference_sentences(report)]
+        return [f"Only the {n_human} human labels are used; {n - n_human} pairs have weight 0.", *_reference_sentences(report)]
     if worth["value"] is None:
         return [f"What these {labels} are worth cannot be told: every human label is a tie."]
     interval = f" (95 %: {_count(worth['ci'][0])} to {_count(worth['ci'][1])})" if worth["ci"] else ""
@@ -217,27 +173,17 @@ def _worth_sentences(report: dict[str, Any]) -> list[str]:
     published = report["effective_human_labels_power_1"]["value"]
     if report["power"] < 1 and published is not None:
         text += f" At power 1, as published, they would be worth {_count(published)}."
-    texts, alone = [text, *reference_sentences(report)], report["human_labels_alone"]["value"]
-    if worth["value"] >= alone * (1 - 1e-9) or report["power_raw"] is not None:  # a tuned power is below it by chance alone
+    texts = [text, *_reference_sentences(report)]
+    if worth["value"] >= n_human * (1 - 1e-9) or report["power_raw"] is not None:  # a tuned power is below it by chance alone
         return texts
     return [*texts, f"Warning: that is less than the {n_human} human labels alone; use method tuned."]
 
 
-def reference_sentences(report: dict[str, Any]) -> list[str]:
-    """Which human labels a worth is counted in, where these labels were not taken at random from all pairs.
-
-    Args:
-        report: with `worth_reference`, `n_human` and `human_labels_alone`.
-    """
-    if report["worth_reference"] != "at_random":
-        return ["Worth is counted in human labels taken with the same unequal probabilities, not at random."]
-    n_human, alone = report["n_human"], report["human_labels_alone"]["value"]
-    if alone is None or alone > 0.995 * n_human:
+def _reference_sentences(report: dict[str, Any]) -> list[str]:
+    """Which human labels a worth is counted in, where these labels were not taken at random."""
+    if report["worth_reference"] == "at_random":
         return []
-    return [
-        f"Worth is counted in human labels taken at random from all pairs; the {n_human} human labels, taken at unequal rates over "
-        f"the strata, are worth {_count(alone)} of those by themselves."
-    ]
+    return ["Worth is counted in human labels taken with the same unequal probabilities, not at random."]
 
 
 def _judge_sentences(report: dict[str, Any]) -> list[str]:
@@ -315,24 +261,6 @@ def _correction_sentences(report: dict[str, Any]) -> list[str]:
     if moved["capped"]:
         texts.append("Warning: the correction was held back so that no target is stretched beyond the bound of the overshoot.")
     return [*texts, f"Targets lie {report['mean_abs_offset']:.3f} from 0.5 on average."]
-
-
-def _strata_sentences(report: dict[str, Any]) -> list[str]:
-    texts = []
-    if report["merged_strata"]:
-        shown = ", ".join(report["merged_strata"][:10]) + (", ..." if len(report["merged_strata"]) > 10 else "")
-        texts.append(
-            f"Warning: {len(report['merged_strata'])} strata have too few human labels to stand alone and were joined ({shown}): "
-            "each is unbiased only if the labels fell at random among all of them."
-        )
-    entries = report["strata"] or []
-    if len(entries) > 1 and report["power"] is not None:
-        ordered = sorted(entries, key=lambda entry: entry["power"])
-        low, high = ordered[0], ordered[-1]
-        texts.append(
-            f"Over {len(entries)} strata the power runs from {low['power']:.2f} ({low['name']}) to {high['power']:.2f} ({high['name']})."
-        )
-    return texts
 
 
 def _target_sentences(report: dict[str, Any]) -> list[str]:

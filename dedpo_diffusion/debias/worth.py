@@ -45,34 +45,21 @@ def agreement(z: np.ndarray, g: np.ndarray, weights: np.ndarray | None = None) -
     return {"value": value, "ci": wilson_interval(value * effective, effective), "n": n}  # type: ignore[arg-type]
 
 
-def judge_bias(
-    z: np.ndarray, g: np.ndarray, shares: np.ndarray | None = None, code: np.ndarray | None = None, h: np.ndarray | None = None
-) -> dict[str, Any]:
+def judge_bias(z: np.ndarray, g: np.ndarray, h: np.ndarray | None = None) -> dict[str, Any]:
     """Mean of g - z over all pairs with its standard error and normal 95 % interval: a judge's lean towards image 0.
 
     Args:
         z, g: (n,) labels of the labelled pairs.
-        shares: (S,) share of all pairs in each stratum, if strata were labelled at rates of their own: then the strata's means
-            are weighted with them. None where a stratum has fewer than 2 labels.
-        code: (n,) stratum of each labelled pair, with `shares`.
-        h: (n,) inverse propensities of the labelled pairs, up to a factor; None takes them as equal in each stratum.
+        h: (n,) inverse propensities of the labelled pairs, up to a factor; None takes them as equal.
     """
+    n, off = len(z), g - z
     nothing = {"value": None, "se": None, "ci": None}
-    if len(z) == 0:
-        return nothing
-    if len(z) == 1 and shares is None:
-        return nothing | {"value": float(g[0] - z[0])}
-    part = np.ones(1) if shares is None else shares
-    group = np.zeros(len(z), dtype=np.int64) if code is None else code
-    n = np.bincount(group, minlength=len(part))
-    if (n < 2).any():
-        return nothing
-    weight = np.ones(len(z)) if h is None else h
-    total = np.bincount(group, weights=weight, minlength=len(part))
-    mean = np.bincount(group, weights=weight * (g - z), minlength=len(part)) / total
-    left = (weight * (g - z - mean[group])) ** 2  # linearised: the weights' sum is random too
-    variance = np.bincount(group, weights=left, minlength=len(part)) / total**2 * n / (n - 1)
-    value, se = float(part @ mean), math.sqrt(float(part**2 @ variance))
+    if n < 2:
+        return nothing | {"value": float(off[0]) if n else None}
+    weight = np.ones(n) if h is None else h
+    value = float(weight @ off / weight.sum())
+    left = (weight * (off - value)) ** 2  # linearised: the weights' sum is random too
+    se = math.sqrt(float(left.sum() / weight.sum() ** 2 * n / (n - 1)))
     return {"value": value, "se": se, "ci": [value - NORMAL_975 * se, value + NORMAL_975 * se]}
 
 
@@ -111,12 +98,12 @@ def bootstrap_sums(
 
 @dataclass(frozen=True)
 class Basis:
-    """The n labelled pairs by which the worth of a merge is told, and S strata of all pairs.
+    """The n labelled pairs by which the worth of a merge of N pairs is told.
 
     `z`, `mixed`, `even` (n,): human labels, the judges' mixed by their powers, the judges' plain mean; `h` (n,) inverse
-    propensities, the stratum's pairs over its labels where these were taken at random; `power` (n,) of all judges together, NaN
-    for naive merging; `code` (n,) stratum. `names` and `pairs` (S,) of the strata. A tuned power is `free` less `back`, (n,), at
-    most what `max_overshoot` allows; a fixed one has neither. `uneven`: some pairs of a stratum were likelier to be labelled.
+    propensities, N / n where labels were taken at random; `power` (n,) of all judges together, NaN for naive merging; `pairs` is N.
+    A tuned power is `free` less `back`, (n,), at most what `max_overshoot` allows; a fixed one has neither. `uneven`: some pairs
+    were likelier to be labelled.
     """
 
     z: np.ndarray
@@ -124,35 +111,19 @@ class Basis:
     even: np.ndarray
     h: np.ndarray
     power: np.ndarray
-    code: np.ndarray
-    names: list[str]
-    pairs: np.ndarray
+    pairs: int
     free: np.ndarray | None
     back: np.ndarray | None
     max_overshoot: float
     uneven: bool
 
-    def order(self) -> list[np.ndarray]:
-        """Rows of each stratum."""
-        counts = np.bincount(self.code, minlength=len(self.names))
-        return np.split(np.argsort(self.code, kind="stable"), np.cumsum(counts)[:-1])
-
-    def groups(self) -> int:
-        """Groups in which a stratum's pairs are resampled."""
-        return max(64, RESAMPLED_GROUPS // len(self.names))
-
 
 @dataclass(frozen=True)
 class Worths:
-    """Effective human labels, each {value, ci, n_human}, None where a number does not exist.
-
-    `here` with the powers used, `at_one` at power 1, `alone` without the judges; `each` with the powers used, by stratum.
-    """
+    """Effective human labels, each {value, ci, n_human}, None where a number does not exist: with the powers used, and at power 1."""
 
     here: dict[str, Any]
     at_one: dict[str, Any]
-    alone: dict[str, Any]
-    each: list[dict[str, Any]]
 
 
 def no_worth(n_human: int) -> dict[str, Any]:
@@ -160,63 +131,39 @@ def no_worth(n_human: int) -> dict[str, Any]:
     return {"value": None, "ci": None, "n_human": n_human}
 
 
-def human_worth(n_human: int) -> dict[str, Any]:
-    """The entry of human labels alone, counted in labels taken as they were."""
-    return {"value": float(n_human), "ci": [float(n_human), float(n_human)], "n_human": n_human}
+def _entry(terms: np.ndarray, drawn: np.ndarray | None, power: float) -> dict[str, Any]:
+    """Worth of n labels with a bootstrap interval, from terms (n, 3) and resampled sums (R, 3) of c, v, s."""
+    n = len(terms)
+    if power == 0:
+        return {"value": float(n), "ci": [float(n), float(n)], "n_human": n}
 
+    def worth(sums: np.ndarray) -> np.ndarray:
+        ratio = variance_ratio(sums, power)
+        return np.divide(n, ratio, out=np.full_like(ratio, np.nan), where=ratio > 0)
 
-def _entry(sums: np.ndarray, resampled: np.ndarray | None, power: float, n: int, pairs: int | None) -> dict[str, Any]:
-    """Worth of n labels with a bootstrap interval, from sums (4,) and resampled sums (R, 4) of c, v, s and h rho_z^2.
-
-    Counted in labels taken at random from all `pairs`, of which a single one has the variance sum(h rho_z^2) / pairs; None counts
-    in labels taken as these were.
-    """
-    if n == 0:
-        return no_worth(0)
-    if power == 0 and pairs is None:
-        return human_worth(n)
-
-    def worth(terms: np.ndarray) -> np.ndarray:
-        ratio, s = variance_ratio(terms[..., :3], power), terms[..., 2]
-        base = n if pairs is None else pairs * np.divide(terms[..., 3], s, out=np.full_like(s, np.nan), where=s > 0)
-        return np.divide(base, ratio, out=np.full_like(ratio, np.nan), where=ratio > 0)
-
-    value = float(worth(sums))
+    value = float(worth(terms.sum(axis=0)))
     if math.isnan(value):
         return no_worth(n)
-    if resampled is None:
+    if drawn is None:
         return {"value": value, "ci": None, "n_human": n}
-    drawn = worth(resampled)
-    return {"value": value, "ci": [float(x) for x in np.quantile(drawn[np.isfinite(drawn)], [0.025, 0.975])], "n_human": n}
+    told = worth(drawn)
+    return {"value": value, "ci": [float(x) for x in np.quantile(told[np.isfinite(told)], [0.025, 0.975])], "n_human": n}
 
 
 def worths(basis: Basis, seed: int) -> Worths:
-    """What the labels are worth, in human labels taken at random from all pairs.
+    """What the labels are worth, in human labels taken as these were.
 
-    The gradient's variance at margin 0 is a sum over the pairs, whatever the power of each; that of one human label taken at
-    random, divided by it, is the worth. Of a stratum it is counted in labels taken at random from the stratum; where
-    propensities were uneven, in human labels taken with the same. Pairs are resampled within their strata, whose shares are
-    known; `seed` is that of the bootstrap.
+    The gradient's variance at margin 0 is a sum over the pairs, whatever the power of each; that of human labels alone, divided by
+    it, is the worth of a label. `seed` is that of the bootstrap.
     """
     n, naive = len(basis.z), bool(np.isnan(basis.power).any())
     if n == 0:
-        return Worths(no_worth(0), no_worth(0), no_worth(0), [no_worth(0) for _ in basis.names])
+        return Worths(no_worth(0), no_worth(0))
     largest = 1.0 if naive else float(basis.power.max())  # a common power is taken out of the sums
     scale = np.ones(n) if naive or largest == 0 else basis.power / largest
     terms = judge_moments(basis.z, basis.mixed, basis.h) * np.stack([scale, scale**2, np.ones(n)], axis=1)
-    single = (basis.h * (0.5 - basis.z) ** 2)[:, None]
-    both = np.concatenate([terms, single, judge_moments(basis.z, basis.even, basis.h), single], axis=1)
-    rng, total, each = np.random.default_rng(seed), both.sum(axis=0), []
-    redrawn = np.zeros((RESAMPLES, 8)) if n > 1 else None  # a running sum: there may be thousands of strata
-    for rows in basis.order():
-        part = both[rows].sum(axis=0)
-        drawn = bootstrap_sums(both[rows], rng, groups=basis.groups()) if len(rows) > 1 else None
-        if redrawn is not None:
-            redrawn += part if drawn is None else drawn
-        each.append(_entry(part[:4], None if drawn is None else drawn[:, :4], largest, len(rows), None))
-    pairs = None if basis.uneven or len(basis.names) == 1 else int(basis.pairs.sum())
-    first, second = (None, None) if redrawn is None else (redrawn[:, :4], redrawn[:, 4:])
-    at_one, alone = _entry(total[4:], second, 1.0, n, pairs), _entry(total[:4], first, 0.0, n, pairs)
-    if naive:
-        return Worths(no_worth(n), at_one, alone, [no_worth(len(rows)) for rows in basis.order()])
-    return Worths(_entry(total[:4], first, largest, n, pairs), at_one, alone, each)
+    plain = judge_moments(basis.z, basis.even, basis.h)
+    first = second = None
+    if n > 1:
+        first, second = np.split(bootstrap_sums(np.concatenate([terms, plain], axis=1), np.random.default_rng(seed)), 2, axis=1)
+    return Worths(no_worth(n) if naive else _entry(terms, first, largest), _entry(plain, second, 1.0))

@@ -84,7 +84,7 @@ def loss_parts(merged: Targets, path: Path, rows: np.ndarray) -> tuple[Parts, fl
     if np.isnan(judge).any():
         raise UserError(f"{path} has pairs without a judge's label, which objective.power=adaptive needs; merge with method tuned or dedpo")
     if np.ptp(power) > 0:
-        raise UserError(f"{path}: pairs have powers of their own (strata, or cross-fitting); objective.power=adaptive needs one for all")
+        raise UserError(f"{path}: pairs have powers of their own (cross-fitting); objective.power=adaptive needs one for all")
     plain = inverse + power * (1 - inverse)
     factor = weight.sum() / plain.sum() if plain.any() else 0.0
     if not np.allclose(weight, factor * plain, rtol=1e-6, atol=0):

@@ -89,16 +89,14 @@ class Answers:
     """The labels of N pairs, NaN where there is none, and what else is known of the pairs.
 
     `human` (N,); `judges` (N, K) of the K judges in `names`; `propensity` (N,) of a human label, None for labels taken at random;
-    `strata` (N,) numbers of the strata in `strata_names`, None where there are none; `sources` each (N,): the source columns, but
-    for those of texts with `too_many` values. `features` (N, F): differences of what is known of the images before training.
+    `sources` each (N,): the source columns, but for those of texts with `too_many` values.
+    `features` (N, F): differences of what is known of the images before training.
     """
 
     human: np.ndarray
     judges: np.ndarray | None
     names: list[str]
     propensity: np.ndarray | None
-    strata: np.ndarray | None
-    strata_names: list[str]
     sources: dict[str, np.ndarray]
     too_many: list[str]
     features: np.ndarray | None = None
@@ -107,7 +105,7 @@ class Answers:
         """Those of some pairs."""
         if rows.all():
             return self
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("human", "judges", "propensity", "strata", "features")}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("human", "judges", "propensity", "features")}
         chosen: dict[str, Any] = {name: None if values is None else values[rows] for name, values in arrays.items()}
         return dataclasses.replace(self, sources={name: values[rows] for name, values in self.sources.items()}, **chosen)
 
@@ -116,9 +114,3 @@ class Answers:
         import numpy as np
 
         return None if self.judges is None else np.where(np.isnan(self.judges), 0.5, self.judges)
-
-    def stratum(self) -> np.ndarray | None:
-        """(N,) names of the strata."""
-        import numpy as np
-
-        return None if self.strata is None else np.array(self.strata_names, dtype=object)[self.strata]

@@ -14,11 +14,9 @@ from dedpo_diffusion.settings import MergeSettings
 if TYPE_CHECKING:
     import numpy as np
 
-    from dedpo_diffusion.debias import Merged, Strata
+    from dedpo_diffusion.debias import Merged
     from dedpo_diffusion.labels.answers import Answers
     from dedpo_diffusion.labels.plan import Pool
-
-SHOWN = 20  # strata in a table on the console
 
 
 # ---- the report beyond the estimator's own
@@ -27,15 +25,6 @@ SHOWN = 20  # strata in a table on the console
 def complete(settings: MergeSettings, answers: Answers, merged: Merged) -> dict[str, Any]:
     """`curve`, what more labels or a better judge would buy (None where there is nothing to tell), and `warnings`."""
     return {"curve": curves(settings, known_of(settings, merged)), "warnings": find_warnings(settings, answers, merged)}
-
-
-def strata_of(answers: Answers) -> Strata | None:
-    """The strata as they are merged, small ones joined."""
-    import numpy as np
-
-    from dedpo_diffusion.debias import group_strata
-
-    return None if answers.strata is None else group_strata(answers.stratum(), ~np.isnan(answers.human))
 
 
 def known_of(settings: MergeSettings, merged: Merged) -> Pool | None:
@@ -67,8 +56,6 @@ def find_warnings(settings: MergeSettings, answers: Answers, merged: Merged) -> 
 
     labelled = ~np.isnan(answers.human)
     found: list[dict[str, Any]] = []
-    if answers.strata is not None:
-        found += look.strata_warnings(answers.human, answers.strata_names, answers.strata)
     if settings.method != "naive":
         found += not_at_random(answers, labelled, merged, pairs=settings.pairs)
     if settings.method in ("dedpo", "tuned") and answers.judges is not None:
@@ -78,7 +65,7 @@ def find_warnings(settings: MergeSettings, answers: Answers, merged: Merged) -> 
 
 
 def not_at_random(answers: Answers, labelled: np.ndarray, merged: Merged, *, pairs: Path) -> list[dict[str, Any]]:
-    """Warnings about labels that are merged as if taken at random, in each stratum or in all, or about propensities.
+    """Warnings about labels that are merged as if taken at random, or about propensities.
 
     Judges that were calibrated or taught say nothing of it: labelled pairs have their labels from other maps than the others.
     """
@@ -98,14 +85,9 @@ def not_at_random(answers: Answers, labelled: np.ndarray, merged: Merged, *, pai
         columns |= {f"the label of {name}": given, f"the confidence of {name}": np.abs(given - 0.5)}
     columns |= answers.sources
     if answers.propensity is not None and merged.inverse is not None:
-        remedy = (
-            "these propensities do not make up for it, and the merge may be biased; try --strata with the column that decided who was asked"
-        )
+        remedy = "these propensities do not make up for it, and the merge may be biased; ask people about pairs drawn at random"
         return unlike_warnings(unbalanced(labelled, merged.inverse, columns), remedy=remedy)
-    strata = strata_of(answers)
-    codes = None if strata is None else strata.code
-    remedy = "try --propensities estimate" + ("" if strata is not None else ", or --strata with a column that decided who was asked")
-    return unlike_warnings(unlike(labelled, columns, strata=codes), remedy=remedy)
+    return unlike_warnings(unlike(labelled, columns), remedy="try --propensities estimate")
 
 
 def further_sentences(settings: MergeSettings, answers: Answers, report: dict[str, Any], left_out: int) -> list[str]:
@@ -191,7 +173,6 @@ def print_report(report: dict[str, Any], title: str) -> None:
         "distance of targets from 0.5": ("mean_abs_offset", 3),
         "effective human labels": ("effective_human_labels", 0),
         "  at power 1, as published": ("effective_human_labels_power_1", 0),
-        "  human labels alone": ("human_labels_alone", 0),
     }
     for words, (key, digits) in lines.items():
         table.add_row(words, _number(report[key], digits))
@@ -201,30 +182,24 @@ def print_report(report: dict[str, Any], title: str) -> None:
         table.add_row("correction (0: the human label, 1: DeDPO)", _number(report["correction"]["c"]))
     Console().print(table)
     if len(report["judges"] or []) > 1:
-        _print_parts("judge", report["judges"], {})
-    if report["strata"]:
-        counts = {"pairs": ("n", 0), "human": ("n_human", 0), "worth": ("effective_human_labels", 0)}
-        _print_parts("stratum", report["strata"], counts)
+        _print_judges(report["judges"])
     for sentence in report["sentences"]:
         say(sentence)
     for warning in report["warnings"]:
         say(warning["text"])
 
 
-def _print_parts(what: str, entries: list[dict[str, Any]], columns: dict[str, tuple[str, int]]) -> None:
-    """A table with a line for each judge or stratum; the report holds the intervals that are left out."""
+def _print_judges(judges: list[dict[str, Any]]) -> None:
+    """A table with a line for each judge; the report holds the intervals that are left out."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(what, *columns, "agreement", "bias", "power")
-    for entry in entries[:SHOWN]:
-        cells = [_number(entry[key], digits) for key, digits in columns.values()]
-        cells += [_number(entry[key]["value"], digits) for key, digits in (("agreement", 2), ("judge_bias", 3))]
+    table = Table("judge", "agreement", "bias", "power")
+    for entry in judges:
+        cells = [_number(entry[key]["value"], digits) for key, digits in (("agreement", 2), ("judge_bias", 3))]
         table.add_row(escape(str(entry["name"])), *cells, _number(entry["power"], 2))
     Console().print(table)
-    if len(entries) > SHOWN:
-        say(f"(the first {SHOWN} of {len(entries)}; the report holds all)")
 
 
 def draw_report(settings: MergeSettings, report: dict[str, Any], path: Path) -> None:
@@ -257,36 +232,17 @@ def write_plan(settings: MergeSettings, name: str, answers: Answers, merged: Mer
         raise UserError(f"--plan is {wanted}; give the number of human labels that the labels shall be worth")
     known = known_of(settings, merged)
     if known is None and merged.basis is not None and merged.basis.uneven:
-        raise UserError(
-            "--plan counts further labels as taken at random, and these have unequal propensities; give --propensities none, "
-            "or --strata with a column that decided who was asked"
-        )
+        raise UserError("--plan counts further labels as taken at random, and these have unequal propensities; give --propensities none")
     if known is None:
         raise UserError(
             "--plan needs a judge, a method that uses it (tuned or dedpo) and at least two human labels that are not all ties; "
             "label some pairs first, a hundred at random are a start"
         )
-    found = {"name": name, "judges": answers.names, "human": settings.human, "strata_column": settings.strata} | plan(known, wanted)
+    found = {"name": name, "judges": answers.names, "human": settings.human} | plan(known, wanted)
     found["warnings"] = find_warnings(settings, answers, merged)
-    _print_plan(found)
+    for sentence in [*found["sentences"], *(warning["text"] for warning in found["warnings"])]:
+        say(sentence)
     path = targets_path(settings.pairs, name, ".plan.json")
     write_json(path, found)
     say(f"wrote {path}; no targets were written")
     return path
-
-
-def _print_plan(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    for sentence in [*found["sentences"], *(warning["text"] for warning in found["warnings"])]:
-        say(sentence)
-    if found["by_need"] is None or len(found["strata"]) == 1:
-        return
-    table = Table("stratum", "pairs", "human labels", "more, at random", "more, by need", title=f"to be worth {found['wanted']:g}")
-    for k, stratum in enumerate(found["strata"]):
-        more = [str(found[way]["by_stratum"][k]) for way in ("at_random", "by_need")]
-        table.add_row(escape(stratum["name"]), str(stratum["n"]), str(stratum["n_human"]), *more)
-    Console().print(table)
-    say("Within a stratum, take the pairs at random; merge with the same --strata.")

@@ -1,7 +1,7 @@
 """What should make a person doubt merged labels: pure functions of arrays, each warning a dict with its `kind` and its `text`.
 
-Labels not taken at random, a judge that seems to have learned from the human labels, strata without people's answers, targets
-stretched too far. A warning is a reason to look, no proof.
+Labels not taken at random, a judge that seems to have learned from the human labels, targets stretched too far.
+A warning is a reason to look, no proof.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ SAMPLE = 100_000  # pairs; of more, so many are drawn: what matters shows in the
 EXPECTED = 5.0  # labelled pairs; rarer values are counted together
 WEIGHTED = 10.0  # the same where labelled pairs are weighted
 STRETCH = 2.0  # overshoot beyond which a policy can run away by memorising single pairs
-NAMED = 5  # names in one sentence
 
 
 # ---- are labels taken at random?
@@ -37,30 +36,30 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return corrected
 
 
-def unlike(labelled: np.ndarray, columns: Mapping[str, Any], *, strata: np.ndarray | None = None) -> list[dict[str, Any]]:
+def unlike(labelled: np.ndarray, columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Compare the labelled pairs with the others, column by column.
 
     Numbers of many values are compared by the two-sample Kolmogorov-Smirnov test, others value by value (chi-square; rare
-    values together). The p-values are corrected for the number of columns (Holm). With strata it is compared within each:
-    numbers by their ranks there. Pairs count as independent: where whole prompts are labelled together the tests are too strict.
-    Of more than 100,000 pairs so many are compared, drawn at random with a fixed seed.
+    values together). The p-values are corrected for the number of columns (Holm). Pairs count as independent: where whole
+    prompts are labelled together the tests are too strict. Of more than 100,000 pairs
+    so many are compared, drawn at random with a fixed seed.
 
     Args:
         labelled: (N,) bool.
         columns: names and (N,) values, numbers (not finite or None: unknown) or texts.
-        strata: (N,) numbers of the strata within which labels are taken at random, or None.
 
     Returns:
         {column, test, p, labelled, others, value} for each column that can be compared, smallest p first: p corrected;
         `labelled` and `others` the means, or the shares of the `value` that differs most. Columns with one value, or with more
         than 50 texts, are left out.
     """
-    codes = np.zeros(len(labelled), dtype=np.int64) if strata is None else np.asarray(strata)
-    here, every = np.bincount(codes[labelled], minlength=codes.max() + 1), np.bincount(codes)
-    rows = np.flatnonzero(((here > 0) & (here < every))[codes])  # elsewhere there is nothing to compare
-    if len(rows) > SAMPLE:
-        rows = np.random.default_rng(0).choice(rows, SAMPLE, replace=False)
-    return _by_column(columns, lambda values: _compare(labelled[rows], values[rows], codes[rows]))
+    rows = _sample(len(labelled))
+    return _by_column(columns, lambda values: _compare(labelled[rows], values[rows]))
+
+
+def _sample(pairs: int) -> np.ndarray:
+    rows = np.arange(pairs)
+    return rows if pairs <= SAMPLE else np.random.default_rng(0).choice(rows, SAMPLE, replace=False)
 
 
 def _by_column(columns: Mapping[str, Any], test: Callable[[np.ndarray], dict[str, Any] | None]) -> list[dict[str, Any]]:
@@ -71,58 +70,40 @@ def _by_column(columns: Mapping[str, Any], test: Callable[[np.ndarray], dict[str
     return sorted(({**entry, "p": float(p)} for entry, p in zip(found, corrected, strict=True)), key=lambda entry: entry["p"])
 
 
-def _compare(labelled: np.ndarray, values: np.ndarray, codes: np.ndarray) -> dict[str, Any] | None:
+def _compare(labelled: np.ndarray, values: np.ndarray) -> dict[str, Any] | None:
     if values.dtype.kind in "fiub":
         numbers = values.astype(np.float64)
         known = np.isfinite(numbers)
         if len(np.unique(numbers[known])) > FEW:
-            return _kolmogorov(labelled[known], numbers[known], codes[known])
-    return _chi_square(labelled, values, codes)
+            return _kolmogorov(labelled[known], numbers[known])
+    return _chi_square(labelled, values)
 
 
-def _kolmogorov(labelled: np.ndarray, numbers: np.ndarray, codes: np.ndarray) -> dict[str, Any] | None:
+def _kolmogorov(labelled: np.ndarray, numbers: np.ndarray) -> dict[str, Any] | None:
     from scipy.stats import ks_2samp
 
     if not 0 < labelled.sum() < len(labelled):
         return None
-    ranks = _ranks_within(numbers, codes) if codes.max(initial=0) > 0 else numbers
-    p = float(ks_2samp(ranks[labelled], ranks[~labelled], method="asymp").pvalue)
+    p = float(ks_2samp(numbers[labelled], numbers[~labelled], method="asymp").pvalue)
     here, there = float(numbers[labelled].mean()), float(numbers[~labelled].mean())
     return {"test": "kolmogorov-smirnov", "p": p, "labelled": here, "others": there, "value": None}
 
 
-def _ranks_within(numbers: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Mean rank of each number within its stratum, as a share in (0, 1)."""
-    from scipy.stats import rankdata
-
-    ranks = np.empty(len(numbers))
-    order = np.argsort(codes, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1):
-        ranks[rows] = (rankdata(numbers[rows]) - 0.5) / len(rows)
-    return ranks
-
-
-def _chi_square(labelled: np.ndarray, values: np.ndarray, codes: np.ndarray) -> dict[str, Any] | None:
-    """Chi-square of value against labelled, summed over the strata."""
+def _chi_square(labelled: np.ndarray, values: np.ndarray) -> dict[str, Any] | None:
+    """Chi-square of value against labelled."""
     from scipy.stats import chi2
 
     names, code = categories(values)
     if not 2 <= len(names) <= MOST:
         return None
-    width = len(names)
-    counts = np.bincount((codes * 2 + labelled) * width + code, minlength=(codes.max() + 1) * 2 * width).reshape(-1, 2, width)
-    statistic = freedom = 0.0
-    for table in counts:
-        table = _without_rare(table)
-        if table.shape[1] >= 2:
-            expected = table.sum(axis=0) * table.sum(axis=1)[:, None] / table.sum()
-            statistic += float(np.sum((table - expected) ** 2 / expected))
-            freedom += table.shape[1] - 1
-    if not freedom:
+    counts = np.bincount(labelled * len(names) + code, minlength=2 * len(names)).reshape(2, -1)
+    table = _without_rare(counts)
+    if table.shape[1] < 2:
         return None
-    others, mine = (total / total.sum() for total in counts.sum(axis=0))
+    expected = table.sum(axis=0) * table.sum(axis=1)[:, None] / table.sum()
+    p = float(chi2.sf(float(np.sum((table - expected) ** 2 / expected)), table.shape[1] - 1))
+    others, mine = (row / row.sum() for row in counts)
     place = int(np.argmax(np.abs(mine - others)))
-    p = float(chi2.sf(statistic, freedom))
     return {"test": "chi-square", "p": p, "labelled": float(mine[place]), "others": float(others[place]), "value": names[place]}
 
 
@@ -154,9 +135,7 @@ def unbalanced(labelled: np.ndarray, h: np.ndarray, columns: Mapping[str, Any]) 
     Returns:
         As `unlike`; `labelled` is weighted, and `others` is of all pairs.
     """
-    rows = np.arange(len(labelled))
-    if len(rows) > SAMPLE:
-        rows = np.random.default_rng(0).choice(rows, SAMPLE, replace=False)
+    rows = _sample(len(labelled))
     return _by_column(columns, lambda values: _balance(labelled[rows], h[rows], values[rows]))
 
 
@@ -275,27 +254,7 @@ def seen_human_labels(z: np.ndarray, g: np.ndarray, *, name: str = "the judge") 
     }
 
 
-# ---- strata and targets
-
-
-def strata_warnings(z: np.ndarray, names: Sequence[str], codes: np.ndarray) -> list[dict[str, Any]]:
-    """A warning if some strata have no human label at all: nobody knows how good the judge is there.
-
-    Args:
-        z: (N,) human labels, NaN where there is none.
-        names: of the S strata.
-        codes: (N,) number of each pair's stratum.
-    """
-    empty = np.flatnonzero(np.bincount(codes[~np.isnan(z)], minlength=len(names)) == 0).tolist()
-    if not empty or len(empty) == len(names):
-        return []
-    n = int(np.isin(codes, empty).sum())
-    some = ", ".join(names[k] for k in empty[:NAMED]) + (", ..." if len(empty) > NAMED else "")
-    text = (
-        f"Warning: {len(empty)} of {len(names)} strata have no human label at all ({some}; {n} pairs): what the judge is worth there is "
-        "taken from other strata; label some pairs of each, or use coarser strata."
-    )
-    return [{"kind": "empty_strata", "strata": [names[k] for k in empty], "n": n, "text": text}]
+# ---- targets
 
 
 def overshoot_warnings(target: np.ndarray, weight: np.ndarray, overshoot: float | None) -> list[dict[str, Any]]:

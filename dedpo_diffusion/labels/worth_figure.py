@@ -1,4 +1,4 @@
-"""What merged labels are worth as one picture: now, with more human labels, with a better judge; by stratum and by judge."""
+"""What merged labels are worth as one picture: now, with more human labels, with a better judge; by judge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, LOW, HIGH = 14.0, 5.6, 9.6  # inches at 100 dots: without and with the second row
-MOST = 12  # lines of one panel
 LONG = 17  # letters of a name
 DASHED = (0, (4, 3))
 DOT: dict[str, Any] = {"fmt": "o", "color": BLUE, "ecolor": BLUE, "elinewidth": 1.5, "markersize": 7}  # where things stand now
@@ -33,8 +32,8 @@ def draw(report: dict[str, Any], path: Path, title: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [draws for draws, there in ((_strata, report["strata"]), (_judges, len(report["judges"]) > 1)) if there]
-    height = HIGH if rows else LOW
+    several = len(report["judges"]) > 1
+    height = HIGH if several else LOW
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), dpi=DOTS, facecolor=PAPER)
         canvas = FigureCanvasAgg(figure)
@@ -43,10 +42,9 @@ def draw(report: dict[str, Any], path: Path, title: str) -> Path:
         top = figure.add_gridspec(1, 3, left=0.125, right=0.97, top=1 - 1.35 / height, bottom=1 - 4.85 / height, wspace=0.28)
         for place, draws in enumerate((_now, _more_labels, _better_judge)):
             draws(figure.add_subplot(top[0, place]), report)
-        low = figure.add_gridspec(1, 2, left=0.185, right=0.97, top=1 - 6.0 / height, bottom=0.75 / height, wspace=0.4)
-        for place, draws_two in enumerate(rows):
-            halves = low[0, place].subgridspec(1, 2, wspace=0.16)
-            draws_two([figure.add_subplot(halves[0, k]) for k in (0, 1)], report)
+        if several:
+            low = figure.add_gridspec(1, 2, left=0.185, right=0.97, top=1 - 6.0 / height, bottom=0.75 / height, wspace=0.16)
+            _judges([figure.add_subplot(low[0, k]) for k in (0, 1)], report["judges"])
         with atomic_file(path) as temporary:
             canvas.print_png(str(temporary))
     return path
@@ -54,11 +52,6 @@ def draw(report: dict[str, Any], path: Path, title: str) -> Path:
 
 def _short(text: str) -> str:
     return plain(text if len(text) <= LONG else text[: LONG - 1] + "…")
-
-
-def _alone(report: dict[str, Any]) -> float:
-    """What the human labels are worth by themselves; where they were taken at unequal rates, less than their number."""
-    return float((report.get("human_labels_alone") or {}).get("value") or report["n_human"])
 
 
 def _percent(axis: Any) -> None:
@@ -85,7 +78,7 @@ def _rows(axes: Axes, names: list[str]) -> None:
 def _now(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_title("What the labels are worth")
     here, published = report["effective_human_labels"], report["effective_human_labels_power_1"]
-    alone = _alone(report)
+    alone = report["n_human"]
     lines = [("human labels\nalone", {"value": alone}), ("at power 1,\nas published", published)]
     lines += [(f"as merged\n(power {report['power']:.2f})", here)]
     lines = [line for line in lines if line[1]["value"] is not None]
@@ -118,7 +111,7 @@ def _better_judge(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_title("What a better judge would buy")
     curve, here, known = report["curve"]["judge"], report["effective_human_labels"], report["agreement"]
     axes.plot(curve["agreement"], curve["value"], color=BLUE, linewidth=2)
-    axes.axhline(_alone(report), color=SOFT, linewidth=1, linestyle=DASHED)
+    axes.axhline(report["n_human"], color=SOFT, linewidth=1, linestyle=DASHED)
     if known["value"] is not None and here["value"] is not None:
         bars: dict[str, Any] = {"xerr": reach(known["value"], known.get("ci")), "yerr": reach(here["value"], here.get("ci"))}
         axes.errorbar(known["value"], here["value"], **DOT, **bars)
@@ -129,25 +122,13 @@ def _better_judge(axes: Axes, report: dict[str, Any]) -> None:
     _percent(axes.xaxis)
 
 
-# ---- by stratum and by judge
+# ---- by judge
 
 
-def _strata(both: list[Axes], report: dict[str, Any]) -> None:
-    """The strata with most pairs; agreement left, power right."""
-    shown = sorted(report["strata"], key=lambda entry: -entry["n"])[:MOST]
-    names = [f"{_short(entry['name'])} ({entry['n_human']} of {entry['n']})" for entry in shown]
-    more = f"the {MOST} largest of {len(report['strata'])}" if len(report["strata"]) > MOST else ""
-    _parts(both, shown, names, "Strata: agreement", more)
-
-
-def _judges(both: list[Axes], report: dict[str, Any]) -> None:
-    _parts(both, report["judges"], [_short(entry["name"]) for entry in report["judges"]], "Judges: agreement", "")
-
-
-def _parts(both: list[Axes], entries: list[dict[str, Any]], names: list[str], title: str, more: str) -> None:
+def _judges(both: list[Axes], entries: list[dict[str, Any]]) -> None:
     """Agreement and power, one line each."""
     left, right = both
-    left.set_title(title)
+    left.set_title("Judges: agreement")
     right.set_title("power")
     for row, entry in enumerate(entries):
         known = entry["agreement"]
@@ -168,11 +149,10 @@ def _parts(both: list[Axes], entries: list[dict[str, Any]], names: list[str], ti
         if raw is not None:
             bar = None if se is None else 1.96 * se
             right.errorbar(raw, row + 0.22, xerr=bar, fmt="o", color=SOFT, ecolor=RULE, elinewidth=2.5, markersize=4)
-    _rows(left, names)
-    _rows(right, [""] * len(names))
+    _rows(left, [_short(entry["name"]) for entry in entries])
+    _rows(right, [""] * len(entries))
     left.axvline(0.5, color=SOFT, linewidth=1, linestyle=DASHED)
     left.set_xlim(min([0.45, *((entry["agreement"]["ci"] or [1.0])[0] - 0.03 for entry in entries)]), 1.03)
-    left.set_xlabel(more)
     right.set(xlim=(-0.05, 1.05), xticks=[0, 0.5, 1], xlabel="blue: used; grey: asked for")
     _few_ticks(left.xaxis)
     _percent(left.xaxis)

@@ -160,17 +160,15 @@ class MergeSettings:
             training, and safer once margins have grown), minus_se one standard error less, cross_fitted for each pair the
             estimate from labels of other pairs.
         max_overshoot: bound A of how far a labelled target is stretched by the tuned power.
-        strata: give each group of pairs its own power: a source column of the pairs, prompt, or confidence (four groups by how sure
-            the judge is). Labels need to be taken at random only within each.
         propensities: how likely each pair was to be labelled: stored takes what the human label file says, at random if it says
-            nothing; estimate fits it to the judge's label and confidence, strata and source columns (numbers, and texts of at
+            nothing; estimate fits it to the judge's label and confidence and source columns (numbers, and texts of at
             most 50 values); none takes labels as taken at random.
         correction: of method adapted, from 0 (labelled pairs keep the human label) to 1 (DeDPO); None takes what the labels ask for.
         rater_agreement: of method adapted: how often two people agree on a pair, if that is known; a single answer then moves its pair
             only as far as its noise allows.
         visits: optimizer steps times pairs of a step: tuned takes the power that is best for a run of this length.
         noise_ratio: with visits: the mean squared gradient of one visit over that of its pair.
-        plan: write no targets, but tell how many more human labels, and in which strata, make the labels worth this many.
+        plan: write no targets, but tell how many more human labels, taken at random, make the labels worth this many.
         missing: what becomes of pairs without the judge's answer: an error, or the judge counts as undecided there (0.5).
         folds: also write targets NAME-fold-0, -1, ..., each without the pairs of one fold, so that policies can be trained
             whose rewards label the pairs that they never saw (judge self); 0 writes none.
@@ -187,7 +185,6 @@ class MergeSettings:
     power: float | list[float] | None = None
     rule: Literal["plug_in", "half", "minus_se", "cross_fitted"] = "plug_in"
     max_overshoot: float = 2.0
-    strata: str | None = None
     propensities: Literal["stored", "estimate", "none"] = "stored"
     correction: float | None = None
     rater_agreement: float | None = None

@@ -7,7 +7,7 @@
 
 Makes datasets in a temporary folder and runs the real commands on them, one thread a process. `validate` and `label` get small images
 (64 x 64 JPEG, every file different): headers with one and two processes, and decode; the embedded CLIP judge on the processor, alone and
-as two processes that share the pairs. `merge` never reads an image: one judge, three judges over 20 strata, and the plan. `loader` is
+as two processes that share the pairs. `merge` never reads an image: one judge, three judges, and the plan. `loader` is
 training's input: reader, fingerprint, a filled cache of stand-in latents, targets, then batches in the order of importance sampling.
 
 Memory is the largest sum over a command and its children, looked at twenty times a second: `own` is anonymous memory, `mapped` file
@@ -42,7 +42,7 @@ PAIRS = {"validate": [20_000, 200_000], "label": [10_000, 100_000], "merge": [1_
 SHARD = 256  # pairs of a shard of `dedpo label`
 LATENT, TEXT = (4, 8, 8), (4, 8)  # shapes of a stand-in latent and embedding
 BATCH = 16
-JUDGES = ["--judges", "judge-0,judge-1,judge-2", "--strata", "source_model"]
+JUDGES = ["--judges", "judge-0,judge-1,judge-2"]
 Runs = list[dict[str, float]]
 
 
@@ -283,8 +283,8 @@ def merge(settings: StageThroughputSettings, sizes: list[int], place: Path) -> d
     folder = make_labels(place / "pairs", max(sizes))
     ways = {
         "one judge": ["--judge", "judge-0"],
-        "three judges, 20 strata": JUDGES,
-        "the plan, three judges, 20 strata": [*JUDGES, "--plan", max(sizes) // 2],
+        "three judges": JUDGES,
+        "the plan, three judges": [*JUDGES, "--plan", max(sizes) // 2],
     }
     runs = in_turns(settings.repeats, {way: partial(run_stage, "merge", folder, *options) for way, options in ways.items()})
     result: dict[str, Any] = {"peak_mib": {way: peak_of(found) for way, found in runs.items()}, "runs": runs}

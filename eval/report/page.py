@@ -46,7 +46,7 @@ BUCKETS = {"margin": "margin by timestep", "ratio": "balance: winner over loser,
 LABEL_LINES = {
     "method": "method", "n": "pairs", "n_human": "human labels", "agreement": "agreement of the judge", "judge_bias": "bias of the judge",
     "power": "power", "power_se": "standard error of the power", "effective_human_labels": "effective human labels",
-    "effective_human_labels_power_1": "the same at power 1, as published", "human_labels_alone": "human labels alone",
+    "effective_human_labels_power_1": "the same at power 1, as published",
 }  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def label_section(targets: Sequence[Path]) -> str:
         try:
             details += label_details(name, report)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"its judges, strata or curve are not as `dedpo merge` writes them ({error!r})"
+            what = f"its judges or curve are not as `dedpo merge` writes them ({error!r})"
             raise UserError(f"{paths[name]}: {what}; give the report that it wrote beside the targets") from error
     return section("Labels", table(["", *map(escape, reports)], lines), f'<div class="columns">{words}</div>', details)
 
@@ -190,9 +190,8 @@ def _label_words(name: str, report: dict[str, Any]) -> str:
 
 
 def label_details(name: str, report: dict[str, Any]) -> str:
-    """What more labels or a better judge would buy, and how the judge does by stratum; nothing where the report says neither."""
-    tables = "".join(_label_parts(report.get(key), what) for key, what in (("judges", "judge"), ("strata", "stratum")))
-    body = tables + _worth_charts(report)
+    """What more labels or a better judge would buy, and how each of several judges does; nothing where the report says neither."""
+    body = _judges_table(report.get("judges")) + _worth_charts(report)
     return f"<section><h3>{escape(name)}: what the labels are worth, and what more would buy</h3>{body}</section>" if body else ""
 
 
@@ -202,11 +201,10 @@ def _worth_charts(report: dict[str, Any]) -> str:
     more, judge, here = report["curve"]["human_labels"], report["curve"]["judge"], report["effective_human_labels"]
     start, end, value = float(report["n_human"]), float(report["n"]), here["value"]
     ends = [list(zip(more["n"], more[key], strict=True)) for key in ("low", "high")]
-    by_themselves = float((report.get("human_labels_alone") or {}).get("value") or start)
     alone = Curve("people alone", [(start, start), (end, end)], 0)
     labels = [*(Curve("95 %", points, 6) for points in ends), alone, Curve("merged", list(zip(more["n"], more["value"], strict=True)), 1)]
     better = [
-        Curve("people alone", [(0.5, by_themselves), (1.0, by_themselves)], 0),
+        Curve("people alone", [(0.5, start), (1.0, start)], 0),
         Curve("judge", list(zip(*judge.values(), strict=True)), 1),
     ]
     if report["agreement"]["ci"] is not None and value is not None:
@@ -223,18 +221,15 @@ def _worth_charts(report: dict[str, Any]) -> str:
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 
-def _label_parts(entries: list[dict[str, Any]] | None, what: str) -> str:
-    """A table with a line for each judge or stratum, where there are several."""
+def _judges_table(entries: list[dict[str, Any]] | None) -> str:
+    """A table with a line for each judge, where there are several."""
     if not entries or len(entries) < 2:
         return ""
-    strata = what == "stratum"
     rows = []
     for entry in entries:
-        counts = [str(entry["n"]), str(entry["n_human"]), shown(entry["effective_human_labels"], ".0f")] if strata else []
         words = [shown(entry["agreement"], ".1%"), shown(entry["judge_bias"]), shown(entry["power"], ".2f")]
-        rows.append([escape(str(entry["name"])), *map(escape, [*counts, *words])])
-    counted = ["pairs", "human labels", "worth"] if strata else []
-    return f'<div class="panel">{table([what, *counted, "agreement", "bias", "power"], rows)}</div>'
+        rows.append([escape(str(entry["name"])), *map(escape, words)])
+    return f'<div class="panel">{table(["judge", "agreement", "bias", "power"], rows)}</div>'
 
 
 def _label_figure(value: Any, key: str) -> str:

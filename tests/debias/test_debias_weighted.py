@@ -33,14 +33,16 @@ def test_bias_and_agreement_are_those_of_all_pairs_under_propensities_and_their_
     assert plain["ci"][1] < 0.2  # without propensities it is that of the pairs which were labelled often
 
 
-def test_agreement_is_weighted_by_the_strata():
-    """9 of 10 agree in a stratum of 3/4 of the pairs, 5 of 10 in the other: 0.8. Equal weights leave it as it was."""
+def test_agreement_is_weighted_by_propensities():
+    """9 of 10 agree in 3/4 of the pairs, 5 of 10 in the others, three times as often asked about: 0.8.
+
+    Equal weights leave it as it was."""
     z, g = np.ones(20), np.array([1.0] * 9 + [0.0] + [1.0] * 5 + [0.0] * 5)
     found = agreement(z, g, np.repeat([3.0, 1.0], 10))
     assert found["value"] == pytest.approx(0.8) and found["n"] == 20 and found["ci"][0] < 0.8 < found["ci"][1]
     assert agreement(z, g, np.full(20, 7.0)) == agreement(z, g)
     human, judge = np.concatenate([z, np.full(60, NAN)]), np.concatenate([g, np.ones(60)])
-    strata = ["a"] * 10 + ["b"] * 10 + ["a"] * 50 + ["b"] * 10
-    report = merge_labels(human, judge, strata=strata).report
+    propensity = np.concatenate([np.repeat([1 / 6, 1 / 2], 10), np.repeat([1 / 6, 1 / 2], [50, 10])])
+    report = merge_labels(human, judge, propensity=propensity).report
     assert report["agreement"]["value"] == pytest.approx(0.75 * 0.9 + 0.25 * 0.5)
     assert "of all pairs, as 20 answers tell" in " ".join(report["sentences"])

@@ -287,7 +287,7 @@ def test_judges_of_a_report_without_their_numbers(tmp_path):
     from dedpo_diffusion.evaluation.report.page import label_section
 
     (tmp_path / "mix.json").write_text(json.dumps({"judges": [{"name": "a"}, {"name": "b"}]}))
-    with pytest.raises(UserError, match=r"mix.json: its judges, strata or curve are not as"):
+    with pytest.raises(UserError, match=r"mix.json: its judges or curve are not as"):
         label_section([tmp_path / "mix.json"])
 
 

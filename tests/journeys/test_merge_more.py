@@ -1,4 +1,4 @@
-"""`dedpo merge` with several judges, strata, rules and propensities; its doubts, its curve, its picture and its plan."""
+"""`dedpo merge` with several judges, rules and propensities; its doubts, its curve, its picture and its plan."""
 
 from __future__ import annotations
 
@@ -81,34 +81,6 @@ def test_several_judges_each_get_a_power(made, given):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("column", ["source_model", "model"])
-def test_strata_get_powers_of_their_own(made, column):
-    targets, report = merged(made, "strata", "--judge", "clip", "--strata", column)
-    same(targets, merge_labels(HUMAN, JUDGES["clip"], strata=MODEL, judges=["clip"]))
-    assert [entry["name"] for entry in report["strata"]] == ["sd15", "sdxl"]
-    assert report["strata"][0]["power"] > report["strata"][1]["power"]
-
-
-def test_prompts_are_strata_too_and_small_ones_are_joined_and_told(made, capsys):
-    targets, report = merged(made, "prompts", "--judge", "clip", "--strata", "prompt")
-    same(targets, merge_labels(HUMAN, JUDGES["clip"], strata=[f"prompt {i % 40}" for i in range(N)], judges=["clip"]))
-    assert len(report["merged_strata"]) > 0 and "too few human labels to stand alone" in capsys.readouterr().out
-
-
-def test_confidence_makes_four_groups_of_equal_size(made):
-    _, report = merged(made, "sure", "--judge", "clip", "--strata", "confidence")
-    assert [entry["n"] for entry in report["strata"]] == [100] * 4
-    targets = read_targets(made, "sure")
-    group = np.argsort(np.argsort(np.abs(JUDGES["clip"] - 0.5))) // 100
-    same(targets, merge_labels(HUMAN, JUDGES["clip"], strata=group))
-
-
-def test_a_judge_of_few_answers_makes_fewer_groups(tmp_path):
-    folder = write(tmp_path / "d", hard=np.where(JUDGES["clip"] > 0.5, 1.0, 0.0))
-    _, report = merged(folder, "sure", "--strata", "confidence")
-    assert [entry["n"] for entry in report["strata"]] == [N]
-
-
 @pytest.mark.parametrize("rule", ["half", "minus_se", "cross_fitted"])
 def test_rules_reach_the_estimator(made, rule):
     targets, report = merged(made, rule, "--judge", "vlm", "--rule", rule, "--seed", "3")
@@ -116,13 +88,13 @@ def test_rules_reach_the_estimator(made, rule):
     assert report["rule"] == rule
 
 
-def test_a_fold_is_merged_without_its_pairs_strata_and_judges_alike(made):
-    options = ["--judges", "clip,vlm", "--strata", "model", "--folds", "2"]
+def test_a_fold_is_merged_without_its_pairs(made):
+    options = ["--judges", "clip,vlm", "--folds", "2"]
     merged(made, "parts", *options)
     for k in range(2):
         found = read_targets(made, f"parts-fold-{k}")
         rest = found.weight > 0
-        expected = merge_labels(HUMAN[rest], BOTH[rest], strata=MODEL[rest])
+        expected = merge_labels(HUMAN[rest], BOTH[rest])
         np.testing.assert_array_equal(found.target[rest], expected.target)
         assert (found.inverse[~rest] == 0).all() and np.isnan(found.human[~rest]).all() and (found.power[~rest] == 0).all()
 
@@ -212,17 +184,17 @@ def test_stored_propensities_can_be_left_aside(skewed, capsys):
 
 
 def test_a_merge_without_trouble_has_no_doubts(made):
-    assert merged(made, "fine", "--judges", "clip,vlm", "--strata", "model")[1]["warnings"] == []
+    assert merged(made, "fine", "--judges", "clip,vlm")[1]["warnings"] == []
 
 
-def test_a_judge_that_knows_the_answers_a_stratum_without_people_and_wild_targets_are_doubted(tmp_path):
+def test_a_judge_that_knows_the_answers_and_wild_targets_are_doubted(tmp_path):
     human = np.where(MODEL == "sdxl", np.nan, HUMAN)
     seen = np.where(np.isnan(human), 0.5 + 0.1 * (JUDGES["vlm"] - 0.5), 0.05 + 0.9 * TRUTH)
     folder = write(tmp_path / "d", human, seen=seen)
-    _, report = merged(folder, "bad", "--strata", "model", "--power", "1")
+    _, report = merged(folder, "bad", "--power", "1")
     warnings = {warning["kind"]: warning for warning in report["warnings"]}
-    assert set(warnings) == {"empty_strata", "not_at_random", "seen", "overshoot"}
-    assert warnings["empty_strata"]["strata"] == ["sdxl"] and warnings["seen"]["judge"] == "seen"
+    assert set(warnings) == {"not_at_random", "seen", "overshoot"}
+    assert warnings["seen"]["judge"] == "seen"
     assert warnings["overshoot"]["overshoot"] == pytest.approx(5.0)
 
 
@@ -240,7 +212,7 @@ def test_the_curve_starts_at_the_worth_of_the_report(made):
 
 def test_the_picture_is_drawn_and_an_older_one_does_not_outlive_its_targets(made):
     picture = made / "targets" / "drawn.png"
-    assert main([str(made), "--name", "drawn", "--judges", "clip,vlm", "--strata", "model"]) == 0
+    assert main([str(made), "--name", "drawn", "--judges", "clip,vlm"]) == 0
     with Image.open(picture) as image:
         assert image.size == (1400, 960) and len(image.convert("RGB").getcolors(1 << 20)) > 50
     assert main([str(made), "--name", "drawn", "--judge", "clip"]) == 0
@@ -250,13 +222,12 @@ def test_the_picture_is_drawn_and_an_older_one_does_not_outlive_its_targets(made
     assert not picture.exists()
 
 
-def test_the_page_shows_judges_strata_curves_and_warnings(made):
-    _, report = merged(made, "shown", "--judges", "clip,vlm", "--strata", "model", "--power", "[0.5, 0.5]")
+def test_the_page_shows_judges_curves_and_warnings(made):
+    _, report = merged(made, "shown", "--judges", "clip,vlm", "--power", "[0.5, 0.5]")
     assert report["warnings"]
     told = page.label_section([made / "targets" / "shown.json"])
-    for entry in (*report["judges"], *report["strata"]):
+    for entry in report["judges"]:
         assert f"<tr><th>{entry['name']}</th>" in told
-    assert page.shown(report["strata"][0]["effective_human_labels"], ".0f") in told
     for words, key, form in (("bias of the judge", "judge_bias", ".3f"), ("the same at power 1", "effective_human_labels_power_1", ".0f")):
         assert words in told and page.shown(report[key], form) in told
     [stretched] = [warning["text"] for warning in report["warnings"] if warning["kind"] == "overshoot"]
@@ -276,16 +247,14 @@ def test_a_plan_tells_doubts_too(skewed, capsys):
 
 
 def test_a_plan_is_printed_and_written_and_no_targets_are(made, capsys):
-    assert main([str(made), "--name", "ahead", "--judge", "clip", "--strata", "model", "--plan", "300"]) == 0
+    assert main([str(made), "--name", "ahead", "--judge", "clip", "--plan", "300"]) == 0
     assert sorted(path.name for path in made.glob("targets/ahead*")) == ["ahead.plan.json"]
     told = json.loads((made / "targets" / "ahead.plan.json").read_text())
-    assert told["wanted"] == 300 and told["strata_column"] == "model" and told["judges"] == ["clip"]
-    assert [stratum["name"] for stratum in told["strata"]] == ["sd15", "sdxl"]
-    assert 0 < told["by_need"]["more"] < told["without_judge"] == 140
+    assert told["wanted"] == 300 and told["judges"] == ["clip"]
+    assert 0 < told["more"] < told["without_judge"] == 140
     printed = capsys.readouterr().out
-    assert all(sentence in printed.splitlines() for sentence in told["sentences"]) and "more, by need" in printed
+    assert all(sentence in printed.splitlines() for sentence in told["sentences"])
     assert told["warnings"] == []
-    assert told["by_need"]["by_stratum"][1] > told["by_need"]["by_stratum"][0]
 
 
 @pytest.mark.parametrize(
@@ -294,11 +263,7 @@ def test_a_plan_is_printed_and_written_and_no_targets_are(made, capsys):
         (["--judge", "clip", "--judges", "vlm"], "--judge names one judge, --judges several"),
         (["--judges", "clip,clip"], "names one of clip, clip twice"),
         (["--judges", "clip,human"], "both name 'human'"),
-        (
-            ["--judge", "clip", "--strata", "colour"],
-            "no column source_colour of texts or numbers; there are prompt, confidence, source_model",
-        ),
-        (["--method", "human_only", "--strata", "confidence"], "--strata confidence needs a judge"),
+        (["--judge", "clip", "--strata", "model"], "strata is gone; leave it out"),
         (["--judges", "clip,vlm", "--power", "0.5"], "power has 1 numbers, but there are 2 judges"),
         (["--judge", "clip", "--plan", "0"], "--plan is 0.0; give the number of human labels"),
         (["--judge", "clip", "--plan", "300", "--method", "naive"], "--plan needs a judge"),

@@ -11,7 +11,6 @@ from dedpo_diffusion.labels.warnings import (
     holm,
     overshoot_warnings,
     seen_human_labels,
-    strata_warnings,
     unbalanced,
     unlike,
     unlike_warnings,
@@ -32,16 +31,13 @@ def test_holm_by_hand():
     assert holm([]).shape == (0,) and holm([0.9, 0.8]).max() == 1.0
 
 
-@pytest.mark.parametrize("stratified", [False, True])
-def test_labels_at_random_are_seldom_doubted(stratified):
-    """Labelled shares differ between strata, as do the columns: nothing to doubt where the strata are used."""
+def test_labels_at_random_are_seldom_doubted():
     alarms = 0
     for seed in range(300):
         rng = np.random.default_rng(seed)
-        stratum = rng.integers(0, 3, 400)
-        shares = np.array([0.1, 0.4, 0.7])[stratum] if stratified else 0.3
-        columns = {"a": rng.normal(size=400) + stratum, "b": rng.integers(0, 3, 400) + 1.0 * stratum, "c": np.array(list("xyz"))[stratum]}
-        alarms += bool(unlike_warnings(unlike(rng.random(400) < shares, columns, strata=stratum if stratified else None), remedy="look"))
+        kind = rng.integers(0, 3, 400)
+        columns = {"a": rng.normal(size=400) + kind, "b": rng.integers(0, 3, 400) + 1.0 * kind, "c": np.array(list("xyz"))[kind]}
+        alarms += bool(unlike_warnings(unlike(rng.random(400) < 0.3, columns), remedy="look"))
     assert alarms <= allowed(LEVEL, 300)
 
 
@@ -141,15 +137,7 @@ def test_a_judge_without_shades_or_pairs_to_compare_is_not_judged():
     assert seen_human_labels(np.full(1000, np.nan), judge) is None
 
 
-# ---- strata and targets
-
-
-def test_strata_without_a_human_label_are_named():
-    human = np.where(np.arange(90) < 40, 1.0, np.nan)
-    codes = np.arange(90) // 30
-    [doubt] = strata_warnings(human, ["a", "b", "c"], codes)
-    assert doubt["strata"] == ["c"] and doubt["n"] == 30 and "1 of 3 strata have no human label at all (c; 30 pairs)" in doubt["text"]
-    assert strata_warnings(human, ["a", "b"], np.minimum(codes, 1)) == []
+# ---- targets
 
 
 def test_targets_that_are_stretched_too_far_are_told_with_their_range():
