@@ -7,15 +7,34 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.core.records import Pair
-from dedpo_diffusion.evaluation.benchmarks.stage_throughput import make_cache
+from dedpo_diffusion.core.records import Conditioning, Pair, Targets
+from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
-from dedpo_diffusion.training.cache import PairCache
+from dedpo_diffusion.training.cache import PairCache, fill
 from dedpo_diffusion.training.data import CachedSource, PairLoader
+from support.pictures import picture
+
+
+def make_cache(folder: Path, count: int, *, shard_pairs: int = 1000) -> Path:
+    """Tiny pairs with targets "all" and a filled cache beside them."""
+    with PairWriter(folder, shard_pairs=shard_pairs) as writer:
+        for k in range(count):
+            writer.add(Pair(f"pair-{k:09d}", f"a prompt of several words, number {k // 4}", picture(2 * k), picture(2 * k + 1)))
+    reader = PairReader(folder)
+    write_targets(folder, "all", Targets(reader.ids(), np.random.default_rng(0).random(count), np.ones(count)), {})
+    pixels, sizes = torch.zeros(2, 3, 8, 8), torch.full((2, 6), 8.0)
+    fill(
+        folder / "cache", identity={}, prompts=reader.prompts(), shards=reader.counts,
+        read_shard=lambda shard: ((pixels, sizes) for _ in range(reader.counts[shard])),
+        encode_images=lambda images: (torch.randn(len(images), 4, 8, 8), torch.ones(len(images), 4, 8, 8)),
+        encode_prompts=lambda prompts: Conditioning(torch.randn(len(prompts), 4, 8)),
+    )  # fmt: skip
+    return folder
 
 
 def tensors() -> int:
