@@ -5,7 +5,6 @@ so every map from differences to P(image 0 is preferred) is odd here, P(-d) = 1 
 
     temperature   P = sigmoid(d / T)                      one slope, 1 / T
     stack         P = sigmoid(sum_j slope_j d_j)          one slope for each judge, none negative
-    isotonic      P rises with d, in any way
 
 A map learns from people's labels, and merging is unbiased only for a judge that did not learn from the labels it is merged
 with. So `calibrate` cross-fits: a labelled pair gets a map that never saw its label. Of scores that were trained on people's
@@ -22,11 +21,11 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import expit, log_expit, logit, logsumexp
+from scipy.special import expit, log_expit, logsumexp
 
 from dedpo_diffusion.debias import bootstrap_sums, wilson_interval
 
-METHODS = ("temperature", "isotonic", "stack")
+METHODS = ("temperature", "stack")
 PRIOR_SD = 5.0  # of a slope, for differences of RMS 1: weak, but separable answers keep a finite slope
 HELD = 1e-6  # probabilities are held this far from 0 and 1 in a log loss, where a wrong sure answer would cost infinity
 MIN_CLUSTERS = 20  # fewer resampled prompts or pairs make intervals that are too narrow
@@ -60,38 +59,6 @@ class Linear:
         return {"kind": "linear", "slopes": list(self.slopes), "weights": np.multiply(self.slopes, self.spreads).tolist()}
 
 
-@dataclass(frozen=True)
-class Isotonic:
-    """P interpolated between knots at |d|, from 0.5 at d = 0 upwards, and 1 - P(-d) for negative d.
-
-    `knots` (K) rise from 0, `values` (K) never fall and lie in [0.5, 1); `sign` is -1 for an inverted judge.
-    """
-
-    knots: tuple[float, ...]
-    values: tuple[float, ...]
-    sign: int = 1
-
-    def log_odds(self, differences: np.ndarray) -> np.ndarray:
-        """(N,) log-odds of differences (N,) or (N, 1)."""
-        d = np.asarray(differences, dtype=np.float64).reshape(-1)
-        return self.sign * np.sign(d) * logit(np.interp(np.abs(d), self.knots, self.values))
-
-    def __call__(self, differences: np.ndarray) -> np.ndarray:
-        """P(image 0 is preferred), (N,), of the same differences."""
-        return expit(self.log_odds(differences))
-
-    def signs(self) -> list[int]:
-        """As `Linear.signs`."""
-        return [self.sign if self.values[-1] > 0.5 else 0]
-
-    def describe(self) -> dict[str, Any]:
-        """Knots, values and sign."""
-        return {"kind": "isotonic", "knots": list(self.knots), "values": list(self.values), "sign": self.sign}
-
-
-Map = Linear | Isotonic
-
-
 def fit_linear(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None) -> Linear:
     """The slopes >= 0 of least mean cross-entropy, under a weak normal prior on each slope in units of the RMS of its differences.
 
@@ -119,30 +86,8 @@ def fit_linear(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarra
     return Linear(tuple(slopes.tolist()), tuple(spreads.tolist()))
 
 
-def fit_isotonic(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None) -> Isotonic:
-    """The odd, rising map of least squared error.
-
-    By symmetry it is the isotonic regression of "people chose the image that the judge scored higher" on |d|, not below 0.5.
-    Two more answers that contradict each other stand at the largest |d|: Laplace's rule, (m + 1) / (m + 2) where all of the
-    surest m answers agree. So no probability is ever 0 or 1.
-
-    Args:
-        differences: (n,) or (n, 1).
-        human, weights: (n,) each, as of `fit_linear`.
-    """
-    from sklearn.isotonic import IsotonicRegression
-
-    d, w = np.asarray(differences, dtype=np.float64).reshape(-1), _mean_one(weights, len(human))
-    apart = d != 0  # equal scores are undecided whatever people said
-    if not apart.any():
-        return Isotonic((0.0,), (0.5,))
-    size, agreed = np.abs(d[apart]), np.where(d > 0, human, 1 - human)[apart]
-    fitted = IsotonicRegression(y_min=0.5).fit(np.append(size, size.max()), np.append(agreed, 0.5), sample_weight=np.append(w[apart], 2.0))
-    return Isotonic((0.0, *fitted.X_thresholds_.tolist()), (0.5, *fitted.y_thresholds_.tolist()))
-
-
 def _mean_one(weights: np.ndarray | None, n: int) -> np.ndarray:
-    """(n,) weights of mean 1, so that the prior and the two added answers count the same for any unit."""
+    """(n,) weights of mean 1, so that the prior counts the same for any unit."""
     return np.ones(n) if weights is None else weights / np.mean(weights)
 
 
@@ -164,7 +109,7 @@ def judge_sign(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarra
 
     It counts as it is if it agrees with people on at least half of the decided pairs, weighted, and its slope is positive.
     With `invert` it is turned round if it agrees on less than half and its slope is negative. Else it is undecided.
-    Arguments are those of `fit_isotonic`.
+    Arguments are those of `fit_linear`, for one judge.
     """
     w = np.ones(len(human)) if weights is None else weights
     share = score_agreement(differences, human, w)["value"]
@@ -174,12 +119,9 @@ def judge_sign(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarra
     return 1 if slope > 0 else -1 if invert else 0
 
 
-def fit_map(differences: np.ndarray, human: np.ndarray, *, method: str, weights: np.ndarray | None = None, invert: bool = False) -> Map:
+def fit_map(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None, invert: bool = False) -> Linear:
     """Fit a map to n labelled pairs: differences (n, J), labels (n,); judges enter by `judge_sign`."""
     signs = np.array([judge_sign(column, human, weights=weights, invert=invert) for column in differences.T])
-    if method == "isotonic":
-        fitted = fit_isotonic(signs * differences, human, weights=weights)
-        return Isotonic(fitted.knots, fitted.values, -1 if signs[0] < 0 else 1)
     linear = fit_linear(signs * differences, human, weights=weights)
     slopes = [float(sign * slope) + 0.0 for sign, slope in zip(signs, linear.slopes, strict=True)]  # 0.0 makes -0.0 plain 0
     return Linear(tuple(slopes), linear.spreads)
@@ -277,7 +219,7 @@ def calibrate(
     Args:
         differences: (N, J) raw score_0 - score_1 of J judges, NaN where there is no answer; J = 1 unless stacking.
         human: (N,) label_0 in [0, 1], NaN where nobody answered.
-        method, folds: temperature, isotonic or stack; and into how many parts the labelled pairs are split.
+        method, folds: temperature or stack; and into how many parts the labelled pairs are split.
         groups: (N,) prompts, kept together; with fewer labelled ones than folds, or None, every pair is a group of its own.
         invert: turn judges round that agree with people on less than half and whose slope is negative, not leave them undecided.
         seed: of folds and bootstrap.
@@ -303,15 +245,15 @@ def calibrate(
     fold, group = pair_folds(groups, labelled, folds, seed)
     w = np.ones(len(z)) if weights is None else np.asarray(weights, dtype=np.float64)
 
-    def cross(columns: np.ndarray, kind: str) -> tuple[np.ndarray, list[Map]]:
+    def cross(columns: np.ndarray) -> tuple[np.ndarray, list[Linear]]:
         """(N,) cross-fitted log-odds, and the maps that never saw folds 0, 1, ... and, last, the one that saw all labels."""
         seen = [labelled & (fold != k) for k in range(folds)] + [labelled]
-        maps = [fit_map(columns[rows], z[rows], method=kind, weights=w[rows], invert=invert) for rows in seen]
+        maps = [fit_map(columns[rows], z[rows], weights=w[rows], invert=invert) for rows in seen]
         return _cross_log_odds(columns, fold, maps[:-1]), maps
 
-    log_odds, maps = cross(d, method)
+    log_odds, maps = cross(d)
     came = (expit(d) if own is None else np.asarray(own, dtype=np.float64).reshape(d.shape))[labelled].T
-    rivals = came if method != "stack" else [expit(cross(column[:, None], "temperature")[0][labelled]) for column in d.T]
+    rivals = came if method != "stack" else [expit(cross(column[:, None])[0][labelled]) for column in d.T]
     names = [f"judge {j}" for j in range(d.shape[1])] if names is None else list(names)
     missing, n = np.isnan(d).any(axis=1), int(labelled.sum())
     counts = {"n": len(z), "n_human": n, "n_missing": int(missing.sum()), "n_human_missing": int((~np.isnan(z)).sum()) - n}
@@ -322,7 +264,7 @@ def calibrate(
     return Calibrated(expit(log_odds), log_odds, fold, report)
 
 
-def _cross_log_odds(d: np.ndarray, fold: np.ndarray, maps: list[Map]) -> np.ndarray:
+def _cross_log_odds(d: np.ndarray, fold: np.ndarray, maps: list[Linear]) -> np.ndarray:
     """(N,) log-odds of the map of each pair's fold, or of the mean of all maps' probabilities where the fold is -1."""
     each = np.stack([fitted.log_odds(d) for fitted in maps])
     mean = logsumexp(log_expit(each), axis=0) - logsumexp(log_expit(-each), axis=0)  # exact in both tails, and odd
@@ -420,7 +362,9 @@ class HeldOut:
         return [{"value": float(value), "ci": ci, "n": len(self.group)} for value, ci in zip(values, ends, strict=True)]
 
 
-def _report(held: HeldOut, d: np.ndarray, after: np.ndarray, came: Any, rivals: Any, names: list[str], maps: list[Map]) -> dict[str, Any]:
+def _report(
+    held: HeldOut, d: np.ndarray, after: np.ndarray, came: Any, rivals: Any, names: list[str], maps: list[Linear]
+) -> dict[str, Any]:
     """The judges as they came, the calibrated labels, and how these compare with their rivals; the last map is the overall one."""
     size = len(names)
     own, calibrated = [log_losses(p, held.human) for p in came], log_losses(after, held.human)
@@ -436,11 +380,11 @@ def _report(held: HeldOut, d: np.ndarray, after: np.ndarray, came: Any, rivals: 
     }
 
 
-def _judge(held: HeldOut, d: np.ndarray, name: str, j: int, maps: list[Map]) -> dict[str, Any]:
+def _judge(held: HeldOut, d: np.ndarray, name: str, j: int, maps: list[Linear]) -> dict[str, Any]:
     """How judge j, with differences (n,), agrees with people and enters the maps."""
     words, overall = {1: "as it is", 0: "undecided", -1: "inverted"}, maps[-1]
     agrees = score_agreement(d, held.human, held.weights)
-    slope = overall.slopes[j] if isinstance(overall, Linear) else None
+    slope = overall.slopes[j]
     below_half = agrees["value"] is not None and agrees["value"] < 0.5
     backwards = judge_sign(d, held.human, weights=held.weights, invert=True) < 0
     used, *of_folds = [words[fitted.signs()[j]] for fitted in (overall, *maps[:-1])]

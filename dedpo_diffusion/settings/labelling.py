@@ -122,7 +122,7 @@ class CalibrateSettings:
         pairs: the pair dataset.
         judges: label files to use; empty takes all that hold raw scores, but calibrated ones and those of judge self, which learned
             from people's labels already.
-        method: temperature or isotonic makes one label file for each judge, stack one of all judges. adapt makes one of all judges too
+        method: temperature makes one label file for each judge, stack one of all judges. adapt makes one of all judges too
             and teaches it what people mind that they do not: image statistics, generators, embeddings, each where it helps.
         name: name of the new label file, for one judge, a stack or an adapted one; None takes JUDGE-METHOD, stack or adapt.
         human: name of the human label file.
@@ -134,7 +134,7 @@ class CalibrateSettings:
 
     pairs: Path
     judges: list[str] = field(default_factory=list)
-    method: Literal["temperature", "isotonic", "stack", "adapt"] = "temperature"
+    method: Literal["temperature", "stack", "adapt"] = "temperature"
     name: str | None = None
     human: str = "human"
     folds: int = 5

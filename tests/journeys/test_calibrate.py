@@ -54,7 +54,7 @@ def labels_of(folder, name):
     return align(read_labels(folder, name), IDS, folder=folder, name=name)
 
 
-@pytest.mark.parametrize(("method", "judges", "name"), [("isotonic", ["clip"], "clip-isotonic"), ("stack", ["vlm", "clip"], "stack")])
+@pytest.mark.parametrize(("method", "judges", "name"), [("temperature", ["clip"], "clip-temperature"), ("stack", ["vlm", "clip"], "stack")])
 def test_the_command_writes_what_calibrate_returns(folder, capsys, method, judges, name):
     assert main([str(folder), "--judges", *judges, "--method", method]) == 0
     columns = [{"clip": 0, "vlm": 1}[judge] for judge in judges]

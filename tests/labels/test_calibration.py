@@ -18,14 +18,13 @@ from dedpo_diffusion.labels.calibration import (
     assign_folds,
     calibrate,
     calibration_error,
-    fit_isotonic,
     fit_linear,
     fit_map,
     judge_sign,
     score_agreement,
 )
 
-METHODS = ("temperature", "isotonic", "stack")
+METHODS = ("temperature", "stack")
 SOLVED = 1e-6  # relative; the gradient of the mean loss is at most 1e-12 or as small as rounding lets it be
 
 
@@ -67,11 +66,11 @@ def labelled_pairs(draw):
 @given(labelled_pairs())
 def test_swapped_images_give_the_opposite_probability(method, pairs):
     d, z, w = pairs
-    fitted = fit_map(columns(method, d), z, method=method, weights=w)
+    fitted = fit_map(columns(method, d), z, weights=w)
     at = columns(method, np.linspace([-9, 7], [9, -7], 41))
     np.testing.assert_array_equal(fitted.log_odds(-at), -fitted.log_odds(at))
     np.testing.assert_allclose(fitted(-at), 1 - fitted(at), atol=1e-15)
-    swapped = fit_map(-columns(method, d), 1 - z, method=method, weights=w)
+    swapped = fit_map(-columns(method, d), 1 - z, weights=w)
     np.testing.assert_allclose(swapped(at), fitted(at), rtol=SOLVED, atol=1e-12)
 
 
@@ -81,7 +80,7 @@ def test_swapped_images_give_the_opposite_probability(method, pairs):
 def test_probabilities_rise_with_the_difference_and_never_mean_certainty(method, pairs):
     """Beyond a logit of 37 a sigmoid rounds to 1, so its log-odds are looked at."""
     d, z, w = pairs
-    fitted = fit_map(columns(method, d), z, method=method, weights=w)
+    fitted = fit_map(columns(method, d), z, weights=w)
     at = columns(method, np.linspace([-6, -6], [6, 6], 101))
     p = fitted(at)
     assert (np.diff(p) >= 0).all() and p[50] == 0.5
@@ -93,7 +92,6 @@ def test_other_units_of_the_scores_change_no_probability(factor):
     d, z = answers()
     one, other = fit_linear(d, z), fit_linear(factor * d, z)
     np.testing.assert_allclose(np.array(other.slopes) * factor, one.slopes, rtol=SOLVED)
-    np.testing.assert_allclose(fit_isotonic(factor * d[:, 0], z)(factor * d[:, 0]), fit_isotonic(d[:, 0], z)(d[:, 0]), rtol=1e-9)
 
 
 def test_the_unit_of_the_weights_does_not_matter_and_a_weight_of_2_is_the_pair_twice():
@@ -102,8 +100,7 @@ def test_the_unit_of_the_weights_does_not_matter_and_a_weight_of_2_is_the_pair_t
     w[:30] = 2
     twice = np.concatenate([np.arange(len(z)), np.arange(30)])
     at = np.linspace(-5, 5, 31)
-    for fit in (fit_linear, fit_isotonic):
-        np.testing.assert_allclose(fit(d[:, 0], z, weights=w)(at), fit(d[:, 0], z, weights=100 * w)(at), rtol=SOLVED)
+    np.testing.assert_allclose(fit_linear(d[:, 0], z, weights=w)(at), fit_linear(d[:, 0], z, weights=100 * w)(at), rtol=SOLVED)
     # the prior counts against the number of pairs, which is 150 in the second fit: hence its weight is scaled
     a, b = fit_linear(d[:, 0], z, weights=w), fit_linear(d[twice, 0], z[twice])
     np.testing.assert_allclose(a.slopes, b.slopes, rtol=2e-3)
@@ -254,23 +251,6 @@ def test_separable_answers_keep_a_finite_slope():
     assert (np.abs(p - 0.5) < 0.5).all() and (np.abs(p - 0.5) > 0.3).all()
 
 
-def test_isotonic_is_the_mirrored_regression_of_a_library():
-    from sklearn.isotonic import IsotonicRegression
-
-    d, z = answers(n=90, slopes=(0.4,))
-    d, top = d[:, 0], np.abs(d).max()
-    x, y = np.concatenate([d, -d, [top, -top]]), np.concatenate([z, 1 - z, [0.5, 0.5]])
-    mirrored = IsotonicRegression(out_of_bounds="clip").fit(x, y, sample_weight=[1.0] * 180 + [2.0, 2.0])
-    at = np.linspace(-12, 12, 201)
-    np.testing.assert_allclose(fit_isotonic(d, z)(at), mirrored.predict(at), atol=1e-12)
-
-
-def test_isotonic_by_hand():
-    """|d| = 1, 2, 3, 4, people agree with the judge at 1, 3 and 4: (1 + 0) / 2 = 1/2 at 1 and 2, and (1 + 1 + 1) / 4 = 3/4 above."""
-    fitted = fit_isotonic(np.array([1.0, -2.0, 3.0, -4.0]), np.array([1.0, 1.0, 1.0, 0.0]))
-    np.testing.assert_allclose(fitted(np.array([0, 1, 2, 2.5, 3, 4, 99, -3])), [0.5, 0.5, 0.5, 0.625, 0.75, 0.75, 0.75, 0.25], atol=1e-12)
-
-
 def test_calibration_error_by_hand():
     """Twenty sure pairs (0.9), of which people confirm 15, and twenty half-sure ones (0.6), of which they confirm 12: 0.15 / 2."""
     p = np.repeat([0.9, 0.1, 0.6], [10, 10, 20])
@@ -360,10 +340,9 @@ def test_agreement_with_equal_weights_is_that_of_the_merge():
 def test_judges_that_say_nothing_are_undecided():
     _, z = answers()
     assert judge_sign(np.zeros(120), z) == 0 and judge_sign(np.ones(120), np.full(120, 0.5)) == 0
-    for method in ("temperature", "isotonic"):
-        found = calibrate(np.zeros((120, 1)), z, method=method)
-        np.testing.assert_array_equal(found.probability, np.full(120, 0.5))
-        assert "no pair is decided by both" in found.report["sentences"][0]
+    found = calibrate(np.zeros((120, 1)), z)
+    np.testing.assert_array_equal(found.probability, np.full(120, 0.5))
+    assert "no pair is decided by both" in found.report["sentences"][0]
 
 
 def test_a_judge_that_repeats_another_with_noise_adds_nothing_and_no_weight_is_negative():
@@ -413,7 +392,7 @@ def test_the_log_losses_are_held_out():
     [
         ({"human": partly(answers()[1], 9)}, "9 pairs have a human label .* 5 folds need 10: have more pairs answered, or use fewer folds"),
         ({"folds": 1}, "give 2 or more"),
-        ({"method": "platt"}, "use one of temperature, isotonic, stack"),
+        ({"method": "platt"}, "use one of temperature, stack"),
         ({"method": "stack"}, "takes two or more judges, not 1"),
         ({"differences": answers()[0]}, "takes one judge, not 2"),
         ({"differences": np.full((120, 1), np.inf)}, "pair 0 is infinite"),
