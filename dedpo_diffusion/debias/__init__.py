@@ -21,7 +21,6 @@ unbiased up to terms of order 1 / labels. Several judges have one power each.
     worth.py       agreement, bias, effective human labels, with intervals
     report.py      the report and its sentences
     propensity.py  probabilities of being labelled, estimated
-    exact.py       the power from whole gradients: a slow reference
 
 Public: merge_labels, Merged, power_cap, estimate_propensity, inverse_propensity.
 May import: nothing of this project.
@@ -32,7 +31,6 @@ from __future__ import annotations
 from dedpo_diffusion.debias.coefficients import METHODS, RULES, inverse_propensity, mix_judges, pair_targets, pair_weights
 from dedpo_diffusion.debias.compute import Run, best_scale, hard_power, run_terms
 from dedpo_diffusion.debias.estimate import Estimate, estimate
-from dedpo_diffusion.debias.exact import exact_power
 from dedpo_diffusion.debias.imputation import Correction, answer_weight, james_stein, odd_directions
 from dedpo_diffusion.debias.merging import Merged, merge_labels
 from dedpo_diffusion.debias.powers import Fit, best_powers, fit_power, fit_powers, judge_moments, power_cap
@@ -67,7 +65,6 @@ __all__ = [
     "bootstrap_sums",
     "estimate",
     "estimate_propensity",
-    "exact_power",
     "fit_power",
     "fit_powers",
     "hard_power",

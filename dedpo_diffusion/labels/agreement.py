@@ -18,10 +18,8 @@ from dedpo_diffusion.core.records import Votes
 from dedpo_diffusion.debias import agreement, judge_bias, wilson_interval
 
 CATEGORIES = 3  # image 1, tie, image 0
-MIN_COMMON = 10  # pairs that two people must share for a kappa of theirs to enter Light's mean
 MIN_RESAMPLED = 20  # pairs that a bootstrap needs: with 10, a 95 % interval holds the truth in as few as 79 % of simulations
 MIN_KNOWN = 0.9  # share of the resamples in which a statistic must exist for an interval
-MAX_UNITS = 2048  # beyond this many pairs, equal random groups of pairs are resampled: the same variance in bounded time
 DRAWN = 1 << 21  # numbers drawn at once: bounds the memory
 
 
@@ -38,14 +36,13 @@ def vote_summary(votes: Votes, *, resamples: int = 2000, seed: int = 0) -> dict[
         answers of one person to the same pair); `raters`, each with `votes`, `ties`, `left` (share of decided answers for the
         image on the left), `repeats` (share of hidden repetitions answered as the first time), `seconds` (median);
         `between`: `pairs` that two or more people answered, `raw` (share of two people's answers to the same pair that are
-        equal), `kappa` (`kind` Cohen for two raters, Light for more: the mean over pairs of raters) and `alpha`
-        (Krippendorff's, nominal); and `sentences`.
+        equal) and `alpha` (Krippendorff's, nominal; of two people it is all but Cohen's kappa); and `sentences`.
     """
     answers, names = _answers(votes)
     order = np.argsort(answers.rater, kind="stable")
     starts = np.searchsorted(answers.rater[order], np.arange(len(names) + 1))
     raters = [_rater(votes, answers, order[starts[k] : starts[k + 1]], name) for k, name in enumerate(names)]
-    between = _between(answers, len(names), np.random.default_rng(seed), resamples)
+    between = _between(answers, np.random.default_rng(seed), resamples)
     label = answers.asked
     report = {
         "n_votes": int(answers.count[label].sum()),
@@ -158,13 +155,13 @@ def _repeats(answers: _Answers, rows: np.ndarray) -> dict[str, Any]:
 # ---- between raters
 
 
-def _between(answers: _Answers, n_raters: int, rng: np.random.Generator, resamples: int) -> dict[str, Any]:
+def _between(answers: _Answers, rng: np.random.Generator, resamples: int) -> dict[str, Any]:
     table = np.zeros((int(answers.pair.max(initial=-1)) + 1, CATEGORIES), dtype=np.int64)
     np.add.at(table, (answers.pair[answers.first], answers.category[answers.first]), answers.count[answers.first])
     table = table[table.sum(axis=1) >= 2]
     n = len(table)
     if not n:
-        return {"pairs": 0, "raw": _nothing(), "kappa": None, "alpha": _nothing()}
+        return {"pairs": 0, "raw": _nothing(), "alpha": _nothing()}
     patterns, counts = np.unique(table, axis=0, return_counts=True)  # kinds of pairs are few
     raw, alpha = float(_raw(patterns, counts)), _alpha_value(table)
 
@@ -177,7 +174,6 @@ def _between(answers: _Answers, n_raters: int, rng: np.random.Generator, resampl
         "pairs": n,
         # pairs that are too few or all alike cannot be resampled; Wilson's interval takes each as one case
         "raw": {"value": raw, "ci": interval(_raw) or wilson_interval(round(raw * n), n), "n": n},
-        "kappa": _kappa(answers, n_raters, rng, resamples),
         "alpha": {"value": alpha, "ci": interval(_alpha), "n": n} if math.isfinite(alpha) else _nothing(n),
     }
 
@@ -222,85 +218,6 @@ def _alpha_value(table: np.ndarray) -> float:
     return float(krippendorff.alpha(value_counts=used, level_of_measurement="nominal")) if used.shape[1] > 1 else math.nan
 
 
-def _kappa(answers: _Answers, n_raters: int, rng: np.random.Generator, resamples: int) -> dict[str, Any] | None:
-    """Cohen's kappa of two raters, or Light's: the mean over pairs of raters with enough common pairs; None without any."""
-    pair, two, cell = _common(answers, n_raters)
-    _, two, sizes = np.unique(two, return_inverse=True, return_counts=True)
-    enough = sizes >= (1 if n_raters == 2 else MIN_COMMON)
-    kept = enough[two]
-    if not kept.any():
-        return None
-    pair, two, cell, n = pair[kept], np.cumsum(enough)[two[kept]] - 1, cell[kept], int(kept.sum())
-    kind = {"kind": "Cohen" if n_raters == 2 else "Light"}
-    values = _kappa_values(two, cell)
-    if not values:
-        return kind | _nothing(n)
-    units = len(np.unique(pair))
-    drawn = (
-        _resampled_kappas(pair, two * CATEGORIES**2 + cell, int(enough.sum()), rng, resamples) if units >= MIN_RESAMPLED else np.zeros(0)
-    )
-    return kind | {"value": float(np.mean(values)), "ci": _percentiles(units, drawn), "n": n}
-
-
-def _common(answers: _Answers, n_raters: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every two named people's answers to the same pair, (E,) each: the pair, the two people, the cell of their 3 x 3 table."""
-    rows = np.flatnonzero(answers.first & (answers.rater >= 0))
-    rows = rows[np.lexsort((answers.rater[rows], answers.pair[rows]))]
-    pair, rater, category = answers.pair[rows], answers.rater[rows], answers.category[rows]
-    found = [np.zeros((0, 3), dtype=np.int64)]
-    step = 1
-    while len(i := np.flatnonzero(pair[step:] == pair[:-step])):
-        j = i + step
-        found.append(np.stack([pair[i], rater[i] * n_raters + rater[j], category[i] * CATEGORIES + category[j]], axis=1))
-        step += 1
-    together = np.concatenate(found)
-    return together[:, 0], together[:, 1], together[:, 2]
-
-
-def _kappa_values(two: np.ndarray, cell: np.ndarray) -> list[float]:
-    """The kappa of every two people who have one."""
-    from sklearn.metrics import cohen_kappa_score
-
-    order = np.argsort(two, kind="stable")
-    values = []
-    for cells in np.split(cell[order], np.flatnonzero(np.diff(two[order])) + 1):
-        one, other = np.divmod(cells, CATEGORIES)
-        if len({*one.tolist(), *other.tolist()}) > 1:  # else chance alone would agree as often, and there is no kappa
-            values.append(float(cohen_kappa_score(one, other)))
-    return values
-
-
-def _resampled_kappas(pair: np.ndarray, column: np.ndarray, n_kappas: int, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Mean kappa of every resample of the pairs, (resamples,): all raters share a resample, since they saw the same pairs."""
-    from scipy.sparse import csr_array
-
-    unit = np.unique(pair, return_inverse=True)[1]
-    units, width = int(unit.max()) + 1, n_kappas * CATEGORIES**2
-    if units > MAX_UNITS:
-        unit, units = (rng.permutation(units) % MAX_UNITS)[unit], MAX_UNITS
-    cells = csr_array((np.ones(len(unit)), (unit, column)), shape=(units, width))
-    size = max(1, DRAWN // max(units, width))
-    means = []
-    for done in range(0, resamples, size):
-        drawn = rng.multinomial(units, np.full(units, 1 / units), size=min(size, resamples - done)).astype(np.float64)
-        kappas = _cohen((drawn @ cells).reshape(len(drawn), n_kappas, CATEGORIES, CATEGORIES))
-        known = np.isfinite(kappas)
-        total = np.where(known, kappas, 0.0).sum(axis=1)
-        means.append(np.divide(total, known.sum(axis=1), out=np.full(len(total), np.nan), where=known.any(axis=1)))
-    return np.concatenate(means)
-
-
-def _cohen(tables: np.ndarray) -> np.ndarray:
-    """Cohen's kappa of tables of counts (..., 3, 3); NaN where chance alone would agree always, or the table is empty.
-
-    The library's number (a test holds them together), for many resamples at once.
-    """
-    n = tables.sum(axis=(-2, -1))
-    chance = (tables.sum(axis=-1) * tables.sum(axis=-2)).sum(axis=-1)
-    gained = n * np.trace(tables, axis1=-2, axis2=-1) - chance
-    return np.divide(gained, n**2 - chance, out=np.full(np.shape(n), np.nan), where=n**2 > chance)
-
-
 # ---- in words
 
 
@@ -322,21 +239,16 @@ def _rater_sentences(raters: list[dict[str, Any]]) -> list[str]:
 
 
 def _between_sentences(between: dict[str, Any]) -> list[str]:
-    pairs, alpha, kappa = between["pairs"], between["alpha"], between["kappa"]
+    pairs, alpha = between["pairs"], between["alpha"]
     if not pairs:
         return ["No pair was answered by two people, so their agreement is unknown."]
     on = f"{pairs} pair" + "s" * (pairs > 1)
     texts = [f"Two people's answers to the same pair are equal in {_percent(between['raw'])} of cases, on {on}."]
     if alpha["value"] is None:
-        return [*texts, "All of these answers are the same, so agreement beyond chance (alpha, kappa) does not exist."]
-    parts = [("Krippendorff's alpha", alpha)]
-    if kappa is not None and kappa["value"] is not None:
-        parts.append((f"{kappa['kind']}'s kappa", kappa))
-    shown = [
-        f"{name} {stat['value']:.2f}" + (f" ({stat['ci'][0]:.2f} to {stat['ci'][1]:.2f})" if stat["ci"] else "") for name, stat in parts
-    ]
-    texts.append(f"Beyond chance: {', '.join(shown)}; 0 is chance, 1 is full agreement.")
-    if any(stat["ci"] is None for _, stat in parts):
+        return [*texts, "All of these answers are the same, so agreement beyond chance (alpha) does not exist."]
+    interval = f" ({alpha['ci'][0]:.2f} to {alpha['ci'][1]:.2f})" if alpha["ci"] else ""
+    texts.append(f"Beyond chance: Krippendorff's alpha {alpha['value']:.2f}{interval}; 0 is chance, 1 is full agreement.")
+    if alpha["ci"] is None:
         texts.append(f"No interval is given for fewer than {MIN_RESAMPLED} pairs, or where answers differ too little from pair to pair.")
     return texts
 

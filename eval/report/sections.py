@@ -206,7 +206,7 @@ def _people(name: str, series: int, found: dict[str, Any]) -> str:
     return f'<figure class="panel"><h3>{dot(series)}{escape(name)}</h3>{told}{plot}</figure>'
 
 
-AGREEMENT = {"raw": "equal answers", "kappa": "kappa", "alpha": "Krippendorff's alpha"}
+AGREEMENT = {"raw": "equal answers", "alpha": "Krippendorff's alpha"}
 
 
 def _agreement(found: dict[str, Any] | None) -> list[str]:

@@ -25,7 +25,7 @@ def told_by_schema_2(results):
     asked = {"gain_over_base": {"mean": 0.31, "ci": [0.14, 0.47], "p": 0.0001, "p_holm": 0.0003}}
     asked |= {"win_rate_vs_base": {"mean": 0.655, "ci": [0.57, 0.735]}, "n": 9}
     raw = {"value": 0.79, "ci": [0.6, 0.9], "n": 24}
-    between = {"pairs": 24, "raw": raw, "kappa": {"kind": "Light", "value": None, "ci": None, "n": 0}, "alpha": raw | {"ci": None}}
+    between = {"pairs": 24, "raw": raw, "alpha": raw | {"ci": None}}
     tuned = results["arms"]["tuned"]
     tuned["by_scorer"]["people"] = asked
     shares = {"truth": {"mean": 0.75, "ci": [0.55, 0.9], "n": 8}, "proxy": {"mean": None, "ci": None, "n": 0}}

@@ -347,10 +347,9 @@ function raters(people) {
   ]);
 }
 
-function between({ raw, kappa, alpha }) {
+function between({ raw, alpha }) {
   const rows = [
     ["Equal answers", raw, percent],
-    [`${kappa?.kind}'s kappa`, kappa, decimal],
     ["Krippendorff's alpha", alpha, decimal],
   ];
   const known = rows.filter(([, statistic]) => statistic?.n);
