@@ -14,6 +14,7 @@ GONE = {  # "option" or "option=value" -> the rest of the sentence
     "objective.guard": "is gone; objective.balance=output does what it was for, without a look at the labels",
     "optim.optimizer=adafactor": "is gone; optim.optimizer takes adamw, or adamw_8bit, whose moments take a quarter of the memory",
     "method=isotonic": "is gone; --method takes temperature, stack or adapt",
+    "data.sampling=stratified": "is gone; data.sampling=importance, the default, visits stretched targets more often too",
     "strata": "is gone; leave it out, or merge with --propensities estimate where people were asked about some kinds of pairs more often",
     "optim.rounds": _ROUNDS,
     "optim.extrapolation": _ROUNDS,

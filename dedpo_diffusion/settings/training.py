@@ -48,9 +48,8 @@ class DataSettings:
         views: how many mirrored or cropped versions of a pair a cache keeps; without a cache they are drawn anew at every visit.
         buckets: keep the shape of each pair's images, up to 2 : 1, at about size x size pixels, rather than crop a square; each step then
             takes pairs of one shape. It needs a cache.
-        sampling: how often each pair is visited: uniform; importance, in proportion to its gradient at margin 0; or stratified, a fixed
-            share of every batch with human labels (Neyman's, from the gradients at margin 0), uniform within. The weights make
-            up for it, so all three estimate the same loss.
+        sampling: how often each pair is visited: uniform, or importance, in proportion to its gradient at margin 0. The weights make up
+            for it, so both estimate the same loss.
         caption_dropout: share of pairs trained with the empty prompt, both images alike.
         reference_draws: draw this many timesteps and noises for each pair beforehand and keep the reference's errors at them beside the
             cache, shared by all runs on it that have the same optim.batch: none predicts with the reference again. It pays when several
@@ -65,7 +64,7 @@ class DataSettings:
     crop: Literal["centre", "random"] = "centre"
     views: int = 1
     buckets: bool = False
-    sampling: Literal["uniform", "importance", "stratified"] = "importance"
+    sampling: Literal["uniform", "importance"] = "importance"
     caption_dropout: float = 0.0
     reference_draws: int | None = None
 

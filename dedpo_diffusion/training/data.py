@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers
-from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Targets, Tensors
+from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Tensors
 from dedpo_diffusion.dpo.adaptive_power import LEAST_POWER, Parts, loss_parts, retarget, visited_pairs
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, step_generator
 from dedpo_diffusion.labels.files import read_targets
@@ -30,7 +30,7 @@ from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
 from dedpo_diffusion.settings import DataSettings, TrainSettings
 from dedpo_diffusion.training.cache import PairCache, cache_folder, fill, read_index
-from dedpo_diffusion.training.pair_sampler import BucketedPairSampler, Order, PairSampler, StratifiedPairSampler, visit_probability
+from dedpo_diffusion.training.pair_sampler import BucketedPairSampler, Order, PairSampler, visit_probability
 from dedpo_diffusion.weights.run_folder import first_difference
 
 if TYPE_CHECKING:
@@ -336,7 +336,7 @@ class PairLoader:
         targets: name of the targets in the dataset's folder.
         seed: the run's seed.
         together: visits in a step, over all its micro-batches and processes; they are of one shape.
-        sampling: "uniform" or "importance", see `visit_probability`; "stratified", see `StratifiedPairSampler`.
+        sampling: "uniform" or "importance", see `visit_probability`.
         adaptive: the power will change: pairs that weigh nothing at the present one are visited too, see `visited_pairs`.
 
     Attributes:
@@ -367,8 +367,7 @@ class PairLoader:
         self.source, self.seed = source, seed
         self.grid: ReferenceGrid | None = None
         self.together = together
-        labelled = _labelled(merged, path)[self.rows] if sampling == "stratified" else None
-        self.visits: Order = self._order(*planned, labelled, sampling)
+        self.visits: Order = self._order(visit_probability(*planned, sampling))
         visit = 1 / (pool * self.visits.probability)
         self.target = torch.tensor(target, dtype=torch.float32)
         self.weight = torch.tensor(weight * visit, dtype=torch.float32)
@@ -379,23 +378,17 @@ class PairLoader:
         if idle:
             say(f"{idle} of {pool} pairs carry no weight in {targets!r} and are not visited")
 
-    def _order(self, target: np.ndarray, weight: np.ndarray, labelled: np.ndarray | None, sampling: str) -> Order:
+    def _order(self, probability: np.ndarray) -> Order:
         """In which order the visited pairs come: those of one shape together, if there are several shapes."""
-
-        def order(some: np.ndarray) -> Order:
-            if labelled is not None:
-                return StratifiedPairSampler(self.seed, target[some], weight[some], labelled[some])
-            return PairSampler(self.seed, visit_probability(target[some], weight[some], sampling))
-
         alike = _alike(self.source.shapes(self.rows))
         self.shapes = [shape for shape, _ in alike]
         if len(alike) == 1:
-            return order(np.arange(len(self.rows)))
-        each = visit_probability(target, weight, "uniform" if labelled is not None else sampling)
-        share = np.array([each[some].sum() for _, some in alike])
+            return PairSampler(self.seed, probability)
+        share = np.array([probability[some].sum() for _, some in alike])
         say("pairs by height x width of their latents: " + ", ".join(f"{len(some)} of {shape[1]} x {shape[2]}" for shape, some in alike))
         places = [some for _, some in alike]
-        return BucketedPairSampler(self.seed, places, [order(some) for some in places], share / share.sum(), self.together)
+        orders = [PairSampler(self.seed, probability[some] / probability[some].sum()) for some in places]
+        return BucketedPairSampler(self.seed, places, orders, share / share.sum(), self.together)
 
     def shape(self, step: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a step's pairs."""
@@ -429,12 +422,6 @@ def _alike(shapes: np.ndarray) -> list[tuple[tuple[int, int, int], np.ndarray]]:
     """Every shape among (n, 3), with the places that have it."""
     found, which = np.unique(shapes, axis=0, return_inverse=True)
     return [((int(c), int(h), int(w)), np.flatnonzero(which.reshape(-1) == k)) for k, (c, h, w) in enumerate(found)]
-
-
-def _labelled(merged: Targets, path: Path) -> np.ndarray:
-    if merged.human is None:
-        raise UserError(f"{path} does not say which pairs people labelled, which data.sampling=stratified needs; run `dedpo merge` again")
-    return ~np.isnan(merged.human)
 
 
 def _planned(parts: Parts, power: float) -> tuple[np.ndarray, np.ndarray]:

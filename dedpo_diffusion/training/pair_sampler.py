@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -53,22 +52,6 @@ def visit_probability(target: np.ndarray, weight: np.ndarray, sampling: str) -> 
     """
     size = np.ones(len(target)) if sampling == "uniform" else weight * np.maximum(np.abs(target - 0.5), 0.5)
     return size / size.sum()
-
-
-def labelled_share(target: np.ndarray, weight: np.ndarray, labelled: np.ndarray) -> float:
-    """Neyman's share of a batch for the pairs with a human label, in (0, 1); 1 where there are no others, 0 where there are only others.
-
-    In proportion to the size of each kind times the root mean square of its gradients at margin 0, weight * |target - 0.5|.
-    For hard labels this is A' / (A' + lam (1 - f)), A'^2 = 1 - 2 lam (1 - f)(2 a - 1) + lam^2 (1 - f)^2, for a judge right on
-    a share a of the pairs.
-    """
-    squares = (weight * (target - 0.5)) ** 2
-    kinds = [part for part in (labelled, ~labelled) if part.any()]
-    sizes = [part.sum() * math.sqrt(squares[part].mean()) for part in kinds]
-    if len(kinds) == 1:
-        return float(labelled.any())
-    share = sizes[0] / sum(sizes) if sum(sizes) > 0 else labelled.mean()
-    return float(np.clip(share, 0.05, 0.95))  # no kind is ever left out; the weights follow
 
 
 BUCKET = 7  # of the draws of buckets
@@ -126,36 +109,3 @@ class BucketedPairSampler:
         taken = self.bucket(step)
         number = self._before[step] * self.together + first
         return [int(self.buckets[taken][place]) for place in self.orders[taken].rows(number, number + stop - start)]
-
-
-class StratifiedPairSampler:
-    """A fixed share of visits, within one of any stretch of visits, goes to the pairs with a human label, uniformly within each kind.
-
-    Args:
-        seed: the run's seed.
-        target, weight: (n,) of the visited pairs.
-        labelled: (n,) bool.
-
-    Attributes:
-        share: of the visits that go to labelled pairs, see `labelled_share`.
-        probability: (n,) of being visited, summing to 1.
-    """
-
-    def __init__(self, seed: int, target: np.ndarray, weight: np.ndarray, labelled: np.ndarray) -> None:
-        self.share = labelled_share(target, weight, labelled)
-        self.kinds = np.flatnonzero(labelled), np.flatnonzero(~labelled)
-        self.probability = np.where(labelled, self.share / max(len(self.kinds[0]), 1), (1 - self.share) / max(len(self.kinds[1]), 1))
-        self._visits = [
-            PairSampler(seed * 2 + k, np.full(len(kind), 1 / len(kind))) if len(kind) else None for k, kind in enumerate(self.kinds)
-        ]
-
-    def rows(self, start: int, stop: int) -> list[int]:
-        """The places, 0 to n - 1, of visits start to stop - 1."""
-        return [self._place(visit) for visit in range(start, stop)]
-
-    def _place(self, visit: int) -> int:
-        before, after = (math.floor(count * self.share + 1e-9) for count in (visit, visit + 1))
-        kind, number = (0, before) if after > before else (1, visit - before)
-        order = self._visits[kind]
-        assert order is not None, "a kind without pairs has no share"
-        return int(self.kinds[kind][order.rows(number, number + 1)[0]])

@@ -142,7 +142,7 @@ def loaders(pairs: Path, name: str, sampling: str) -> tuple[PairLoader, PairLoad
     return fixed, adaptive
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "importance", "stratified"])
+@pytest.mark.parametrize("sampling", ["uniform", "importance"])
 @pytest.mark.parametrize("factor", [1.0, 24 / 7])
 def test_at_the_power_of_the_merge_a_power_that_follows_visits_and_weighs_the_same(folds, sampling, factor):
     targets = read_targets(folds, "tuned-fold-0")

@@ -128,7 +128,7 @@ def test_a_run_that_goes_on_from_an_adapter_survives_a_stop_bit_for_bit(tiny_mod
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data__sampling": "stratified"},
+        {"data__sampling": "uniform"},
         {"objective__kind": "ipo", "objective__balance": "probability"},
         {"objective__kind": "kto", "objective__options": '{"undesirable": 2.0}'},
         {"objective__kind": "cdpo"},
@@ -264,7 +264,7 @@ def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path)
         ({"objective__kind": "cdpo", "objective__power": "adaptive"}, "not of cdpo"),
         ({"objective__kind": "dr_dpo", "objective__power": "adaptive"}, "not of dr_dpo"),
         ({"data__reference_draws": 2}, "needs data.cache"),
-        ({"data__sampling": "stratified", "data__targets": "plain"}, "run `dedpo merge` again"),
+        ({"data__sampling": "stratified"}, "data.sampling=stratified is gone"),
         ({"objective__power": "adaptive", "data__targets": "plain"}, "run `dedpo merge` again"),
         ({"objective__power": "adaptive", "objective__power_decay": 1.0}, "decay"),
         ({"objective__power": "adaptive", "objective__max_overshoot": 0.5}, "max_overshoot"),
