@@ -31,6 +31,7 @@ from dedpo_diffusion.labels.calibration import (
     stated_confidence,
 )
 from dedpo_diffusion.labels.image_statistics import WORDS
+from dedpo_diffusion.labels.warnings import holm
 
 BINS = 10  # of the reliability diagram
 MIN_CALIBRATED = 50  # pairs; fewer leave a fold too little to fit a temperature
@@ -145,14 +146,6 @@ class _Sample:
         with np.errstate(invalid="ignore", divide="ignore"):
             p = 2 * student.sf(np.abs(values) / self.errors(influence), np.maximum(prompts - 1, 1))
         return np.where((prompts < MIN_CLUSTERS) | np.isnan(p), 1.0, p)
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down correction of (K,) p-values: below 0.05, one false alarm among all K has a chance of 5 % at most."""
-    order = np.argsort(p)
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return corrected
 
 
 # ---- how good the labels are

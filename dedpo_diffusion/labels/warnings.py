@@ -26,7 +26,7 @@ STRETCH = 2.0  # overshoot beyond which a policy can run away by memorising sing
 # ---- are labels taken at random?
 
 
-def holm(p: Sequence[float]) -> np.ndarray:
+def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
     """P-values (T,) corrected for T tests: reject those at most the level, and the chance of any false one is at most the level."""
     values = np.asarray(p, dtype=np.float64)
     order = np.argsort(values)

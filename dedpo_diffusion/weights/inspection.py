@@ -35,7 +35,7 @@ def inspect_path(path: Path, *, hash: bool | None = None) -> Report:
     """What lies at a path.
 
     Args:
-        path: a .safetensors file, or a folder: of diffusers, a part of one, a run, a checkpoint of a run, samples, pairs, or weight files.
+        path: a .safetensors file, or a folder: of diffusers, a part of one, a run, a checkpoint of a run, pairs, or weight files.
         hash: whether a file's SHA-256 is computed; None computes it up to 1 GiB.
 
     Returns:
@@ -209,13 +209,6 @@ def _whole(header: Header) -> Report:
         return {"what": other[0].removeprefix("a ").removeprefix("an "), "facts": {}}
     if any(name.startswith((UNET, VAE, *CLIP.values(), *OPEN_CLIP.values())) for name in names):
         return _checkpoint(header, known, base, warnings)
-    if list(names) == ["embeddings"] and {"version", "images"} <= set(header.metadata):
-        facts = {"scorer": header.metadata["version"]}
-        try:
-            facts["images"] = str(len(json.loads(header.metadata.get("files", "[]"))))
-        except (TypeError, ValueError):
-            warnings.append("the list of its images (files) cannot be read")
-        return {"what": "embeddings of a sample folder", "facts": facts, "warnings": warnings}
     if path.name == "optimizer.safetensors" and all(name.partition(".")[0].isdigit() for name in names):
         return {"what": "optimizer state of a run", "facts": {}}
     first = ", ".join(list(names)[:3])
@@ -285,8 +278,6 @@ def inspect_folder(path: Path) -> Report:
         report |= _diffusers_folder(path)
     elif (path / "state.json").is_file() and (path / "parameters.safetensors").is_file():
         report |= _run_checkpoint(path)
-    elif (path / "settings.yaml").is_file() and (path / "index.parquet").is_file():
-        report |= _samples(path)
     elif (path / "settings.yaml").is_file() and "data" in _yaml(path / "settings.yaml"):
         report |= _run(path)
     elif (path / "adapter_config.json").is_file():
@@ -399,21 +390,6 @@ def _run_checkpoint(path: Path) -> Report:
         "what": "checkpoint of a training run", "facts": facts, "parameters": header.parameters(), "dtypes": header.dtype_counts(),
         "settings": _yaml(settings) if settings.is_file() else None,
     }  # fmt: skip
-
-
-def _samples(path: Path) -> Report:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    made, index = _yaml(path / "settings.yaml"), path / "index.parquet"
-    try:
-        prompts = pq.read_table(index, columns=["prompt"])["prompt"].to_pylist()
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"{index}: cannot be read ({error}); give the samples' `dedpo sample` command again") from error
-    facts = {"images": f"{len(prompts)} of {len(set(map(str, prompts)))} prompts"}
-    facts |= {name: str(made[name]) for name in ("model", "lora", "steps", "guidance") if made.get(name)}
-    facts["scores"] = "yes" if (path / "scores.parquet").is_file() else f"none yet; dedpo score {path} --with SCORER"
-    return {"what": "sample folder", "facts": facts}
 
 
 def _files(path: Path) -> Report:

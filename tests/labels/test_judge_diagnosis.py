@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from dedpo_diffusion.labels.calibration import calibrate
 from dedpo_diffusion.labels.image_statistics import image_statistics
-from dedpo_diffusion.labels.judge_diagnosis import diagnose, holm
+from dedpo_diffusion.labels.judge_diagnosis import diagnose
 from dedpo_diffusion.shapes import oracle, world
 from support.scenes import scenes
 
@@ -142,10 +142,6 @@ def test_a_judge_like_people_is_rarely_accused(shapes):
     quick = dataclasses.replace(shapes, prompts=[str(shapes.prompts.index(prompt)) for prompt in shapes.prompts])  # no words to look at
     hard = [bool(named(quick.diagnose(shapes.people(rng), shapes.people(rng), resamples=2))) for _ in range(200)]
     assert sum(hard) <= 16
-
-
-def test_holm_by_hand():
-    np.testing.assert_allclose(holm(np.array([0.04, 0.01, 0.03, 0.5])), [0.09, 0.04, 0.09, 0.5])
 
 
 # ---- how good the labels are

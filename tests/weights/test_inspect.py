@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models import tiny
 from dedpo_diffusion.pipelines import inspect_weights
-from dedpo_diffusion.settings import DataSettings, SampleSettings, TrainSettings
+from dedpo_diffusion.settings import DataSettings, TrainSettings
 from dedpo_diffusion.weights import inspection
 from dedpo_diffusion.weights.inspection import inspect_path
 from dedpo_diffusion.weights.run_folder import open_run
@@ -410,7 +410,7 @@ def make_run(folder):
     return folder
 
 
-def test_runs_samples_and_folders_of_files(tmp_path, capsys):
+def test_runs_and_folders_of_files(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     report = inspect_path(run)
     assert (report["what"], report["steps"], report["settings"]["model"]) == ("training run", [3], "owner/base")
@@ -419,15 +419,6 @@ def test_runs_samples_and_folders_of_files(tmp_path, capsys):
     assert (report["what"], report["facts"]["step"]) == ("checkpoint of a training run", "3") and str(run) in report["facts"]["next"]
     report = inspect_path(place / "parameters.safetensors")
     assert report["what"] == "trained parameters of a run" and "dedpo export RUN" in report["warnings"][0]
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    samples = tmp_path / "samples"
-    open_run(samples, SampleSettings(model="owner/base", prompts=tmp_path / "p.txt", out=samples), {})
-    pq.write_table(pa.table({"file": ["a", "b"], "prompt": ["x", "x"]}), samples / "index.parquet")
-    report = inspect_path(samples)
-    assert report["what"] == "sample folder" and report["facts"]["images"] == "2 of 1 prompts"
 
     loose = tmp_path / "loras"
     loose.mkdir()
