@@ -11,7 +11,7 @@ and the noise ratio is kappa = T / P. It is what the power for a run of finite l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,17 +66,32 @@ def loss_gradient(
     return [value / scale for value in found] if scale != 1 else list(found)
 
 
-def draw_moments(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[float, float]:
-    """Of the gradients of two draws of one pair: their inner product, and the mean of their squared norms.
+def draw_moments(gradients: Iterable[Sequence[Tensor]]) -> tuple[float, float]:
+    """Of the gradients of K >= 2 draws of one pair: the mean inner product of two of them, and the mean of their squared norms.
 
-    The sums are float64, a parameter at a time. The first is never more than the second.
+    The inner products of all K (K - 1) pairs of draws sum to |sum of gradients|^2 - sum of |gradient|^2. So only their sum and one
+    gradient are held at a time. The first number is never more than the second.
+
+    Raises:
+        ValueError: fewer than two draws.
     """
+    count, squares, total = 0, 0.0, list[Tensor]()
+    for gradient in gradients:
+        squares += _square(gradient)
+        if total:
+            for held, new in zip(total, gradient, strict=True):
+                held += new
+        else:
+            total = [value.detach().clone() for value in gradient]
+        count += 1
+    if count < 2:
+        raise ValueError(f"inner products of different draws need two of them; got {count}")
+    return (_square(total) - squares) / (count * (count - 1)), squares / count
 
-    def inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-        parts = [torch.dot(a.detach().flatten().double(), b.detach().flatten().double()) for a, b in zip(one, other, strict=True)]
-        return float(torch.stack(parts).sum())
 
-    return inner(first, second), (inner(first, first) + inner(second, second)) / 2
+def _square(values: Sequence[Tensor]) -> float:
+    """Squared norm, summed in float64, a parameter at a time."""
+    return float(torch.stack([torch.dot(value.flatten().double(), value.flatten().double()) for value in values]).sum())
 
 
 def noise_ratio(moments: np.ndarray) -> NoiseRatio:
@@ -93,6 +108,6 @@ def noise_ratio(moments: np.ndarray) -> NoiseRatio:
     (pair, visit), n = moments.mean(axis=0), len(moments)
     if not pair > 0:
         raise ValueError(f"gradients of two draws of one pair have nothing in common, on average over {n} pairs")
-    ratio, root = visit / pair, math.sqrt(n)
+    ratio, root = max(1.0, visit / pair), math.sqrt(n)  # it is 1 or more but for rounding
     error = float(np.std(moments[:, 1] - ratio * moments[:, 0], ddof=1)) / (root * pair)
     return NoiseRatio(float(ratio), error, float(visit), float(pair), float(np.std(moments[:, 0], ddof=1)) / root, n)

@@ -92,7 +92,8 @@ class ObjectiveSettings:
         power: fixed keeps the power that `dedpo merge` chose; adaptive estimates it anew while margins grow, by a moving average, for
             the kind sigmoid alone; measured measures before the first step how noisy this run's visits are, and takes the power
             that is best in a run of this length, for targets of the methods tuned and dedpo.
-        power_pairs: how many pairs the noise is measured on, two draws of each, with power=measured.
+        power_pairs: how many pairs the noise is measured on, with power=measured.
+        power_draws: how many timesteps and noises are drawn for each of these pairs.
         power_decay: of that moving average, for each step.
         max_overshoot: bound A of how far a labelled target is stretched by an adaptive power, and by a measured one where the merge did
             not tune its own.
@@ -113,6 +114,7 @@ class ObjectiveSettings:
     snr_gamma: float = 5.0
     power: Literal["fixed", "adaptive", "measured"] = "fixed"
     power_pairs: int = 64
+    power_draws: int = 4
     power_decay: float = 0.98
     max_overshoot: float = 2.0
 

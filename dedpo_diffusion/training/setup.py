@@ -102,7 +102,7 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     small, pairs = min(optim.batch, 2), 6
     if settings.objective.power == "measured":
         pairs = LEAST_PAIRS
-        settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, power_pairs=pairs))
+        settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, power_pairs=pairs, power_draws=2))
     cache = None if data.cache is None else folder / "cache"
     return dataclasses.replace(
         settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",

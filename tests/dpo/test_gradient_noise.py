@@ -39,8 +39,9 @@ def test_the_ratio_is_that_of_all_pairs_of_explicit_gradients(tiny_model):
             for parameter in parameters:
                 parameter.grad = None
         explicit.append(torch.stack(rows).numpy())
-        pairwise = [draw_moments(one, other) for one, other in itertools.combinations(found, 2)]
-        moments.append(np.mean(pairwise, axis=0))
+        moments.append(draw_moments(found))
+        pairwise = [draw_moments(two) for two in itertools.combinations(found, 2)]
+        assert moments[-1] == pytest.approx(np.mean(pairwise, axis=0), rel=1e-4)
     gram = np.einsum("kdp,kep->kde", np.array(explicit), np.array(explicit))
     visit, everything = np.trace(gram, axis1=1, axis2=2).mean() / draws, gram.sum(axis=(1, 2)).mean()
     pair = (everything - visit * draws) / (draws * (draws - 1))
@@ -62,14 +63,35 @@ def test_a_scale_of_the_loss_is_taken_out_again_and_unreached_parameters_get_zer
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=20))
 def test_two_draws_have_no_more_in_common_than_their_squares(values):
     one, other = (torch.tensor(column, dtype=torch.float64) for column in zip(*values, strict=True))
-    inner, square = draw_moments([one], [other])
+    inner, square = draw_moments([[one], [other]])
     assert inner <= square * (1 + 1e-12)
-    assert draw_moments([one], [one]) == (pytest.approx(square_of(one)), pytest.approx(square_of(one)))
-    assert draw_moments([one], [other]) == pytest.approx(draw_moments(list(one[:, None]), list(other[:, None])))
+    assert (inner, square) == pytest.approx((float(one @ other), float(one @ one + other @ other) / 2), rel=1e-9, abs=1e-9 * square)
+    alike = float(one @ one)
+    assert draw_moments([[one]] * 3) == (pytest.approx(alike), pytest.approx(alike))
+    assert draw_moments([list(one[:, None]), list(other[:, None])]) == pytest.approx((inner, square), abs=1e-9 * square)
 
 
-def square_of(values):
-    return float(values.square().sum())
+def test_gradients_are_summed_as_they_come_and_stay_as_they_are():
+    """Never more than one beside their sum, as the next is asked for once the last is let go."""
+    import gc
+    import weakref
+
+    seen: list[weakref.ref] = []
+
+    def gradients():
+        for k in range(5):
+            gc.collect()
+            assert sum(old() is not None for old in seen) <= 1
+            value = torch.full((3,), float(k))
+            seen.append(weakref.ref(value))
+            yield [value]
+
+    assert draw_moments(gradients()) == ((100 - 30) * 3 / 20, 30 * 3 / 5)
+    kept = [[torch.ones(2)], [torch.ones(2)]]
+    draw_moments(kept)
+    assert all(torch.equal(value, torch.ones(2)) for [value] in kept)
+    with pytest.raises(ValueError, match="need two"):
+        draw_moments(kept[:1])
 
 
 def test_visits_without_noise_have_ratio_one_and_no_error():
