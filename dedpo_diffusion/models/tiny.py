@@ -116,5 +116,5 @@ def write_pairs(folder: Path, targets: str, count: int = 6, *, seed: int = 0) ->
     weight = inverse + power * (1 - inverse)
     target = (inverse * np.nan_to_num(human) + power * (1 - inverse) * judge) / weight
     merged = Targets(ids, target, weight, human, judge, inverse, np.full(count, power))
-    write_targets(folder, targets, merged, {"method": "dedpo", "power": power})
+    write_targets(folder, targets, merged, {"power": power})
     return folder

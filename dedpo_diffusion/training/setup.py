@@ -87,7 +87,6 @@ def set_up(settings: TrainSettings) -> Session:
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     """The same settings, for three steps on a tiny random model and random pairs in a folder, on the CPU."""
     from dedpo_diffusion.models.tiny import SIDE, build, write_pairs
-    from dedpo_diffusion.training.measured_power import LEAST_PAIRS
     from dedpo_diffusion.training.validation import shrink_validation
 
     kind, optim, data = str(settings.smoke), settings.optim, settings.data
@@ -99,14 +98,14 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
         say("attention=xformers needs a CUDA device; tried with sdpa")
     if settings.lora.start is not None:
         say(f"lora.start={settings.lora.start} is of another model; tried with a fresh adapter")
-    small, pairs = min(optim.batch, 2), 6
+    small = min(optim.batch, 2)
     if settings.objective.power == "measured":
-        pairs = LEAST_PAIRS
-        settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, power_pairs=pairs, power_draws=2))
+        say("objective.power=measured finds nothing but noise in a random model; tried with fixed")
+        settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, power="fixed"))
     cache = None if data.cache is None else folder / "cache"
     return dataclasses.replace(
         settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",
-        data=dataclasses.replace(data, pairs=write_pairs(folder / "pairs", data.targets, pairs), size=SIDE, cache=cache),
+        data=dataclasses.replace(data, pairs=write_pairs(folder / "pairs", data.targets), size=SIDE, cache=cache),
         optim=dataclasses.replace(optim, steps=3, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)),
         lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
         validation=shrink_validation(settings.validation, folder),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dedpo_diffusion.core.records import Labels
 from dedpo_diffusion.debias import merge_labels
@@ -22,7 +23,7 @@ from dedpo_diffusion.settings import DataSettings, ObjectiveSettings, TrainSetti
 from dedpo_diffusion.training import measured_power as measured
 from dedpo_diffusion.training.setup import prepare, resolve, timestep_draw
 from dedpo_diffusion.training.sharding import build_accelerator
-from support.pictures import write_pairs
+from support.pictures import build_tiny_model, write_pairs
 from support.processes import together
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
@@ -34,6 +35,17 @@ MERGES = {
     "layers": ["--method", "tuned", "--strata", "prompt"], "short": ["--visits", "1", "--noise_ratio", "1000"],
     "long": ["--visits", "100", "--noise_ratio", "4"],
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Random, but wrong by much the same whatever the noise, so that pairs have gradients of their own."""
+    folder = build_tiny_model(tmp_path_factory.mktemp("base"))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_out.bias"] += 3.0
+    save_file(weights, file)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +78,7 @@ LEFT_OUT = {"human": np.nan, "judge": np.nan, "inverse": 0.0, "power": 0.0}
 
 def options(base, pairs, out, **changes):
     usual = {"data__targets": "tuned", "objective__power": "measured", "objective__power_pairs": 16, "data__sampling": "importance"}
+    usual |= {"objective__power_draws": 3, "objective__timesteps": "[0, 200]", "seed": 3}
     return arguments(base, pairs, out, **(usual | {"optim__steps": 4, "checkpoint_every": 2} | changes))
 
 
@@ -78,7 +91,7 @@ def told(run):
 
 def world(base, pairs, out, **objective):
     """Settings, model, loader and timesteps of a run, as `set_up` makes them."""
-    given = ObjectiveSettings(power="measured", beta=200.0, **objective)
+    given = ObjectiveSettings(power="measured", beta=200.0, timesteps=(0, 200), **objective)
     settings = resolve(TrainSettings(str(base), out, DataSettings(pairs, caption_dropout=0.3), objective=given, seed=3, device="cpu"))
     scalable = measured.open_scalable(settings)
     model, loader, _, _ = prepare(settings, build_accelerator(settings), scalable)
@@ -86,36 +99,35 @@ def world(base, pairs, out, **objective):
 
 
 @pytest.mark.parametrize("objective", [{}, {"kind": "ipo", "balance": "none", "timestep_weighting": "min_snr"}])
-def test_the_ratio_is_that_of_explicit_gradients_of_the_runs_loss(tiny_model, pairs, tmp_path, objective):
-    """Twenty pairs by hand: draw, encode, the loss of label 1 at margin 0, backward."""
-    settings, model, loader, timesteps = world(tiny_model, pairs, tmp_path, power_pairs=20, **objective)
-    found = measured.own_moments(settings, model, loader, timesteps, 0, 1)
-    places, options = measured.measured_places(settings, loader), settings.objective
-    assert len(set(places)) == 20
+def test_the_ratio_is_that_of_explicit_gradients_of_the_runs_loss(base, pairs, tmp_path, objective):
+    """Sixteen pairs by hand, three draws each: draw, encode, the loss of label 1 at margin 0, backward, all pairs of draws."""
+    settings, model, loader, timesteps = world(base, pairs, tmp_path, power_pairs=16, power_draws=3, **objective)
+    found = measured.own_moments(settings, model, loader, timesteps, 0, 1).numpy()
+    places, chosen = measured.measured_places(settings, loader), settings.objective
+    assert len(set(places)) == 16
+    step = {"beta": 200.0, "kind": chosen.kind, "balance": chosen.balance}
     rows = []
     for place in places:
         gradients = []
-        for number in (2 * place, 2 * place + 1):  # every pair is visited: places are rows
+        for number in range(3 * place, 3 * place + 3):  # every pair is visited: places are rows
             draws = draw(3, number, 1, (4, 8, 8), timesteps=timesteps, caption_dropout=0.3, stream=measured.STREAM)
             batch, _ = loader.batch(loader.at([place], [number], draws), model)
             batch = dataclasses.replace(batch, target=torch.ones(1), weight=torch.ones(1))
             factor = timesteps.weights(model.process, draws.timesteps)
-            result = preference_step(
-                model, batch, timesteps=draws.timesteps, noise=draws.noise, beta=200.0, kind=options.kind, balance=options.balance,
-                timestep_weight=factor,
-            )  # fmt: skip
+            result = preference_step(model, batch, timesteps=draws.timesteps, noise=draws.noise, timestep_weight=factor, **step)
             result.loss.sum().backward()
             assert result.margin.item() == 0  # the reference itself gives the same errors
-            gradients.append(torch.cat([p.grad.flatten().double() for p in model.trainable().values()]))
+            gradients.append(torch.cat([p.grad.flatten().double() for p in model.trainable().values()]).numpy())
             model.unet.zero_grad()
-        one, other = gradients
-        rows.append([float(one @ other), float(one @ one + other @ other) / 2])
-    np.testing.assert_allclose(found.numpy(), rows, rtol=2e-4, atol=1e-6 * np.abs(rows).max())
-    assert noise_ratio(found.numpy()).value == pytest.approx(np.mean(rows, axis=0)[1] / np.mean(rows, axis=0)[0], rel=1e-4)
+        gram = np.stack(gradients) @ np.stack(gradients).T
+        rows.append([(gram.sum() - np.trace(gram)) / 6, np.trace(gram) / 3])
+    np.testing.assert_allclose(found, rows, rtol=2e-4, atol=1e-6 * np.abs(rows).max())
+    pair, visit = np.mean(rows, axis=0)
+    assert pair > 0 and noise_ratio(found).value == pytest.approx(visit / pair, rel=1e-4)
 
 
-def test_processes_measure_their_shares_of_the_same_numbers(tiny_model, pairs, tmp_path):
-    given = world(tiny_model, pairs, tmp_path, power_pairs=16)
+def test_processes_measure_their_shares_of_the_same_numbers(base, pairs, tmp_path):
+    given = world(base, pairs, tmp_path, power_pairs=16)
     alone = measured.own_moments(*given, 0, 1)
     assert (alone[:, 1] > 0).all()
     for processes in (2, 3, 20):  # 20: more than there are pairs
@@ -143,9 +155,10 @@ def test_power_and_targets_are_those_of_a_merge_for_this_run(pairs, tmp_path, na
     assert 0 < report["run"]["scale"] < 1
     for column in ("target", "weight", "power"):
         np.testing.assert_array_equal(getattr(made.targets, column), getattr(expected, column))
-    assert made.report["power"] == report["power"] and made.report["run"]["endless_power"] == report["run"]["endless_power"]
+    for found, other in ((made.report["power"], report["power"]), (made.report["run"]["endless_power"], report["run"]["endless_power"])):
+        assert found == pytest.approx(other, rel=1e-14)  # means of the same numbers
     worth = made.report["run"]["effective_human_labels"]["value"]
-    assert worth == report["run"]["effective_human_labels"]["value"]
+    assert worth == pytest.approx(report["run"]["effective_human_labels"]["value"], rel=1e-12)
 
 
 def test_targets_that_were_merged_for_another_run_or_at_a_given_power_get_the_power_of_their_labels(pairs, tmp_path):
@@ -178,14 +191,14 @@ def test_the_power_falls_with_noise_and_rises_with_length_to_that_of_endless_tra
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model, pairs, tmp_path_factory):
+def finished(base, pairs, tmp_path_factory):
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert train.main(options(tiny_model, pairs, run)) == 0
+    assert train.main(options(base, pairs, run)) == 0
     return run
 
 
-def test_a_run_says_and_keeps_what_it_measured(tiny_model, pairs, tmp_path, capsys):
-    assert train.main(options(tiny_model, pairs, tmp_path / "run")) == 0
+def test_a_run_says_and_keeps_what_it_measured(base, pairs, tmp_path, capsys):
+    assert train.main(options(base, pairs, tmp_path / "run")) == 0
     words, kept = " ".join(capsys.readouterr().out.split()), told(tmp_path / "run")
     assert kept["run"]["visits"] == 16 and kept["measured"]["pairs"] == 16
     assert kept["measured"]["value"] == pytest.approx(kept["measured"]["visit"] / kept["measured"]["pair"])
@@ -195,17 +208,17 @@ def test_a_run_says_and_keeps_what_it_measured(tiny_model, pairs, tmp_path, caps
     assert [text for text in kept["sentences"] if text not in words] == []
 
 
-def test_a_run_equals_one_on_targets_merged_at_the_resulting_power(finished, tiny_model, pairs, tmp_path):
+def test_a_run_equals_one_on_targets_merged_at_the_resulting_power(finished, base, pairs, tmp_path):
     power = told(finished)["power"]
     assert merge.main([str(pairs), "--name", "by_hand", "--judge", "clip", "--method", "tuned", "--power", repr(power)]) == 0
-    argv = options(tiny_model, pairs, tmp_path / "run", data__targets="by_hand", objective__power="fixed")
+    argv = options(base, pairs, tmp_path / "run", data__targets="by_hand", objective__power="fixed")
     assert train.main(argv) == 0
     assert deviation(final(finished), final(tmp_path / "run")) == (0, 0)
     assert [line["loss"] for line in metrics(finished)] == [line["loss"] for line in metrics(tmp_path / "run")]
 
 
-def test_a_stopped_run_goes_on_with_the_ratio_it_measured(finished, tiny_model, pairs, tmp_path, monkeypatch):
-    argv = options(tiny_model, pairs, tmp_path / "run")
+def test_a_stopped_run_goes_on_with_the_ratio_it_measured(finished, base, pairs, tmp_path, monkeypatch):
+    argv = options(base, pairs, tmp_path / "run")
     stop_after(monkeypatch, 2)
     assert train.main(argv) == 130
     first = (tmp_path / "run" / "power.json").read_bytes()
@@ -225,30 +238,30 @@ def test_a_stopped_run_goes_on_with_the_ratio_it_measured(finished, tiny_model, 
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"measured": {"value": 3}}'])
-def test_a_damaged_measurement_is_named(finished, tiny_model, pairs, tmp_path, capsys, text):
+def test_a_damaged_measurement_is_named(finished, base, pairs, tmp_path, capsys, text):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "power.json").write_text(text)
-    assert train.main(options(tiny_model, pairs, tmp_path / "run")) == 2
+    assert train.main(options(base, pairs, tmp_path / "run")) == 2
     assert "power.json: damaged" in " ".join(capsys.readouterr().err.split())
 
 
-def test_cache_stored_references_and_accumulation_change_nothing_that_is_measured(finished, tiny_model, pairs, tmp_path):
+def test_cache_stored_references_and_accumulation_change_nothing_that_is_measured(finished, base, pairs, tmp_path):
     cached = {"data__cache": tmp_path / "cache", "optim__batch": 2, "optim__accumulation": 2}
     for name, changes in {"cached": cached, "stored": cached | {"data__reference_draws": 1}}.items():
-        assert train.main(options(tiny_model, pairs, tmp_path / name, **changes)) == 0
+        assert train.main(options(base, pairs, tmp_path / name, **changes)) == 0
         assert told(tmp_path / name) == told(finished)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes_measure_what_one_does(finished, tiny_model, pairs, tmp_path, way):
+def test_two_processes_measure_what_one_does(finished, base, pairs, tmp_path, way):
     from support.processes import FSDP
 
     full = {"weights": "full", "optim__learning_rate": 1e-5} if way == "fsdp" else {}
     if full:
         finished = tmp_path / "one"
-        assert train.main(options(tiny_model, pairs, finished, **full)) == 0
-    argv = options(tiny_model, pairs, tmp_path / "two", optim__batch=2, **full)
+        assert train.main(options(base, pairs, finished, **full)) == 0
+    argv = options(base, pairs, tmp_path / "two", optim__batch=2, **full)
     done = together(2, tmp_path, [{"arguments": argv, "env": FSDP if full else {}}])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("The noise ratio is") == 1
@@ -265,8 +278,8 @@ def test_two_processes_measure_what_one_does(finished, tiny_model, pairs, tmp_pa
      {"lora__dora": "true", "gradient_checkpointing": "true"}],
     ids=["bf16", "full", "dropout", "dora"],
 )  # fmt: skip
-def test_other_ways_of_training_measure_too(finished, tiny_model, pairs, tmp_path, changes):
-    assert train.main(options(tiny_model, pairs, tmp_path / "run", **changes)) == 0
+def test_other_ways_of_training_measure_too(finished, base, pairs, tmp_path, changes):
+    assert train.main(options(base, pairs, tmp_path / "run", **changes)) == 0
     value = told(tmp_path / "run")["measured"]["value"]
     assert value >= 1 and math.isfinite(value)
     if "mixed_precision" in changes:
@@ -292,9 +305,9 @@ def test_a_file_says_which_power_it_was_trained_with(finished, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_the_settings_can_be_tried_on_a_tiny_model(tiny_model, pairs, tmp_path, capsys):
-    assert train.main(options(tiny_model, pairs, tmp_path / "run", smoke="sd15")) == 0
-    assert "The noise ratio is" in capsys.readouterr().out and not (tmp_path / "run").exists()
+def test_the_settings_can_be_tried_on_a_tiny_model(base, pairs, tmp_path, capsys):
+    assert train.main(options(base, pairs, tmp_path / "run", smoke="sd15")) == 0
+    assert "objective.power=measured finds nothing but noise in a random model" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- what cannot be
@@ -320,26 +333,27 @@ def test_the_settings_can_be_tried_on_a_tiny_model(tiny_model, pairs, tmp_path, 
         ({"objective__kind": "kto"}, "take sigmoid, ipo or cdpo"),
         ({"objective__kind": "dr_dpo"}, "take sigmoid, ipo or cdpo"),
         ({"objective__power_pairs": 15}, "objective.power_pairs is 15; a noise ratio needs at least 16 pairs"),
+        ({"objective__power_draws": 1}, "objective.power_draws is 1; a noise ratio compares at least 2 draws"),
         ({"objective__max_overshoot": 0.5}, "objective.max_overshoot is 0.5"),
     ],
 )
-def test_what_cannot_be_measured_is_told_before_anything_is_written(tiny_model, pairs, tmp_path, capsys, changes, words):
-    assert train.main(options(tiny_model, pairs, tmp_path / "run", **changes)) == 2
+def test_what_cannot_be_measured_is_told_before_anything_is_written(base, pairs, tmp_path, capsys, changes, words):
+    assert train.main(options(base, pairs, tmp_path / "run", **changes)) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert message.startswith("dedpo train: error: ") and words in message
     assert not (tmp_path / "run").exists()
 
 
-def test_targets_without_their_report_are_refused(tiny_model, pairs, tmp_path, capsys):
+def test_targets_without_their_report_are_refused(base, pairs, tmp_path, capsys):
     write_targets(pairs, "lonely", read_targets(pairs, "tuned"), {})
     (pairs / "targets" / "lonely.json").unlink()
-    assert train.main(options(tiny_model, pairs, tmp_path / "run", data__targets="lonely")) == 2
+    assert train.main(options(base, pairs, tmp_path / "run", data__targets="lonely")) == 2
     assert "lonely.json: cannot be read" in " ".join(capsys.readouterr().err.split())
 
 
-def test_gradients_with_nothing_in_common_are_told_before_anything_is_written(tiny_model, pairs, tmp_path, monkeypatch, capsys):
+def test_gradients_with_nothing_in_common_are_told_before_anything_is_written(base, pairs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measured, "pair_moments", lambda *_: (-1.0, 2.0))
-    assert train.main(options(tiny_model, pairs, tmp_path / "run")) == 2
+    assert train.main(options(base, pairs, tmp_path / "run")) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "nothing in common, on average over 16 pairs. Measure on more pairs (objective.power_pairs)" in message
     assert not (tmp_path / "run").exists()
