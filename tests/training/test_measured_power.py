@@ -39,12 +39,15 @@ MERGES = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Random, but wrong by much the same whatever the noise, so that pairs have gradients of their own."""
+    """Random, but it sees its pictures clearly and errs by much the same whatever the noise: so that pairs have gradients of their own."""
     folder = build_tiny_model(tmp_path_factory.mktemp("base"))
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    weights["conv_out.bias"] += 3.0
-    save_file(weights, file)
+    unet, vae = (folder / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
+    weights = load_file(unet)
+    save_file(weights | {"conv_out.bias": weights["conv_out.bias"] + 3}, unet)
+    weights = load_file(vae)
+    weights["quant_conv.weight"][:4] *= 300  # the means of the posterior
+    weights["quant_conv.weight"][4:], weights["quant_conv.bias"][4:] = 0, -20  # and its variances
+    save_file(weights, vae)
     return folder
 
 
@@ -78,7 +81,7 @@ LEFT_OUT = {"human": np.nan, "judge": np.nan, "inverse": 0.0, "power": 0.0}
 
 def options(base, pairs, out, **changes):
     usual = {"data__targets": "tuned", "objective__power": "measured", "objective__power_pairs": 16, "data__sampling": "importance"}
-    usual |= {"objective__power_draws": 3, "objective__timesteps": "[0, 200]", "seed": 3}
+    usual |= {"objective__power_draws": 3, "objective__timesteps": "[0, 200]", "seed": 3, "data__caption_dropout": 0.0}
     return arguments(base, pairs, out, **(usual | {"optim__steps": 4, "checkpoint_every": 2} | changes))
 
 
@@ -127,10 +130,10 @@ def test_the_ratio_is_that_of_explicit_gradients_of_the_runs_loss(base, pairs, t
 
 
 def test_processes_measure_their_shares_of_the_same_numbers(base, pairs, tmp_path):
-    given = world(base, pairs, tmp_path, power_pairs=16)
+    given = world(base, pairs, tmp_path, power_pairs=16, power_draws=2)
     alone = measured.own_moments(*given, 0, 1)
     assert (alone[:, 1] > 0).all()
-    for processes in (2, 3, 20):  # 20: more than there are pairs
+    for processes in (3, 20):  # 20: more than there are pairs
         shares = torch.stack([measured.own_moments(*given, rank, processes) for rank in range(processes)])
         assert torch.equal(shares.sum(dim=0), alone)
         assert ((shares[:, :, 1] > 0).sum(dim=0) == 1).all()  # no pair twice
@@ -210,6 +213,7 @@ def test_a_run_says_and_keeps_what_it_measured(base, pairs, tmp_path, capsys):
 
 def test_a_run_equals_one_on_targets_merged_at_the_resulting_power(finished, base, pairs, tmp_path):
     power = told(finished)["power"]
+    assert 0.01 < power < 0.95 * told(finished)["run"]["endless_power"]  # or another rule would do as well
     assert merge.main([str(pairs), "--name", "by_hand", "--judge", "clip", "--method", "tuned", "--power", repr(power)]) == 0
     argv = options(base, pairs, tmp_path / "run", data__targets="by_hand", objective__power="fixed")
     assert train.main(argv) == 0
@@ -268,7 +272,7 @@ def test_two_processes_measure_what_one_does(finished, base, pairs, tmp_path, wa
     one, two = told(finished), told(tmp_path / "two")
     assert two["measured"] == pytest.approx(one["measured"], rel=1e-9) and two["power"] == pytest.approx(one["power"], rel=1e-9)
     for lines in zip(metrics(finished), metrics(tmp_path / "two"), strict=True):
-        assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], abs=1e-5)
+        assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], abs=2e-4)  # rounding, at a high learning rate
 
 
 @pytest.mark.slow
