@@ -56,6 +56,8 @@ def describe(session: Session) -> None:
     say(f"objective {objective.kind}, balance {objective.balance}, power {objective.power}")
     summed = half / math.prod(loader.shapes[0])
     say(f"beta {objective.beta:g} on mean errors with the factor 0.5; without it {half:g}; on summed errors {summed:.3g}")
+    for text in () if session.measured is None else session.measured.report["sentences"]:
+        say(text)
 
 
 def resume(session: Session) -> int:

@@ -29,12 +29,13 @@ May import: nothing of this project.
 from __future__ import annotations
 
 from dedpo_diffusion.debias.coefficients import METHODS, RULES, inverse_propensity, mix_judges, pair_targets, pair_weights
-from dedpo_diffusion.debias.compute import Run, best_scale, hard_power, run_terms
+from dedpo_diffusion.debias.compute import Run, best_scale, hard_power, run_report, run_terms
 from dedpo_diffusion.debias.estimate import Estimate, estimate
 from dedpo_diffusion.debias.imputation import Correction, answer_weight, james_stein, odd_directions
 from dedpo_diffusion.debias.merging import Merged, merge_labels
 from dedpo_diffusion.debias.powers import Fit, best_powers, fit_power, fit_powers, judge_moments, power_cap
 from dedpo_diffusion.debias.propensity import Propensity, estimate_propensity
+from dedpo_diffusion.debias.report import run_sentences
 from dedpo_diffusion.debias.worth import (
     NORMAL_975,
     RESAMPLES,
@@ -78,6 +79,8 @@ __all__ = [
     "pair_targets",
     "pair_weights",
     "power_cap",
+    "run_report",
+    "run_sentences",
     "run_terms",
     "variance_ratio",
     "wilson_interval",

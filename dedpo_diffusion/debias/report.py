@@ -144,7 +144,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
         *_worth_sentences(report),
         *_judge_sentences(report),
         *_power_sentences(report),
-        *_run_sentences(report),
+        *run_sentences(report),
         *_correction_sentences(report),
         *_target_sentences(report),
     ]
@@ -228,12 +228,13 @@ def _power_sentences(report: dict[str, Any]) -> list[str]:
     return texts
 
 
-def _run_sentences(report: dict[str, Any]) -> list[str]:
+def run_sentences(report: dict[str, Any]) -> list[str]:
+    """What the labels are worth in a run of finite length, of a report with `power` and `run`; nothing where there is no run."""
     run = report["run"]
     if run is None:
         return []
     here, endless = run["effective_human_labels"], run["endless"]
-    words = [f"In a run of {run['visits']:.0f} visits at noise ratio {run['noise_ratio']:g}"]
+    words = [f"In a run of {run['visits']:.0f} visits at noise ratio {run['noise_ratio']:.3g}"]
     if run["scale"] < 1:
         words.append(f"a power of {report['power']:.2f} is best; endless training would take {run['endless_power']:.2f}")
     if here["value"] is not None and endless["value"] is not None:

@@ -89,9 +89,13 @@ class ObjectiveSettings:
         timestep_weighting: factor of the pair losses, outside the sigmoid.
         snr_gamma: of min_snr.
         power: fixed keeps the power that `dedpo merge` chose; adaptive estimates it anew while margins grow, by a moving average, for
-            the kind sigmoid alone.
+            the kind sigmoid alone; measured measures before the first step how noisy this run's visits are, and takes the power
+            that is best in a run of this length, for targets of the methods tuned and dedpo.
+        power_pairs: how many pairs the noise is measured on, with power=measured.
+        power_draws: how many timesteps and noises are drawn for each of these pairs.
         power_decay: of that moving average, for each step.
-        max_overshoot: bound A of how far a labelled target is stretched by an adaptive power.
+        max_overshoot: bound A of how far a labelled target is stretched by an adaptive power, and by a measured one where the merge did
+            not tune its own.
     """
 
     beta: float = 2000.0
@@ -107,7 +111,9 @@ class ObjectiveSettings:
     timestep_spread: float = 1.0
     timestep_weighting: Literal["none", "min_snr"] = "none"
     snr_gamma: float = 5.0
-    power: Literal["fixed", "adaptive"] = "fixed"
+    power: Literal["fixed", "adaptive", "measured"] = "fixed"
+    power_pairs: int = 64
+    power_draws: int = 4
     power_decay: float = 0.98
     max_overshoot: float = 2.0
 

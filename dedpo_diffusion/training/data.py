@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers
-from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Tensors
+from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Targets, Tensors
 from dedpo_diffusion.dpo.adaptive_power import LEAST_POWER, Parts, loss_parts, retarget, visited_pairs
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, step_generator
-from dedpo_diffusion.labels.files import read_targets
+from dedpo_diffusion.labels.files import read_targets, targets_path
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.models.text_encoders import TextEncoders
 from dedpo_diffusion.pairs.dataset import PairReader
@@ -338,6 +338,7 @@ class PairLoader:
         together: visits in a step, over all its micro-batches and processes; they are of one shape.
         sampling: "uniform" or "importance", see `visit_probability`.
         adaptive: the power will change: pairs that weigh nothing at the present one are visited too, see `visited_pairs`.
+        merged: targets to take in place of those in the file; the visits that follow from them can change again, see `retarget`.
 
     Attributes:
         rows: the dataset's rows that are visited.
@@ -351,12 +352,21 @@ class PairLoader:
     """
 
     def __init__(
-        self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, together: int, adaptive: bool = False
+        self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, together: int, adaptive: bool = False,
+        merged: Targets | None = None,
     ) -> None:  # fmt: skip
-        merged, path = read_targets(reader.folder, targets), reader.folder / "targets" / f"{targets}.parquet"
+        path = targets_path(reader.folder, targets)
+        merged = read_targets(reader.folder, targets) if merged is None else merged
         if not reader.has_ids(merged.pair_id):
             reader.ids()  # which tells of one that comes twice
             raise UserError(f"{path}: its pairs are not the dataset's; run `dedpo merge` again")
+        self.source, self.seed, self.sampling, self.together, self.path = source, seed, sampling, together, path
+        self.grid: ReferenceGrid | None = None
+        self.retarget(merged, adaptive=adaptive)
+
+    def retarget(self, merged: Targets, *, adaptive: bool = False) -> None:
+        """Take other targets of the same pairs: which pairs are visited, how often, and what is learned from each."""
+        path = self.path
         self.rows = np.flatnonzero(visited_pairs(merged, path, adaptive=adaptive))
         if not len(self.rows):
             raise UserError(f"{path}: no pair carries any weight, so there is nothing to learn")
@@ -364,10 +374,7 @@ class PairLoader:
         self.parts, self.power = loss_parts(merged, path, self.rows) if adaptive else (None, math.nan)
         target, weight, pool = merged.target[self.rows], merged.weight[self.rows], len(merged.weight)
         planned = (target, weight) if self.parts is None else _planned(self.parts, max(self.power, LEAST_POWER))
-        self.source, self.seed = source, seed
-        self.grid: ReferenceGrid | None = None
-        self.together = together
-        self.visits: Order = self._order(visit_probability(*planned, sampling))
+        self.visits: Order = self._order(visit_probability(*planned, self.sampling))
         visit = 1 / (pool * self.visits.probability)
         self.target = torch.tensor(target, dtype=torch.float32)
         self.weight = torch.tensor(weight * visit, dtype=torch.float32)
@@ -376,7 +383,7 @@ class PairLoader:
             self.parts = replace(self.parts, visit=self.parts.visit * torch.tensor(visit))
         idle = pool - len(self.rows)
         if idle:
-            say(f"{idle} of {pool} pairs carry no weight in {targets!r} and are not visited")
+            say(f"{idle} of {pool} pairs carry no weight in {path.stem!r} and are not visited")
 
     def _order(self, probability: np.ndarray) -> Order:
         """In which order the visited pairs come: those of one shape together, if there are several shapes."""
@@ -405,8 +412,12 @@ class PairLoader:
         if self.grid is not None:  # the view is that of the noise, whose reference errors are of that view
             numbers = [int(step_generator(self.seed, visit, CHOICE).initial_seed()) % self.grid.draws for visit in visits]
             draws, known = self.grid.at(rows, numbers)
+        return self.at(places, numbers, draws, known)
+
+    def at(self, places: list[int], numbers: Sequence[int], draws: Draws, known: Tensor | None = None) -> Loaded:
+        """B visited pairs by their places, each in the view that its number picks, at these draws."""
         labelled = None if self.labelled is None else self.labelled[places]
-        encoded = self.source.load(rows, numbers, draws.drop_caption)
+        encoded = self.source.load([int(self.rows[place]) for place in places], numbers, draws.drop_caption)
         return Loaded(places, draws, encoded, self.target[places], self.weight[places], known, labelled)
 
     def batch(self, loaded: Loaded, model: Backbone) -> tuple[PairBatch, Draws]:

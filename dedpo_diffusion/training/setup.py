@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.training.data import PairLoader, ReferenceGrid, Source
+    from dedpo_diffusion.training.measured_power import MeasuredPower, ScalableTargets
     from dedpo_diffusion.training.optimizers import Average
     from dedpo_diffusion.training.validation import Validation
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with; `average`, `adaptive` and `validation` are None where they were not asked for.
+    """What a run works with; `average`, `adaptive`, `validation` and `measured` are None where they were not asked for.
 
     `hosts` is a group of the processes that talk without their devices, None for a single process.
     """
@@ -42,6 +43,7 @@ class Session:
     adaptive: AdaptivePower | None
     validation: Validation | None
     hosts: ProcessGroup | None
+    measured: MeasuredPower | None = None
 
 
 def set_up(settings: TrainSettings) -> Session:
@@ -52,15 +54,18 @@ def set_up(settings: TrainSettings) -> Session:
     """
     import torch
 
+    from dedpo_diffusion.training.measured_power import measured_power, open_scalable
     from dedpo_diffusion.training.optimizers import Average, build_optimizer
     from dedpo_diffusion.training.sharding import build_accelerator, hand_over
     from dedpo_diffusion.weights.run_folder import open_run
 
     settings = resolve(settings)
-    optim = settings.optim
+    optim, scalable = settings.optim, open_scalable(settings)
     accelerator = build_accelerator(settings)
-    model, loader, identity, validation = prepare(settings, accelerator)
+    model, loader, identity, validation = prepare(settings, accelerator, scalable)
     timesteps, adaptive = timestep_draw(settings.objective, len(model.process)), adaptive_power(settings.objective, loader)
+    hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    measured = None if scalable is None else measured_power(settings, scalable, model, loader, timesteps, accelerator, hosts)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
@@ -68,11 +73,12 @@ def set_up(settings: TrainSettings) -> Session:
         # what a step visits depends on their product alone, so that a run can go on with another number of processes
         identity["pairs_of_a_step"] = str(loader.together)
         open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
+        if measured is not None:
+            measured.keep(settings.out)
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
-    hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    session = Session(settings, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts)
+    session = Session(settings, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, measured)
     if validation is not None:
         validation.begin(session)
     return session
@@ -93,6 +99,9 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     if settings.lora.start is not None:
         say(f"lora.start={settings.lora.start} is of another model; tried with a fresh adapter")
     small = min(optim.batch, 2)
+    if settings.objective.power == "measured":
+        say("objective.power=measured finds nothing but noise in a random model; tried with fixed")
+        settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, power="fixed"))
     cache = None if data.cache is None else folder / "cache"
     return dataclasses.replace(
         settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",
@@ -103,8 +112,13 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     )  # fmt: skip
 
 
-def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone, PairLoader, dict[str, str], Validation | None]:
-    """Load the model, encode the pairs or get ready to, and read the targets; also: identity of the inputs, validation."""
+def prepare(
+    settings: TrainSettings, accelerator: Accelerator, scalable: ScalableTargets | None = None
+) -> tuple[Backbone, PairLoader, dict[str, str], Validation | None]:
+    """Load the model, encode the pairs or get ready to, and read the targets; also: identity of the inputs, validation.
+
+    With `scalable`, whose power is still to be chosen, the pairs are those that endless training visits.
+    """
     import torch
 
     from dedpo_diffusion.core.files import file_digest
@@ -128,7 +142,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator) -> tuple[Backbone
     together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
     loader = PairLoader(
         reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
-        adaptive=settings.objective.power == "adaptive",
+        adaptive=settings.objective.power == "adaptive", merged=None if scalable is None else scalable.at(1.0),
     )  # fmt: skip
     check(settings, loader)
     if validation is not None and validation.held_out is not None:
@@ -188,6 +202,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         UserError: an option that cannot be used, or does not go with the objective.
     """
     from dedpo_diffusion.dpo.objectives import find_objective
+    from dedpo_diffusion.training.measured_power import check_measurable
     from dedpo_diffusion.training.validation import check_validation
 
     objective, optim = settings.objective, settings.optim
@@ -196,6 +211,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     except ValueError as error:
         raise UserError(f"objective.kind: {error}") from error
     check_validation(settings)
+    check_measurable(objective)
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap"):
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:

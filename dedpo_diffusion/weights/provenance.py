@@ -56,7 +56,7 @@ def in_short(trained: Mapping[str, Any]) -> dict[str, str]:
         "objective options": ", ".join(f"{key} {value:g}" for key, value in (objective.get("options") or {}).items()) or None,
         "beta": objective.get("beta"),
         "balance": objective.get("balance"),
-        "power in training": objective.get("power"),
+        "power in training": measured_words(trained.get("measured_power")) or objective.get("power"),
         "trained": "all weights of the UNet" if trained.get("weights") == "full" else _adapter(lora) if lora else None,
         "optimizer": optim.get("optimizer"),
         "learning rate": optim.get("learning_rate"),
@@ -76,6 +76,13 @@ def in_short(trained: Mapping[str, Any]) -> dict[str, str]:
     elif steps:
         found["steps"] = steps
     return {label: f"{value:g}" if isinstance(value, float) else str(value) for label, value in found.items() if value is not None}
+
+
+def measured_words(found: Mapping[str, Any] | None) -> str | None:
+    """The power that a run measured, in words; None where it measured none."""
+    if not found:
+        return None
+    return f"{found['power']:.3g}, measured at noise ratio {found['noise_ratio']:.3g} (endless training: {found['endless_power']:.3g})"
 
 
 def _adapter(lora: Mapping[str, Any]) -> str:

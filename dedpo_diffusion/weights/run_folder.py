@@ -16,6 +16,8 @@ from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import is_leftover, remove_folder, remove_leftovers, write_text, writing
 from dedpo_diffusion.weights.checkpoints import check_checkpoint
 
+POWER_FILE = "power.json"  # of a run that measured its power
+
 
 def plain(value: Any) -> Any:
     """Settings as the plain dicts, lists, numbers and strings that YAML and JSON know."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.settings import ExportSettings
+from dedpo_diffusion.weights.run_folder import POWER_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +155,26 @@ def _open_run(settings: ExportSettings) -> Source:
         lora = from_parameters(parameters, alpha=trained["lora"]["alpha"], rslora=trained["lora"].get("rslora", False))
     model, config = (settings.model, settings.model_config) if settings.model else (trained["model"], trained.get("model_config"))
     title = Path(trained.get("out", run)).name
-    return Source(title, lora, parameters if lora is None else None, model, config, {**trained, "step": step}, digests(run, trained))
+    told = {**trained, "step": step, **measured_facts(run, trained)}
+    return Source(title, lora, parameters if lora is None else None, model, config, told, digests(run, trained))
+
+
+def measured_facts(run: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """As `measured_power`, of a run with objective.power=measured: the power it used, and by which noise ratio; else nothing.
+
+    Raises:
+        UserError: the run folder does not say.
+    """
+    if trained["objective"].get("power") != "measured":
+        return {}
+    file = run / POWER_FILE
+    found = _dictionary(file)
+    try:
+        told = {"power": found["power"], "noise_ratio": found["measured"]["value"], "standard_error": found["measured"]["standard_error"]}
+        told |= {"endless_power": found["run"]["endless_power"], "visits": found["run"]["visits"]}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: does not say which power was used; give the run folder as training left it") from error
+    return {"measured_power": told}
 
 
 def run_settings(run: Path) -> dict[str, Any]:

@@ -49,16 +49,16 @@ def gradients(settings: NoiseSettings, model: Any, loader: Any, shape: tuple[int
     """(draws, parameters) gradients of independent steps."""
     import torch
 
+    from dedpo_diffusion.dpo.gradient_noise import loss_gradient
     from dedpo_diffusion.dpo.noising import TimestepDraw, draw
-    from dedpo_diffusion.dpo.step import preference_step
 
     found, everywhere = [], TimestepDraw(0, len(model.process))
     for step in range(settings.draws):
         draws = draw(settings.seed, step, settings.batch, shape, timesteps=everywhere, caption_dropout=0.0)
         # epochs far apart, so that steps are independent draws of pairs
         batch, draws = loader.batch(loader.load(step * len(loader.rows), draws), model)
-        result = preference_step(model, batch, timesteps=draws.timesteps, noise=draws.noise, beta=settings.beta)
-        grads = torch.autograd.grad(result.loss.mean(), list(model.trainable().values()))
+        parameters = list(model.trainable().values())
+        grads = loss_gradient(model, batch, parameters, timesteps=draws.timesteps, noise=draws.noise, beta=settings.beta)
         found.append(torch.cat([g.flatten() for g in grads]).double().numpy())
         progress.advance()
     return np.stack(found)
