@@ -54,6 +54,7 @@ def set_up(settings: TrainSettings) -> Session:
 
     from dedpo_diffusion.training.optimizers import Average, build_optimizer
     from dedpo_diffusion.training.sharding import build_accelerator, hand_over
+    from dedpo_diffusion.training.sharpness import sharpen
     from dedpo_diffusion.weights.run_folder import open_run
 
     settings = resolve(settings)
@@ -61,18 +62,21 @@ def set_up(settings: TrainSettings) -> Session:
     accelerator = build_accelerator(settings)
     model, loader, identity, validation = prepare(settings, accelerator)
     timesteps, adaptive = timestep_draw(settings.objective, len(model.process)), adaptive_power(settings.objective, loader)
+    sharpened = sharpen(settings, loader)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
     if accelerator.is_main_process:
         # what a step visits depends on their product alone, so that a run can go on with another number of processes
         identity["pairs_of_a_step"] = str(loader.together)
+        if sharpened is not settings:
+            identity["beta"] = repr(sharpened.objective.beta)  # what it is trained with; the settings keep what was given
         open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
     hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    session = Session(settings, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts)
+    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts)
     if validation is not None:
         validation.begin(session)
     return session
@@ -92,13 +96,17 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
         say("attention=xformers needs a CUDA device; tried with sdpa")
     if settings.lora.start is not None:
         say(f"lora.start={settings.lora.start} is of another model; tried with a fresh adapter")
+    objective = settings.objective
+    if objective.sharpness is not None:
+        say(f"objective.sharpness={objective.sharpness:g} depends on the run's own targets; tried with beta as given")
+        objective = dataclasses.replace(objective, sharpness=None)
     small = min(optim.batch, 2)
     cache = None if data.cache is None else folder / "cache"
     return dataclasses.replace(
         settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",
         data=dataclasses.replace(data, pairs=write_pairs(folder / "pairs", data.targets), size=SIDE, cache=cache),
         optim=dataclasses.replace(optim, steps=3, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)),
-        lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
+        objective=objective, lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
         validation=shrink_validation(settings.validation, folder),
     )  # fmt: skip
 
@@ -188,6 +196,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         UserError: an option that cannot be used, or does not go with the objective.
     """
     from dedpo_diffusion.dpo.objectives import find_objective
+    from dedpo_diffusion.training.sharpness import check_sharpness
     from dedpo_diffusion.training.validation import check_validation
 
     objective, optim = settings.objective, settings.optim
@@ -196,10 +205,11 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     except ValueError as error:
         raise UserError(f"objective.kind: {error}") from error
     check_validation(settings)
-    for name in ("beta", "balance_clip", "balance_tempering", "margin_cap"):
+    for name in ("beta", "balance_clip", "balance_tempering", "margin_cap", "sharpness"):
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"objective.{name} is {value}; it must be a positive number")
+    check_sharpness(objective)
     counts = {f"optim.{name}": getattr(optim, name) for name in ("steps", "batch", "accumulation")}
     counts |= {name: getattr(settings, name) for name in ("checkpoint_every", "keep_checkpoints", "log_every")}
     for name, value in counts.items():
