@@ -44,6 +44,8 @@ def learning_rate(optim: OptimSettings, step: int) -> float:
 
 def describe(session: Session) -> None:
     """Say what is about to be trained, in the units of other scripts too."""
+    from dedpo_diffusion.training.sharpness import measure_sharpness, sharpness_words
+
     optim, objective, loader = session.settings.optim, session.settings.objective, session.loader
     processes = session.accelerator.num_processes
     together = loader.together
@@ -58,6 +60,8 @@ def describe(session: Session) -> None:
     say(f"beta {objective.beta:g} on mean errors with the factor 0.5; without it {half:g}; on summed errors {summed:.3g}")
     for text in () if session.measured is None else session.measured.report["sentences"]:
         say(text)
+    for words in sharpness_words(objective, measure_sharpness(objective, loader)):
+        say(words)
 
 
 def resume(session: Session) -> int:

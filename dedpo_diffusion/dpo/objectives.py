@@ -138,6 +138,22 @@ def sft(p: Pairs) -> Tensor:
     return p.mix(p.policy[:, 0], p.policy[:, 1])
 
 
+# ---- where they stop: the margin at which the loss of a pair is least, from targets (n,); +-inf where more is always better
+
+
+def _logit(target: Tensor) -> Tensor:
+    """Of the sigmoid loss: sigmoid(m) = t. Outside [0, 1] nothing stops it, `margin_cap` or not."""
+    return torch.logit(target.clamp(0, 1))
+
+
+def _smoothed(target: Tensor, *, flips: float) -> Tensor:
+    return _logit(0.5 + (1 - 2 * flips) * (target - 0.5))
+
+
+def _centred(target: Tensor) -> Tensor:
+    return target - 0.5
+
+
 # ---- by name
 
 
@@ -152,6 +168,8 @@ class Objective:
             balance is derived for.
         needs: what it needs beside policy errors and labels: "reference" errors, the whole "batch".
         options: its options and their defaults.
+        stop: from targets (n,) and the options to the margins (n,) at which the loss of a pair is least, +-inf where it falls for ever;
+            None where that is no matter of the margin alone.
     """
 
     loss: Callable[..., Tensor] = field(repr=False)
@@ -159,13 +177,16 @@ class Objective:
     balanced: bool = True
     needs: tuple[str, ...] = ("reference",)
     options: Mapping[str, float] = field(default_factory=dict)
+    stop: Callable[..., Tensor] | None = field(default=None, repr=False)
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "sigmoid": Objective(sigmoid),
-    "ipo": Objective(ipo),
-    "cdpo": Objective(cdpo, options={"flips": 0.1}),
-    "dr_dpo": Objective(dr_dpo, affine=False, needs=("reference", "batch"), options={"temperature": 1.0}),
+    "sigmoid": Objective(sigmoid, stop=_logit),
+    "ipo": Objective(ipo, stop=_centred),
+    "cdpo": Objective(cdpo, options={"flips": 0.1}, stop=_smoothed),
+    "dr_dpo": Objective(
+        dr_dpo, affine=False, needs=("reference", "batch"), options={"temperature": 1.0}, stop=lambda target, temperature: _logit(target)
+    ),
     "kto": Objective(kto, balanced=False, needs=("reference", "batch"), options={"desirable": 1.0, "undesirable": 1.0}),
     "mapo": Objective(mapo, balanced=False, needs=(), options={"weight": 0.1, "snr": 0.5, "steps": 1000.0}),
     "sft": Objective(sft, balanced=False, needs=()),

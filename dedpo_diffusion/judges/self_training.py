@@ -53,8 +53,8 @@ class Policy:
 
     @property
     def beta(self) -> float:
-        """Strength of its pull to the reference."""
-        return float(self.trained["objective"]["beta"])
+        """Strength of its pull to the reference, as it was trained: objective.sharpness makes another of the one in the settings."""
+        return float(self.identity.get("beta", self.trained["objective"]["beta"]))
 
     @property
     def uncalibrated(self) -> str:

@@ -75,6 +75,8 @@ class ObjectiveSettings:
 
     Args:
         beta: strength of the pull to the reference, in the convention of Diffusion-DPO's published code.
+        sharpness: the margin, at this beta, at which the median pair is to stop; beta is then divided by what that takes. None leaves
+            beta as it is. docs/objectives.md says what it does.
         kind: the objective; docs/objectives.md compares them. Other packages can add some.
         options: numbers of the objective, by name; those left out keep their defaults.
         balance: Balanced-DPO's gradient reweighting, per pair at its own timestep. None takes output where the objective moves both
@@ -99,6 +101,7 @@ class ObjectiveSettings:
     """
 
     beta: float = 2000.0
+    sharpness: float | None = None
     kind: Kind | str = field(default="sigmoid", metadata={"plugins": ["dedpo_diffusion.objectives"]})
     options: dict[str, float] = field(default_factory=dict)
     balance: Literal["none", "output", "relative", "probability"] | None = None

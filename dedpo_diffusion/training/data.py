@@ -344,6 +344,7 @@ class PairLoader:
         rows: the dataset's rows that are visited.
         shapes: (C, h, w) of the latents of each bucket; a single one without buckets.
         grid: pre-drawn timesteps and noises with the reference's errors, if there are any.
+        merged: target and weight (n,) float64 of the rows as they were merged, without the visits' part in the weights.
         labelled: (n,) bool, which of the rows people labelled, None where the targets do not say.
         parts, power: what the rows' targets are made of, and the power they were merged with, for one that follows; else None and NaN.
 
@@ -378,6 +379,7 @@ class PairLoader:
         visit = 1 / (pool * self.visits.probability)
         self.target = torch.tensor(target, dtype=torch.float32)
         self.weight = torch.tensor(weight * visit, dtype=torch.float32)
+        self.merged = torch.tensor(target), torch.tensor(weight)
         self.labelled = None if merged.human is None else torch.tensor(~np.isnan(merged.human[self.rows]))
         if self.parts is not None:
             self.parts = replace(self.parts, visit=self.parts.visit * torch.tensor(visit))

@@ -57,6 +57,7 @@ def set_up(settings: TrainSettings) -> Session:
     from dedpo_diffusion.training.measured_power import measured_power, open_scalable
     from dedpo_diffusion.training.optimizers import Average, build_optimizer
     from dedpo_diffusion.training.sharding import build_accelerator, hand_over
+    from dedpo_diffusion.training.sharpness import sharpen
     from dedpo_diffusion.weights.run_folder import open_run
 
     settings = resolve(settings)
@@ -66,19 +67,22 @@ def set_up(settings: TrainSettings) -> Session:
     timesteps, adaptive = timestep_draw(settings.objective, len(model.process)), adaptive_power(settings.objective, loader)
     hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     measured = None if scalable is None else measured_power(settings, scalable, model, loader, timesteps, accelerator, hosts)
+    sharpened = sharpen(settings, loader)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
     if accelerator.is_main_process:
         # what a step visits depends on their product alone, so that a run can go on with another number of processes
         identity["pairs_of_a_step"] = str(loader.together)
+        if sharpened is not settings:
+            identity["beta"] = repr(sharpened.objective.beta)  # what it is trained with; the settings keep what was given
         open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
         if measured is not None:
             measured.keep(settings.out)
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
-    session = Session(settings, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, measured)
+    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, measured)
     if validation is not None:
         validation.begin(session)
     return session
@@ -98,16 +102,20 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
         say("attention=xformers needs a CUDA device; tried with sdpa")
     if settings.lora.start is not None:
         say(f"lora.start={settings.lora.start} is of another model; tried with a fresh adapter")
+    objective = settings.objective
+    if objective.sharpness is not None:
+        say(f"objective.sharpness={objective.sharpness:g} depends on the run's own targets; tried with beta as given")
+        objective = dataclasses.replace(objective, sharpness=None)
     small = min(optim.batch, 2)
-    if settings.objective.power == "measured":
+    if objective.power == "measured":
         say("objective.power=measured finds nothing but noise in a random model; tried with fixed")
-        settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, power="fixed"))
+        objective = dataclasses.replace(objective, power="fixed")
     cache = None if data.cache is None else folder / "cache"
     return dataclasses.replace(
         settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",
         data=dataclasses.replace(data, pairs=write_pairs(folder / "pairs", data.targets), size=SIDE, cache=cache),
         optim=dataclasses.replace(optim, steps=3, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)),
-        lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
+        objective=objective, lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
         validation=shrink_validation(settings.validation, folder),
     )  # fmt: skip
 
@@ -203,6 +211,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     """
     from dedpo_diffusion.dpo.objectives import find_objective
     from dedpo_diffusion.training.measured_power import check_measurable
+    from dedpo_diffusion.training.sharpness import check_sharpness
     from dedpo_diffusion.training.validation import check_validation
 
     objective, optim = settings.objective, settings.optim
@@ -212,10 +221,11 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         raise UserError(f"objective.kind: {error}") from error
     check_validation(settings)
     check_measurable(objective)
-    for name in ("beta", "balance_clip", "balance_tempering", "margin_cap"):
+    for name in ("beta", "balance_clip", "balance_tempering", "margin_cap", "sharpness"):
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"objective.{name} is {value}; it must be a positive number")
+    check_sharpness(objective)
     counts = {f"optim.{name}": getattr(optim, name) for name in ("steps", "batch", "accumulation")}
     counts |= {name: getattr(settings, name) for name in ("checkpoint_every", "keep_checkpoints", "log_every")}
     for name, value in counts.items():

@@ -443,7 +443,7 @@ class Validation:
         process, rows = session.model.process, self.held_out.rows
         timesteps = torch.stack([self.held_out.draws(number, session).timesteps for number in range(len(rows))])
         weight = session.timesteps.weights(process, timesteps.flatten()).view(timesteps.shape)
-        objective = {name: getattr(self.settings.objective, name) for name in OBJECTIVE}
+        objective = {name: getattr(session.settings.objective, name) for name in OBJECTIVE}
         label = torch.tensor(self.held_out.label[rows])
         return summarise_held_out(errors, self.start, label, timesteps, weight, schedule=len(process), objective=objective)
 

@@ -55,6 +55,7 @@ def in_short(trained: Mapping[str, Any]) -> dict[str, str]:
         "objective": objective.get("kind"),
         "objective options": ", ".join(f"{key} {value:g}" for key, value in (objective.get("options") or {}).items()) or None,
         "beta": objective.get("beta"),
+        "sharpness": objective.get("sharpness"),
         "balance": objective.get("balance"),
         "power in training": measured_words(trained.get("measured_power")) or objective.get("power"),
         "trained": "all weights of the UNet" if trained.get("weights") == "full" else _adapter(lora) if lora else None,

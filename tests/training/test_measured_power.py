@@ -32,7 +32,7 @@ MERGES = {
     "tuned": ["--method", "tuned"], "dedpo": ["--method", "dedpo"], "given": ["--method", "tuned", "--power", "0.3"],
     "adapted": ["--method", "adapted", "--correction", "1"], "naive": ["--method", "naive"], "human_only": ["--method", "human_only"],
     "half": ["--method", "tuned", "--rule", "half"], "both": ["--method", "tuned", "--judges", "clip,other"],
-    "layers": ["--method", "tuned", "--strata", "prompt"], "short": ["--visits", "1", "--noise_ratio", "1000"],
+    "short": ["--visits", "1", "--noise_ratio", "1000"],
     "long": ["--visits", "100", "--noise_ratio", "4"],
 }  # fmt: skip
 
@@ -148,7 +148,7 @@ def ratio(value, error=0.5):
 
 @pytest.mark.parametrize(("name", "judges"), [("tuned", ["clip"]), ("both", ["clip", "other"]), ("layers", ["clip"])])
 def test_power_and_targets_are_those_of_a_merge_for_this_run(pairs, tmp_path, name, judges):
-    """Whatever the judges and strata, the same bits."""
+    """Whatever the judges, the same bits."""
     settings = TrainSettings("x", tmp_path, DataSettings(pairs, name), objective=ObjectiveSettings(power="measured"))
     made = measured.choose_power(measured.open_scalable(settings), ratio(5.0), 150, 0)
     argv = ["--judge", "clip"] if judges == ["clip"] else ["--judges", "clip,other"]
