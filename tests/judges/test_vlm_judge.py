@@ -350,8 +350,23 @@ def test_too_little_memory_stops_the_run_with_a_remedy(load):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     plant(judge, fail)
-    with pytest.raises(UserError, match=r"too small for 4 pairs at once; lower --vlm\.batch"):
+    with pytest.raises(UserError, match=r"vlm: .* even for one of the pairs at a time; lower --vlm\.max_side"):
         judge.answer(questions())
+
+
+def test_little_memory_halves_the_batch_and_leaves_the_answers(load, capsys):
+    """As test_batch_1_equals_batch_n, on a model that has room for two pairs in both orders."""
+    judge, whole = load(batch=4), load(batch=4).answer(questions())
+
+    def refuse(module, given, more):
+        if len(more["input_ids"]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    judge.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    np.testing.assert_allclose(judge.answer(questions()).scores, whole.scores, rtol=1e-4, atol=1e-4)
+    assert capsys.readouterr().out == "vlm: the GPU's memory is too small for 4 pairs at once; going on with 2\n"
+    judge.answer(questions())
+    assert capsys.readouterr().out == ""
 
 
 # ---- the checkpoint
