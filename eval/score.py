@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.pace import Forecast
 from dedpo_diffusion.evaluation.comparison.samples import INDEX, Row, images_digest, load_images, read_index, resolutions, unlisted
 from dedpo_diffusion.settings import ScoreSettings
 
@@ -187,6 +188,8 @@ def _checked_vector(scorer: Scorer, row: Row, vector: np.ndarray) -> np.ndarray:
 
 def add_scores(settings: ScoreSettings, scorer: Scorer, folder: Path, rows: Sequence[Row]) -> None:
     """Complete a folder's scores, and embeddings, of one scorer; written along the way."""
+    from dedpo_diffusion.models.memory import slow_on_cpu
+
     ledger = Ledger(folder, rows, scorer, embeddings=settings.embeddings)
     todo = ledger.lacking()
     if not todo:
@@ -195,11 +198,13 @@ def add_scores(settings: ScoreSettings, scorer: Scorer, folder: Path, rows: Sequ
     if scored:
         fact = f"{scored} of {len(rows)} images have a score of {scorer.name} and no embedding"
         say(f"{folder}: {fact}; they go through its image tower once more (--embeddings false leaves that out)")
-    saved = time.monotonic()
+    saved, batch = time.monotonic(), int(settings.batch)
+    forecast = Forecast(len(todo), after=batch if slow_on_cpu(scorer) else 0)
     with Progress(f"scoring {folder} with {scorer.name}", len(rows), start=len(rows) - len(todo)) as progress:
-        for start in range(0, len(todo), settings.batch):
-            part = todo[start : start + settings.batch]
+        for start in range(0, len(todo), batch):
+            part = todo[start : start + batch]
             ledger.add(part)
+            forecast.advance(len(part))
             progress.advance(len(part))
             if time.monotonic() - saved > SAVE_EVERY:
                 ledger.save()
@@ -266,7 +271,9 @@ def open_folders(folders: Sequence[Path]) -> dict[Path, list[Row]]:
 
 def run(settings: ScoreSettings) -> list[Path]:
     """Score sample folders; several processes may share them."""
+    from dedpo_diffusion.judges.registry import MOST
     from dedpo_diffusion.judges.scorers import load_scorer
+    from dedpo_diffusion.models.memory import resolved, slow_on_cpu, tell_cpu
     from dedpo_diffusion.sampling.strength_folders import expanded
 
     names = [spec if spec.startswith("http=") else spec.partition("=")[0] for spec in settings.scorers]  # servers name themselves
@@ -274,12 +281,15 @@ def run(settings: ScoreSettings) -> list[Path]:
     if twice:
         raise UserError(f"scorer {twice[0]} is named twice; name each scorer once")
     indexes = open_folders(expanded(settings.folders))
+    settings = resolved(settings, most=MOST)
     named: set[str] = set()
     for spec in settings.scorers:
-        scorer = load_scorer(spec, device=settings.device, batch=settings.batch, dtype=settings.dtype)
+        scorer = load_scorer(spec, device=settings.device, batch=int(settings.batch), dtype=settings.dtype)
         if scorer.name in named:
             raise UserError(f"two of the scorers are called {scorer.name}; score with one of them alone")
         named.add(scorer.name)
+        if slow_on_cpu(scorer):
+            tell_cpu(scorer.name)
         share_out(settings, scorer, indexes)
     return [folder / "scores.parquet" for folder in indexes]
 

@@ -15,13 +15,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.pace import Clock, Forecast
 from dedpo_diffusion.settings import LabelSettings
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def load_judges(settings: LabelSettings) -> list[Judge]:
     if settings.name is not None:
         label_origin(settings.pairs, settings.name)  # refuses what cannot name a label file
     for key in ("batch", "shard", "workers"):
-        if getattr(settings, key) < 1:
+        if getattr(settings, key) != "auto" and getattr(settings, key) < 1:
             raise UserError(f"{key} is {getattr(settings, key)}; it must be at least 1")
     judges = []
     for spec in settings.judges:
@@ -269,36 +270,6 @@ def first_uses(reader: PairReader, fingerprint: str) -> FirstUses:
 # ---- judging
 
 
-class Clock:
-    """How long the judges worked, and how long they waited for images to be read and decoded (scaling them is a judge's own work)."""
-
-    def __init__(self) -> None:
-        self.pairs, self.working, self.waiting = 0, 0.0, 0.0
-
-    def awaited(self, stream: Iterator[Any]) -> Iterator[Any]:
-        """The same items; the time until each is waiting, the time until the next is asked for is work."""
-        while True:
-            began = time.perf_counter()
-            item = next(stream, None)
-            arrived = time.perf_counter()
-            self.waiting += arrived - began
-            if item is None:
-                return
-            yield item
-            self.pairs += 1
-            self.working += time.perf_counter() - arrived
-
-    def report(self, judges: list[str]) -> dict[str, Any]:
-        """Pairs a second and the share of the time spent waiting, of this process and of all `judges` of the run together."""
-        spent = self.waiting + self.working
-        return {"pairs_per_second": self.pairs / spent, "waiting_share": self.waiting / spent, "judged_with": judges} if spent else {}
-
-    def words(self) -> str:
-        """The same for people."""
-        spent = self.waiting + self.working
-        return f"{self.pairs / spent:.1f} pairs a second; the judges waited for images {self.waiting / spent:.0%} of the time"
-
-
 def judge_shard(settings: LabelSettings, reader: PairReader, rows: range, works: Sequence[Work], clock: Clock) -> list[pa.Table]:
     """Every judge's answers to a shard of pairs; images are decoded in threads, once for all judges."""
     from dedpo_diffusion.core.prefetch import prefetch
@@ -312,7 +283,7 @@ def judge_shard(settings: LabelSettings, reader: PairReader, rows: range, works:
         return images[0], images[1]
 
     pairs = enumerate(islice(reader.iter_pairs(rows.start), len(rows)))
-    stream = prefetch(pairs, load, workers=settings.workers, depth=settings.batch)
+    stream = prefetch(pairs, load, workers=settings.workers, depth=int(settings.batch))
     for (place, pair), images in clock.awaited(stream):
         for work in works:
             work.take(place, pair, images)
@@ -328,8 +299,10 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
     from dedpo_diffusion.judges.work import ImageWork, PairWork, read_part, write_part
     from dedpo_diffusion.labels.embedding_files import write_shard
+    from dedpo_diffusion.models.memory import slow_on_cpu, tell_cpu
 
     rows, by_name, clock = shard_rows(settings, len(reader)), {run.judge.name: run for run in runs}, Clock()
+    slow = [run.judge.name for run in runs if slow_on_cpu(run.judge)]
 
     def pending(shard: int) -> dict[str, Path]:
         return {name: run.lock(shard) for name, run in by_name.items() if run.is_pending(shard)}
@@ -337,9 +310,9 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
     def work_of(run: Run, shard: int) -> Work:
         if isinstance(run.judge, BradleyTerry):
             assert first is not None
-            return ImageWork(run.judge, first.mask(rows[shard]), 2 * settings.batch, embed=run.embed)
+            return ImageWork(run.judge, first.mask(rows[shard]), 2 * int(settings.batch), embed=run.embed)
         part = run.part(shard)
-        return PairWork(run.judge, settings.batch, read_part(part, run.stamp) if part.is_file() else None)
+        return PairWork(run.judge, int(settings.batch), read_part(part, run.stamp) if part.is_file() else None)
 
     def work(shard: int, names: list[str]) -> None:
         mine = [by_name[name] for name in names]
@@ -355,6 +328,9 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
     kept = len(reader) - sum(len(rows[shard]) for shard in todo)
     if kept:
         say(f"{kept} of {len(reader)} pairs are labelled already; going on")
+    if slow:
+        tell_cpu(" and ".join(slow))
+        clock.forecast = Forecast(len(reader) - kept, after=int(settings.batch))
     with Progress(f"labelling with {', '.join(by_name)}", len(reader), start=kept) as progress:
         share_tasks(todo, pending=pending, work=work)
     return clock
@@ -463,11 +439,14 @@ def spending(judge: Judge, tokens: dict[str, int]) -> dict[str, Any]:
 def run(settings: LabelSettings) -> list[Path]:
     """Label every pair of a dataset with machine judges."""
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+    from dedpo_diffusion.judges.registry import MOST
+    from dedpo_diffusion.models.memory import resolved
     from dedpo_diffusion.pairs.dataset import PairReader
 
     reader = PairReader(settings.pairs)
     ids = reader.ids()
-    judges = load_judges(replace(settings, device=local_device(settings.device)))
+    settings = resolved(replace(settings, device=local_device(settings.device)), most=MOST)
+    judges = load_judges(settings)
     runs = open_runs(settings, judges, reader, ids)
     facts: dict[str, dict[str, Any]] = {judge.name: {} for judge in judges}
     if runs:

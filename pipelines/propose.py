@@ -30,9 +30,11 @@ def pairings(group: Sequence[Job], pairing: str) -> Iterator[tuple[Job, Job]]:
 def run(settings: ProposeSettings) -> Path:
     """Make pairs from a model's own images."""
     from dedpo_diffusion.core.records import Pair
+    from dedpo_diffusion.models.memory import resolved
     from dedpo_diffusion.pairs.dataset import PairWriter
     from dedpo_diffusion.sampling.prompts import read_prompts
-    from dedpo_diffusion.sampling.sampler import Recipe, jobs, sample_folder
+    from dedpo_diffusion.sampling.recipe import MOST, Recipe
+    from dedpo_diffusion.sampling.sampler import jobs, sample_folder
 
     if settings.images_per_prompt < 2 or (settings.pairing == "disjoint" and settings.images_per_prompt % 2):
         raise UserError(f"images_per_prompt {settings.images_per_prompt}: give an even number, or any from 2 on with --pairing all")
@@ -41,9 +43,11 @@ def run(settings: ProposeSettings) -> Path:
     prompts = read_prompts(settings.prompts, categories=settings.categories, limit=settings.limit)
     work = jobs(prompts, settings.images_per_prompt, settings.seed)
     images = settings.out / "proposals"
+    fit, settings = settings.batch == "auto", resolved(settings, most=MOST)
     recipe = Recipe(
-        settings.model, settings.steps, settings.guidance, settings.batch, settings.size, config=settings.model_config, dtype=settings.dtype
-    )
+        settings.model, settings.steps, settings.guidance, int(settings.batch), settings.size, config=settings.model_config,
+        dtype=settings.dtype, fit=fit,
+    )  # fmt: skip
     sample_folder(images, work, settings, recipe, device=settings.device)
     source = {"model": settings.model, "steps": settings.steps, "guidance": settings.guidance}
     with PairWriter(settings.out, shard_pairs=settings.shard_pairs) as writer:

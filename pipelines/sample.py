@@ -34,14 +34,17 @@ def image_size(settings: SampleSettings) -> int | tuple[int, int] | None:
 
 def run(settings: SampleSettings) -> Path:
     """Sample images, seed-paired with every other model sampled with the same prompts and seed."""
+    from dedpo_diffusion.models.memory import resolved
     from dedpo_diffusion.sampling.prompts import read_prompts
-    from dedpo_diffusion.sampling.recipe import Recipe
+    from dedpo_diffusion.sampling.recipe import MOST, Recipe
     from dedpo_diffusion.sampling.sampler import Target, jobs, sample_folders
     from dedpo_diffusion.sampling.strength_folders import check_sweep, is_sweep, strength_folder
 
+    fit, device = settings.batch == "auto", local_device(settings.device)
+    settings = replace(resolved(replace(settings, device=device), most=MOST), device=settings.device)
     recipe = Recipe(
-        settings.model, settings.steps, settings.guidance, settings.batch, image_size(settings), settings.negative, settings.lora,
-        settings.strength, settings.scheduler, settings.model_config, settings.dtype,
+        settings.model, settings.steps, settings.guidance, int(settings.batch), image_size(settings), settings.negative, settings.lora,
+        settings.strength, settings.scheduler, settings.model_config, settings.dtype, fit,
     )  # fmt: skip
     targets = [Target(settings.out, settings, recipe)]
     if is_sweep(settings.lora, settings.strength):
@@ -51,7 +54,7 @@ def run(settings: SampleSettings) -> Path:
             own = replace(settings, strength=[strength], out=settings.out / strength_folder(strength))
             targets.append(Target(own.out, own, replace(recipe, strength=own.strength)))
     prompts = read_prompts(settings.prompts, categories=settings.categories, limit=settings.limit)
-    sample_folders(targets, jobs(prompts, settings.seeds, settings.seed), device=local_device(settings.device))
+    sample_folders(targets, jobs(prompts, settings.seeds, settings.seed), device=device)
     return settings.out
 
 

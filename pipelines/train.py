@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.pace import Forecast
 from dedpo_diffusion.settings import OptimSettings, TrainSettings
 
 STEP_OPTIONS = ("beta", "kind", "options", "margin_cap", "balance", "balance_clip", "balance_tempering")  # of `preference_step`
@@ -162,6 +163,7 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
 
     from dedpo_diffusion.core.prefetch import prefetch
     from dedpo_diffusion.dpo.noising import draw
+    from dedpo_diffusion.models.memory import slow_on_cpu
 
     settings, loader, accelerator = session.settings, session.loader, session.accelerator
     optim, processes, rank = settings.optim, accelerator.num_processes, accelerator.process_index
@@ -177,9 +179,12 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
         loaded = loader.load(step * together + first, drawn[step].part(first, first + optim.batch))
         return loaded.map(torch.Tensor.pin_memory) if accelerator.device.type == "cuda" else loaded
 
+    slow = slow_on_cpu(session.model.unet) and accelerator.is_main_process
+    forecast = Forecast((optim.steps - done) * optim.accumulation, after=2 if slow else 0)
     jobs = ((step, micro) for step in range(done, optim.steps) for micro in range(optim.accumulation))
     for _, loaded in prefetch(jobs, load, workers=1, depth=2):
         yield loaded
+        forecast.advance()  # it is asked for the next when this one is learned
 
 
 def learn(session: Session, loaded: Loaded) -> tuple[StepResult, PairBatch, Tensor, Tensor | None]:

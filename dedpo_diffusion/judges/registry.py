@@ -13,8 +13,10 @@ from __future__ import annotations
 from dedpo_diffusion.core import plugins
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.judges.judge import Judge
+from dedpo_diffusion.models.memory import resolved
 from dedpo_diffusion.settings import LabelSettings
 
+MOST = 64  # pairs, or images, at once that `--batch auto` stands for
 JUDGES = ("vlm", "openai", "self")  # every scorer is a judge too
 
 
@@ -31,6 +33,7 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
     """
     from dedpo_diffusion.judges.scorers import SCORERS, load_scorer
 
+    settings = resolved(settings, most=MOST)
     name, _, location = spec.partition("=")
     entry = plugins.find(name, [plugins.JUDGES, plugins.SCORERS], [*JUDGES, *SCORERS])
     if entry is not None and entry.group == plugins.JUDGES:
@@ -59,5 +62,5 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
         raise UserError(f"there is no judge {name!r}; {known} (as name or name=location)")
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
 
-    scorer = load_scorer(spec, device=settings.device, batch=2 * settings.batch, dtype=settings.dtype)
+    scorer = load_scorer(spec, device=settings.device, batch=2 * int(settings.batch), dtype=settings.dtype)
     return BradleyTerry(scorer, temperature=settings.temperature)

@@ -30,6 +30,7 @@ from dedpo_diffusion.dpo.noising import step_generator
 from dedpo_diffusion.judges.judge import Answers, Judge, Question
 from dedpo_diffusion.labels.files import read_targets
 from dedpo_diffusion.models.backbone import Backbone
+from dedpo_diffusion.models.memory import BatchLimit
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.pixels import pair_views
 from dedpo_diffusion.settings import SelfTrainingSettings
@@ -306,7 +307,9 @@ class SelfTrainedJudge(Judge):
         self.pairs, self.rows = pairs, {pair_id: row for row, pair_id in enumerate(ids)}
         self.judges = who_judges(seen, reader.prompts())
         self.policies = PolicyRewards(policies, settings, device=device)
+        self.model = self.policies.model.unet
         self.parallel = settings.batch
+        self.limit = BatchLimit(settings.batch, name="self", what="pairs", remedy="lower --self_training.size")
         super().__init__("self", f"self-{self.policies.digest}", 1.0 if temperature is None else temperature)
         for policy, judged in zip(policies, self.judges, strict=True):
             steps = f"step {policy.step} of {policy.trained['optim']['steps']}"
@@ -329,7 +332,12 @@ class SelfTrainedJudge(Judge):
                 f"pair {strange[0]!r} is none of {self.pairs}'s, and judge self labels only pairs of the dataset that its runs saw"
             )
         judges = self.judges[:, [self.rows[q.pair_id] for q in questions]]
-        return Answers(pool(self.policies.rewards(questions, judges), judges, self.temperature), [""] * len(questions))
+
+        def rewards(rows: Sequence[int]) -> np.ndarray:
+            return self.policies.rewards([questions[row] for row in rows], judges[:, list(rows)])
+
+        found = np.concatenate(list(self.limit.over(range(len(questions)), rewards)), axis=1)
+        return Answers(pool(found, judges, self.temperature), [""] * len(questions))
 
 
 def _refuse(pairs: Path, ids: list[str]) -> None:

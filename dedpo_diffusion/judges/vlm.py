@@ -19,6 +19,7 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.judges.judge import Answers, Judge, Question
 from dedpo_diffusion.judges.question import FIRST, SECOND, TEMPERATURE, OrderAnswer, both_orders, fitted, read_template
+from dedpo_diffusion.models.memory import BatchLimit
 from dedpo_diffusion.models.pretrained import (
     check_options,
     folder_digest,
@@ -27,7 +28,6 @@ from dedpo_diffusion.models.pretrained import (
     local_or_hub,
     model_type,
     usable,
-    within_memory,
 )
 from dedpo_diffusion.settings import VlmSettings
 
@@ -47,7 +47,7 @@ class VisionLanguageJudge(Judge):
         location: a folder as transformers saves it, the processor beside the model, or a hub id.
         vlm: how the model is asked.
         device: torch device; None takes a GPU if there is one.
-        batch: pairs asked about at once, each in both orders.
+        batch: pairs asked about at once, each in both orders; halved where the GPU's memory is too small.
         dtype: precision of the model, one of DTYPES; the answer's probabilities are float32 always.
         temperature: in units of the log-odds; None takes 2, which gives their mean over the two orders.
 
@@ -125,10 +125,11 @@ class VisionLanguageJudge(Judge):
         """
         found = [(OrderAnswer(missing=self._refusal(question.prompt)),) * 2 for question in questions]
         rows = [row for row, (answer, _) in enumerate(found) if not answer.missing]
-        for start in range(0, len(rows), self.batch):
-            part = rows[start : start + self.batch]
-            for row, pair in zip(part, self._ask([questions[row] for row in part]), strict=True):
-                found[row] = pair
+        limit = BatchLimit(self.batch, name="vlm", what="pairs", remedy="lower --vlm.max_side")
+        parts = limit.over(rows, lambda part: self._ask([questions[row] for row in part]))
+        for row, pair in zip(rows, (pair for part in parts for pair in part), strict=True):
+            found[row] = pair
+        self.batch = limit.now
         return both_orders([shown for shown, _ in found], [swapped for _, swapped in found], min_validity=self.vlm.min_validity)
 
     def _refusal(self, prompt: str) -> str:
@@ -143,8 +144,7 @@ class VisionLanguageJudge(Judge):
             if len(questions) == 1:
                 return [(OrderAnswer(missing=f"the model cannot be asked about it ({' '.join(str(error).split())})"),) * 2]
             return [answers for question in questions for answers in self._ask([question])]
-        with within_memory("vlm", f"{len(questions)} pairs", "lower --vlm.batch or --vlm.max_side"):
-            answers = self._answers(inputs)
+        answers = self._answers(inputs)
         return list(zip(answers[: len(questions)], answers[len(questions) :], strict=True))
 
     def _inputs(self, questions: Sequence[Question]) -> Any:

@@ -154,18 +154,3 @@ def in_one_line(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:  # of a library that reads a foreign file, or the network: there is no list of what it may be
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what} ({reason if len(reason) <= 300 else reason[:300] + ' ...'}); {remedy}") from error
-
-
-@contextmanager
-def within_memory(name: str, what: str, remedy: str) -> Iterator[None]:
-    """Turn a GPU's want of memory for `what`, as "4 images", into one line of scorer or judge `name`.
-
-    Raises:
-        UserError: with that line.
-    """
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{name}: the GPU's memory is too small for {what} at once; {remedy}") from error

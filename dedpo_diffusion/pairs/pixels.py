@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 WIDEST = 2.0  # long side over short side of a bucket
+SQUARE = 1.05  # the same of an image of which a square crop cuts a sliver at most; buckets are no finer
 
 
 def bucket_shapes(size: int, multiple: int) -> list[tuple[int, int]]:
@@ -21,6 +22,17 @@ def bucket_shapes(size: int, multiple: int) -> list[tuple[int, int]]:
     widths = range(multiple, int(size * WIDEST) + 1, multiple)
     shapes = [(size * size // width // multiple * multiple, width) for width in widths]
     return [(height, width) for height, width in shapes if height and max(height, width) <= WIDEST * min(height, width)]
+
+
+def not_square(width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """Which images a square would crop by more than a sliver, of their sides in pixels; 0 for an image that cannot be read."""
+    return np.maximum(width, height) > SQUARE * np.minimum(width, height)
+
+
+def crop_warning(cropped: int, images: int) -> str:
+    """What a square does to images that are not square, and what keeps them whole."""
+    few = f"{cropped} of {images} images are not square: they will be cropped to the centre"
+    return f"{few}; --data.buckets true keeps their shape"
 
 
 def nearest_shape(images: tuple[Image.Image, Image.Image], shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.weights import read_lora_file
 
+MOST = 8  # images at once that `--batch auto` stands for; more hardly make a card faster
 SCHEDULERS = {  # by the names of SampleSettings.scheduler
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -35,11 +36,12 @@ class Recipe:
         model, config, dtype: what `load_pipeline` takes.
         steps: sampler steps.
         guidance: classifier-free guidance scale.
-        batch: images sampled at once.
+        batch: images whose company is fixed, sampled at once where memory allows.
         size: pixels of a side, or (height, width); None takes the model's own.
         negative: the negative prompt of every image; None takes what the pipeline takes for none.
         lora, strength: adapter files, and how strongly each counts; no strengths are 1 each.
         scheduler: a key of SCHEDULERS; None takes the model's own.
+        fit: measure on a GPU how many images of a batch its memory has room for, rather than try all of them at once.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Recipe:
     scheduler: str | None = None
     config: str | None = None
     dtype: str = "float32"
+    fit: bool = False
 
     def check(self) -> None:
         """Refuse what cannot be sampled, before anything is loaded.

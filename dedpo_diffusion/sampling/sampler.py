@@ -3,7 +3,7 @@
 An image starts from noise that is a function of its seed and the latent's shape alone (`initial_noise`): the same for every
 model of that shape, every LoRA, sampler, precision, device, batch size and number of processes. What a batch holds may change
 how sums are rounded, and so the last bits of an image; so batches are cut from the whole list of images, the same way by
-however many processes, and an image is always sampled in the same company.
+however many processes, and an image is always sampled in the same company (a GPU that has no room for it takes it in halves).
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from dedpo_diffusion.core.locks import hold_lock, share_tasks
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.models.backbone import Backbone, fingerprint
 from dedpo_diffusion.models.loading import LEFT_OUT, UNLOADABLE, load_pipeline
-from dedpo_diffusion.models.pretrained import within_memory
+from dedpo_diffusion.models.memory import BatchLimit
+from dedpo_diffusion.models.pretrained import in_one_line
+from dedpo_diffusion.sampling.decoding import guard_decoding, is_tiled
+from dedpo_diffusion.sampling.fitting import batch_limit, forecast
 from dedpo_diffusion.sampling.png import is_whole, parameters, tensor_hash, write_png
 from dedpo_diffusion.sampling.recipe import SCHEDULERS, Recipe
 from dedpo_diffusion.weights import Lora, read_lora_file, to_diffusers
@@ -63,7 +66,9 @@ def load_sampler(
         pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
     add_loras(pipe, model, [lora] if isinstance(lora, Path) else lora or (), strength)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with in_one_line(f"{model} does not fit on the device in {dtype}", "give --dtype bfloat16, or --device cpu"):
+        pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return guard_decoding(pipe)
 
 
 def _schedule(pipe: Any) -> dict[str, Any]:
@@ -344,7 +349,8 @@ def sample_folders(targets: Sequence[Target], work: Sequence[Job], *, device: st
             _open(target.folder, target.settings, identity | {"model": pipe.base_fingerprint})  # not before: it may not exist
         if len(targets) > 1 and not _changes_text(pipe):
             encode_once(pipe)
-        _sample_batches(targets, work, pipe, whole, _facts(pipe, recipe, size), loras)
+        limit = batch_limit(pipe, recipe, work[0].prompt, size)
+        _sample_batches(targets, work, pipe, whole, _facts(pipe, recipe, size), loras, limit)
     share_tasks(
         [target.folder for target in targets],
         pending=lambda folder: {} if _is_index(folder, work) else {"index": _locks(folder) / "index.lock"},
@@ -390,7 +396,7 @@ def _locks(folder: Path) -> Path:
 
 def _sample_batches(
     targets: Sequence[Target], work: Sequence[Job], pipe: Any, whole: Mapping[Path, _Whole], facts: Mapping[str, Any],
-    loras: Sequence[Mapping[str, Any]],
+    loras: Sequence[Mapping[str, Any]], limit: BatchLimit,
 ) -> None:  # fmt: skip
     """Sample what is not there yet; `facts` are those of all images, and `loras` says which LoRAs these are, strengths aside."""
     batch = targets[0].recipe.batch
@@ -419,27 +425,32 @@ def _sample_batches(
         if len(targets) > 1:
             set_strengths(pipe, strengths)
         told = [{**lora, "strength": strength} for lora, strength in zip(loras, strengths, strict=True)]
-        _draw_batch(target, parts[task[0]], pipe, whole[target.folder], {**facts, "lora": told})
+        _draw_batch(target, parts[task[0]], pipe, whole[target.folder], {**facts, "lora": told}, limit)
 
-    with Progress("sampling", len(work) * len(targets), start=kept) as progress:
+    calls = targets[0].recipe.steps * sum(task not in finished for task in tasks)
+    with forecast(pipe, targets[0].recipe.model, calls), Progress("sampling", len(work) * len(targets), start=kept) as progress:
         share_tasks([task for task in tasks if task not in finished], pending=pending, work=draw)
 
 
-def _draw_batch(target: Target, part: Sequence[Job], pipe: Any, whole: _Whole, facts: Mapping[str, Any]) -> None:
+def _draw_batch(target: Target, part: Sequence[Job], pipe: Any, whole: _Whole, facts: Mapping[str, Any], limit: BatchLimit) -> None:
     """Sample one batch, and write what is missing of it; `facts` are those of all images of the folder."""
     folder, recipe = target.folder, target.recipe
     missing = [job for job in part if not whole(job.file)]
     for job in missing:
         if (folder / job.file).exists():
             say(f"{folder / job.file} is damaged; it is sampled again")
-    with within_memory("sampling", f"{len(part)} images", "give a smaller --batch, and another --out"):
-        images = sample(
-            pipe, [job.prompt for job in part], [job.seed for job in part], steps=recipe.steps, guidance=recipe.guidance,
+
+    def draw(some: Sequence[Job]) -> list[Image.Image]:
+        return sample(
+            pipe, [job.prompt for job in some], [job.seed for job in some], steps=recipe.steps, guidance=recipe.guidance,
             size=recipe.size, negative=recipe.negative,
         )  # fmt: skip
-    for job, image in zip(part, images, strict=True):
+
+    drawn = [(image, limit.now) for images in limit.over(part, draw) for image in images]
+    for job, (image, together) in zip(part, drawn, strict=True):
         if job in missing:
-            save_png(folder / job.file, image, job, recipe.model, facts)
+            told = {**facts, "batch": together} | ({"vae": "tiled"} if is_tiled(pipe) else {})
+            save_png(folder / job.file, image, job, recipe.model, told)
 
 
 def _facts(pipe: Any, recipe: Recipe, size: tuple[int, int]) -> dict[str, Any]:

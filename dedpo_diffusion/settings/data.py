@@ -127,9 +127,9 @@ class ProposeSettings:
         steps: sampler steps.
         guidance: classifier-free guidance scale.
         size: pixels of a side; None takes the model's own.
-        batch: images sampled at once.
+        batch: images sampled at once, halved where the GPU's memory is too small; auto is 8, or fewer by what the first ones took.
         device: torch device; None takes a GPU if there is one.
-        dtype: precision of the sampling model.
+        dtype: precision of the sampling model; auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU.
         shard_pairs: pairs in one parquet file.
     """
 
@@ -144,8 +144,8 @@ class ProposeSettings:
     steps: int = 50
     guidance: float = 7.5
     size: int | None = None
-    batch: int = 8
+    batch: int | Literal["auto"] = "auto"
     device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     shard_pairs: int = 1000
     model_config: str | None = None

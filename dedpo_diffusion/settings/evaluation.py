@@ -31,9 +31,9 @@ class SampleSettings:
         size: pixels of a side; None takes the model's own.
         height: pixels, in place of size.
         width: pixels, in place of size.
-        batch: images sampled at once.
+        batch: images sampled at once, halved where the GPU's memory is too small; auto is 8, or fewer by what the first ones took.
         device: torch device; None takes a GPU if there is one.
-        dtype: precision of the model.
+        dtype: precision of the model; auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU.
     """
 
     model: str
@@ -52,9 +52,9 @@ class SampleSettings:
     size: int | None = None
     height: int | None = None
     width: int | None = None
-    batch: int = 8
+    batch: int | Literal["auto"] = "auto"
     device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     model_config: str | None = None
 
 
@@ -66,17 +66,18 @@ class ScoreSettings:
         folders: the sample folders; a folder of strengths of one LoRA stands for all of them.
         scorers: scorers, each as name or name=location: pickscore, clip=MODEL:TAG, hps, aesthetic=HEAD, http=URL; for Shapes
             oracle_reward, oracle_accuracy, and one attribute each, oracle_shape, _colour, _size, _background, _clean.
-        batch: images scored at once.
+        batch: images scored at once, halved where the GPU's memory is too small; auto is 64, or fewer by what the first ones took.
         device: torch device; None takes a GPU if there is one.
         dtype: precision of the scorers' towers; scores are float32 always.
+            Auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU.
         embeddings: also write what the scorers' image towers saw, for diversity and drift in `dedpo compare`.
     """
 
     folders: list[Path]
     scorers: list[str] = field(metadata={"plugins": ["dedpo_diffusion.scorers"]})
-    batch: int = 64
+    batch: int | Literal["auto"] = "auto"
     device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     embeddings: bool = True
 
 

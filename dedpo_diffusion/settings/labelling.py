@@ -84,10 +84,11 @@ class LabelSettings:
             vlm=FOLDER, openai=URL, self=RUN,RUN.
         name: name of the label file, for one judge; None takes the judge's name.
         temperature: a judge's score difference is divided by this before the sigmoid; None takes each judge's own.
-        batch: pairs judged at once.
+        batch: pairs judged at once, halved where the GPU's memory is too small; auto is 64, or fewer by what the first ones took.
         shard: pairs after which labels are kept on disk; a killed run repeats at most one shard for each process.
         device: torch device; None takes a GPU if there is one.
         dtype: precision of scorers' towers and of a local vision-language model; scores are float32 always.
+            Auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU.
         workers: threads that read and decode images ahead of the judges.
         human: name of the human label file that the summary compares with.
         summary: compare the labels with people's when done, if there are any.
@@ -101,10 +102,10 @@ class LabelSettings:
     judges: list[str] = field(metadata={"plugins": ["dedpo_diffusion.judges", "dedpo_diffusion.scorers"]})
     name: str | None = None
     temperature: float | None = None
-    batch: int = 64
+    batch: int | Literal["auto"] = "auto"
     shard: int = 256
     device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     workers: int = 2
     human: str = "human"
     summary: bool = True

@@ -126,6 +126,17 @@ class PairCache:
         mean, std = found["posterior"].chunk(2, dim=1)
         return mean, std, found["sizes"]
 
+    def originals(self) -> Tensor:
+        """Height and width in pixels of both images of every pair before they were cropped, (N, 2, 2)."""
+        found = torch.zeros(len(self.shapes), 2, 2)
+        for shard, count in enumerate(self.counts):
+            rows, start = self._rows(f"shard-{shard:05d}.safetensors"), int(self.starts[shard])
+            here = self.shapes[start : start + count]
+            for shape in here.unique(dim=0):
+                sizes = rows.parts[f"{_group(*shape.tolist())}.sizes"][:]
+                found[start : start + count][(here == shape).all(dim=1)] = sizes[:: self.views, :, :2]
+        return found
+
     def embedding(self, pair: int, *, empty: bool = False) -> Conditioning:
         """Text (L, D), and pooled (P,) where the model has it, of the pair's prompt or of the absent one."""
         row = 0 if empty else int(self.text_row[pair])

@@ -26,7 +26,7 @@ from dedpo_diffusion.labels.files import read_targets, targets_path
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.models.text_encoders import TextEncoders
 from dedpo_diffusion.pairs.dataset import PairReader
-from dedpo_diffusion.pairs.decoding import decode_image
+from dedpo_diffusion.pairs.decoding import decode_image, read_header
 from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
 from dedpo_diffusion.settings import DataSettings, TrainSettings
 from dedpo_diffusion.training.cache import PairCache, cache_folder, fill, read_index
@@ -74,6 +74,10 @@ class Source(ABC):
         """(C, h, w) of the latents of the pairs at dataset rows: (n, 3)."""
 
     @abstractmethod
+    def originals(self, rows: np.ndarray) -> np.ndarray:
+        """Height and width in pixels of the images of the pairs at dataset rows, as the dataset has them: (n, 2, 2)."""
+
+    @abstractmethod
     def encode(self, loaded: Any) -> Encoded:
         """What the model's encoders make of what was loaded."""
 
@@ -101,6 +105,10 @@ class CachedSource(Source):
         """See `Source`."""
         found = self.cache.shapes[torch.from_numpy(rows)].numpy()
         return np.column_stack([np.full(len(rows), self.channels), found])
+
+    def originals(self, rows: np.ndarray) -> np.ndarray:
+        """See `Source`."""
+        return self.cache.originals()[torch.from_numpy(rows)].numpy()
 
     def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
         """See `Source`."""
@@ -130,6 +138,15 @@ class LiveSource(Source):
     def shapes(self, rows: np.ndarray) -> np.ndarray:
         """See `Source`."""
         return np.tile(self.model.latent_shape(self.size), (len(rows), 1))
+
+    def originals(self, rows: np.ndarray) -> np.ndarray:
+        """See `Source`."""
+        found = []
+        for row in rows.tolist():
+            pair, where = self.reader.pair(row), self.reader.location(row)
+            headers = [read_header(image, where) for image in (pair.image_0, pair.image_1)]
+            found.append([(header.height, header.width) for header in headers])
+        return np.array(found).reshape(-1, 2, 2)
 
     def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Pictures:
         """See `Source`."""

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.settings import LoraSettings, ObjectiveSettings, TrainSettings
 
+LOOKED_AT = 500  # pairs whose files are opened, where there is no cache, to count images that a square crops
+
 if TYPE_CHECKING:
+    import numpy as np
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from torch.distributed import ProcessGroup
@@ -98,6 +101,9 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     if optim.optimizer == "adamw_8bit":
         say("optim.optimizer=adamw_8bit needs a CUDA device; tried with adamw")
         optim = dataclasses.replace(optim, optimizer="adamw")
+    if settings.mixed_precision == "fp16":
+        say("mixed_precision=fp16 needs a GPU; tried with bf16")
+        settings = dataclasses.replace(settings, mixed_precision="bf16")
     if settings.attention == "xformers":
         say("attention=xformers needs a CUDA device; tried with sdpa")
     if settings.lora.start is not None:
@@ -132,6 +138,7 @@ def prepare(
     from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.dpo.step import needs_reference
     from dedpo_diffusion.models.backbone import Backbone
+    from dedpo_diffusion.models.memory import slow_on_cpu, tell_cpu
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.training.data import PairLoader, open_source
     from dedpo_diffusion.training.validation import open_validation
@@ -140,6 +147,8 @@ def prepare(
     reader = PairReader(data.pairs)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
     model = Backbone(settings.model, device=accelerator.device, dtype=dtype, config=settings.model_config)
+    if slow_on_cpu(model.unet):
+        tell_cpu(settings.model)
     size = data.size or model.size
     model.latent_shape(size)  # or the size is refused
     pairs_fingerprint = reader.fingerprint()
@@ -153,6 +162,8 @@ def prepare(
         adaptive=settings.objective.power == "adaptive", merged=None if scalable is None else scalable.at(1.0),
     )  # fmt: skip
     check(settings, loader)
+    if not data.buckets and accelerator.is_main_process:
+        say_cropped(source, loader.rows)
     if validation is not None and validation.held_out is not None:
         validation.held_out.keep_apart(loader, reader, pairs_fingerprint, accelerator)
     if settings.attention == "xformers":
@@ -176,6 +187,18 @@ def prepare(
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
     return model, loader, identity | ({} if validation is None else validation.identity()), validation
+
+
+def say_cropped(source: Source, rows: np.ndarray) -> None:
+    """Say how many images of the visited pairs a square crops; of many pairs whose files must be opened for it, of the first ones."""
+    from dedpo_diffusion.pairs.pixels import crop_warning, not_square
+    from dedpo_diffusion.training.data import LiveSource
+
+    some = rows[:LOOKED_AT] if isinstance(source, LiveSource) else rows
+    sides = source.originals(some)  # (n, 2, 2)
+    cropped = int(not_square(sides[..., 1], sides[..., 0]).sum())
+    if cropped:
+        say(("of the first pairs, " if len(some) < len(rows) else "") + crop_warning(cropped, 2 * len(some)))
 
 
 def add_lora(settings: TrainSettings, model: Backbone) -> None:

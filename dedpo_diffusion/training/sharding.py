@@ -39,6 +39,8 @@ def build_accelerator(settings: TrainSettings) -> Accelerator:
         mixed_precision=settings.mixed_precision, gradient_accumulation_plugin=accumulation,
         cpu=settings.device == "cpu", kwargs_handlers=[patient],
     )  # fmt: skip
+    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("mixed_precision=fp16 needs a GPU, and this trains on the CPU; give --mixed_precision bf16, or no")
     if fsdp:
         _prepare_fsdp(accelerator)
     return accelerator

@@ -1,4 +1,5 @@
-"""Peak GPU memory of training by configs/, computed without a GPU: the project's own step on tensors that have sizes but no numbers.
+"""Peak GPU memory of training by configs/, and of sampling, computed without a GPU: the project's own step on tensors that have sizes
+but no numbers.
 
     python eval/benchmarks/memory.py --out memory.json
 
@@ -10,12 +11,14 @@ float32. A test compares the forward pass under those rules with autocast on fak
 
 Not seen: what exists only inside of a kernel (a convolution's workspace), the CUDA context, and fragmentation. `OVERHEAD` is assumed for
 them. Memory is that of the second micro-batch of the second optimizer step, when gradients and moments are there; of the optimizer's own
-step, if that needs more; and, apart from them, of filling the cache, which comes before the UNet is on the device.
+step, if that needs more; and, apart from them, of filling the cache, which comes before the UNet is on the device. While sampling all
+parts of the model are on the device in one precision, the UNet predicts with and without the prompt at once, and the VAE decodes one
+image after the other, as `dedpo sample` has it on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -42,10 +45,14 @@ class MemorySettings:
     Args:
         out: file for the result (JSON).
         configs: files of configs/, without their ending.
+        models: models that images are sampled from.
+        batches: images sampled at once.
     """
 
     out: Path
     configs: list[str] = field(default_factory=lambda: ["sdxl_lora_12gb", "sdxl_lora", "sd15_full"])
+    models: list[str] = field(default_factory=lambda: ["sd15", "sd21", "sdxl"])
+    batches: list[int] = field(default_factory=lambda: [1, 2, 4])
 
 
 def _apply(module: Any, change: Callable[[Any], Any], recurse: bool = True) -> Any:
@@ -209,13 +216,79 @@ def by_config(name: str, *, stored: bool) -> dict[str, Any]:
     return {"config": name, "reference_stored": stored, **used, "bytes": found, "encoding_bytes": encoding}
 
 
-def run(settings: MemorySettings) -> None:
-    """Compute the peak memory of training by the configurations."""
+def sampling_bytes(model: Backbone, images: int, *, counter: Callable[[], Any]) -> dict[str, int]:
+    """Bytes at the peak of sampling images of the model's size, by part; the greatest of the three activations counts.
+
+    Args:
+        model: all of it in the precision that is sampled in.
+        images: sampled at once, each with and without its prompt.
+        counter: makes one that counts, not yet open.
+    """
     import torch
+
+    from dedpo_diffusion.evaluation.benchmarks.allocations import storage_bytes
+
+    parts, dtype = (model.unet, model.vae, *model.text.encoders), next(model.unet.parameters()).dtype
+    block = counter().block
+    noisy = torch.zeros(2 * images, *model.latent_shape(model.size), dtype=dtype)
+    words = torch.zeros(2 * images, LENGTH, model.unet.config.cross_attention_dim, dtype=dtype)
+    told = model.unet.config.projection_class_embeddings_input_dim
+    added = None
+    if model.told_sizes:
+        pooled = torch.zeros(2 * images, told - 6 * model.unet.config.addition_time_embed_dim, dtype=dtype)
+        added = {"text_embeds": pooled, "time_ids": torch.zeros(2 * images, 6, dtype=dtype)}
+    model.vae.enable_slicing()
+    work = {
+        "text": lambda: model.encode_prompts(["a large red circle"] * 2 * images),
+        "unet": lambda: model.unet(noisy, torch.zeros(()), words, added_cond_kwargs=added),
+        "vae": lambda: model.vae.decode(noisy[:images]),
+    }
+    found = {"weights": storage_bytes((value for part in parts for value in (*part.parameters(), *part.buffers())), block=block)}
+    for name, call in work.items():
+        with torch.no_grad(), counter() as counted:
+            call()
+        found[name] = counted.peak
+    return found | {"peak": found["weights"] + max(found[name] for name in work)}
+
+
+def by_model(kind: str, dtype: str, batches: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Memory of sampling from a model of published size, for each number of images at once."""
+    import torch
+
+    from dedpo_diffusion.evaluation.benchmarks.allocations import AllocationCounter
+    from dedpo_diffusion.evaluation.benchmarks.random_models import random_backbone
+
+    with fake():
+        model = random_backbone(kind, device=torch.device("cpu"), dtype=getattr(torch, dtype))
+        for part in (model.unet, model.vae, *model.text.encoders):
+            part.to(dtype=getattr(torch, dtype))
+        for images in batches:
+            found = sampling_bytes(model, images, counter=lambda: AllocationCounter(BLOCK))
+            yield {"model": kind, "size": model.size, "dtype": dtype, "batch": images, "bytes": found}
+
+
+def sampling_lines(settings: MemorySettings) -> list[dict[str, Any]]:
+    """Memory of sampling from every model in both precisions, printed as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    from dedpo_diffusion.core.files import write_json
+    cases = [(kind, dtype) for kind in settings.models for dtype in ("bfloat16", "float32")]
+    lines = [line for kind, dtype in track(cases, "computing", len(cases)) for line in by_model(kind, dtype, settings.batches)]
+    shown = Table("model", "size", "precision", "images at once", *lines[0]["bytes"], "with overhead", title="GiB while sampling, computed")
+    for line in lines:
+        line["with_overhead"] = line["bytes"]["peak"] + OVERHEAD
+        numbers = [*line["bytes"].values(), line["with_overhead"]]
+        shown.add_row(
+            line["model"], *(str(line[key]) for key in ("size", "dtype", "batch")), *(f"{value / 2**30:.2f}" for value in numbers)
+        )
+    Console(width=170).print(shown)
+    return lines
+
+
+def training_lines(settings: MemorySettings) -> list[dict[str, Any]]:
+    """Memory of training by every configuration, printed as a table."""
+    from rich.console import Console
+    from rich.table import Table
 
     cases = [(name, stored) for name in settings.configs for stored in (True, False)]
     lines = [by_config(name, stored=stored) for name, stored in track(cases, "computing", len(cases))]
@@ -227,7 +300,17 @@ def run(settings: MemorySettings) -> None:
         numbers = [*line["bytes"].values(), line["with_overhead"], line["encoding_bytes"]]
         shown.add_row(line["config"], "stored" if line["reference_stored"] else "predicted", *(f"{value / 2**30:.2f}" for value in numbers))
     Console(width=170).print(shown)
-    write_json(settings.out, {"kind": "computed", "torch": torch.__version__, "overhead_assumed_bytes": OVERHEAD, "lines": lines})
+    return lines
+
+
+def run(settings: MemorySettings) -> None:
+    """Compute the peak memory of training by the configurations, and of sampling."""
+    import torch
+
+    from dedpo_diffusion.core.files import write_json
+
+    facts = {"kind": "computed", "torch": torch.__version__, "overhead_assumed_bytes": OVERHEAD}
+    write_json(settings.out, facts | {"lines": training_lines(settings), "sampling": sampling_lines(settings)})
     say(f"wrote {settings.out}")
 
 

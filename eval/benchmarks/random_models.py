@@ -1,11 +1,11 @@
 """Random Stable Diffusions of the published sizes, and a small one that a processor trains in seconds: what a step costs does not
 depend on the values of the weights.
 
-Numbers of `sdxl` and `sd15` are those of the configuration files of stabilityai/stable-diffusion-xl-base-1.0 and
-stable-diffusion-v1-5/stable-diffusion-v1-5. `small_sdxl` has SDXL's topology at 256 px: three UNet levels, attention in the lower two,
-half of SDXL's transformer layers, two text encoders, a VAE of four levels that shrinks by 8. So narrow a VAE runs less efficiently
-on a processor than the UNet does; its widths are chosen so that encoding an image takes 0.72 of the time of a UNet forward pass,
-which is the share that SDXL's arithmetic at 1024 px gives it (9.76 and 13.52 TFLOP a pair).
+Numbers of `sdxl`, `sd21` and `sd15` are those of the configuration files of stabilityai/stable-diffusion-xl-base-1.0,
+stabilityai/stable-diffusion-2-1 and stable-diffusion-v1-5/stable-diffusion-v1-5. `small_sdxl` has SDXL's topology at 256 px: three UNet
+levels, attention in the lower two, half of SDXL's transformer layers, two text encoders, a VAE of four levels that shrinks by 8. So narrow
+a VAE runs less efficiently on a processor than the UNet does; its widths are chosen so that encoding an image takes 0.72 of the time of a
+UNet forward pass, which is the share that SDXL's arithmetic at 1024 px gives it (9.76 and 13.52 TFLOP a pair).
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ CLIP_L = {
 }  # fmt: skip
 BIG_G = {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
+    "hidden_act": "gelu",
+}  # fmt: skip
+VIT_H = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "projection_dim": 512,
     "hidden_act": "gelu",
 }  # fmt: skip
 XL_UNET = {
@@ -56,6 +60,16 @@ SIZES: dict[str, dict[str, Any]] = {
         },
         "vae": VAE | {"sample_size": 512, "scaling_factor": 0.18215},
         "text": [CLIP_L],
+    },
+    "sd21": {
+        "unet": {
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            "layers_per_block": 2, "sample_size": 96, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": [5, 10, 20, 20],
+            "cross_attention_dim": 1024, "use_linear_projection": True, "norm_num_groups": 32,
+        },
+        "vae": VAE | {"sample_size": 768, "scaling_factor": 0.18215},
+        "text": [VIT_H],
     },
     "small_sdxl": {
         "unet": XL_UNET | {

@@ -132,7 +132,7 @@ class OneShape(Source):
     def load(self, rows, visits, drop_caption):
         raise NotImplementedError
 
-    encode = load
+    encode = originals = load
 
 
 def loaders(pairs: Path, name: str, sampling: str) -> tuple[PairLoader, PairLoader]:

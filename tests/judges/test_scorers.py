@@ -129,9 +129,9 @@ def test_pickscore_takes_any_size_and_mode(judge):
 @pytest.mark.parametrize(
     ("tower", "dtype", "remedy"),
     [
-        ("vision_model", "float32", "lower --batch, or take --dtype bfloat16"),
-        ("text_model", "float32", "lower --batch, or take --dtype bfloat16"),
-        ("vision_model", "bfloat16", "lower --batch"),
+        ("vision_model", "float32", "take --dtype bfloat16"),
+        ("text_model", "float32", "take --dtype bfloat16"),
+        ("vision_model", "bfloat16", "give another --device"),
     ],
 )
 def test_too_little_memory_stops_the_run_with_a_remedy(judge, tower, dtype, remedy):
@@ -140,10 +140,57 @@ def test_too_little_memory_stops_the_run_with_a_remedy(judge, tower, dtype, reme
 
     scorer, images = load(f"pickscore={judge}", batch=4, dtype=dtype), pictures()
     getattr(scorer.model, tower).register_forward_pre_hook(fail)
-    for asked, count in ((images, 4), ([images[0], images[1]] * 2, 2)):  # never more than a batch, nor than there are
-        with pytest.raises(UserError) as caught:
-            scorer.score(PROMPTS[: len(asked)], asked)
-        assert str(caught.value) == f"pickscore: the GPU's memory is too small for {count} images at once; {remedy}"
+    with pytest.raises(UserError) as caught:
+        scorer.score(PROMPTS, images)
+    assert str(caught.value) == f"pickscore: the GPU's memory is too small, even for one of the images at a time; {remedy}"
+
+
+@pytest.mark.parametrize("tower", ["vision_model", "text_model"])
+def test_little_memory_halves_the_batch_and_leaves_the_scores(judge, tower, capsys):
+    """As the smaller batch gives them bit for bit, and as the whole one up to float32 rounding."""
+
+    def refuse(module, given, more):
+        (rows,) = {len(value) for value in (*given, *more.values()) if isinstance(value, torch.Tensor)}
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    images = pictures()
+    whole, two, halved = (load(f"pickscore={judge}", batch=batch) for batch in (8, 2, 4))
+    getattr(halved.model, tower).register_forward_pre_hook(refuse, with_kwargs=True)
+    found = halved.score_and_embed(PROMPTS, images)
+    assert capsys.readouterr().out == "pickscore: the GPU's memory is too small for 4 images at once; going on with 2\n"
+    np.testing.assert_allclose(found[0], whole.score(PROMPTS, images), atol=1e-5)
+    np.testing.assert_array_equal(halved.score_and_embed(PROMPTS, images)[0], two.score(PROMPTS, images))
+    assert halved.version == whole.version and capsys.readouterr().out == ""
+
+
+def test_a_batch_that_fits_is_measured_on_the_first_images(judge, monkeypatch):
+    """On a device with room for the towers and three images' activations, of four images two go together."""
+    from dedpo_diffusion.evaluation.benchmarks.allocations import AllocationCounter
+    from dedpo_diffusion.judges.scorers import embedding
+
+    class Counted:
+        def __init__(self):
+            self.peaks = []
+
+        def peak(self, call):
+            with AllocationCounter() as counter:
+                call()
+            self.peaks.append(counter.peak)
+            return counter.peak
+
+        def room(self):
+            one, two = self.peaks
+            return (one + 2 * (two - one)) / 0.85
+
+    monkeypatch.setattr(embedding, "meter_of", lambda device: Counted())
+    scorer, images = load(f"pickscore={judge}", batch=4), pictures()
+    rows = count_rows(scorer.model.vision_model)
+    found = scorer.score(PROMPTS, images)
+    assert rows == [1, 2, 2, 2, 1]  # measured on one and on two
+    scorer.score(PROMPTS, images)
+    assert rows == [1, 2, 2, 2, 1, 2, 2, 1]  # and never again
+    np.testing.assert_array_equal(found, load(f"pickscore={judge}", batch=2).score(PROMPTS, images))
 
 
 def test_oracle_reward_is_the_oracle():

@@ -152,6 +152,21 @@ def test_batch_1_equals_batch_n_and_swapped_images_give_one_minus_p(trained):
     assert (judge.answer(asked).scores == judge.answer(asked).scores).all()
 
 
+def test_little_memory_halves_the_batch_and_leaves_the_rewards(trained, capsys):
+    judge, asked = judge_of(trained), questions(trained[0])[:8]
+    whole, most = probability(judge.answer(asked).scores, 1.0), judge.parallel
+
+    def refuse(module, given):
+        if len(given[0]) > 4:  # two pairs
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    judge.model.register_forward_pre_hook(refuse)
+    np.testing.assert_allclose(probability(judge.answer(asked).scores, 1.0), whole, atol=1e-5)
+    halves = [half for half in (8, 4) if half <= most]
+    words = "self: the GPU's memory is too small for {} pairs at once; going on with {}\n"
+    assert capsys.readouterr().out.endswith("".join(words.format(half, half // 2) for half in halves))
+
+
 def test_the_version_follows_everything_that_the_labels_depend_on(trained):
     pairs, runs = trained
     same, names = judge_of(trained), [str(run) for run in runs]

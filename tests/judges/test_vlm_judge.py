@@ -244,10 +244,8 @@ def test_answers_are_the_log_odds_of_the_last_place(load, folders, architecture)
 def test_batch_1_equals_batch_n(load, architecture):
     judge = load(architecture)
     together = judge.answer(questions()).scores
-    judge.batch = 1
-    np.testing.assert_allclose(judge.answer(questions()).scores, together, atol=1e-5)
-    judge.batch = 3
-    np.testing.assert_allclose(judge.answer(questions()).scores, together, atol=1e-5)
+    for judge.batch in (1, 3):
+        np.testing.assert_allclose(judge.answer(questions()).scores, together, atol=1e-5)
     assert judge.answer([]).scores.shape == (0, 2)
 
 
@@ -343,14 +341,17 @@ def test_an_answer_that_is_no_number_is_missing(load):
     assert np.isnan(found.scores).all() and set(found.missing) == {"the model's answer is no number in float32"}
 
 
-def test_too_little_memory_stops_the_run_with_a_remedy(load):
-    judge = load()
+def test_little_memory_halves_the_batch_and_too_little_stops_the_run(load, capsys):
+    judge, whole, room = load(batch=4), load(batch=4).answer(questions()), [4, 4, 4, 0, 0]  # rows; two pairs in both orders are four
 
-    def fail(logits):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def refuse(module, given, more):
+        if len(more["input_ids"]) > room.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
-    plant(judge, fail)
-    with pytest.raises(UserError, match=r"too small for 4 pairs at once; lower --vlm\.batch"):
+    judge.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    np.testing.assert_allclose(judge.answer(questions()).scores, whole.scores, atol=1e-5)
+    assert capsys.readouterr().out == "vlm: the GPU's memory is too small for 4 pairs at once; going on with 2\n"
+    with pytest.raises(UserError, match=r"even for one of the pairs at a time; lower --vlm\.max_side"):
         judge.answer(questions())
 
 
@@ -489,9 +490,8 @@ def test_the_command_labels_with_it(folders, ask_file, tmp_path, load):
     with PairWriter(tmp_path / "pairs") as writer:
         for question in questions():
             writer.add(Pair(question.pair_id, question.prompt, *(encode(image) for image in (question.image_0, question.image_1))))
-    judge = f"vlm={folders['qwen2.5-vl']}"
     options = ["--vlm.prompt", str(ask_file), "--vlm.min_validity", "0", "--device", "cpu", "--vlm.batch", "3"]
-    assert main(["label", str(tmp_path / "pairs"), "--with", judge, *options]) == 0
+    assert main(["label", str(tmp_path / "pairs"), "--with", f"vlm={folders['qwen2.5-vl']}", *options]) == 0
     found, expected = read_labels(tmp_path / "pairs", "vlm"), load(batch=3)
     scores = expected.answer(questions()).scores
     np.testing.assert_array_equal(np.stack([found.extra["score_0"], found.extra["score_1"]], 1), scores)

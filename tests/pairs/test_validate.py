@@ -166,6 +166,7 @@ def test_what_is_odd_is_counted_and_placed(odd):
         "pairs of two images that look the same, within 3 of 64 bits: 1 (first: pairs-00000.parquet row 2)",
         "empty prompts: 1 (first: pairs-00000.parquet row 3)",
         "pairs with an image below 64 pixels a side: 1 (first: pairs-00000.parquet row 4)",
+        "1 of 20 images are not square: they will be cropped to the centre; --data.buckets true keeps their shape",
         "pairs of images of different shapes: 1 (first: pairs-00000.parquet row 5)",
         "prompts of more than 60 words: 1 (first: pairs-00001.parquet row 0); CLIP reads 77 tokens, an estimated 60 words",
         "pairs that repeat an earlier one, with the same prompt and images on either side: 1 (first: pairs-00001.parquet row 2 repeats "

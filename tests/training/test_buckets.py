@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from importlib.resources import files
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,9 +17,10 @@ from PIL import Image
 from dedpo_diffusion.core.records import Pair, Targets
 from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.models.backbone import Backbone
-from dedpo_diffusion.pairs.dataset import PairWriter
-from dedpo_diffusion.pairs.pixels import WIDEST, bucket_shapes, nearest_shape, pair_views
+from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
+from dedpo_diffusion.pairs.pixels import WIDEST, bucket_shapes, nearest_shape, not_square, pair_views
 from dedpo_diffusion.pipelines import train
+from dedpo_diffusion.training import setup
 from dedpo_diffusion.training.cache import PairCache
 from dedpo_diffusion.training.data import PairLoader
 from dedpo_diffusion.training.pair_sampler import BucketedPairSampler, PairSampler
@@ -150,3 +153,53 @@ def test_pairs_keep_their_shape_and_stored_reference_errors_and_a_stop_change_no
 def test_shapes_without_a_cache_are_refused(folders, mixed, tmp_path, capsys):
     assert train.main(arguments(folders["sdxl"], mixed, tmp_path / "run", data__buckets="true", **SHORT)) == 2
     assert "data.buckets needs data.cache" in " ".join(capsys.readouterr().err.split())
+
+
+# ---- what a square crops
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000))
+def test_a_square_is_one_whichever_way_it_is_turned(width, height):
+    assert bool(not_square(np.array(width), np.array(height))) == bool(not_square(np.array(height), np.array(width)))
+    assert not not_square(np.array(width), np.array(width))
+    if max(width, height) >= 1.1 * min(width, height):
+        assert not_square(np.array(width), np.array(height))
+
+
+def test_what_no_bucket_would_keep_is_not_counted():
+    """At 1024 px buckets are 64 px apart: the nearest to 1024 x 1000 is the square, to 1152 x 896 it is not."""
+    shapes = bucket_shapes(1024, 64)
+    for size, oblong in (((1024, 1000), False), ((1152, 896), True)):
+        assert bool(not_square(*map(np.array, size))) == oblong
+        assert (nearest_shape((Image.new("RGB", size),) * 2, shapes) != (1024, 1024)) == oblong
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_train_says_how_many_images_it_crops(folders, mixed, tmp_path, capsys, cached):
+    """Counted by hand over both images of every pair; mirrored views count once."""
+    given = SHORT | {"optim__steps": 1} | ({"data__cache": tmp_path / "cache", "data__flip": "true", "data__views": 2} if cached else {})
+    assert train.main(arguments(folders["sdxl"], mixed, tmp_path / "run", **given)) == 0
+    images = 2 * len(PairReader(mixed))
+    cropped = sum(max(SIZES[row % 6]) > 1.05 * min(SIZES[row % 6]) for row in range(images // 2)) * 2
+    assert 0 < cropped < images
+    words = f"{cropped} of {images} images are not square: they will be cropped to the centre; --data.buckets true keeps their shape\n"
+    assert capsys.readouterr().out.count(words) == 1
+
+
+def test_of_many_pairs_without_a_cache_the_first_are_looked_at(folders, mixed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(setup, "LOOKED_AT", 6)
+    assert train.main(arguments(folders["sdxl"], mixed, tmp_path / "run", **SHORT | {"optim__steps": 1})) == 0
+    assert "of the first pairs, " in (out := capsys.readouterr().out) and " of 12 images are not square" in out
+
+
+def test_squares_and_buckets_need_no_word(folders, tiny_pairs, mixed, tmp_path, capsys):
+    given = SHORT | {"optim__steps": 1}
+    assert train.main(arguments(folders["sd15"], tiny_pairs, tmp_path / "square", **given)) == 0
+    assert train.main(arguments(folders["sdxl"], mixed, tmp_path / "run", data__buckets="true", data__cache=tmp_path / "c", **given)) == 0
+    assert "not square" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["sd15_lora", "sd15_full", "sdxl_lora", "sdxl_lora_12gb", "sdxl_full_fsdp"])
+def test_the_recipes_keep_the_shape_of_pictures(recipe):
+    data = yaml.safe_load((files("dedpo_diffusion.configs") / f"{recipe}.yaml").read_text())["data"]
+    assert data["buckets"] is True and data["cache"]

@@ -146,7 +146,7 @@ def ratio(value, error=0.5):
     return NoiseRatio(value, error, value, 1.0, 0.1, 64)
 
 
-@pytest.mark.parametrize(("name", "judges"), [("tuned", ["clip"]), ("both", ["clip", "other"]), ("layers", ["clip"])])
+@pytest.mark.parametrize(("name", "judges"), [("tuned", ["clip"]), ("both", ["clip", "other"])])
 def test_power_and_targets_are_those_of_a_merge_for_this_run(pairs, tmp_path, name, judges):
     """Whatever the judges, the same bits."""
     settings = TrainSettings("x", tmp_path, DataSettings(pairs, name), objective=ObjectiveSettings(power="measured"))

@@ -16,6 +16,7 @@ from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.dpo.balance import probability_scale
 from dedpo_diffusion.dpo.noising import TimestepDraw, draw
 from dedpo_diffusion.labels.files import write_targets
+from dedpo_diffusion.models import memory
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import export, train
@@ -276,3 +277,31 @@ def test_what_cannot_be_trained_is_told_before_anything_is_written(tiny_model, m
     assert message.startswith("dedpo train: error: ")
     assert words in message
     assert not (tmp_path / "run").exists()
+
+
+# ---- on a CPU
+
+
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_float16_needs_a_gpu(tiny_model, merged_pairs, tmp_path, capsys, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = options(tiny_model, merged_pairs, tmp_path / "run", mixed_precision="fp16")
+    if device is None:
+        del given[given.index("--device") : given.index("--device") + 2]
+    assert train.main(given) == 2
+    assert "mixed_precision=fp16 needs a GPU, and this trains on the CPU; give --mixed_precision bf16, or no" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("steps", "accumulation", "said"), [(2, 2, True), (1, 1, False)])
+def test_a_large_model_on_a_cpu_says_how_long_it_takes(tiny_model, merged_pairs, tmp_path, capsys, monkeypatch, steps, accumulation, said):
+    """Before anything is encoded; and after two passes, if there are more."""
+    given = {"optim__steps": steps, "optim__accumulation": accumulation, "data__cache": tmp_path / "cache"}
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "small", **given)) == 0
+    assert "CPU" not in capsys.readouterr().out
+    monkeypatch.setattr(memory, "LARGE", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train.main(options(tiny_model, merged_pairs, tmp_path / "large", **given)) == 0
+    out = capsys.readouterr().out
+    assert out.index(f"no GPU is here: {tiny_model} runs on the CPU.") < out.index("24 pairs, ")
+    assert out.count("on the CPU this would take about 1 second in all") == said

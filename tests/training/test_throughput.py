@@ -210,6 +210,27 @@ def test_bytes_counted_on_fake_tensors_are_those_of_a_real_run(kind, options):
     assert 2 * real["trained_weights"] <= real["moments"] <= 2 * real["trained_weights"] + 4 * 1000  # and a count for each tensor
 
 
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_bytes_of_sampling_on_fake_tensors_are_those_of_a_real_run(kind):
+    """The UNet's grow with the number of images; those of decoding, which takes one after the other, by the images that are done alone."""
+
+    def sampled(images):
+        with mock.patch.dict(random_models.SIZES, {kind: TINY[kind]}):
+            model = random_models.random_backbone(kind, device=CPU, dtype=torch.float32)
+        return memory.sampling_bytes(model, images, counter=AllocationCounter)
+
+    real = [sampled(images) for images in (1, 2, 4)]
+    with memory.fake(cuda_rules=False):
+        assert [sampled(images) for images in (1, 2, 4)] == real
+    unet, vae = ([one[part] for one in real] for part in ("unet", "vae"))
+    assert unet[2] - unet[1] == pytest.approx(2 * (unet[1] - unet[0]), rel=0.1) and unet[1] > 1.5 * unet[0]
+    latent = 4 * TINY[kind]["unet"]["sample_size"] ** 2 * 4
+    picture = 3 * TINY[kind]["vae"].get("sample_size", tiny.SIDE) ** 2 * 4
+    assert vae[2] - vae[1] <= 4 * (picture + latent)
+    for one in real:
+        assert one["peak"] == one["weights"] + max(one[part] for part in ("text", "unet", "vae"))
+
+
 def test_count_against_the_allocator():
     """The profiler sees every allocation, also those inside of kernels."""
     from torch.profiler import ProfilerActivity, profile
@@ -264,7 +285,7 @@ def test_memory_of_a_config(monkeypatch, tmp_path, capsys):
     for kind, sizes in TINY.items():
         monkeypatch.setitem(random_models.SIZES, kind, sizes)
     out = tmp_path / "found.json"
-    assert memory.main(["--out", str(out), "--configs", '["sdxl_lora_12gb", "sd15_full"]']) == 0
+    assert memory.main(["--out", str(out), "--configs", '["sdxl_lora_12gb", "sd15_full"]', "--models", '["sd15"]']) == 0
     assert "computed" in capsys.readouterr().out
     lines = {(line["config"], line["reference_stored"]): line for line in json.loads(out.read_text())["lines"]}
     stored, full = lines["sdxl_lora_12gb", True], lines["sd15_full", False]["bytes"]
@@ -273,3 +294,9 @@ def test_memory_of_a_config(monkeypatch, tmp_path, capsys):
     assert stored["bytes"]["peak"] <= lines["sdxl_lora_12gb", False]["bytes"]["peak"]
     assert lines["sd15_full", True]["bytes"]["frozen_weights"] == 0 < full["frozen_weights"] < full["trained_weights"]
     assert full["gradients"] == full["trained_weights"] <= full["moments"] / 2
+    sampling = json.loads(out.read_text())["sampling"]
+    assert [(line["model"], line["dtype"], line["batch"]) for line in sampling] == [
+        ("sd15", dtype, batch) for dtype in ("bfloat16", "float32") for batch in (1, 2, 4)
+    ]
+    half, whole = sampling[0]["bytes"]["weights"], sampling[3]["bytes"]["weights"]
+    assert 1.8 * half < whole < 2 * half  # positions of words are whole numbers in both

@@ -14,7 +14,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dedpo_diffusion.core.console import say
-from dedpo_diffusion.models.pretrained import in_one_line, usable, within_memory
+from dedpo_diffusion.models.memory import BatchLimit, meter_of
+from dedpo_diffusion.models.pretrained import in_one_line, usable
 
 
 class EmbeddingScorer(ABC):
@@ -25,7 +26,7 @@ class EmbeddingScorer(ABC):
     Args:
         location: where the weights are, see the scorer; None takes the published ones.
         device: torch device; None takes a GPU if there is one.
-        batch: images, and prompts, that go through a tower at once.
+        batch: images, and prompts, that go through a tower at once; fewer on a GPU without room for them.
         dtype: precision of the towers, "float32", "bfloat16" or "float16".
 
     Raises:
@@ -39,8 +40,10 @@ class EmbeddingScorer(ABC):
 
     def __init__(self, location: str | None = None, *, device: str | None = None, batch: int = 64, dtype: str = "float32") -> None:
         self.device = usable(device)
-        self.batch = batch
         self.dtype = getattr(torch, dtype)
+        remedy = "give another --device" if dtype != "float32" else "take --dtype bfloat16"
+        self.limit = BatchLimit(batch, name=self.name, what="images", remedy=remedy)
+        self.fitted = False
         weights = self.load(location)
         with in_one_line(f"{self.name} does not fit on device {self.device}", "give another --device, or a smaller --dtype"):
             self.model.eval().to(self.device, self.dtype)
@@ -99,8 +102,8 @@ class EmbeddingScorer(ABC):
         if len(images) == 0:
             return np.empty(0), np.empty((0, 0), np.float32)
         keys = [id(image) for image in images]
-        remedy = "lower --batch" + (", or take --dtype bfloat16" if self.dtype == torch.float32 else "")
-        with torch.inference_mode(), within_memory(self.name, f"{min(self.batch, len(set(keys)))} images", remedy):
+        with torch.inference_mode():
+            self._fit(images)
             seen = self._once(images, keys, self._image_batch)
             return self.combine(seen, prompts).double().cpu().numpy(), normalised(seen).cpu().numpy()
 
@@ -114,6 +117,12 @@ class EmbeddingScorer(ABC):
             self.cut_said = True
             say(f"{self.name} reads {context} tokens and not the end of longer prompts (the first: {prompts[0]!r})")
 
+    def _fit(self, images: Sequence[Image]) -> None:
+        """See once, by its first images, how many the device has room for."""
+        if not self.fitted and len(images) > 1:
+            self.limit.fit(lambda count: self._image_batch(images[:count]), meter_of(self.device))
+            self.fitted = True
+
     def _image_batch(self, images: Sequence[Image]) -> Tensor:
         pixels = torch.stack(list(self.threads.map(lambda image: self.pixels(image.convert("RGB")), images)))
         return self.image_features(pixels.to(self.device, self.dtype))
@@ -123,8 +132,8 @@ class EmbeddingScorer(ABC):
         different = dict(zip(keys, items, strict=True))
         row = {key: number for number, key in enumerate(different)}
         values = list(different.values())
-        parts = [features(values[start : start + self.batch]).float() for start in range(0, len(values), self.batch)]
-        return torch.cat(parts)[[row[key] for key in keys]]
+        parts = self.limit.over(values, lambda some: features(some).float())
+        return torch.cat(list(parts))[[row[key] for key in keys]]
 
 
 def normalised(features: Tensor) -> Tensor:

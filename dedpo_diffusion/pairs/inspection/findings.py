@@ -13,6 +13,7 @@ from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.inspection.answers import Findings, look_at_answers
 from dedpo_diffusion.pairs.inspection.near import hamming, look_alikes
 from dedpo_diffusion.pairs.inspection.scan import SIDES, Scan
+from dedpo_diffusion.pairs.pixels import crop_warning, not_square
 
 TINY = 64  # pixels of a side: less than the smallest model here draws
 LONG_PROMPT = 60  # words; CLIP reads 77 tokens, and English has about 1.3 tokens a word
@@ -134,6 +135,9 @@ def _images(reader: PairReader, scan: Scan, found: Findings) -> dict[str, Any]:
     other_size = readable & ((width[:, 0] != width[:, 1]) | (height[:, 0] != height[:, 1]))
     other_aspect = readable & (np.abs(width[:, 0] * height[:, 1] - width[:, 1] * height[:, 0]) > 0.02 * width[:, 1] * height[:, 0])
     smaller = np.minimum(width, height).min(axis=1)
+    oblong = int(not_square(width[readable], height[readable]).sum())
+    if oblong:
+        found.warnings.append(f"{crop_warning(oblong, int(readable.sum()) * 2)} in `dedpo train`")
     tiny = np.flatnonzero(readable & (smaller < TINY))
     if len(tiny):
         found.warnings.append(f"pairs with an image below {TINY} pixels a side: {len(tiny)} (first: {reader.location(int(tiny[0]))})")
@@ -148,6 +152,7 @@ def _images(reader: PairReader, scan: Scan, found: Findings) -> dict[str, Any]:
         "below_64_pixels": len(tiny),
         "pairs_of_two_sizes": int(other_size.sum()),
         "pairs_of_two_shapes": int(other_aspect.sum()),
+        "not_square": oblong,
         "unreadable": int((~good).sum()),
         "bytes": int(size.sum()),
         "smallest": [int(row) for row in np.argsort(np.where(readable, smaller, 1 << 40), kind="stable")[:6]],
