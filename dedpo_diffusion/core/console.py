@@ -20,6 +20,7 @@ from dedpo_diffusion.core.stopping import Terminated
 
 T = TypeVar("T")
 S = TypeVar("S")
+_running: list[str] = []  # the stages that run in this process, the outermost first
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -37,14 +38,20 @@ def say(text: str) -> None:
 
 def say_next(*words: object) -> None:
     """Print the command that people usually type next, quoted as a shell needs it: say_next("merge", folder, "--judge", name)."""
-    say("next: " + shlex.join(["dedpo", *map(str, words)]))
+    inside = len(_running) > 1  # of a stage that another stage runs, the next one comes by itself
+    if not inside and not int(os.environ.get("RANK", "0")):  # the first of several processes says it
+        say("next: " + shlex.join(["dedpo", *map(str, words)]))
 
 
-def say_replaced(*paths: Path) -> None:
-    """Say which of these files are about to be replaced; nothing where none is there."""
-    held = [str(path) for path in paths if path.exists()]
+def held_already(*paths: Path) -> list[Path]:
+    """Which of the files that a stage will write are there; for `say_replaced`, once they are written."""
+    return [path for path in paths if path.exists()]
+
+
+def say_replaced(held: Sequence[Path]) -> None:
+    """Say which files were replaced, in one line; nothing where none was."""
     if held:
-        say(f"replaced {', '.join(held)}")
+        say(f"replaced {', '.join(map(str, held))}")
 
 
 def stage(
@@ -100,6 +107,7 @@ def _complain(prog: str, words: object) -> None:
 def _run(body: Callable[[S], Any], settings: S, prog: str) -> int:
     """Run a stage; returns its exit code."""
     threading.excepthook = _thread_error
+    _running.append(prog)
     try:
         check_device(getattr(settings, "device", None))
         body(settings)
@@ -120,6 +128,8 @@ def _run(body: Callable[[S], Any], settings: S, prog: str) -> int:
     except Terminated as error:
         print(f"{prog}: asked to end; {error}; the same command goes on from there", file=sys.stderr, flush=True)
         return 143
+    finally:
+        _running.pop()
     return 0
 
 

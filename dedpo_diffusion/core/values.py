@@ -172,9 +172,7 @@ def needed(hint: Any) -> str:
     """What a type takes, in English."""
     parts = [part for part in alternatives(hint) if part is not type(None)]
     if len(parts) > 1:
-        named = str in parts and any(
-            typing.get_origin(part) is typing.Literal for part in parts
-        )  # a name of the list, or of another package
+        named = str in parts and any(typing.get_origin(part) is typing.Literal for part in parts)  # or of a plugin
         return needed(parts[0]) if named else " or ".join(map(needed, parts))
     (part,) = parts
     inside = typing.get_args(part)

@@ -44,6 +44,20 @@ class Session:
     hosts: ProcessGroup | None
 
 
+def check_precision(settings: TrainSettings, accelerator: Accelerator) -> None:
+    """Say that there is no GPU, where none was declined, and refuse what only a GPU computes.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    if accelerator.device.type != "cpu":
+        return
+    if settings.mixed_precision == "fp16":
+        raise UserError("mixed_precision=fp16 needs a CUDA device, and this run is on the CPU; take bf16 or no")
+    if settings.device is None and accelerator.is_main_process:
+        say("no GPU is here: training on the CPU, which takes days for a Stable Diffusion model (--device cpu leaves this line out)")
+
+
 def set_up(settings: TrainSettings) -> Session:
     """Everything a run needs, and its folder claimed.
 
@@ -59,6 +73,7 @@ def set_up(settings: TrainSettings) -> Session:
     settings = resolve(settings)
     optim = settings.optim
     accelerator = build_accelerator(settings)
+    check_precision(settings, accelerator)
     model, loader, identity, validation = prepare(settings, accelerator)
     timesteps, adaptive = timestep_draw(settings.objective, len(model.process)), adaptive_power(settings.objective, loader)
     optimizer = build_optimizer(
