@@ -104,8 +104,8 @@ def near(name: str, options: Mapping[str, Option], settings: type) -> list[str]:
     same = [other for other in known if other.rpartition(".")[2] == last]
     if same:
         return sorted(same, key=lambda other: other not in used_first)[: 1 if used_first & set(same) else 2]
-    found = difflib.get_close_matches(meant, known, n=1, cutoff=0.7)
+    found = difflib.get_close_matches(meant, known, n=1, cutoff=0.6)
     if found:
         return found
-    lasts = difflib.get_close_matches(last, [other.rpartition(".")[2] for other in known], n=1, cutoff=0.75)
+    lasts = difflib.get_close_matches(last, [other.rpartition(".")[2] for other in known], n=1, cutoff=0.6)
     return sorted((other for other in known if other.rpartition(".")[2] in lasts), key=lambda other: other not in used_first)[:1]

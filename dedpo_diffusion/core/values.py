@@ -97,6 +97,8 @@ def value(node: yaml.Node, hint: Any) -> Any:
     if type(None) in parts and isinstance(node, yaml.ScalarNode) and node.style is None and node.value.lower() in NONE:
         return None
     parts = tuple(part for part in parts if part is not type(None))
+    if not parts:
+        raise Misfit("it takes null")
     for part in parts:
         try:
             return _one(node, part)
