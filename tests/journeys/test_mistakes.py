@@ -84,7 +84,7 @@ MISTAKES = {
         ("P --judge pickscore", "there is no option --judge"),
         ("P --with clip --batch big", f"--batch: 'big' {WHOLE}"),
         ("P --with clip --summary perhaps", f"--summary: 'perhaps' {BOOL}"),
-        ("P --with clip --dtype bf16", "--dtype: 'bf16' does not fit; it takes one of float32, bfloat16 or float16; did you mean bfloat16?"),
+        ("P --with clip --dtype bf16", "--dtype: 'bf16' does not fit; it takes one of float32, bfloat16 or float16; did you mean bfloat16?"),  # noqa: E501
         ("P --with clip --self_training.timesteps 3", "--self_training.timesteps: it takes 2 whole numbers, separated by a blank,"
          " and 1 is given"),
         ("P --with clip --vlm.max_sides 3", "there is no option --vlm.max_sides; did you mean --vlm.max_side?"),
