@@ -18,7 +18,7 @@ from typing import Any
 import dedpo_diffusion
 from dedpo_diffusion import pipelines as cli
 from dedpo_diffusion import weights
-from dedpo_diffusion.core import console
+from dedpo_diffusion.core.options import field_docs
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = re.compile(r"^<!-- the file (\S+) -->$", re.M)
@@ -122,7 +122,7 @@ def stages() -> Iterator[str]:
 
 def options_of(settings: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """(name, values, default, text) of every option; those of a nested dataclass as "data.pairs"."""
-    hints, texts = typing.get_type_hints(settings), console._field_docs(settings)
+    hints, texts = typing.get_type_hints(settings), field_docs(settings)
     for field in dataclasses.fields(settings):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):

@@ -11,9 +11,10 @@ beside it `results.json` and `contact_sheet.png`. How folders are paired: `arms`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, held_already, say, say_next, say_replaced, stage
 from dedpo_diffusion.evaluation.comparison.arms import Arm, counted, load_arm, load_arms
 from dedpo_diffusion.evaluation.comparison.verdict import best_arm
 from dedpo_diffusion.settings import CompareSettings
@@ -257,8 +258,10 @@ def run(settings: CompareSettings) -> dict[str, Any]:
         raise UserError(f"--out {settings.out} is a folder; name the page to write, such as {settings.out / 'report.html'}")
     arms, notes = load_arms(settings.folders)
     results = analyse(settings, arms, notes)
-    made = write_report(settings, arms, results)
     results_file = settings.out.parent / "results.json"
+    beside = (settings.out.parent / name for name in ("contact_sheet.png", "frontier.png"))
+    before = held_already(settings.out, *beside, results_file)
+    made = write_report(settings, arms, results)
     write_json(results_file, results)
     print_tables(results)
     for note in results["notes"]:
@@ -268,6 +271,13 @@ def run(settings: CompareSettings) -> dict[str, Any]:
             say(f"{name}: {warning}")
     say(results["verdict"])
     say(f"wrote {', '.join(map(str, (*made, results_file)))}")
+    say_replaced([path for path in before if path in (*made, results_file)])
+    if any(facts["kind"] == "people" for facts in results["scorers"].values()):
+        run = settings.runs[0] if settings.runs else "RUN"
+        say_next("export", run, "--out", f"{Path(run).name}.safetensors", "--results", results_file)
+    else:
+        best = best_arm(results)
+        say_next("vote", arms[0].folder, next((arm for arm in arms[1:] if arm.name == best), arms[1]).folder)
     return results
 
 

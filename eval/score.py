@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, say_next, stage
 from dedpo_diffusion.core.pace import Forecast
 from dedpo_diffusion.evaluation.comparison.samples import INDEX, Row, images_digest, load_images, read_index, resolutions, unlisted
 from dedpo_diffusion.settings import ScoreSettings
@@ -291,6 +291,7 @@ def run(settings: ScoreSettings) -> list[Path]:
         if slow_on_cpu(scorer):
             tell_cpu(scorer.name)
         share_out(settings, scorer, indexes)
+    say_next("compare", *(["BASE"] if len(indexes) == 1 else []), *settings.folders)
     return [folder / "scores.parquet" for folder in indexes]
 
 

@@ -27,17 +27,30 @@ STAGES = {
 }
 
 
+JOURNEY = {
+    "make pairs": ("ingest", "propose", "validate"),
+    "label": ("vote", "label", "calibrate", "merge"),
+    "train": ("train", "export"),
+    "look": ("sample", "score", "compare", "inspect"),
+}  # what stands in no group comes first, as it is a whole journey
+
+
 def usage() -> str:
     """The text of `dedpo --help`."""
+    grouped = {name for names in JOURNEY.values() for name in names}
+    groups = {"the whole journey": tuple(name for name in STAGES if name not in grouped)} | JOURNEY
     width = max(map(len, STAGES))
-    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in STAGES.items()]
-    return "\n".join(["usage: dedpo STAGE [options]", "", "stages:", *lines, "", "`dedpo STAGE --help` tells a stage's options."])
+    lines = ["usage: dedpo STAGE [options]"]
+    for title, names in groups.items():
+        lines += ["", title, *(f"  {name:<{width}}  {STAGES[name][1]}" for name in names)]
+    tail = "`dedpo STAGE --help` shows the options that people use first, `dedpo STAGE --help_all` all of them,"
+    return "\n".join([*lines, "", tail, "`dedpo recipes` the configuration files that come with it."])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `dedpo` command; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "--help_all"):
         print(usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
@@ -45,8 +58,20 @@ def main(argv: list[str] | None = None) -> int:
 
         print(version("dedpo_diffusion"))
         return 0
+    if arguments[0] == "recipes":
+        from dedpo_diffusion.core.recipes import list_recipes
+
+        print(list_recipes())
+        return 0
     if arguments[0] not in STAGES:
-        print(f"dedpo: error: no stage {arguments[0]!r}\n\n{usage()}", file=sys.stderr)
+        print(f"dedpo: error: no stage {arguments[0]!r}{_meant(arguments[0])}\n`dedpo --help` shows the stages", file=sys.stderr)
         return 2
     module = import_module(f"dedpo_diffusion.{STAGES[arguments[0]][0]}")
     return module.main(arguments[1:])
+
+
+def _meant(name: str) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(name, [*STAGES, "recipes"], n=1)
+    return f"; did you mean {found[0]}?" if found else ""

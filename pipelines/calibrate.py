@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, say_next, stage
 from dedpo_diffusion.judges.summary import Judge, judge_answers, stat_words, summarise
 from dedpo_diffusion.settings import CalibrateSettings, MergeSettings
 
@@ -342,13 +342,13 @@ def run(settings: CalibrateSettings) -> list[Path]:
         about["propensities"] = asked.weights is not None
         write_json(label_path(settings, name).with_suffix(".json"), about | reports[name])
     for name, report in reports.items():
-        further = " --missing tie" if report["calibration"]["n_missing"] else ""
+        further = ["--missing", "tie"] if report["calibration"]["n_missing"] else []
         if settings.method == "adapt":
             from dedpo_diffusion.labels.adapt_figure import draw_adapted
 
-            further = " --method adapted"
+            further = ["--method", "adapted"]
             draw_adapted(report["calibration"], label_path(settings, name).with_suffix(".png"), f"{name}: what people taught")
-        say(f"next: dedpo merge {settings.pairs} --judge {name}{further}")
+        say_next("merge", settings.pairs, "--judge", name, *further)
     return [label_path(settings, name) for name in made]
 
 

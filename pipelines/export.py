@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, held_already, say, say_next, say_replaced, stage
 from dedpo_diffusion.settings import ExportSettings
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def run(settings: ExportSettings) -> Path:
     from dedpo_diffusion.weights.source import open_source
 
     check(settings)
+    held = held_already(settings.out)
     settings, chosen = with_strength(settings)
     source = open_source(settings)
     if chosen:
@@ -49,6 +50,10 @@ def run(settings: ExportSettings) -> Path:
         write_model(settings, source)
     if settings.source.is_dir() and (settings.card or settings.results is not None):
         write_card(settings)
+    say_replaced(held)
+    made = ["--model", source.model or "MODEL", "--lora", settings.out] if settings.format in LORAS else ["--model", settings.out]
+    prompts = "prompts.txt" if source.model == "shapes" else "parti"
+    say_next("sample", *made, "--prompts", prompts, "--limit", 100, "--out", f"samples/{settings.out.stem}")
     return settings.out
 
 

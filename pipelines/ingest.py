@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, say_next, stage
 from dedpo_diffusion.settings import IngestSettings
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def run(settings: IngestSettings) -> None:
     if record["sides_shuffled"]:
         say(f"the source lists the preferred image first: {ledger.counts['sides_swapped']} pairs had their sides swapped")
     say(f"wrote {settings.out}")
+    say_next("validate", settings.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

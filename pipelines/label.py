@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, say_next, stage
 from dedpo_diffusion.core.pace import Clock, Forecast
 from dedpo_diffusion.settings import LabelSettings
 
@@ -440,6 +440,7 @@ def run(settings: LabelSettings) -> list[Path]:
     """Label every pair of a dataset with machine judges."""
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
     from dedpo_diffusion.judges.registry import MOST
+    from dedpo_diffusion.labels.next_stage import next_stage
     from dedpo_diffusion.models.memory import resolved
     from dedpo_diffusion.pairs.dataset import PairReader
 
@@ -450,8 +451,7 @@ def run(settings: LabelSettings) -> list[Path]:
     runs = open_runs(settings, judges, reader, ids)
     facts: dict[str, dict[str, Any]] = {judge.name: {} for judge in judges}
     if runs:
-        scored = any(isinstance(run.judge, BradleyTerry) for run in runs)
-        first = first_uses(reader, runs[0].stamp["dataset"]) if scored else None
+        first = first_uses(reader, runs[0].stamp["dataset"]) if any(isinstance(run.judge, BradleyTerry) for run in runs) else None
         clock = judge_pairs(settings, reader, runs, first)
         outcomes = finish_all(runs, ids, first, len(shard_rows(settings, len(reader))))
         for judge in judges:
@@ -466,6 +466,7 @@ def run(settings: LabelSettings) -> list[Path]:
         from dedpo_diffusion.judges.summary import summarise
 
         summarise(settings.pairs, list(facts), human=settings.human, extra=facts)
+    say_next(*next_stage(settings.pairs, human=settings.human, judges=[judge.name for judge in judges]))
     return [settings.pairs / "labels" / f"{judge.name}.parquet" for judge in judges]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, held_already, say, say_next, say_replaced, stage
 from dedpo_diffusion.labels.answers import Answers, choose_judges, read_human, read_judge
 from dedpo_diffusion.settings import MergeSettings
 
@@ -186,6 +186,7 @@ def run(settings: MergeSettings) -> Path:
     from dedpo_diffusion.labels.files import targets_path
     from dedpo_diffusion.labels.merge_columns import with_propensity
     from dedpo_diffusion.labels.merge_report import complete, draw_report, further_sentences, print_report, write_plan
+    from dedpo_diffusion.labels.next_stage import train_words
     from dedpo_diffusion.pairs.dataset import PairReader
 
     reader = PairReader(settings.pairs)
@@ -200,9 +201,11 @@ def run(settings: MergeSettings) -> Path:
         merged[name] = merge(settings, used[name], files if rows.all() else f"{files}; targets {name}")
     if settings.plan is not None:
         [name] = wanted
-        return write_plan(settings, name, used[name], merged[name])
+        path = write_plan(settings, name, used[name], merged[name])
+        say_next("vote", settings.pairs, *([] if settings.human == "human" else ["--name", settings.human]))
+        return path
     common = {"judge": ", ".join(judges) or None, "human": settings.human, "label_files": _label_files(settings, judges)}
-    paths = []
+    paths, held = [], held_already(*(targets_path(settings.pairs, name) for name in wanted))
     for fold, (name, rows) in enumerate(wanted.items(), start=-1):
         report = {"name": name, **common, "propensities": about[name] is not None, "propensity_model": about[name], **merged[name].report}
         given = used[name].judges
@@ -216,9 +219,12 @@ def run(settings: MergeSettings) -> Path:
         if fold < 0:
             draw_report(settings, report, path)
         paths.append(path)
+    say_replaced(held)
+    say_stale(settings, list(wanted))
     if settings.folds:
         print_next(settings, list(wanted)[1:], judges)
-    say_stale(settings, list(wanted))
+    else:
+        say_next(*train_words(settings.pairs, paths[0].stem))
     return paths[0]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, say_next, stage
 from dedpo_diffusion.settings import ProposeSettings
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def run(settings: ProposeSettings) -> Path:
                 writer.add(Pair(name, a.prompt, (images / a.file).read_bytes(), (images / b.file).read_bytes(), told))
     shutil.rmtree(images)
     say(f"{settings.out}: {len(work)} images of {len(prompts)} prompts, paired {settings.pairing}")
+    say_next("validate", settings.out)
     return settings.out
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dedpo_diffusion.core.console import UserError, say, stage, track
+from dedpo_diffusion.core.console import UserError, say, say_next, stage, track
 from dedpo_diffusion.settings import QuickstartSettings
 
 if TYPE_CHECKING:
@@ -169,12 +169,12 @@ def write_verdict(settings: QuickstartSettings, clock: Clock, pairs: Path, folde
     from dedpo_diffusion.evaluation import compare
 
     report = settings.out / "report.html"
-    runs = [part for arm in ARMS for part in ("--runs+", settings.out / "runs" / arm)]
-    targets = [part for arm in ARMS for part in ("--targets+", pairs / "targets" / f"{arm}.json")]
+    runs = [settings.out / "runs" / arm for arm in ARMS]
+    targets = [pairs / "targets" / f"{arm}.json" for arm in ARMS]
     with clock.stage("compare"):
         call(
-            compare.main, "compare", *folders, "--out", report, "--primary", "oracle_reward", "--held_out+", "oracle_reward",
-            "--seed", settings.seed, *runs, *targets,
+            compare.main, "compare", *folders, "--out", report, "--primary", "oracle_reward", "--held_out", "oracle_reward",
+            "--seed", settings.seed, "--runs", *runs, "--targets", *targets,
         )  # fmt: skip
     results_file = settings.out / "results.json"
     results = json.loads(results_file.read_text(encoding="utf-8"))
@@ -204,6 +204,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
     ):  # fmt: skip
         say(f"  {out / file}  {what}")
     say(f"  {results['seconds']['total']:.0f} s in all")
+    say_next("ingest", "auto", "my-pairs.csv", "--out", "PAIRS")
     return results
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dedpo_diffusion.core.console import UserError, stage
+from dedpo_diffusion.core.console import UserError, say_next, stage
 from dedpo_diffusion.pipelines.label import local_device
 from dedpo_diffusion.settings import SampleSettings
 
@@ -55,6 +55,7 @@ def run(settings: SampleSettings) -> Path:
             targets.append(Target(own.out, own, replace(recipe, strength=own.strength)))
     prompts = read_prompts(settings.prompts, categories=settings.categories, limit=settings.limit)
     sample_folders(targets, jobs(prompts, settings.seeds, settings.seed), device=device)
+    say_next("score", settings.out, "--with", "oracle_reward" if settings.model == "shapes" else "pickscore")
     return settings.out
 
 

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, say_next, stage
 from dedpo_diffusion.core.pace import Forecast
 from dedpo_diffusion.settings import OptimSettings, TrainSettings
 
@@ -214,17 +214,25 @@ def try_out(settings: TrainSettings) -> Path:
     from dedpo_diffusion.training.setup import shrink
 
     with TemporaryDirectory() as folder:
-        run(shrink(settings, Path(folder)))
+        train(shrink(settings, Path(folder)))
     say(f"these settings train on a tiny {settings.smoke}; leave --smoke out for the real run into {settings.out}")
     return settings.out
 
 
 def run(settings: TrainSettings) -> Path:
     """Train a LoRA, or the whole UNet, on merged preference targets."""
-    import torch
-
     if settings.smoke is not None:
         return try_out(settings)
+    out = train(settings)
+    written = [f"{out}.safetensors"] if settings.weights == "lora" else [f"{out}-model", "--format", "merged"]
+    say_next("export", out, "--out", *written)
+    return out
+
+
+def train(settings: TrainSettings) -> Path:
+    """The run itself; returns its folder."""
+    import torch
+
     from dedpo_diffusion.core.stopping import StopSignal, Terminated
     from dedpo_diffusion.dpo.noising import step_generator
     from dedpo_diffusion.training.health import Watch

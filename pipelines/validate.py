@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, say_next, stage
 from dedpo_diffusion.settings import ValidateSettings
 
 NAMED = 10  # errors that the last message names
@@ -106,7 +106,18 @@ def run(settings: ValidateSettings) -> dict[str, Any]:
     say(f"wrote {out} and {page.name}")
     if found.errors:
         _complain(settings.pairs, found.errors, out)
+    _say_next(settings)
     return found.report
+
+
+def _say_next(settings: ValidateSettings) -> None:
+    """The training on targets that are there already, or the first stage that is missing before it."""
+    from dedpo_diffusion.labels.files import target_names
+    from dedpo_diffusion.labels.next_stage import next_stage, train_words
+
+    targets = target_names(settings.pairs)
+    name = "tuned" if "tuned" in targets else next(iter(targets), None)
+    say_next(*(next_stage(settings.pairs, human=settings.human) if name is None else train_words(settings.pairs, name)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

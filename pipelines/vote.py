@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.console import UserError, say, say_next, stage
 from dedpo_diffusion.settings import VoteSettings
 from dedpo_diffusion.voting.opening import Voting, open_pairs, voting_name
 
@@ -146,12 +146,18 @@ def _stopping(server: Any) -> Iterator[None]:
 def run(settings: VoteSettings) -> Path | None:
     """Let people say which image of a pair is better: of a pair dataset, or of two models, blind."""
     from dedpo_diffusion.evaluation.comparison.model_votes import open_samples
+    from dedpo_diffusion.labels.next_stage import next_stage
 
     check_settings(settings)
     with (open_pairs if len(settings.folders) == 1 else open_samples)(settings) as voting:
         if not settings.export_only:
             serve(settings, voting)
-        return voting.finish()
+        path = voting.finish()
+    if len(settings.folders) > 1:
+        say_next("compare", *settings.folders)
+    else:
+        say_next(*next_stage(settings.folders[0], human=settings.name or "human"))
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

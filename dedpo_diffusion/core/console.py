@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
+import shlex
 import sys
 import threading
 import time
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dedpo_diffusion.core.errors import NoSpace as NoSpace
 from dedpo_diffusion.core.errors import UserError as UserError
 from dedpo_diffusion.core.gone import first_gone
+from dedpo_diffusion.core.parser import HELP, Parser
 from dedpo_diffusion.core.stopping import Terminated
 
 T = TypeVar("T")
 S = TypeVar("S")
+_running: list[str] = []  # the stages that run in this process, the outermost first
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -32,6 +34,24 @@ def is_full(error: BaseException | None) -> bool:
 def say(text: str) -> None:
     """Print one line at once, for people and for logs."""
     print(text, flush=True)
+
+
+def say_next(*words: object) -> None:
+    """Print the command that people usually type next, quoted as a shell needs it: say_next("merge", folder, "--judge", name)."""
+    inside = len(_running) > 1  # of a stage that another stage runs, the next one comes by itself
+    if not inside and not int(os.environ.get("RANK", "0")):  # the first of several processes says it
+        say("next: " + shlex.join(["dedpo", *map(str, words)]))
+
+
+def held_already(*paths: Path) -> list[Path]:
+    """Which of the files that a stage will write are there; for `say_replaced`, once they are written."""
+    return [path for path in paths if path.exists()]
+
+
+def say_replaced(held: Sequence[Path]) -> None:
+    """Say which files were replaced, in one line; nothing where none was."""
+    if held:
+        say(f"replaced {', '.join(map(str, held))}")
 
 
 def stage(
@@ -57,40 +77,42 @@ def stage(
         The exit code: 0 done, 2 a mistake in the arguments or the input, 130 interrupted, 141 nobody reads the output,
         143 asked to end, and saved.
     """
-    from jsonargparse import ArgumentParser
-
     arguments = sys.argv[1:] if argv is None else list(argv)
-    gone = first_gone(arguments)
-    if gone is not None:
-        print(f"{prog}: error: {gone}", file=sys.stderr, flush=True)
-        return 2
     for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):  # their notices are for programmers; their errors still show
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    flags = dict(flags or {})
-    parser = ArgumentParser(prog=prog, description=(body.__doc__ or "").strip().split("\n\n")[0], allow_abbrev=False)
-    fields = {field.name: field for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(settings)
-    documented = _field_docs(settings)
-    parser.add_argument("--config", action="config", help="a YAML file with these settings; later options override it")
-    for name in (*positional, *flags):
-        field = fields[flags.get(name, name)]
-        hint: Any = hints[field.name]
-        extra: dict[str, Any] = {}
-        if typing.get_origin(hint) is list:  # several values, separated by blanks
-            hint, extra["nargs"] = typing.get_args(hint)[0], "+"
-        if name in flags:
-            extra |= _default(field)
-        parser.add_argument(f"--{name}" if name in flags else name, type=hint, help=documented.get(field.name, ""), **extra)
-    parser.add_class_arguments(settings, skip={*positional, *flags.values()}, fail_untyped=True)
-    if {"-h", "--help"} & set(arguments):
-        _tell_plugins(parser, settings, {field: name for name, field in flags.items()})
-    parsed = parser.instantiate(parser.parse_args(arguments))
-    values = {flags.get(name, name): value for name, value in vars(parsed).items() if name not in ("config", "__default_config__")}
-    threading.excepthook = _thread_error
+    parser = Parser(settings, positional, flags)
+    asked = [word for word in arguments if word in HELP]
+    if asked:
+        from dedpo_diffusion.core.help import stage_help
+
+        say(stage_help(parser, prog, (body.__doc__ or "").strip().split("\n\n")[0], every=any(HELP[word] for word in asked)))
+        return 0
+    gone = first_gone(arguments)
+    if gone is not None:
+        _complain(prog, gone)
+        return 2
     try:
-        body(settings(**values))
+        parsed = parser.parse(arguments)
     except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        _complain(prog, error)
+        print(f"`{prog} --help` shows the options", file=sys.stderr, flush=True)
+        return 2
+    return _run(body, parsed, prog)
+
+
+def _complain(prog: str, words: object) -> None:
+    print(f"{prog}: error: {words}", file=sys.stderr, flush=True)
+
+
+def _run(body: Callable[[S], Any], settings: S, prog: str) -> int:
+    """Run a stage; returns its exit code."""
+    threading.excepthook = _thread_error
+    _running.append(prog)
+    try:
+        check_device(getattr(settings, "device", None))
+        body(settings)
+    except UserError as error:
+        _complain(prog, error)
         return 2
     except BrokenPipeError:  # whoever read the output has gone, as `| head` does; what Python still holds has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,7 +120,7 @@ def stage(
     except OSError as error:
         if not is_full(error):
             raise
-        print(f"{prog}: error: {NoSpace(error.filename or 'a file')}", file=sys.stderr, flush=True)
+        _complain(prog, NoSpace(error.filename or "a file"))
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
@@ -106,40 +128,37 @@ def stage(
     except Terminated as error:
         print(f"{prog}: asked to end; {error}; the same command goes on from there", file=sys.stderr, flush=True)
         return 143
+    finally:
+        _running.pop()
     return 0
 
 
-def _tell_plugins(parser: Any, settings: type, names: Mapping[str, str], prefix: str = "") -> None:
-    """Add the names that other packages offer to the help of the options that take them; their metadata are read, nothing imported."""
-    from dedpo_diffusion.core import plugins
+def check_device(device: str | None) -> None:
+    """Refuse a device that is not here, before anything is loaded; torch is imported only where a GPU is asked for.
 
-    actions = {action.dest: action for action in parser._actions}
-    hints = typing.get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        if dataclasses.is_dataclass(hints[field.name]):
-            _tell_plugins(parser, typing.cast(type, hints[field.name]), {}, f"{prefix}{field.name}.")
-        elif added := plugins.names(*field.metadata.get("plugins", ())):
-            action = actions[prefix + names.get(field.name, field.name)]
-            action.help = f"{action.help} Of other packages: {', '.join(added)}.".replace("%", "%%")
+    Raises:
+        UserError: it is unknown, or not here.
+    """
+    if device in (None, "cpu", "auto"):
+        return
+    kind, _, number = device.partition(":")
+    if kind not in ("cuda", "mps", "xpu") or (number and not number.isdigit()):
+        raise UserError(f"--device {device}: there is no such device; it takes cpu, cuda or cuda:0")
+    if kind != "cuda":
+        return
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise UserError("no CUDA device is here; leave --device out, or install a CUDA build of torch")
+    if number and int(number) >= count:
+        raise UserError(f"--device {device}: the last CUDA device here is cuda:{count - 1}")
 
 
 def _thread_error(found: threading.ExceptHookArgs) -> None:
     """Print the traceback of a library's thread, unless the disk was full, which its caller meets as well."""
     if not is_full(found.exc_value):
         threading.__excepthook__(found)
-
-
-def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """What argparse is told of an option that need not be given, or must be."""
-    if field.default_factory is not dataclasses.MISSING:
-        return {"default": field.default_factory()}
-    return {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
-
-
-def _field_docs(settings: type) -> dict[str, str]:
-    from docstring_parser import parse
-
-    return {item.arg_name: item.description or "" for item in parse(settings.__doc__ or "").params}
 
 
 class Progress:

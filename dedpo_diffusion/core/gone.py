@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from dedpo_diffusion.core.errors import UserError
+from dedpo_diffusion.core.recipes import find_config
 
 _ROUNDS = "is gone; train, export the adapter, and train another run with it as lora.start"
 _OBJECTIVES = "is gone; objective.kind takes sigmoid, ipo, cdpo, dr_dpo, kto, mapo or sft"
@@ -56,8 +58,8 @@ def _held(source: str) -> Any:
     import yaml
 
     try:
-        text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = find_config(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, UserError):
         text = source
     try:
         return yaml.safe_load(text)

@@ -9,7 +9,9 @@ Rows are counted from 0.
 
 from __future__ import annotations
 
+import difflib
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,10 +57,25 @@ def label_names(folder: Path) -> list[str]:
     return _names(folder, "labels")
 
 
+def _maker(folder: Path, kind: str, name: str) -> str:
+    """The command that makes such a file."""
+    if kind == "targets":
+        method = ["--method", name] if name in ("human_only", "naive", "dedpo", "adapted") else ["--name", name]
+        words = ["merge", folder, *([] if name == "tuned" else method)]
+    elif kind == "votes" or name == "human":
+        words = ["vote", folder, *([] if name == "human" else ["--name", name])]
+    else:
+        words = ["label", folder, "--with", name]
+    return f"`{shlex.join(['dedpo', *map(str, words)])}`"
+
+
 def _existing(folder: Path, kind: str, name: str) -> Path:
     path = named_file(folder, kind, name)
     if not path.is_file():
-        raise UserError(f"there is no {path} ({kind} there: {', '.join(_names(folder, kind)) or 'none'})")
+        held = _names(folder, kind)
+        meant = difflib.get_close_matches(name, held, n=1, cutoff=0.75)
+        remedy = f"did you mean {meant[0]}?" if meant else f"run {_maker(folder, kind, name)} first"
+        raise UserError(f"there is no {path} ({kind} there: {', '.join(held) or 'none'}): {remedy}")
     return path
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dedpo_diffusion.core.console import UserError, say
+from dedpo_diffusion.core.errors import unreachable
 from dedpo_diffusion.models.single_file import family
 
 CONFIGS = {  # where diffusers looks up what a single file leaves unsaid: sizes, scheduler, tokenizers; SD2.x files differ in them
@@ -73,6 +74,8 @@ def load_pipeline(name: str, *, config: str | None = None, dtype: torch.dtype = 
             location, dtype=dtype, variant=_variant(Path(location)), use_safetensors=True, **LEFT_OUT[kind]
         )
     except UNLOADABLE as error:
+        if not Path(location).exists() and unreachable(error):
+            raise UserError(f"{name}: the hub cannot be reached; download it elsewhere and give --model FOLDER") from error
         remedy = "give a folder or hub id with .safetensors weights of an SD1.x, SD2.x or SDXL"
         raise UserError(f"{name}: cannot be loaded as a diffusers model ({_first_line(error)}); {remedy}") from error
     return _checked(pipe, name)
@@ -108,6 +111,9 @@ def _load_file(location: str, config: str | None, dtype: torch.dtype) -> Any:
             location, config=where, local_files_only=Path(where).is_dir(), dtype=dtype, **LEFT_OUT[name]
         )
     except UNLOADABLE as error:
+        if not Path(where).exists() and unreachable(error):
+            what = f"{location}: its configuration is that of {where}, and the hub cannot be reached"
+            raise UserError(f"{what}; download it elsewhere and give --model_config FOLDER") from error
         remedy = "give --model_config, a diffusers folder of the same architecture" if config is None else f"does {config} fit it?"
         raise UserError(f"{location}: cannot be loaded ({_first_line(error)}); {remedy}") from error
     with safe_open(location, "pt") as file:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
+from dedpo_diffusion.core.errors import unreachable
 from dedpo_diffusion.core.files import file_digest
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def local_or_hub(location: str, patterns: Sequence[str], *, name: str, ignored: 
     """
     if Path(location).is_dir():
         return Path(location)
+    if Path(location).is_absolute() or location.startswith((".", "~")) or location.count("/") > 1:
+        raise UserError(f"{name}: {location}: no such folder")
     from huggingface_hub import snapshot_download
 
     with fetching(name, location, f"give {name}=FOLDER", found="is no folder here and"):
@@ -152,5 +155,5 @@ def in_one_line(what: str, remedy: str) -> Iterator[None]:
         reason = "it is no checkpoint, or holds more than tensors, and nothing is unpickled here; save the tensors as .safetensors"
         raise UserError(f"{what} ({reason}); {remedy}") from error
     except Exception as error:  # of a library that reads a foreign file, or the network: there is no list of what it may be
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = "the hub cannot be reached" if unreachable(error) else " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what} ({reason if len(reason) <= 300 else reason[:300] + ' ...'}); {remedy}") from error

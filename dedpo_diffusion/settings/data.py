@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class IngestSettings:
     seed: int = 0
     shard_pairs: int = 1000
     workers: int | None = None
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is read": "format source images columns split",
+        "what is written": "out",
+        "what becomes of odd pairs": "ties unlabelled duplicates unreadable",
+    }
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class ValidateSettings:
     workers: int | None = None
     resamples: int = 2000
     seed: int = 0
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is checked": "pairs depth human near",
+        "what is written": "out",
+        "how": "workers",
+    }
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,12 @@ class VoteSettings:
     token: str | None = None
     allow: list[str] = field(default_factory=list)
     export_only: bool = False
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is asked": "folders order judges",
+        "whose answers": "name overlap repeats",
+        "where the page is": "host port share",
+        "without the page": "export_only",
+    }
 
 
 @dataclass(frozen=True)
@@ -149,3 +165,8 @@ class ProposeSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     shard_pairs: int = 1000
     model_config: str | None = None
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what the images are made with": "model prompts steps guidance size",
+        "what is written": "out images_per_prompt",
+        "memory and speed": "batch dtype device",
+    }

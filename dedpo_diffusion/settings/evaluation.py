@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class SampleSettings:
     device: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     model_config: str | None = None
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what the images are made with": "model lora strength prompts seeds steps guidance",
+        "what is written": "out",
+        "memory and speed": "batch dtype",
+    }
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,10 @@ class ScoreSettings:
     device: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     embeddings: bool = True
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is scored": "folders with embeddings",
+        "memory and speed": "batch dtype device",
+    }
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,11 @@ class CompareSettings:
     held_out: list[str] = field(default_factory=list)
     resamples: int = 10000
     seed: int = 0
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is compared": "folders primary held_out choose_by",
+        "what the report shows beside": "runs targets",
+        "what is written": "out",
+    }
 
 
 @dataclass(frozen=True)
@@ -131,3 +145,7 @@ class QuickstartSettings:
     steps: int = 250
     eval_prompts: int = 144
     eval_seeds: int = 3
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "how much": "pairs human_share steps eval_prompts eval_seeds",
+        "what is written": "out seed",
+    }

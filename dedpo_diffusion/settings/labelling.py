@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,11 @@ class LabelSettings:
     vlm: VlmSettings = field(default_factory=VlmSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     self_training: SelfTrainingSettings = field(default_factory=SelfTrainingSettings)
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is labelled, and by whom": "pairs with name human",
+        "memory and speed": "batch dtype device workers",
+        "of judges that answer questions": "vlm.prompt server.model",
+    }
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,11 @@ class CalibrateSettings:
     invert: bool = False
     statistics: bool = True
     seed: int = 0
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is calibrated": "pairs judges human",
+        "how": "method folds invert statistics",
+        "what is written": "name",
+    }
 
 
 @dataclass(frozen=True)
@@ -196,3 +206,8 @@ class MergeSettings:
     folds: int = 0
     picture: bool = True
     seed: int = 0
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is merged": "pairs human judge judges",
+        "how": "method power strata missing",
+        "what is written": "name plan",
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 Kind = Literal["sigmoid", "ipo", "cdpo", "dr_dpo", "kto", "mapo", "sft"]
 
@@ -211,7 +211,7 @@ class TrainSettings:
         log_every: steps between lines of metrics.jsonl.
         health: warn when the curves show a symptom (both errors rise, margins are wide, nothing moves, preferences are reversed, held-out
             loss rises), or stop the run there; the last checkpoint is kept.
-        device: cpu forces the CPU; None lets accelerate choose.
+        device: cpu forces the CPU, cuda refuses to train without a GPU; None lets accelerate choose.
         smoke: try these settings: three steps on the CPU on a tiny random model of this architecture and random pairs; nothing is kept.
     """
 
@@ -233,8 +233,13 @@ class TrainSettings:
     keep_checkpoints: int = 2
     log_every: int = 10
     health: Literal["warn", "stop", "off"] = "warn"
-    device: Literal["cpu"] | None = None
+    device: Literal["cpu", "cuda"] | None = None
     smoke: Literal["sd15", "sd21", "sdxl"] | None = None
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is trained, on what": "model data.pairs data.targets out",
+        "how": "lora.rank objective.kind objective.beta optim.learning_rate optim.steps",
+        "trying it first": "smoke",
+    }
 
 
 @dataclass(frozen=True)
@@ -275,6 +280,11 @@ class ExportSettings:
     card: bool = False
     results: Path | None = None
     arm: str | None = None
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is exported": "source checkpoint strength rank add",
+        "what is written": "out format dtype",
+        "the model card": "card results",
+    }
 
 
 @dataclass(frozen=True)
@@ -290,3 +300,7 @@ class InspectSettings:
     path: Path
     hash: bool | None = None
     json: bool = False
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is looked at": "path",
+        "what is printed": "hash json",
+    }

@@ -138,7 +138,7 @@ def read_settings(run: Path) -> dict[str, Any]:
     """
     file = run / "settings.yaml"
     if not file.is_file():
-        raise UserError(f"{run}: no run folder (it has no settings.yaml)")
+        raise UserError(f"{run}: no run folder (it has no settings.yaml); `dedpo train --out {run}` makes one")
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 

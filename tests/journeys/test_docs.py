@@ -255,7 +255,7 @@ def test_command_lines_parse(block, monkeypatch):
 def test_options_in_the_text_exist():
     hooks = site()
     options = {name for stage in cli.STAGES for name, *_ in hooks.options_of(hooks.read_stage(stage).settings)}
-    options |= {flag for stage in cli.STAGES for flag in hooks.read_stage(stage).flags} | {"config", "help"}
+    options |= {flag for stage in cli.STAGES for flag in hooks.read_stage(stage).flags} | {"config", "help", "help_all"}
     groups = {name.partition(".")[0] for name in options if "." in name}
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.M | re.S)

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.parser import Parser
 from dedpo_diffusion.evaluation.benchmarks import study
 from dedpo_diffusion.evaluation.benchmarks.study import Block, StudySettings, cells
 from dedpo_diffusion.evaluation.benchmarks.study_report import at_best, choose_default, recovered, regrets, summarise, tables
@@ -67,14 +68,7 @@ def test_what_is_unknown_is_refused(block, words):
 
 
 def test_the_config_does_all_seeds_of_its_main_cells_first():
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser()
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(StudySettings)
-    given = vars(parser.instantiate_classes(parser.parse_args(["--config", str(CONFIG), "--work", "work"])))
-    given.pop("config")
-    found = cells(StudySettings(**given))
+    found = cells(Parser(StudySettings).parse(["--config", str(CONFIG), "--work", "work"]))
     first = found[1:71]
     assert {(cell.arm, cell.seed) for cell in first} == {(arm, seed) for arm in study.world.ARMS[1:] for seed in range(10)}
     assert {cell.judge for cell in first} == {"none", "clip"} and {cell.share for cell in first} == {0.0, 0.05, 1.0}

@@ -16,7 +16,7 @@ from support.pictures import write_pairs
 from support.training import arguments, metrics, train_into
 
 IMPORTED = [  # by the server that the runs are forked from, so that a start does not cost their seconds
-    *("support.training", "torch.utils.tensorboard", "pandas", "jsonargparse", "docstring_parser", "typeshed_client"),
+    *("support.training", "torch.utils.tensorboard", "pandas", "docstring_parser"),
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
 ]
