@@ -24,7 +24,7 @@ unbiased up to terms of order 1 / labels. Several judges have one power each; st
     exact.py       the power from whole gradients: a slow reference
 
 Public: merge_labels, Merged, power_cap, estimate_propensity, inverse_propensity, group_strata.
-May import: nothing of this project.
+May import: core.
 """
 
 from __future__ import annotations

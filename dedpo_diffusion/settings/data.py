@@ -92,6 +92,8 @@ class VoteSettings:
         token: the token to ask for; None makes one when it is needed.
         allow: further host names that browsers may call this server by.
         export_only: write the label file from the votes so far, and stop; of two sample folders, also tell which is ahead.
+        until: stop by itself once there are so many answers, those of earlier runs among them; None goes on until Ctrl-C.
+        open: show the page in this machine's browser, if it has a screen.
     """
 
     folders: list[Path]
@@ -108,6 +110,8 @@ class VoteSettings:
     token: str | None = None
     allow: list[str] = field(default_factory=list)
     export_only: bool = False
+    until: int | None = None
+    open: bool = False
 
 
 @dataclass(frozen=True)
