@@ -18,13 +18,14 @@ LARGE = 1024
 class Known:
     """What is known of a journey's data: counted where it is there, told by the settings where it is not, None where nobody knows.
 
-    `folder` is the pair dataset; `proposed` the pairs that will be proposed; `answers` how many people's answers there will be, or a share of
-    the pairs below 1.
+    `folder` is the pair dataset; `proposed` the pairs that will be proposed; `answers` how many answers of people are waited for,
+    `share` the share of the pairs that simulated people label.
     """
 
     folder: Path
     proposed: int | None
-    answers: float | None
+    answers: int | None
+    share: float | None
 
     def pairs(self) -> int | None:
         """How many pairs there are, or will be."""
@@ -39,11 +40,9 @@ class Known:
         if "human" in label_names(self.folder):
             return len(read_labels(self.folder, "human", extras=()).pair_id)
         pairs = self.pairs()
-        if self.answers is None:
-            return None
-        if 0 < self.answers < 1:
-            return None if pairs is None else round(self.answers * pairs)
-        return int(self.answers if pairs is None else min(self.answers, pairs))
+        if self.share is not None:
+            return None if pairs is None else round(self.share * pairs)
+        return self.answers if pairs is None or self.answers is None else min(self.answers, pairs)
 
     def images(self) -> str:
         """The images of all pairs, in words."""
@@ -53,9 +52,9 @@ class Known:
 
 def known_of(settings: AlignSettings, folder: Path) -> Known:
     """What is known before the first step."""
-    answers = settings.human_share if settings.people == "simulated" else settings.votes or None
     prompts = prompt_count(settings.prompts, settings.limit)
-    return Known(folder, None if prompts is None else prompts * (settings.images_per_prompt // 2), answers)
+    proposed = None if prompts is None else prompts * (settings.images_per_prompt // 2)
+    return Known(folder, proposed, settings.votes or None, settings.human_share)
 
 
 def prompt_count(source: str | None, limit: int | None) -> int | None:

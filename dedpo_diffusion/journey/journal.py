@@ -175,9 +175,8 @@ class Journal:
         why = self._change(step, held)
         if why:
             if step.redo == "refuse":
-                raise UserError(
-                    f"{why} since {step.outputs[0]} was made, and people's answers may hang on it; choose another --out, or remove {self.out}"
-                )
+                what = f"{why} since {step.outputs[0]} was made, and people's answers may hang on it"
+                raise UserError(f"{what}; choose another --out, or remove {self.out}")
             return Found(True, why, made if step.redo == "replace" else ())
         missing = [path for path in step.outputs if not path.exists()]
         whole = held["done"] or step.redo == "refuse"  # these appear when all of it is there

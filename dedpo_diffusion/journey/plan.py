@@ -130,6 +130,7 @@ def steps(route: Route, known: costs.Known) -> Iterator[Step]:
 def pair_steps(route: Route, known: costs.Known) -> Iterator[Step]:
     """Pairs, looked at and labelled by judges."""
     s, data = route.settings, route.pairs
+    argv: tuple[str, ...]
     if s.prompts is not None:
         source, limit = route.prompts("proposed")
         options = ["--prompts", source, "--out", str(data), "--seed", str(s.seed), "--images_per_prompt", str(s.images_per_prompt)]
@@ -147,7 +148,7 @@ def pair_steps(route: Route, known: costs.Known) -> Iterator[Step]:
         )  # fmt: skip
     report = s.out / "validate.json"
     made = (report, report.with_suffix(".html"))
-    inputs = (data / "pairs",)
+    inputs: tuple[Path, ...] = (data / "pairs",)
     yield Step("validate", "validate", (str(data), "--out", str(report)), inputs, (report,), made, cost=f"decodes {known.images()}")
     judges = route.judges()
     together = [spec for name, spec in judges.items() if not spec.startswith("http=")]
@@ -166,6 +167,7 @@ def people_steps(route: Route, known: costs.Known) -> Iterator[Step]:
     """People's answers: asked for in the page, or the simulated people's."""
     s, data = route.settings, route.pairs
     human = route.label("human")
+    argv: tuple[str, ...]
     if s.people == "simulated":
         argv = ("--share", f"{s.human_share:g}", "--seed", str(s.seed))
         yield Step("human", "human", argv, (data / "pairs",), (human,), (human,), cost=f"about {known.labels()} answers, in seconds")
@@ -256,7 +258,7 @@ def verdict_steps(route: Route, known: costs.Known) -> Iterator[Step]:
     options = ["--primary", s.held_out[0], *listed("held_out", s.held_out)] if s.held_out else []
     options += listed("runs", [s.out / "runs" / method for method in s.methods])
     options += listed("targets", [route.targets(method) for method in s.methods])
-    made = (report, results, s.out / "contact_sheet.png", s.out / "frontier.png")
+    made: tuple[Path, ...] = (report, results, s.out / "contact_sheet.png", s.out / "frontier.png")
     inputs = (*scores, *told, *(route.targets(method) for method in s.methods))
     yield Step(
         "compare", "compare", (*places, "--out", str(report), "--seed", str(s.seed), *options), inputs, made[:2], made,
