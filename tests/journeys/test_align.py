@@ -24,7 +24,8 @@ from support.voting import client_of, post
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
-    "--model", "shapes", "--prompts", "shapes", "--limit", "24", "--judges", "oracle_clean", "--people", "simulated", "--human_share", "0.5",
+    "--model", "shapes", "--prompts", "shapes", "--limit", "24", "--judges", "oracle_clean", "--people", "simulated",
+    "--human_share", "0.5",
     "--methods", "naive", "--recipe", "shapes_lora.yaml", "--steps", "2", "--strengths", "1", "2", "--eval_prompts", "shapes",
     "--eval_limit", "4", "--eval_seeds", "1", "--scorers", "oracle_reward", "--sampler_steps", "2", "--batch", "12", "--device", "cpu",
 ]  # fmt: skip
