@@ -11,6 +11,7 @@ from importlib import import_module
 
 STAGES = {
     "quickstart": ("pipelines.quickstart", "the whole journey on the embedded world, on a CPU, in minutes"),
+    "align": ("pipelines.align", "the whole journey on your own model, by one file of settings"),
     "ingest": ("pipelines.ingest", "a public preference format, or your own table -> a pair dataset"),
     "propose": ("pipelines.propose", "pairs from a model's own images"),
     "validate": ("pipelines.validate", "what a pair dataset holds, and what training would trip over"),

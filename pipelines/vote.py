@@ -12,10 +12,13 @@ sample folders lie in the second, `ARM/votes`, and make no labels; `dedpo compar
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import secrets
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +31,7 @@ from dedpo_diffusion.voting.opening import Voting, open_pairs, voting_name
 if TYPE_CHECKING:
     from dedpo_diffusion.voting.server import Hosts
 
+LOOK_EVERY, LINGER = 0.3, 1.5  # seconds: between two counts of the answers, and from the last one to the end
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -42,6 +46,8 @@ def check_settings(settings: VoteSettings) -> None:
             raise UserError(f"--{name} is {getattr(settings, name)}; it must be from {low} to 1")
     if not 0 <= settings.port <= 65535:
         raise UserError(f"--port is {settings.port}; it must be from 0 to 65535")
+    if settings.until is not None and settings.until < 1:
+        raise UserError(f"--until is {settings.until}; give the number of answers to stop at, 1 or more")
     if settings.judges and settings.order != "disagreement":
         raise UserError("--judges is for --order disagreement; leave one out, or give the other")
     if voting_name(settings) in settings.judges:
@@ -110,7 +116,7 @@ def introduce(settings: VoteSettings, voting: Voting, port: int, token: str | No
 
 
 def serve(settings: VoteSettings, voting: Voting) -> None:
-    """Serve the page until Ctrl-C or SIGTERM."""
+    """Serve the page until Ctrl-C or SIGTERM, or until there are as many answers as are wanted."""
     import uvicorn
 
     from dedpo_diffusion.voting.server import create_app
@@ -123,9 +129,46 @@ def serve(settings: VoteSettings, voting: Voting) -> None:
         server_header=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = uvicorn.Server(config)
-    with listen(settings) as listener, _stopping(server):
+    if settings.until is not None and voting.service.session()["votes"] >= settings.until:
+        say(f"{settings.until} answers are there already")
+        return
+    with listen(settings) as listener, _stopping(server), _until(settings, voting, server):
         introduce(settings, voting, listener.getsockname()[1], token)
+        if settings.open:
+            show(f"http://{in_address(settings.host)}:{listener.getsockname()[1]}/" + ("" if token is None else f"?token={token}"))
         server.run(sockets=[listener])
+
+
+@contextmanager
+def _until(settings: VoteSettings, voting: Voting, server: Any) -> Iterator[None]:
+    """End the server a moment after the last answer that was asked for, so that its page still hears of it."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(LOOK_EVERY):
+            if voting.service.session()["votes"] >= (settings.until or 0):
+                say(f"{settings.until} answers are there")
+                done.wait(LINGER)
+                server.should_exit = True
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if settings.until is not None:
+        watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if settings.until is not None:
+            watcher.join()
+
+
+def show(url: str) -> None:
+    """Open an address in a browser with windows; a text browser would take this terminal."""
+    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        import webbrowser
+
+        webbrowser.open(url)
 
 
 @contextmanager

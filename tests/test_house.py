@@ -30,6 +30,7 @@ FLOORS = (  # from the ground up; a room imports from lower floors alone
     ("sampling", "shapes"),
     ("judges",),
     ("training",),
+    ("journey",),
     ("evaluation",),
     ("pipelines",),
 )

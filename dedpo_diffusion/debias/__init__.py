@@ -23,7 +23,7 @@ unbiased up to terms of order 1 / labels. Several judges have one power each.
     propensity.py  probabilities of being labelled, estimated
 
 Public: merge_labels, Merged, power_cap, estimate_propensity, inverse_propensity.
-May import: nothing of this project.
+May import: core.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 Field descriptions are the command line's help. Paths are relative to the working folder.
 
 Public: TrainSettings, MergeSettings, LabelSettings and the others, one a stage.
-May import: nothing of this project.
+May import: core.
 """
 
 from __future__ import annotations
 
+from dedpo_diffusion.settings.align import AlignSettings, QuickstartSettings
 from dedpo_diffusion.settings.data import IngestSettings, ProposeSettings, ValidateSettings, VoteSettings
-from dedpo_diffusion.settings.evaluation import CompareSettings, QuickstartSettings, SampleSettings, ScoreSettings
+from dedpo_diffusion.settings.evaluation import CompareSettings, SampleSettings, ScoreSettings
 from dedpo_diffusion.settings.labelling import (
     CalibrateSettings,
     LabelSettings,
@@ -30,6 +31,7 @@ from dedpo_diffusion.settings.training import (
 )
 
 __all__ = [
+    "AlignSettings",
     "CalibrateSettings",
     "CompareSettings",
     "DataSettings",

@@ -102,6 +102,8 @@ class VoteSettings:
         token: the token to ask for; None makes one when it is needed.
         allow: further host names that browsers may call this server by.
         export_only: write the label file from the votes so far, and stop; of two sample folders, also tell which is ahead.
+        until: stop by itself once there are so many answers, those of earlier runs among them; None goes on until Ctrl-C.
+        open: show the page in this machine's browser, if it has a screen.
     """
 
     folders: list[Path]
@@ -118,10 +120,13 @@ class VoteSettings:
     token: str | None = None
     allow: list[str] = field(default_factory=list)
     export_only: bool = False
+    until: int | None = None
+    open: bool = False
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what is asked": "folders order judges",
         "whose answers": "name overlap repeats",
-        "where the page is": "host port share",
+        "where the page is": "host port share open",
+        "when it ends": "until",
         "without the page": "export_only",
     }
 

@@ -1,4 +1,4 @@
-"""Settings of the stages that sample and judge, and of the quickstart."""
+"""Settings of the stages that sample and judge."""
 
 from __future__ import annotations
 
@@ -121,31 +121,4 @@ class CompareSettings:
         "what is compared": "folders primary held_out choose_by",
         "what the report shows beside": "runs targets",
         "what is written": "out",
-    }
-
-
-@dataclass(frozen=True)
-class QuickstartSettings:
-    """The whole journey on the embedded world.
-
-    Args:
-        out: folder for everything that is made.
-        seed: seed of every draw.
-        pairs: how many pairs the base model proposes.
-        human_share: share of pairs that the simulated human labels.
-        steps: optimizer steps of each arm.
-        eval_prompts: prompts of the evaluation, spread over the 144 that there are.
-        eval_seeds: images per prompt in the evaluation.
-    """
-
-    out: Path = Path("quickstart")
-    seed: int = 0
-    pairs: int = 800
-    human_share: float = 0.25
-    steps: int = 250
-    eval_prompts: int = 144
-    eval_seeds: int = 3
-    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
-        "how much": "pairs human_share steps eval_prompts eval_seeds",
-        "what is written": "out seed",
     }

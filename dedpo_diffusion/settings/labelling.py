@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dedpo_diffusion.core.defaults import DEFAULT_METHOD
+
 
 @dataclass(frozen=True)
 class VlmSettings:
@@ -188,7 +190,7 @@ class MergeSettings:
     """
 
     pairs: Path
-    method: Literal["human_only", "naive", "dedpo", "tuned", "adapted"] = "tuned"
+    method: Literal["human_only", "naive", "dedpo", "tuned", "adapted"] = DEFAULT_METHOD
     judge: str | None = None
     judges: list[str] = field(default_factory=list)
     human: str = "human"

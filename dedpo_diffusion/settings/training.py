@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dedpo_diffusion.core.defaults import DEFAULT_METHOD
+
 Kind = Literal["sigmoid", "ipo", "cdpo", "dr_dpo", "kto", "mapo", "sft"]
 
 
@@ -57,7 +59,7 @@ class DataSettings:
     """
 
     pairs: Path
-    targets: str = "tuned"
+    targets: str = DEFAULT_METHOD
     size: int | None = None
     cache: Path | None = None
     flip: bool = False

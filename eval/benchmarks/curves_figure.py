@@ -58,18 +58,19 @@ class CurvesFigure:
 
 def make_pairs(settings: CurvesFigure, name: str, count: int, seed: int) -> Path:
     """Pairs of the base model's images, all of them answered by the simulated human."""
+    from dedpo_diffusion.core.files import write_text
     from dedpo_diffusion.pipelines import propose
-    from dedpo_diffusion.pipelines.quickstart import SAMPLER, ask_the_human, call, write_prompts
-    from dedpo_diffusion.settings import QuickstartSettings
+    from dedpo_diffusion.pipelines.align import call
+    from dedpo_diffusion.shapes.people import answer_share, drawn_prompts
 
-    quickstart = QuickstartSettings(out=settings.work / name, seed=seed, pairs=count, human_share=1.0)
-    pairs = quickstart.out / "data"
-    quickstart.out.mkdir(parents=True, exist_ok=True)
+    pairs, prompts = settings.work / name / "data", settings.work / name / "prompts-training.txt"
+    pairs.parent.mkdir(parents=True, exist_ok=True)
+    options = ["--steps", "12", "--guidance", "1.5", "--batch", "48", "--device", "cpu"]
     if not (pairs / "pairs").exists():
-        prompts, _ = write_prompts(quickstart)
-        call(propose.main, "propose", "--model", "shapes", "--prompts", prompts, "--out", pairs, "--seed", 10_000 * seed, *SAMPLER)
+        write_text(prompts, "\n".join(drawn_prompts(count, seed)) + "\n")
+        call(propose.main, "propose", "--model", "shapes", "--prompts", prompts, "--out", pairs, "--seed", 10_000 * seed, *options)
     if not (pairs / "labels" / "human.parquet").exists():
-        ask_the_human(pairs, quickstart)
+        answer_share(pairs, 1.0, seed)
     return pairs
 
 
@@ -78,7 +79,7 @@ def make_targets(pairs: Path, seed: int) -> None:
     from dedpo_diffusion.core.records import Labels
     from dedpo_diffusion.labels.files import label_names, read_labels, write_labels
     from dedpo_diffusion.pipelines import label, merge
-    from dedpo_diffusion.pipelines.quickstart import call
+    from dedpo_diffusion.pipelines.align import call
 
     if "pickscore" not in label_names(pairs):
         judge = files("dedpo_diffusion.shapes") / "model" / "judge"
@@ -98,7 +99,7 @@ def train_run(settings: CurvesFigure, name: str, pairs: Path, held_out: Path) ->
     """One of RUNS, with its validations."""
     from dedpo_diffusion.core.files import write_text
     from dedpo_diffusion.pipelines import train
-    from dedpo_diffusion.pipelines.quickstart import call
+    from dedpo_diffusion.pipelines.align import call
     from dedpo_diffusion.shapes.world import VOCABULARY
 
     prompts, run = settings.work / "prompts.txt", settings.work / "runs" / name

@@ -55,7 +55,7 @@ class Pool:
 def make_pool(work: Path, pairs: int) -> Pool:
     """Propose the pool (seed 0), label it with the carried judge, measure it, and ask the oracle; what is there already is kept."""
     from dedpo_diffusion.pipelines import label, propose
-    from dedpo_diffusion.pipelines.quickstart import call
+    from dedpo_diffusion.pipelines.align import call
 
     folder, prompts = work / "pool", work / "prompts.txt"
     work.mkdir(parents=True, exist_ok=True)

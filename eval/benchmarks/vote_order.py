@@ -89,8 +89,8 @@ def run(settings: OrderSettings) -> None:
     """Compare orders of asking at the same number of answers."""
     from dedpo_diffusion.labels.files import align, read_labels
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.pipelines.quickstart import true_rewards
     from dedpo_diffusion.shapes.oracle import preference
+    from dedpo_diffusion.shapes.people import true_rewards
 
     reader = PairReader(settings.pairs)
     ids = reader.ids()

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dedpo_diffusion.core.defaults import DEFAULT_METHOD
 from dedpo_diffusion.models.loading import resolve_model
 from dedpo_diffusion.pipelines import quickstart
 
@@ -30,16 +31,20 @@ assert not any(name.startswith("dedpo") for name in sys.modules)
 """
 
 
+SMALL = ["--pairs", "48", "--human_share", "0.25", "--steps", "6", "--strengths", "1", "2", "--eval_prompts", "16", "--eval_seeds", "1"]
+ARMS = quickstart.arms(DEFAULT_METHOD)
+
+
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory):
     out = tmp_path_factory.mktemp("journey") / "out"
-    assert quickstart.main(["--out", str(out), "--pairs", "48", "--steps", "6", "--eval_prompts", "16", "--eval_seeds", "1"]) == 0
+    assert quickstart.main(["--out", str(out), *SMALL]) == 0
     return out
 
 
 def test_results_have_every_key(journey):
     results = json.loads((journey / "results.json").read_text())
-    for arm in ("base", "human_only", "naive", "tuned"):
+    for arm in ("base", *ARMS):
         for name in ("oracle_reward", "gain_over_base", "win_rate_vs_base"):
             entry = results["arms"][arm][name]
             low, high = entry["ci"]
@@ -52,10 +57,22 @@ def test_results_have_every_key(journey):
     stages = {"propose", "human", "label", "merge", "train", "export", "sample", "score", "compare", "total"}
     assert stages <= set(results["seconds"])
     assert results["n_images"] == 16
+    assert results["default"] == DEFAULT_METHOD
+    for arm in ARMS:
+        assert results["arms"][arm]["best_strength"] in (1, 2)
+        assert {"mean", "ci"} <= set(results["arms"][arm]["gain_at_best_strength"])
+    assert set(results["default_minus"]) == set(ARMS) - {DEFAULT_METHOD}
+    assert all({"mean", "ci"} <= set(entry) for entry in results["default_minus"].values())
+
+
+def test_there_are_three_arms_whatever_the_default():
+    assert quickstart.arms("tuned") == ["tuned", "human_only", "naive"]
+    assert quickstart.arms("adapted") == ["adapted", "human_only", "naive"]
+    assert quickstart.arms("naive") == ["naive", "human_only", "adapted"]
 
 
 def test_every_promised_file_is_there(journey):
-    for name in ("report.html", "contact_sheet.png", "tuned.safetensors", "naive.safetensors", "human_only.safetensors"):
+    for name in ("report.html", "contact_sheet.png", "frontier.png", "aligned.safetensors", *(f"{arm}.safetensors" for arm in ARMS)):
         assert (journey / name).stat().st_size > 1000, name
     page = (journey / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -64,7 +81,10 @@ def test_every_promised_file_is_there(journey):
 
 def test_arms_share_prompt_and_seed(journey):
     columns = ["file", "prompt", "prompt_index", "seed"]
-    tables = [pq.read_table(journey / "samples" / arm / "index.parquet", columns=columns) for arm in ("base", "tuned", "naive")]
+    tables = [
+        pq.read_table(journey / "samples" / arm / "index.parquet", columns=columns)
+        for arm in ("base", "human_only/strength-1", "naive/strength-2")
+    ]
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
 
@@ -76,11 +96,11 @@ def test_human_labels_are_a_quarter_and_the_judge_labels_all(journey):
 
 
 @pytest.mark.slow
-def test_plain_diffusers_reproduces_the_tuned_images(journey, tmp_path):
+def test_plain_diffusers_reproduces_the_images(journey, tmp_path):
     """In a process without this package; the batch differs, so float32 rounding may move a channel by a level or two."""
-    folder = journey / "samples" / "tuned"
+    folder = journey / "samples" / "naive" / "strength-1"
     jobs = pq.read_table(folder / "index.parquet").to_pylist()[:12]
-    arguments = [resolve_model("shapes"), str(journey / "tuned.safetensors"), json.dumps(jobs), str(tmp_path)]
+    arguments = [resolve_model("shapes"), str(journey / "naive.safetensors"), json.dumps(jobs), str(tmp_path)]
     subprocess.run([sys.executable, "-c", PLAIN, *arguments], check=True, cwd=tmp_path)
     for job in jobs:
         ours, theirs = (np.asarray(Image.open(place / job["file"])).astype(int) for place in (folder, tmp_path))
@@ -90,11 +110,11 @@ def test_plain_diffusers_reproduces_the_tuned_images(journey, tmp_path):
 
 def test_the_same_command_again_repeats_nothing(journey, capsys):
     before = {file: file.stat().st_mtime_ns for file in journey.rglob("*.png") if file.name != "contact_sheet.png"}
-    assert quickstart.main(["--out", str(journey), "--pairs", "48", "--steps", "6", "--eval_prompts", "16", "--eval_seeds", "1"]) == 0
+    assert quickstart.main(["--out", str(journey), *SMALL]) == 0
     assert before == {file: file.stat().st_mtime_ns for file in before}
-    assert "dedpo train" not in capsys.readouterr().out
+    assert "$ dedpo" not in capsys.readouterr().out
 
 
 def test_other_settings_in_the_same_folder_are_refused(journey, capsys):
     assert quickstart.main(["--out", str(journey), "--pairs", "50"]) == 2
-    assert "pairs is 48 there, 50 now" in capsys.readouterr().err
+    assert "limit is 48 there, 50 now" in capsys.readouterr().err

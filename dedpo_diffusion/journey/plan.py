@@ -1,0 +1,293 @@
+"""The steps of a journey, in order: propose or ingest, validate, label, vote, calibrate, merge, train, export, sample, score, compare.
+
+Every step is an ordinary stage with its ordinary command line; only the simulated people of Shapes are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.journey import costs
+from dedpo_diffusion.journey.journal import Step
+from dedpo_diffusion.settings import AlignSettings
+
+SHAPES = "shapes"
+LEAST_TAUGHT = 20  # human labels that `dedpo calibrate --method adapt` needs
+EVALUATION_SEED = 1_000_000  # far from the seeds of the proposed pairs
+
+
+def taken_up(pairs: str | None) -> bool:
+    """Whether these pairs are a pair dataset already, which no stage need make."""
+    return pairs is not None and (Path(pairs) / "pairs").is_dir()
+
+
+def listed(option: str, values: Sequence[Any]) -> list[str]:
+    """An option that takes a list, repeated as `dedpo compare` takes it."""
+    return [part for value in values for part in (f"--{option}+", str(value))]
+
+
+def recipe_file(recipe: str) -> Path:
+    """The training recipe: a file, or the name of one that is carried along.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    carried = files("dedpo_diffusion.configs") / (recipe if recipe.endswith(".yaml") else f"{recipe}.yaml")
+    if Path(recipe).is_file():
+        return Path(recipe)
+    if Path(recipe).name == recipe and carried.is_file():
+        return Path(str(carried))
+    raise UserError(f"recipe {recipe}: no such file, and no recipe of that name is carried along (sdxl_lora.yaml is one)")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where everything of a journey lies, and how its settings become options."""
+
+    settings: AlignSettings
+
+    @property
+    def pairs(self) -> Path:
+        """The pair dataset."""
+        return Path(str(self.settings.pairs)) if taken_up(self.settings.pairs) else self.settings.out / "data"
+
+    def own(self, name: str) -> str:
+        """The name of a file that is made in the pair dataset; in one of the user's it bears the journey's name too."""
+        return f"{self.settings.out.resolve().name}-{name}" if taken_up(self.settings.pairs) else name
+
+    def label(self, name: str) -> Path:
+        """A label file."""
+        return self.pairs / "labels" / f"{name}.parquet"
+
+    def targets(self, method: str) -> Path:
+        """The report of a method's targets."""
+        return self.pairs / "targets" / f"{self.own(method)}.json"
+
+    def lora(self, method: str) -> Path:
+        """The LoRA of a method."""
+        return self.settings.out / f"{method}.safetensors"
+
+    def samples(self, arm: str) -> Path:
+        """The sample folder of the base or a method; of several strengths it holds a folder each."""
+        return self.settings.out / "samples" / arm
+
+    def prompts(self, kind: str) -> tuple[str, int | None]:
+        """(source, limit) of the prompts that pairs are "proposed" for, or of the "evaluation"."""
+        s = self.settings
+        given, limit = (s.prompts, s.limit) if kind == "proposed" else (s.eval_prompts, s.eval_limit)
+        return (str(s.out / f"prompts-{kind}.txt"), None) if given == SHAPES else (str(given), limit)
+
+    def judges(self) -> dict[str, str]:
+        """The judges' specifications by the names of their label files."""
+        found: dict[str, str] = {}
+        for spec in self.settings.judges:
+            name = spec.partition("=")[0]
+            number = sum(held.startswith(name) for held in found) + 1
+            found[name if number == 1 else f"{name}-{number}"] = spec
+        return found
+
+    def device(self) -> list[str]:
+        """--device of the stages that take any."""
+        return [] if self.settings.device is None else ["--device", self.settings.device]
+
+    def model(self) -> list[str]:
+        """--model, and the architecture of a single file."""
+        config = [] if self.settings.model_config is None else ["--model_config", self.settings.model_config]
+        return ["--model", self.settings.model, *config]
+
+    def sampler(self) -> list[str]:
+        """How images are sampled: what the settings say, and else what the stages take by themselves."""
+        s = self.settings
+        options = {"steps": s.sampler_steps, "guidance": s.guidance, "size": s.size, "batch": s.batch, "dtype": s.dtype}
+        return [part for name, value in options.items() if value is not None for part in (f"--{name}", f"{value}")] + self.device()
+
+
+def existing(*paths: str | Path | None) -> tuple[Path, ...]:
+    """Those that are files or folders here, and no names of a set or a hub."""
+    return tuple(Path(path) for path in paths if path is not None and Path(path).exists())
+
+
+def steps(route: Route, known: costs.Known) -> Iterator[Step]:
+    """Every step, one after the other; `known` tells what the earlier ones have made, so take each when those before it are done."""
+    s = route.settings
+    yield from pair_steps(route, known)
+    yield from people_steps(route, known)
+    for method in s.methods:
+        yield from merge_steps(route, known, method)
+    for method in s.methods:
+        yield from train_steps(route, known, method)
+    yield from verdict_steps(route, known)
+
+
+# ---- pairs and labels
+
+
+def pair_steps(route: Route, known: costs.Known) -> Iterator[Step]:
+    """Pairs, looked at and labelled by judges."""
+    s, data = route.settings, route.pairs
+    argv: tuple[str, ...]
+    if s.prompts is not None:
+        source, limit = route.prompts("proposed")
+        options = ["--prompts", source, "--out", str(data), "--seed", str(s.seed), "--images_per_prompt", str(s.images_per_prompt)]
+        options += [] if limit is None else ["--limit", str(limit)]
+        argv = (*route.model(), *options, *route.sampler())
+        yield Step(
+            "propose", "propose", argv, existing(source), (data / "pairs",), (data,), redo="refuse", resumes=True,
+            free=("--batch", "--device"), cost=costs.propose(route.settings, known),
+        )  # fmt: skip
+    elif not taken_up(s.pairs):
+        argv = (s.format, str(s.pairs), "--out", str(data))
+        yield Step(
+            "ingest", "ingest", argv, existing(s.pairs), (data / "pairs",), (data,), redo="refuse", resumes=True,
+            cost="reads every image once, and copies it",
+        )  # fmt: skip
+    report = s.out / "validate.json"
+    made = (report, report.with_suffix(".html"))
+    inputs: tuple[Path, ...] = (data / "pairs",)
+    yield Step("validate", "validate", (str(data), "--out", str(report)), inputs, (report,), made, cost=f"decodes {known.images()}")
+    judges = route.judges()
+    together = [spec for name, spec in judges.items() if not spec.startswith("http=")]
+    apart = {name: spec for name, spec in judges.items() if spec.startswith("http=")}  # a server names itself, so it is given a name
+    for name, specs in {"": together, **{name: [spec] for name, spec in apart.items()}}.items():
+        if specs:
+            argv = (str(data), "--with", *specs, *(["--name", name] if name else []), *route.device())
+            outputs = tuple(route.label(made) for made in ([name] if name else [held for held in judges if held not in apart]))
+            yield Step(
+                f"label {name}".strip(), "label", argv, inputs, outputs, outputs, redo="stage", resumes=True,
+                free=("--device",), cost=f"{known.images()}, looked at by {' and '.join(specs)}",
+            )  # fmt: skip
+
+
+def people_steps(route: Route, known: costs.Known) -> Iterator[Step]:
+    """People's answers: asked for in the page, or the simulated people's."""
+    s, data = route.settings, route.pairs
+    human = route.label("human")
+    argv: tuple[str, ...]
+    if s.people == "simulated":
+        argv = ("--share", f"{s.human_share:g}", "--seed", str(s.seed))
+        yield Step("human", "human", argv, (data / "pairs",), (human,), (human,), cost=f"about {known.labels()} answers, in seconds")
+    elif s.votes:
+        argv = (str(data), "--until", str(s.votes), "--open", "true")
+        votes = (data / "votes" / "human.sqlite",)
+        yield Step(
+            "vote", "vote", argv, (data / "pairs",), (human,), votes, redo="stage", resumes=True, free=("--until", "--open"),
+            cost=f"{s.votes} answers of people, about 5 seconds each",
+        )  # fmt: skip
+
+
+# ---- targets
+
+
+def merge_steps(route: Route, known: costs.Known, method: str) -> Iterator[Step]:
+    """Targets by one method; for adapted, first the judge that people teach."""
+    judges = list(route.judges())
+    if method == "adapted":
+        made, step = calibrate_step(route, known)
+        yield step
+        chosen = ["--judge", made] if isinstance(made, str) else ["--judges", ",".join(made)]
+    elif len(judges) == 1:
+        chosen = ["--judge", judges[0]]
+    else:
+        chosen = [] if method == "human_only" else ["--judges", ",".join(judges)]
+    named = chosen[1].split(",") if chosen else []
+    argv = (str(route.pairs), "--method", method, *chosen, "--name", route.own(method))
+    report = route.targets(method)
+    made_files = tuple(report.with_suffix(suffix) for suffix in (".parquet", ".json", ".png"))
+    inputs = (route.pairs / "pairs", route.label("human"), *map(route.label, named))
+    yield Step(f"merge {method}", "merge", argv, inputs, made_files[:2], made_files, cost="seconds")
+
+
+def calibrate_step(route: Route, known: costs.Known) -> tuple[str | list[str], Step]:
+    """The judge that people teach, or, with too few labels to teach one, every judge's temperature; with the names of the labels."""
+    judges, data = list(route.judges()), route.pairs
+    inputs = (data / "pairs", route.label("human"), *map(route.label, judges))
+    head, tail = [str(data), "--judges", *judges], ["--seed", str(route.settings.seed)]
+    if (known.labels() or LEAST_TAUGHT) >= LEAST_TAUGHT:
+        name = route.own("adapt")
+        argv, names = (*head, "--method", "adapt", "--name", name, *tail), [name]
+        cost = f"statistics of {known.images()}, once; then seconds"
+    else:
+        argv, names = (*head, "--method", "temperature", *tail), [f"{judge}-temperature" for judge in judges]
+        cost = f"seconds; {known.labels()} labels are too few to teach a judge ({LEAST_TAUGHT}), so its temperature alone is fitted"
+    made = tuple(route.label(name).with_suffix(suffix) for name in names for suffix in (".parquet", ".json", ".png"))
+    step = Step("calibrate", "calibrate", argv, inputs, made[::3], made, cost=cost)
+    return (names[0] if len(names) == 1 else names), step
+
+
+# ---- LoRAs
+
+
+def train_steps(route: Route, known: costs.Known, method: str) -> Iterator[Step]:
+    """One LoRA: everything but the targets is the same for all methods."""
+    s, run, lora = route.settings, route.settings.out / "runs" / method, route.lora(method)
+    recipe = recipe_file(str(s.recipe))
+    options = ["--data.pairs", str(route.pairs), "--data.targets", route.own(method), "--data.cache", str(s.out / "cache")]
+    options += ["--out", str(run), "--seed", str(s.seed)]
+    options += [] if s.steps is None else ["--optim.steps", str(s.steps)]
+    options += ["--device", "cpu"] if s.device == "cpu" else []
+    options += [part for name, value in s.training.items() for part in (f"--{name}", str(value))]
+    inputs = (route.pairs / "pairs", route.targets(method).with_suffix(".parquet"), recipe, *existing(s.model))
+    yield Step(
+        f"train {method}", "train", ("--config", str(recipe), *route.model(), *options), inputs, (run / "settings.yaml",), (run,),
+        resumes=True, cost=costs.train(s, recipe, known, first=method == s.methods[0]),
+    )  # fmt: skip
+    yield Step(f"export {method}", "export", (str(run), "--out", str(lora)), (run / "checkpoints",), (lora,), (lora,), cost="a LoRA file")
+
+
+def verdict_steps(route: Route, known: costs.Known) -> Iterator[Step]:
+    """Images of the base and of every LoRA at every strength, their scores, the comparison, and the LoRA at its best strength."""
+    s = route.settings
+    folders, arms = [], ["base", *s.methods]
+    for arm in arms:
+        step = sample_step(route, known, arm)
+        folders += [path for path in step.outputs]
+        yield step
+    told = tuple(path.parent / name for path in folders for name in ("identity.json", "settings.yaml"))
+    places = [str(route.samples(arm)) for arm in arms]
+    scores = tuple(path.parent / "scores.parquet" for path in folders)
+    images = costs.evaluation_images(s, known)
+    cost = f"{costs.times(images, len(folders))} images, looked at by {' and '.join(s.scorers)}"
+    argv = (*places, "--with", *s.scorers, *route.device())
+    yield Step("score", "score", argv, told, scores, redo="stage", resumes=True, free=("--device",), cost=cost)
+    report, results = s.out / "report.html", s.out / "results.json"
+    options = ["--primary", s.held_out[0], *listed("held_out", s.held_out)] if s.held_out else []
+    options += listed("runs", [s.out / "runs" / method for method in s.methods])
+    options += listed("targets", [route.targets(method) for method in s.methods])
+    made: tuple[Path, ...] = (report, results, s.out / "contact_sheet.png", s.out / "frontier.png")
+    inputs = (*scores, *told, *(route.targets(method) for method in s.methods))
+    yield Step(
+        "compare", "compare", (*places, "--out", str(report), "--seed", str(s.seed), *options), inputs, made[:2], made,
+        cost="a minute, and a page of about as many megabytes as its pictures",
+    )  # fmt: skip
+    if len(s.strengths) > 1:
+        best, run = s.out / "aligned.safetensors", s.out / "runs" / s.methods[0]
+        argv = (str(run), "--out", str(best), "--strength", "best", "--results", str(results), "--arm", s.methods[0])
+        made = (best, s.out / "README.md")
+        yield Step("export best", "export", argv, (run / "checkpoints", results), (best,), made, cost="a LoRA file, best at strength 1")
+
+
+def sample_step(route: Route, known: costs.Known, arm: str) -> Step:
+    """The images of the base, or of a LoRA at all strengths in one run."""
+    s, out = route.settings, route.samples(arm)
+    source, limit = route.prompts("evaluation")
+    options = ["--prompts", source, "--out", str(out), "--seeds", str(s.eval_seeds), "--seed", str(EVALUATION_SEED + s.seed)]
+    options += [] if limit is None else ["--limit", str(limit)]
+    images = costs.evaluation_images(s, known)
+    made: tuple[Path, ...] = (out,)
+    adapter: list[str] = []
+    if arm != "base":
+        adapter = ["--lora", str(route.lora(arm)), "--strength", *(f"{strength:g}" for strength in s.strengths)]
+        made = tuple(out / f"strength-{strength:g}" for strength in s.strengths) if len(s.strengths) > 1 else made
+        images = costs.times(images, len(s.strengths))
+    inputs = (*existing(source, s.model), *([route.lora(arm)] if arm != "base" else []))
+    step = Step(
+        f"sample {arm}", "sample", (*route.model(), *adapter, *options, *route.sampler()), inputs,
+        tuple(folder / "index.parquet" for folder in made), made, resumes=True, free=("--batch", "--device"),
+        cost=f"{images} images of {s.sampler_steps or 50} steps; {costs.disk_of_images(s, images)}",
+    )  # fmt: skip
+    return replace(step, free=(*step.free, "--strength")) if len(s.strengths) > 1 else step
