@@ -14,6 +14,7 @@ import yaml
 from dedpo_diffusion.core.options import alternatives, field_docs
 
 TRUE, FALSE, NONE = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")
+YAML_FLOATS = {".nan": "nan", ".inf": "inf", "+.inf": "inf", "-.inf": "-inf"}  # stages say what is wrong with them where they do not fit
 
 
 class Misfit(Exception):
@@ -134,7 +135,7 @@ def _plain(node: yaml.ScalarNode, text: str, hint: Any) -> Any:
         return text.lower() in TRUE
     if hint in (int, float):
         try:
-            return hint(text)
+            return hint(YAML_FLOATS.get(text.lower(), text))
         except ValueError:
             pass
     elif hint is not bool and (text or (node.style is not None and hint is str)):

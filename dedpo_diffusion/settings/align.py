@@ -82,7 +82,7 @@ class AlignSettings:
         "what it starts from": "model prompts pairs",
         "labels": "judges votes methods",
         "training": "recipe steps",
-        "judging": "strengths scorers",
+        "judging": "strengths",
         "what is written": "out dry_run",
     }
 

@@ -125,7 +125,7 @@ class VoteSettings:
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what is asked": "folders order judges",
         "whose answers": "name overlap repeats",
-        "where the page is": "host port share open",
+        "where the page is": "host port share",
         "when it ends": "until",
         "without the page": "export_only",
     }

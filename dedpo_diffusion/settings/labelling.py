@@ -210,6 +210,6 @@ class MergeSettings:
     seed: int = 0
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what is merged": "pairs human judge judges",
-        "how": "method power strata missing",
+        "how": "method power missing",
         "what is written": "name plan",
     }

@@ -59,7 +59,8 @@ def registered(monkeypatch):
 
 
 def label(folder, *more: str) -> int:
-    return main([str(folder), "--with", "brightness", "--batch", "3", "--shard", str(SHARD), "--summary", "false", *more])
+    judges = () if "--with" in more else ("--with", "brightness")
+    return main([str(folder), *judges, "--batch", "3", "--shard", str(SHARD), "--summary", "false", *more])
 
 
 def scores(folder, name="brightness"):

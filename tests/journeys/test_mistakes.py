@@ -82,9 +82,9 @@ MISTAKES = {
         ("P --with", "--with needs a value: words, separated by blanks"),
         ("P --wth pickscore", "there is no option --wth; did you mean --with?"),
         ("P --judge pickscore", "there is no option --judge"),
-        ("P --with clip --batch big", f"--batch: 'big' {WHOLE}"),
+        ("P --with clip --batch big", f"--batch: 'big' {WHOLE} or auto"),
         ("P --with clip --summary perhaps", f"--summary: 'perhaps' {BOOL}"),
-        ("P --with clip --dtype bf16", "--dtype: 'bf16' does not fit; it takes one of float32, bfloat16 or float16; did you mean bfloat16?"),  # noqa: E501
+        ("P --with clip --dtype bf16", "--dtype: 'bf16' does not fit; it takes one of auto, float32, bfloat16 or float16; did you mean bfloat16?"),  # noqa: E501
         ("P --with clip --self_training.timesteps 3", "--self_training.timesteps: it takes 2 whole numbers, separated by a blank,"
          " and 1 is given"),
         ("P --with clip --vlm.max_sides 3", "there is no option --vlm.max_sides; did you mean --vlm.max_side?"),
@@ -92,7 +92,7 @@ MISTAKES = {
     "calibrate": [
         ("", "PAIRS is missing: <pairs>"),
         ("P --metod stack", "there is no option --metod; did you mean --method?"),
-        ("P --method stac", "--method: 'stac' does not fit; it takes one of temperature, isotonic, stack or adapt; did you mean stack?"),
+        ("P --method stac", "--method: 'stac' does not fit; it takes one of temperature, stack or adapt; did you mean stack?"),
         ("P --folds few", f"--folds: 'few' {WHOLE}"),
         ("P --invert perhaps", f"--invert: 'perhaps' {BOOL}"),
         ("P --judges", "--judges needs a value: words, separated by blanks"),
@@ -173,7 +173,7 @@ MISTAKES = {
         ("--with pickscore a b", "FOLDERS is missing: <folders>; give it before --with, which takes all words that follow"),
         ("a --with", "--with needs a value: words, separated by blanks"),
         ("a --scorer pickscore", "there is no option --scorer"),
-        ("a --with x --batch many", f"--batch: 'many' {WHOLE}"),
+        ("a --with x --batch many", f"--batch: 'many' {WHOLE} or auto"),
         ("a --with x --embeddings maybe", f"--embeddings: 'maybe' {BOOL}"),
         ("a --with x --embedding true", "there is no option --embedding; did you mean --embeddings?"),
         ("a --with x --device cudo", "--device cudo: there is no such device; it takes cpu, cuda or cuda:0"),

@@ -248,7 +248,7 @@ def test_weights_that_the_model_has_no_place_for_are_counted(judge, tmp_path, ca
     [
         ("pikscore", 4, r"no scorer 'pikscore'; known: pickscore, clip, hps, aesthetic, http, oracle_reward"),
         ("oracle_reward=here", 4, "has no location"),
-        ("pickscore=/no/such/folder", 4, "/no/such/folder is no folder"),
+        ("pickscore=/no/such/folder", 4, "/no/such/folder: no such folder"),
         ("oracle_reward", 0, "batch is 0"),
     ],
 )

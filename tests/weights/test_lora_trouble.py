@@ -206,14 +206,6 @@ def test_damaged_files_of_folders_are_told_in_words(tiny_model, tiny_pairs, tmp_
     for text in ("a: [", "3", "model: x\ndata: {}\nobjective: {}\nlora: {alpha: x}\n"):
         (run / "settings.yaml").write_text(text)
         assert "settings.yaml: " in refused(capsys, run, "--out", out)
-    samples = tmp_path / "samples"
-    samples.mkdir()
-    (samples / "settings.yaml").write_text("steps: 2\n")
-    (samples / "index.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"index\.parquet: cannot be read"):
-        inspect_path(samples)
-    save_file({"embeddings": torch.ones(2, 2)}, tmp_path / "e.safetensors", metadata={"version": "v", "images": "i", "files": "3"})
-    assert "cannot be read" in inspect_path(tmp_path / "e.safetensors")["warnings"][0]
 
 
 def test_a_width_for_each_block_tells_the_base(tmp_path):
