@@ -53,7 +53,7 @@ SMALL = {  # appended to command lines: the same, in little time
     "compare": "--resamples 200",
 }
 FOREIGN = {"multi_gpu", "num_processes", "config_file", "nproc_per_node", "cpu", "strict"}  # options of other programs
-PENDING: set[str] = {"dry_run"}  # options that pages name and no stage has yet
+PENDING: set[str] = set()  # options that pages name and no stage has yet
 
 
 @dataclass(frozen=True)
