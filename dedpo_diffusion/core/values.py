@@ -146,7 +146,7 @@ def _plain(node: yaml.ScalarNode, text: str, hint: Any) -> Any:
 def _several(node: yaml.Node, hint: Any, origin: Any, inside: tuple[Any, ...]) -> Any:
     if not isinstance(node, yaml.SequenceNode):
         raise _misfit(node, f"it takes {needed(hint)}")
-    every = [inside[0]] * len(node.value) if origin is list else list(inside)
+    every = [inside[0]] * len(node.value) if origin is list or inside[-1] is Ellipsis else list(inside)
     if len(every) != len(node.value):
         raise _misfit(node, f"it takes {needed(hint)}, and {len(node.value)} {'is' if len(node.value) == 1 else 'are'} given")
     return origin(value(part, kind) for part, kind in zip(node.value, every, strict=True))

@@ -295,7 +295,7 @@ def test_people_answer_over_http_and_the_journey_goes_on_by_itself(tmp_path):
     own = [part for part in arguments(out) if part not in ("--people", "simulated", "--human_share", "0.5")]
     log = open(tmp_path / "log", "w+")  # noqa: SIM115
     env = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")} | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([*own, "--votes", "6", "--strengths", "1"], stdout=log, stderr=subprocess.STDOUT, env=env)
+    process = subprocess.Popen([*own, "--votes", "6"], stdout=log, stderr=subprocess.STDOUT, env=env)
     try:
         url = None
         while url is None:
