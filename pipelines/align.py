@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from dedpo_diffusion.journey.journal import Journal, Step
     from dedpo_diffusion.journey.plan import Route
 
-METHODS = ("human_only", "naive", "dedpo", "tuned", "adapted")
 LABEL_FACTS = ("n", "n_human", "agreement", "power", "effective_human_labels")  # of a targets' report, told in results.json
 INTERRUPTED, ENDED = 130, 143  # exit codes of a stage
 
@@ -90,6 +89,7 @@ def _check_people(settings: AlignSettings) -> None:
 
 
 def _check_methods(settings: AlignSettings) -> None:
+    from dedpo_diffusion.debias import METHODS
     from dedpo_diffusion.journey.plan import recipe_file
 
     unknown = [name for name in settings.methods if name not in METHODS]
@@ -253,13 +253,13 @@ def memory_words(settings: AlignSettings) -> str:
     """The GPU memory of training by the recipe, as far as it can be computed."""
     import yaml
 
+    from dedpo_diffusion.core.recipes import recipe_files
     from dedpo_diffusion.evaluation.benchmarks.memory import MODELS, OVERHEAD, by_config
     from dedpo_diffusion.journey.plan import recipe_file
 
     recipe = recipe_file(str(settings.recipe))
     told = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    carried = recipe.parent == recipe_file("shapes_lora.yaml").parent
-    if not carried or told.get("model") not in MODELS:
+    if recipe not in recipe_files().values() or told.get("model") not in MODELS:
         return "not known for this recipe"
     if not settings.memory:
         return "--memory true computes it, in a minute or two"

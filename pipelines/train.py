@@ -17,7 +17,6 @@ from dedpo_diffusion.core.console import Progress, UserError, say, say_next, sta
 from dedpo_diffusion.core.pace import Forecast
 from dedpo_diffusion.settings import OptimSettings, TrainSettings
 
-STEP_OPTIONS = ("beta", "kind", "options", "margin_cap", "balance", "balance_clip", "balance_tempering")  # of `preference_step`
 NOTED = {"loss": "loss", "implicit accuracy": "implicit_accuracy"}  # beside the progress, by their key in a line of metrics
 
 if TYPE_CHECKING:
@@ -199,7 +198,7 @@ def learn(session: Session, loaded: Loaded) -> tuple[StepResult, PairBatch, Tens
     batch, draws = session.loader.batch(loaded, model)
     if adaptive is not None:
         batch = adaptive.apply(batch, loaded.places)
-    options = {name: getattr(session.settings.objective, name) for name in STEP_OPTIONS}
+    options = session.settings.objective.step_options()
     with accelerator.accumulate(model.policy):
         factor = session.timesteps.weights(model.process, draws.timesteps)
         result = preference_step(model, batch, timesteps=draws.timesteps, noise=draws.noise, timestep_weight=factor, **options)

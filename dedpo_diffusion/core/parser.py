@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import yaml
 
 from dedpo_diffusion.core.errors import UserError
-from dedpo_diffusion.core.options import Option, find_options, near
+from dedpo_diffusion.core.options import Option, alternatives, find_options, near
 from dedpo_diffusion.core.recipes import find_config
-from dedpo_diffusion.core.values import Misfit, composed, value, word_value, words_value
+from dedpo_diffusion.core.values import Misfit, composed, needed, value, word_value, words_value
 
 S = TypeVar("S")
 NUMBER = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?$|-inf$", re.I)
@@ -78,15 +78,17 @@ class Parser:
 
     # ---- options
 
+    def _known(self, name: str) -> Option | None:
+        """An option by its name or its field's, or an entry of one that is a table."""
+        return self.options.get(name) or self.options.get(self.fields.get(name, "")) or self._of_table(name)
+
     def _find(self, name: str) -> tuple[Option, bool]:
-        option = self.options.get(name) or self.options.get(self.fields.get(name, ""))
+        option = self._known(name)
         if option is None and name.endswith("+"):
             option = self._find(name[:-1])[0]
             if not option.many:
                 raise UserError(f"{option.shown} takes one value, so nothing can be added to it; leave the + out")
             return option, True
-        if option is None and self._of_table(name) is not None:
-            return typing.cast(Option, self._of_table(name)), False
         if option is None:
             shown = name if name.startswith("-") else f"--{name}"
             meant = [f"--{other}" for other in near(name.lstrip("-"), self.options, self.settings)]
@@ -166,7 +168,7 @@ class Parser:
             raise Misfit("this must be a table of settings, such as `seed: 0`", _line(node), where)
         for key, part in node.value:
             name = ".".join(filter(None, (where, str(key.value))))
-            option = self.options.get(name) or self.options.get(self.fields.get(name, "")) or self._of_table(name)
+            option = self._known(name)
             if option is None:
                 meant = near(name, self.options, self.settings)
                 shown = [other.removeprefix(f"{where}.") if where else other for other in meant]
@@ -225,8 +227,6 @@ def _needs(word: str | None, shown: str, what: str) -> str:
 
 def _taken(option: Option, words: list[str]) -> list[str]:
     """The words behind an option that belong to it."""
-    from dedpo_diffusion.core.values import alternatives, needed
-
     if option.many:
         found = []
         while (word := _next(words)) is not None:

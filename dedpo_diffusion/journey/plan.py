@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.recipes import recipe_files
 from dedpo_diffusion.journey import costs
 from dedpo_diffusion.journey.journal import Step
+from dedpo_diffusion.sampling.strength_folders import PREFIX, strength_folder
 from dedpo_diffusion.settings import AlignSettings
 
 SHAPES = "shapes"
-LEAST_TAUGHT = 20  # human labels that `dedpo calibrate --method adapt` needs
 EVALUATION_SEED = 1_000_000  # far from the seeds of the proposed pairs
 
 
@@ -37,11 +37,11 @@ def recipe_file(recipe: str) -> Path:
     Raises:
         UserError: there is none of this name.
     """
-    carried = files("dedpo_diffusion.configs") / (recipe if recipe.endswith(".yaml") else f"{recipe}.yaml")
     if Path(recipe).is_file():
         return Path(recipe)
-    if Path(recipe).name == recipe and carried.is_file():
-        return Path(str(carried))
+    carried = recipe_files().get(recipe.removesuffix(".yaml"))
+    if carried is not None:
+        return carried
     raise UserError(f"recipe {recipe}: no such file, and no recipe of that name is carried along (sdxl_lora.yaml is one)")
 
 
@@ -204,16 +204,18 @@ def merge_steps(route: Route, known: costs.Known, method: str) -> Iterator[Step]
 
 def calibrate_step(route: Route, known: costs.Known) -> tuple[str | list[str], Step]:
     """The judge that people teach, or, with too few labels to teach one, every judge's temperature; with the names of the labels."""
+    from dedpo_diffusion.labels.adaptation import LEAST
+
     judges, data = list(route.judges()), route.pairs
     inputs = (data / "pairs", route.label("human"), *map(route.label, judges))
     head, tail = [str(data), "--judges", *judges], ["--seed", str(route.settings.seed)]
-    if (known.labels() or LEAST_TAUGHT) >= LEAST_TAUGHT:
+    if (known.labels() or LEAST) >= LEAST:
         name = route.own("adapt")
         argv, names = (*head, "--method", "adapt", "--name", name, *tail), [name]
         cost = f"statistics of {known.images()}, once; then seconds"
     else:
         argv, names = (*head, "--method", "temperature", *tail), [f"{judge}-temperature" for judge in judges]
-        cost = f"seconds; {known.labels()} labels are too few to teach a judge ({LEAST_TAUGHT}), so its temperature alone is fitted"
+        cost = f"seconds; {known.labels()} labels are too few to teach a judge ({LEAST}), so its temperature alone is fitted"
     made = tuple(route.label(name).with_suffix(suffix) for name in names for suffix in (".parquet", ".json", ".png"))
     step = Step("calibrate", "calibrate", argv, inputs, made[::3], made, cost=cost)
     return (names[0] if len(names) == 1 else names), step
@@ -281,8 +283,13 @@ def sample_step(route: Route, known: costs.Known, arm: str) -> Step:
     made: tuple[Path, ...] = (out,)
     adapter: list[str] = []
     if arm != "base":
-        adapter = ["--lora", str(route.lora(arm)), "--strength", *(f"{strength:g}" for strength in s.strengths)]
-        made = tuple(out / f"strength-{strength:g}" for strength in s.strengths) if len(s.strengths) > 1 else made
+        adapter = [
+            "--lora",
+            str(route.lora(arm)),
+            "--strength",
+            *(strength_folder(strength).removeprefix(PREFIX) for strength in s.strengths),
+        ]
+        made = tuple(out / strength_folder(strength) for strength in s.strengths) if len(s.strengths) > 1 else made
         images = costs.times(images, len(s.strengths))
     inputs = (*existing(source, s.model), *([route.lora(arm)] if arm != "base" else []))
     step = Step(

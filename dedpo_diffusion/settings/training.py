@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from dedpo_diffusion.core.defaults import DEFAULT_METHOD
 
@@ -121,6 +121,11 @@ class ObjectiveSettings:
     power_draws: int = 4
     power_decay: float = 0.98
     max_overshoot: float = 2.0
+
+    def step_options(self) -> dict[str, Any]:
+        """What `dpo.step.preference_step` takes of them."""
+        names = ("beta", "kind", "options", "margin_cap", "balance", "balance_clip", "balance_tempering")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 STREAM, DROPOUT, CHOICE = 1004, 1005, 1006  # of `step_generator`: for the draws, the adapter's dropout and the pairs that are measured
 LEAST_PAIRS = 16  # with fewer, the error of the ratio is hardly known
 LOSS_SCALE = 65536.0  # where float16's begins
-OPTIONS = ("beta", "kind", "options", "margin_cap", "balance", "balance_clip", "balance_tempering")  # of `preference_step`
 REMEDY = "merge with --method tuned or dedpo, or leave objective.power at fixed"
 
 
@@ -210,7 +209,7 @@ def pair_moments(settings: TrainSettings, model: Backbone, loader: PairLoader, t
         one = torch.ones_like(batch.target)
         known = model.errors(batch.latents, draws.noise[:, None], draws.timesteps, batch.conditioning)
         batch = dataclasses.replace(batch, target=one, weight=one, reference_errors=known)
-        options: dict[str, Any] = {name: getattr(objective, name) for name in OPTIONS}
+        options = objective.step_options()
         options |= {
             "timesteps": draws.timesteps,
             "noise": draws.noise,

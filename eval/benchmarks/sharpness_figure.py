@@ -83,19 +83,15 @@ def train_run(settings: SharpnessFigure, name: str, pool: world.Pool) -> tuple[d
     """One of RUNS: the LoRA that it ends with, and its metrics."""
     from safetensors.torch import load_file
 
-    from dedpo_diffusion.core.records import Targets
-    from dedpo_diffusion.labels.files import write_targets
     from dedpo_diffusion.pipelines import train
-    from dedpo_diffusion.pipelines.quickstart import call
+    from dedpo_diffusion.pipelines.align import call
     from dedpo_diffusion.weights.run_folder import checkpoints, read_metrics
 
     drawn = world.draw_sample(pool, seed=settings.seed, pairs=settings.pairs, people="quickstart")
     merged = world.merged_targets(pool, drawn, "adapted", "clip", settings.share, settings.seed).target
     plain = oracle.preference(*pool.reward[drawn.rows].T) if name.startswith("truth") else merged
     _, divided, factor = RUNS[name]
-    target, weight = np.full(len(pool.ids), 0.5), np.zeros(len(pool.ids))  # all others have weight 0
-    target[drawn.rows], weight[drawn.rows] = sharpened(plain, factor), len(pool.ids) / settings.pairs
-    write_targets(pool.folder, name, Targets(pool.ids, target, weight), {})
+    world.write_rows(pool, name, drawn.rows, sharpened(plain, factor), 1.0)
     run = settings.work / "runs" / name
     call(
         train.main, "train", "--config", files("dedpo_diffusion.configs") / "shapes_lora.yaml", "--data.pairs", pool.folder,

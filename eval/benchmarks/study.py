@@ -27,10 +27,8 @@ import numpy as np
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.core.files import write_json
 from dedpo_diffusion.core.locks import hold_lock
-from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.debias import Merged
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
-from dedpo_diffusion.labels.files import write_targets
 
 
 @dataclass(frozen=True)
@@ -150,17 +148,15 @@ class Study:
     def train(self, cell: Cell, rows: np.ndarray, merged: Merged) -> dict[str, Any]:
         """`dedpo train` on these targets of the pool's `rows`, as the quickstart trains: the LoRA that it ends with.
 
-        All other pairs have weight 0, and the weights of these make up for their number. The run's folder is removed again.
+        The run's folder is removed again.
         """
         from safetensors.torch import load_file
 
         from dedpo_diffusion.pipelines import train
         from dedpo_diffusion.weights.run_folder import checkpoints
 
-        at, ids, folder = self.settings, self.pool.ids, self.pool.folder
-        target, weight = np.full(len(ids), 0.5), np.zeros(len(ids))
-        target[rows], weight[rows] = merged.target, merged.weight * len(ids) / len(rows)
-        write_targets(folder, cell.name, Targets(ids, target, weight), {})
+        at, folder = self.settings, self.pool.folder
+        world.write_rows(self.pool, cell.name, rows, merged.target, merged.weight)
         out, told = at.work / "runs" / cell.name, io.StringIO()
         argv = ["--config", CONFIG, "--data.pairs", folder, "--data.targets", cell.name, "--data.cache", at.work / "cache", "--out", out]
         argv += ["--data.reference_draws", at.draws, "--optim.steps", at.steps, "--seed", cell.seed]

@@ -13,11 +13,12 @@ from scipy.special import expit
 
 from dedpo_diffusion.core.console import UserError, track
 from dedpo_diffusion.core.files import write_text
+from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.debias import Merged, merge_labels
 from dedpo_diffusion.judges.summary import judge_answers
 from dedpo_diffusion.labels.adaptation import LEAST, Group, adapt
 from dedpo_diffusion.labels.calibration import calibrate
-from dedpo_diffusion.labels.files import label_names, read_labels
+from dedpo_diffusion.labels.files import label_names, read_labels, write_targets
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image
 from dedpo_diffusion.pairs.features import statistics_group
@@ -177,6 +178,13 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
     elif asked >= 4:
         label = calibrate(difference, human, folds=min(5, asked // 2), groups=prompts, seed=seed).probability
     return merge_labels(human, label, method="adapted", features=np.concatenate([scores.values, images.values], axis=1))
+
+
+def write_rows(pool: Pool, name: str, rows: np.ndarray, target: np.ndarray, weight: np.ndarray | float) -> None:
+    """Write targets and weights (n,) of these rows of the pool; all other pairs have weight 0, and the weights make up for their number."""
+    whole, weights = np.full(len(pool.ids), 0.5), np.zeros(len(pool.ids))
+    whole[rows], weights[rows] = target, weight * len(pool.ids) / len(rows)
+    write_targets(pool.folder, name, Targets(pool.ids, whole, weights), {})
 
 
 class Verdict:
