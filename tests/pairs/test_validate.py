@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -210,6 +211,24 @@ def test_the_page_shows_the_pictures_and_escapes_the_prompts(tmp_path):
     assert "&lt;script&gt;alert(1)" in page and "<script" not in page
     assert "Pairs whose two images look the same" in page and page.count("data:image/png;base64,") >= 10
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_pairs_without_labels_say_how_to_get_them_and_answers_are_told_in_words(tmp_path, capsys):
+    folder = write(tmp_path / "d", plain(4))
+    validate(folder)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "none; run `dedpo vote" in shown
+    (folder / "labels").mkdir()
+    ids = PairReader(folder).ids()
+    pq.write_table(pa.table({"pair_id": ids[:3], "label_0": [0.0, 0.5, 0.75]}), folder / "labels" / "human.parquet")
+    (folder / "ingest.json").write_text('{"settings": {"source": "mine/labelled.csv"}}')
+    validate(folder)
+    assert "none; run" not in capsys.readouterr().out
+    page = (folder / "validate.html").read_text()
+    assert "read from mine/labelled.csv" in page and "pairs with a human label" in page
+    answers = ("people preferred image 1", "people: a tie", "people preferred image 0 (75%)", "no human label")
+    for pair_id, words in zip(ids, answers, strict=True):
+        assert re.search(rf">{pair_id} \(pairs-00000.parquet row \d\), {re.escape(words)}<", page)
 
 
 # ---- what is wrong
