@@ -43,7 +43,7 @@ def learning_rate(optim: OptimSettings, step: int) -> float:
 
 
 def describe(session: Session) -> None:
-    """Say what is about to be trained, in the units of other scripts too."""
+    """Say what is about to be trained."""
     optim, objective, loader = session.settings.optim, session.settings.objective, session.loader
     processes = session.accelerator.num_processes
     together = loader.together
@@ -52,10 +52,8 @@ def describe(session: Session) -> None:
         f"{optim.steps * together / len(loader.rows):.1f} epochs; "
         f"{sum(p.numel() for p in session.model.trainable().values()):,} trainable parameters"
     )
-    half = 0.5 * objective.beta
     say(f"objective {objective.kind}, balance {objective.balance}, power {objective.power}")
-    summed = half / math.prod(loader.shapes[0])
-    say(f"beta {objective.beta:g} on mean errors with the factor 0.5; without it {half:g}; on summed errors {summed:.3g}")
+    say(f"beta {objective.beta:g}, in the units of --beta_dpo of Diffusion-DPO's own scripts")
 
 
 def resume(session: Session) -> int:

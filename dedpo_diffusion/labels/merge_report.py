@@ -67,6 +67,8 @@ def find_warnings(settings: MergeSettings, answers: Answers, merged: Merged) -> 
 
     labelled = ~np.isnan(answers.human)
     found: list[dict[str, Any]] = []
+    if settings.method != "naive":
+        found += look.few_labels_warnings(int(labelled.sum()), judged=settings.method != "human_only" and not labelled.all())
     if answers.strata is not None:
         found += look.strata_warnings(answers.human, answers.strata_names, answers.strata)
     if settings.method != "naive":
@@ -117,7 +119,7 @@ def further_sentences(settings: MergeSettings, answers: Answers, report: dict[st
     elif model is not None and answers.judges is not None:
         texts.append("Agreement and bias are those of all pairs, estimated with the stored propensities: labels were not drawn at random.")
     if report["worth_reference"] != "at_random" and settings.method in ("tuned", "dedpo"):
-        texts.append("What further labels would buy is not told: it depends on how they are taken.")
+        texts.append("What further labels would add is not estimated: it depends on how they are taken.")
     if answers.judges is not None and settings.method != "human_only":
         corrected = settings.method != "naive" and answers.propensity is None
         for k, name in enumerate(answers.names):

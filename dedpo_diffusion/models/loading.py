@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dedpo_diffusion.core.console import UserError, say
-from dedpo_diffusion.models.single_file import family
+from dedpo_diffusion.models.single_file import PICKLED, family, how_to_convert
 
 CONFIGS = {  # where diffusers looks up what a single file leaves unsaid: sizes, scheduler, tokenizers; SD2.x files differ in them
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -36,7 +36,8 @@ def resolve_model(name: str) -> str:
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise UserError(f"{name}: no model_index.json there; {wanted}")
     if path.is_file() and path.suffix != ".safetensors":
-        raise UserError(f"{name}: only .safetensors files are read, as others can run code when they are opened; convert it, or {wanted}")
+        mend = how_to_convert(path) if path.suffix.lower() in PICKLED else wanted
+        raise UserError(f"{name}: only .safetensors files are read, as others can run code when they are opened; {mend}")
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") != 1 or path.suffix == ".safetensors"):
         raise UserError(f"{name}: no such folder or file; {wanted}")
     return name

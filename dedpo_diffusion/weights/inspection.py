@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dedpo_diffusion.core.console import Progress, UserError, track
 from dedpo_diffusion.core.files import is_leftover
-from dedpo_diffusion.models.single_file import CLIP, OPEN_CLIP, UNET, VAE, family, foreign
+from dedpo_diffusion.models.single_file import CLIP, OPEN_CLIP, PICKLED, UNET, VAE, family, foreign
 from dedpo_diffusion.weights.adapters import WORDS, Adapter, find_adapter
 from dedpo_diffusion.weights.base_model import FAMILIES, Evidence, find_base
 from dedpo_diffusion.weights.compatibility import A1111, COMFY, DIFFUSERS, troubles, who_reads
 from dedpo_diffusion.weights.diffusers_layout import CONFIG
-from dedpo_diffusion.weights.header import PICKLED, Header, read_header
+from dedpo_diffusion.weights.header import Header, read_header
 from dedpo_diffusion.weights.provenance import in_short, others_facts, own_facts
 from dedpo_diffusion.weights.run_folder import best_folder, checkpoints
 
