@@ -195,6 +195,8 @@ def print_report(report: dict[str, Any], title: str) -> None:
         "  at power 1, as published": ("effective_human_labels_power_1", 0),
         "  human labels alone": ("human_labels_alone", 0),
     }
+    if report["method"] not in ("dedpo", "tuned"):
+        del lines["  at power 1, as published"]
     for words, (key, digits) in lines.items():
         table.add_row(words, _number(report[key], digits))
     if report["run"] is not None:

@@ -48,6 +48,7 @@ LABEL_LINES = {
     "power": "power", "power_se": "standard error of the power", "effective_human_labels": "effective human labels",
     "effective_human_labels_power_1": "the same at power 1, as published", "human_labels_alone": "human labels alone",
 }  # fmt: skip
+WITH_POWER = ("dedpo", "tuned")
 
 
 # ---- training and labels
@@ -166,7 +167,7 @@ def label_section(targets: Sequence[Path]) -> str:
     if not reports:
         return ""
     lines = [
-        [escape(words), *(escape(_label_figure(report.get(key), key)) for report in reports.values())]
+        [escape(words), *(escape(_label_figure(report, key)) for report in reports.values())]
         for key, words in LABEL_LINES.items() if any(key in report for report in reports.values())
     ]  # fmt: skip
     words = "".join(_label_words(name, report) for name, report in reports.items())
@@ -237,8 +238,11 @@ def _label_parts(entries: list[dict[str, Any]] | None, what: str) -> str:
     return f'<div class="panel">{table([what, *counted, "agreement", "bias", "power"], rows)}</div>'
 
 
-def _label_figure(value: Any, key: str) -> str:
-    return shown(value, ".0f" if "human_labels" in key else ".3f")
+def _label_figure(report: dict[str, Any], key: str) -> str:
+    """A number of a report; a dash where it means nothing, as a power of labels that are merged with none."""
+    if key == "effective_human_labels_power_1" and report.get("method") not in WITH_POWER:
+        return shown(None)
+    return shown(report.get(key), ".0f" if "human_labels" in key else ".3f")
 
 
 def settings_section(folders: Iterable[Path]) -> str:

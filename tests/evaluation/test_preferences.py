@@ -107,9 +107,9 @@ def test_few_prompts_all_won_are_no_certainty():
 def test_people_may_be_primary_for_the_arms_they_judged(arms):
     put_votes(arms[0], arms[2], *((k, "ann", 1) for k in range(12)))
     found = compare(settings(arms, primary="people"))
-    told = "On people, no difference between tuned and base can be told: gain +1.000 (95 % interval -0.048 to +1.000)"
+    told = "On people, tuned and base cannot be told apart: gain +1.000 (95 % interval -0.048 to +1.000)"
     assert found["verdict"].startswith(told)
-    assert "; dull cannot be told, for want of votes. " in found["verdict"] and "of 2 arms" not in found["verdict"]
+    assert "; dull cannot be ranked, for want of votes. " in found["verdict"] and "of 2 arms" not in found["verdict"]
     assert "not compared" not in found["verdict"] and "gain_over_base" not in found["arms"]["dull"]
     put_votes(arms[0], arms[1], *((k, "bob", 0.5) for k in range(4, 12)))
     found = compare(settings(arms, primary="people"))
