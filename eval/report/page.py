@@ -48,7 +48,7 @@ LABEL_LINES = {
     "power": "power", "power_se": "standard error of the power", "effective_human_labels": "effective human labels",
     "effective_human_labels_power_1": "the same at power 1, as published", "human_labels_alone": "human labels alone",
 }  # fmt: skip
-WITH_POWER = ("dedpo", "tuned")
+WITHOUT_POWER = ("human_only", "naive", "adapted")  # methods of `dedpo merge`
 
 
 # ---- training and labels
@@ -240,7 +240,7 @@ def _label_parts(entries: list[dict[str, Any]] | None, what: str) -> str:
 
 def _label_figure(report: dict[str, Any], key: str) -> str:
     """A number of a report; a dash where it means nothing, as a power of labels that are merged with none."""
-    if key == "effective_human_labels_power_1" and report.get("method") not in WITH_POWER:
+    if key == "effective_human_labels_power_1" and report.get("method") in WITHOUT_POWER:
         return shown(None)
     return shown(report.get(key), ".0f" if "human_labels" in key else ".3f")
 
