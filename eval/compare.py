@@ -71,7 +71,7 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
         progress.advance()
         for name, entry in measured.items():
             if NAME in entry and entry[NAME].prompts < 2:
-                notes.append(f"People judged images of one prompt only of {name}, which tells nothing of other prompts.")
+                notes.append(f"People judged images of one prompt only of {name}, which says nothing about other prompts.")
                 del entry[NAME]
         by_category = numbers.by_category(arms, shared, judged, names, progress.advance, **options)
         spreads, left_out = spread(arms, **options)

@@ -166,7 +166,7 @@ def is_done(run: Run, ids: list[str]) -> bool:
     if made not in (None, run.origin) or not set(held.pair_id) <= set(ids):
         raise UserError(f"{run.path} labels other pairs than {dataset / 'pairs'} holds; give another --name, or remove the file")
     if held.pair_id != ids and not run.mark.is_file():
-        gone = f"lacks {len(ids) - len(held.pair_id)} of {len(ids)} pairs, and {run.parts.name}, from which it would go on, is not there"
+        gone = f"lacks {len(ids) - len(held.pair_id)} of {len(ids)} pairs, and {run.parts.name}, from which it would resume, is not there"
         raise UserError(f"{run.path} {gone}; bring that folder back, give another --name, or remove the file to label all pairs again")
     if run.embed:
         from dedpo_diffusion.labels.embedding_files import has_embeddings
@@ -354,7 +354,7 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
     todo = [shard for shard in range(len(rows)) if pending(shard)]
     kept = len(reader) - sum(len(rows[shard]) for shard in todo)
     if kept:
-        say(f"{kept} of {len(reader)} pairs are labelled already; going on")
+        say(f"{kept} of {len(reader)} pairs are labelled already; resuming")
     with Progress(f"labelling with {', '.join(by_name)}", len(reader), start=kept) as progress:
         share_tasks(todo, pending=pending, work=work)
     return clock

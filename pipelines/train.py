@@ -48,12 +48,12 @@ def describe(session: Session) -> None:
     processes = session.accelerator.num_processes
     together = loader.together
     say(
-        f"{len(loader.rows)} pairs, {together} a step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
+        f"{len(loader.rows)} pairs, {together} per step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
         f"{optim.steps * together / len(loader.rows):.1f} epochs; "
         f"{sum(p.numel() for p in session.model.trainable().values()):,} trainable parameters"
     )
     say(f"objective {objective.kind}, balance {objective.balance}, power {objective.power}")
-    say(f"beta {objective.beta:g}, in the units of --beta_dpo of Diffusion-DPO's own scripts")
+    say(f"beta {objective.beta:g} on mean errors, as --beta_dpo in Diffusion-DPO's own scripts")
 
 
 def resume(session: Session) -> int:

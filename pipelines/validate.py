@@ -82,11 +82,11 @@ def print_report(report: dict[str, Any], title: str) -> None:
 def _complain(pairs: Path, errors: list[str], page: Path) -> None:
     named = "".join(f"\n  {error}" for error in errors[:NAMED])
     rest = f"\n  and {len(errors) - NAMED} more, in {page}" if len(errors) > NAMED else ""
-    raise UserError(f"{pairs}: training would trip over {len(errors)} things:{named}{rest}")
+    raise UserError(f"{pairs}: {len(errors)} things are wrong:{named}{rest}")
 
 
 def run(settings: ValidateSettings) -> dict[str, Any]:
-    """Check a pair dataset, its labels and votes, and say what training would trip over."""
+    """Check a pair dataset, its labels and votes, and say what is wrong with it."""
     from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pairs.inspection.findings import look

@@ -255,7 +255,7 @@ def _judge_sentences(report: dict[str, Any]) -> list[str]:
         known, bias = entry["agreement"], entry["judge_bias"]
         if known["value"] is not None:
             low, high = known["ci"]
-            of = f"all pairs, as {known['n']} answers tell" if report["weighted"] else f"{known['n']} pairs"
+            of = f"all pairs, estimated from {known['n']} answers" if report["weighted"] else f"{known['n']} pairs"
             texts.append(f"{who} agrees with people on {known['value']:.1%} of {of} (95 %: {low:.1%} to {high:.1%}).")
             if known["value"] < 0.5:
                 used = "its power is 0 and its labels are not used" if entry["power"] == 0 else "yet its labels are used"

@@ -98,7 +98,7 @@ def _load_file(location: str, config: str | None, dtype: torch.dtype) -> Any:
         )
     where = config if config is not None else CONFIGS[kind]
     if config is None:
-        say(f"{location}: taken for a {kind} with the configuration of {where}; --model_config gives another")
+        say(f"{location}: read as a {kind} with the configuration of {where}; --model_config gives another")
     name = "StableDiffusionXLPipeline" if kind == "sdxl" else "StableDiffusionPipeline"
     if Path(where).is_dir():
         found = diffusers.DiffusionPipeline.load_config(where)["_class_name"]

@@ -283,7 +283,7 @@ def family(path: Path) -> str:
     if len(kinds) != 1 or missing:
         missing += [] if kinds else ["text encoder"]
         if len(missing) == 3:
-            raise UserError(f"{path}: no Stable Diffusion checkpoint as far as its tensors' names tell; give an SD1.x, SD2.x or SDXL")
+            raise UserError(f"{path}: its tensors' names are not those of a Stable Diffusion checkpoint; give an SD1.x, SD2.x or SDXL")
         trouble = f"it lacks the {' and the '.join(missing)}" if missing else f"it has the text encoders of {' and '.join(kinds)}"
         raise UserError(f"{path}: {trouble}; give a checkpoint with the UNet, the VAE and the text encoders of one model")
     if channels != 4:

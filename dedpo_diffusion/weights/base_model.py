@@ -57,7 +57,7 @@ class Evidence:
 
     def words(self) -> str:
         """The family's name with the evidence."""
-        name = FAMILIES[self.family] if self.family else "cannot be told"
+        name = FAMILIES[self.family] if self.family else "unknown"
         return f"{name} ({'; '.join(self.evidence)})" if self.evidence else name
 
 

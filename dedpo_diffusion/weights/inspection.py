@@ -219,7 +219,7 @@ def _whole(header: Header) -> Report:
     if path.name == "optimizer.safetensors" and all(name.partition(".")[0].isdigit() for name in names):
         return {"what": "optimizer state of a run", "facts": {}}
     first = ", ".join(list(names)[:3])
-    return {"what": "file of tensors", "warnings": [f"what it is cannot be told by its tensors' names ({first} ...)"], "facts": {}}
+    return {"what": "file of tensors", "warnings": [f"what it is does not show in its tensors' names ({first} ...)"], "facts": {}}
 
 
 def _checkpoint(header: Header, known: Report, base: Evidence, warnings: list[str]) -> Report:
@@ -251,7 +251,7 @@ def _checkpoint(header: Header, known: Report, base: Evidence, warnings: list[st
         if not marked and kind != "sd2":
             warnings = [
                 *warnings,
-                "it predicts v without the tensor v_pred, which programs look for; they take noise for it unless they are told",
+                "it predicts v without the tensor v_pred, which programs look for; they assume noise unless they are told",
             ]
     known = {"family": kind, "name": FAMILIES[kind], "evidence": ["its text encoders", *base.evidence]}
     return {

@@ -149,7 +149,7 @@ def warnings(results: Results, name: str) -> list[str]:
 
     if pleased and hurt:
         losses = [f"{'people' if scorer == PEOPLE else scorer} ({change(scorer)})" for scorer in hurt]
-        return [f"Over-optimised, as it looks: {rising(pleased)}, and falls on {_list(losses)}, which had no part in its labels."]
+        return [f"Looks over-optimised: {rising(pleased)}, and falls on {_list(losses)}, which had no part in its labels."]
     if not made or any(rises(gains[scorer]) for scorer in held):
         return []
     changes = {embedder: entry["diversity_minus_base"] for embedder, entry in arm["spread"].items()}
@@ -157,7 +157,7 @@ def warnings(results: Results, name: str) -> list[str]:
     if narrowed and not any(map(rises, changes.values())):
         fewer = _list([f"{embedder} ({_ends(changes[embedder], places([changes[embedder]]))})" for embedder in narrowed])
         rest = "on no scorer that is held out" if held else "and no scorer here is held out"
-        return [f"Over-optimised, as it looks: {rising(made)}, {rest}, and its images of one prompt are less diverse by {fewer}."]
+        return [f"Looks over-optimised: {rising(made)}, {rest}, and its images of one prompt are less diverse by {fewer}."]
     if held:
         others = _list([f"{scorer} {change(scorer)}" for scorer in held])
         return [f"Better only on the scorer that made its labels: {rising(made)}, and on no scorer that is held out ({others})."]

@@ -72,7 +72,7 @@ def read_metrics(run: Path, log: str = "metrics") -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             if row == len(lines) - 1 and not line.endswith("\n"):
                 break
-            raise UserError(f"{path} line {row + 1} is no record with a step ({error}); remove the line") from error
+            raise UserError(f"{path} line {row + 1} is not a record with a step ({error}); remove the line") from error
         records.append(record)
     return records
 

@@ -43,4 +43,4 @@ def test_agreement_is_weighted_by_the_strata():
     strata = ["a"] * 10 + ["b"] * 10 + ["a"] * 50 + ["b"] * 10
     report = merge_labels(human, judge, strata=strata).report
     assert report["agreement"]["value"] == pytest.approx(0.75 * 0.9 + 0.25 * 0.5)
-    assert "of all pairs, as 20 answers tell" in " ".join(report["sentences"])
+    assert "of all pairs, estimated from 20 answers" in " ".join(report["sentences"])

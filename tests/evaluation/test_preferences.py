@@ -120,7 +120,7 @@ def test_people_may_be_primary_for_the_arms_they_judged(arms):
 def test_votes_of_one_prompt_are_told_and_have_no_interval(arms):
     put_votes(arms[0], arms[2], (0, "ann", 1), (1, "ann", 0))
     found = compare(settings(arms))
-    assert found["notes"] == ["People judged images of one prompt only of tuned, which tells nothing of other prompts."]
+    assert found["notes"] == ["People judged images of one prompt only of tuned, which says nothing about other prompts."]
     assert "people" not in found["scorers"] and "people" not in found["arms"]["tuned"]["by_scorer"]
     assert found["arms"]["tuned"]["people"]["pairs"] == 2
     with pytest.raises(UserError, match="--primary people: no votes on these images of two prompts or more; run `dedpo vote"):

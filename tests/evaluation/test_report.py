@@ -308,7 +308,7 @@ def test_an_unfinished_last_line_of_metrics_is_left_out_and_a_damaged_one_refuse
     path.write_text(path.read_text() + '{"step": 41, "lo')
     assert len(report.read_metrics(made.runs[0])) == 40
     path.write_text('{"loss": 1}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is no record with a step"):
+    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is not a record with a step"):
         report.read_metrics(made.runs[0])
 
 

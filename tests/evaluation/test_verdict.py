@@ -29,7 +29,7 @@ def warned(roles=ROLES, spread=None, **means):
 )
 def test_a_judge_that_rises_while_others_fall(means, losers):
     (text,) = warned(judge=0.3, **means)
-    assert text.startswith("Over-optimised, as it looks: it rises on judge (+0.300), which made its labels, and falls on " + losers)
+    assert text.startswith("Looks over-optimised: it rises on judge (+0.300), which made its labels, and falls on " + losers)
 
 
 def test_a_scorer_of_unknown_role_counts_where_people_fall():
@@ -40,7 +40,8 @@ def test_a_scorer_of_unknown_role_counts_where_people_fall():
 def test_a_judge_that_rises_alone_while_images_grow_alike():
     spread = narrowed(dino=-0.05, clip=0.0)
     (text,) = warned(judge=0.3, eye=0.0, people=0.0, spread=spread)
-    assert text.startswith("Over-optimised") and text.endswith("images of one prompt are less diverse by dino (-0.050, -0.060 to -0.040).")
+    assert text.startswith("Looks over-optimised")
+    assert text.endswith("images of one prompt are less diverse by dino (-0.050, -0.060 to -0.040).")
     (alone,) = warned({"judge": "made"}, judge=0.3, spread=spread)
     assert "and no scorer here is held out" in alone
     for otherwise in (narrowed(dino=-0.05, clip=0.05), narrowed(dino=0.0), {}):

@@ -287,4 +287,4 @@ def test_another_choice_or_source_starts_again(tmp_path, capsys):
     assert ingest(source, tmp_path / "pairs", *options) == 2
     save(tmp_path / "train.parquet", [row(i) for i in range(11)])
     assert ingest(source, tmp_path / "pairs", *options) == 0
-    assert "going on" not in capsys.readouterr().out and len(PairReader(tmp_path / "pairs")) == 11
+    assert "resuming" not in capsys.readouterr().out and len(PairReader(tmp_path / "pairs")) == 11

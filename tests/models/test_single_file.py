@@ -336,7 +336,7 @@ REFUSED = [
     (f"{FIRST} {DECODER} {CLIP} {OPEN_CLIP}", "text encoders of sd1 and sd2"),
     (f"{FIRST} {DECODER} {OPEN_CLIP} {LABEL}", "a class or image embedding"),
     (f"{FIRST} {DECODER} {XL_CLIP} {XL_OPEN_CLIP}", "lacks the size conditioning"),
-    (f"{U}head.modulation weight", "no Stable Diffusion checkpoint"),
+    (f"{U}head.modulation weight", "not those of a Stable Diffusion checkpoint"),
 ]
 
 

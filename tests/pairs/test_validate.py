@@ -250,7 +250,7 @@ def test_every_error_is_named_with_file_row_and_remedy(tmp_path, capsys):
     broken(folder, image_0=pa.array(images, pa.binary()), prompt=prompts)
     report = validate(folder, code=2)
     error = capsys.readouterr().err
-    assert "training would trip over 4 things" in error
+    assert "4 things are wrong" in error
     for words in (
         "pairs-00000.parquet row 1, image_0: the image cannot be decoded",
         "pairs-00000.parquet row 2, image_0 is missing; add the image or remove the row",
@@ -336,7 +336,7 @@ def test_every_bad_row_of_a_label_file_is_told(tmp_path):
         "row 1: label_0 is missing",
         "row 2: pair_id 'x' is none of",
         "row 3: pair_id is missing",
-        "row 4: pair_id 'p0' stands in row 0 already",
+        "row 4: pair_id 'p0' is in row 0 already",
     ]
     assert len(report["errors"]) == 5 and report["labels"] == {}
     assert all(f"labels/human.parquet {words}" in error for words, error in zip(expected, report["errors"], strict=True))

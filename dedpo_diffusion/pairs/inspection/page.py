@@ -90,7 +90,7 @@ def _cards(report: dict[str, Any], human: str) -> str:
 
 def _problems(report: dict[str, Any]) -> str:
     parts = []
-    for words, texts in (("Training would trip over this", report["errors"]), ("This is odd", report["warnings"])):
+    for words, texts in (("This is wrong", report["errors"]), ("This is odd", report["warnings"])):
         if texts:
             rest = f"<li>and {len(texts) - 20} more, in the JSON file</li>" if len(texts) > 20 else ""
             parts.append(f"<section><h2>{words}</h2><ul>{''.join(f'<li>{escape(text)}</li>' for text in texts[:20])}{rest}</ul></section>")
