@@ -354,7 +354,7 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
     todo = [shard for shard in range(len(rows)) if pending(shard)]
     kept = len(reader) - sum(len(rows[shard]) for shard in todo)
     if kept:
-        say(f"{kept} of {len(reader)} pairs are labelled already; resuming")
+        say(f"{kept} of {len(reader)} pairs are labelled already; going on")
     with Progress(f"labelling with {', '.join(by_name)}", len(reader), start=kept) as progress:
         share_tasks(todo, pending=pending, work=work)
     return clock

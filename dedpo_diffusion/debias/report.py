@@ -206,6 +206,8 @@ def _count(value: float) -> str:
 def _worth_sentences(report: dict[str, Any]) -> list[str]:
     n, n_human, worth = report["n"], report["n_human"], report["effective_human_labels"]
     labels = f"{n_human} human and {n - n_human} judge labels"
+    if every_pair_labelled(report):
+        return ["Every pair has a human label, so the judge adds nothing here."]
     if report["method"] == "naive":
         return [
             f"The {labels} are trained on as if people had given them all: naive merging keeps the judge's bias, "
@@ -215,8 +217,6 @@ def _worth_sentences(report: dict[str, Any]) -> list[str]:
         return [f"The {labels} make one prediction of what people would say of each pair; no number of human labels is equal to it."]
     if report["method"] == "human_only":
         return [f"Only the {n_human} human labels are used; {n - n_human} pairs have weight 0.", *reference_sentences(report)]
-    if every_pair_labelled(report):
-        return ["Every pair has a human label, so the judge adds nothing here."]
     if worth["value"] is None:
         return [f"What these {labels} are worth cannot be estimated: every human label is a tie."]
     interval = f" (95 %: {_count(worth['ci'][0])} to {_count(worth['ci'][1])})" if worth["ci"] else ""

@@ -67,12 +67,11 @@ def find_warnings(settings: MergeSettings, answers: Answers, merged: Merged) -> 
 
     labelled = ~np.isnan(answers.human)
     found: list[dict[str, Any]] = []
-    if settings.method != "naive":
-        found += look.few_labels_warnings(int(labelled.sum()), judged=settings.method != "human_only" and not labelled.all())
     if answers.strata is not None:
         found += look.strata_warnings(answers.human, answers.strata_names, answers.strata)
     if settings.method != "naive":
         found += not_at_random(answers, labelled, merged, pairs=settings.pairs)
+        found += look.few_labels_warnings(int(labelled.sum()), judged=settings.method != "human_only" and not labelled.all())
     if settings.method in ("dedpo", "tuned") and answers.judges is not None:
         seen = [look.seen_human_labels(answers.human, answers.judges[:, k], name=name) for k, name in enumerate(answers.names)]
         found += [entry for entry in seen if entry is not None]

@@ -91,7 +91,7 @@ class VoteSettings:
         share: allow an address that others can reach; the page then asks for a token, which is printed.
         token: the token to ask for; None makes one when it is needed.
         allow: further host names that browsers may call this server by.
-        export_only: write the label file from the votes so far, and stop; of two sample folders, also say which is ahead.
+        export_only: write the label file from the votes so far, and stop; of two sample folders, also tell which is ahead.
     """
 
     folders: list[Path]

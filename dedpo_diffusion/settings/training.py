@@ -275,7 +275,7 @@ class InspectSettings:
 
     Args:
         path: a .safetensors file, or a folder: of diffusers, of a run or one of its checkpoints, of samples, of weight files.
-        hash: show the file's SHA-256; None shows that of files up to 1 GiB.
+        hash: tell the file's SHA-256; None tells that of files up to 1 GiB.
         json: print everything as JSON instead.
     """
 
