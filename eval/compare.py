@@ -53,7 +53,7 @@ def describe_scorers(settings: CompareSettings, base: Arm, shared: Sequence[str]
 
 def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] = ()) -> dict[str, Any]:
     """The results of loaded arms: what `results.json` holds. `told` are the notes of loading them."""
-    from dedpo_diffusion.evaluation.comparison import at_best, numbers, verdict
+    from dedpo_diffusion.evaluation.comparison import at_best, cautions, numbers, verdict
     from dedpo_diffusion.evaluation.comparison.arms import categories, shared_scorers
     from dedpo_diffusion.evaluation.comparison.loras import find_loras
     from dedpo_diffusion.evaluation.comparison.preferences import NAME, read_judged, summary, votes_notes
@@ -72,7 +72,7 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
         progress.advance()
         for name, entry in measured.items():
             if NAME in entry and entry[NAME].prompts < 2:
-                notes.append(f"People judged images of one prompt only of {name}, which tells nothing of other prompts.")
+                notes.append(f"People judged images of one prompt only of {name}, which says nothing about other prompts.")
                 del entry[NAME]
         by_category = numbers.by_category(arms, shared, judged, names, progress.advance, **options)
         spreads, left_out = spread(arms, **options)
@@ -107,7 +107,9 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
         found[name]["warnings"] = verdict.warnings(results, name)
     results["notes"] += [*verdict.sampling_notes(arms), *role_notes, *disagreements, *left_out]
     results["notes"] += [*lora_notes, *verdict.category_notes(at_best.at_best(results))]
-    results["verdict"] = at_best.sentence(results)
+    results["notes"] += [text for path in settings.targets for text in cautions.judge_pays(path.stem, verdict.read_targets_report(path))]
+    seen = primary if primary in shared else shared[0]
+    results["verdict"] = " ".join([at_best.sentence(results), *cautions.collapse_sentences(arms, seen)])
     return results
 
 

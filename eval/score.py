@@ -226,7 +226,7 @@ def summary(folder: Path, rows: Sequence[Row], scorer: Scorer, scores: dict[str,
         found = (rate_interval if is_rate(values) else mean_interval)(values, prompts)
         sure = f"95 % interval {found.low:.4f} to {found.high:.4f}"
     else:
-        sure = "no interval: one prompt tells nothing of others"
+        sure = "no interval: one prompt says nothing about others"
     of = f"{len(rows)} images of {count} {'prompt' if count == 1 else 'prompts'}"
     return f"{folder}: {scorer.name} {values.mean():.4f} ({sure}), the mean of {of} ({scorer.version})"
 

@@ -14,7 +14,7 @@ STAGES = {
     "align": ("pipelines.align", "the whole journey on your own model, by one file of settings"),
     "ingest": ("pipelines.ingest", "a public preference format, or your own table -> a pair dataset"),
     "propose": ("pipelines.propose", "pairs from a model's own images"),
-    "validate": ("pipelines.validate", "what a pair dataset holds, and what training would trip over"),
+    "validate": ("pipelines.validate", "what a pair dataset holds, and what is wrong with it"),
     "vote": ("pipelines.vote", "people label pairs in a web page"),
     "label": ("pipelines.label", "machine labels for every pair, by one or several judges"),
     "calibrate": ("pipelines.calibrate", "judges' labels calibrated on the human ones, or stacked into one"),

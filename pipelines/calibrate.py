@@ -77,7 +77,7 @@ def choose_judges(settings: CalibrateSettings) -> dict[str, Labels]:
     lack = [name for name, labels in others.items() if not set(RAW) <= set(labels.extra)]
     taught = [name for name, labels in others.items() if name not in lack and is_taught(labels)]
     if lack:
-        say(f"left out, for lack of raw scores: {', '.join(lack)}")
+        say(f"left out, as they have no raw scores: {', '.join(lack)}")
     if taught:
         say(f"left out, since they trained on people's labels: {', '.join(taught)}; --judges can name them")
     chosen = {name: labels for name, labels in others.items() if name not in lack + taught}

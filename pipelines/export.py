@@ -85,7 +85,7 @@ def check(settings: ExportSettings) -> None:
     if (settings.card or (settings.results is not None and not best)) and settings.source.is_file():
         raise UserError(f"{settings.source}: a model card is written from a run folder, and this is a file; leave --card and --results out")
     if settings.arm is not None and settings.results is None:
-        raise UserError("--arm names an arm of --results; give both")
+        raise UserError("--arm names one of the models in --results; give both")
     if settings.results is not None and not settings.results.is_file():
         raise UserError(f"{settings.results}: no such file; `dedpo compare` writes results.json beside its report")
     if settings.rank is not None and settings.format not in LORAS:
@@ -216,12 +216,12 @@ def base_of_lora(settings: ExportSettings, source: Source, lora: Lora) -> Base:
                 raise UserError(f"{error}{given}") from error
             say(
                 f"Warning: {error}. The LoRA's layers are those of an {shown}, which is what the file says; what its base predicts and "
-                "of which size is not told in it. Give --model, where the base model is now, to have them told"
+                "of which size is not stored in it. Give --model, where the base model is now, to have them stored"
             )
     if told is None and shown is not None:
         told = Base(shown)
     if told is None:
-        raise UserError(f"{settings.source}: nothing in it tells which family its base model is of; give --model")
+        raise UserError(f"{settings.source}: nothing in it shows which family its base model is of; give --model")
     if shown is not None and shown != told.family:
         raise UserError(f"{settings.source}: it is a LoRA of an {shown}, and the base model is an {told.family}; give its own --model")
     return told

@@ -58,7 +58,7 @@ def _take_up(settings: IngestSettings, partial: Path, identity: dict[str, Any]) 
         journal.begin()
         return journal, Ledger()
     ledger = journal.read(done)
-    say(f"going on behind {ledger.counts['kept']} pairs in {partial}")
+    say(f"resuming after {ledger.counts['kept']} pairs in {partial}")
     return journal, ledger
 
 
@@ -70,7 +70,7 @@ def run(settings: IngestSettings) -> None:
 
     _check_out(settings)
     chosen = choose(settings)
-    say(f"{settings.source} is {chosen.name}: {chosen.why}")
+    say(f"{settings.source} is read as {'a ' * (chosen.name == 'table')}{chosen.name}: {chosen.why}")
     out = settings.out.absolute()
     partial = out.with_name(f".{out.name}.partial")
     identity = _identity(settings, chosen.name, chosen.source.fingerprint)
@@ -80,14 +80,19 @@ def run(settings: IngestSettings) -> None:
             take_in(chosen, settings, partial, journal, ledger, progress.advance)
     except BaseException:
         if journal.shards():
-            say(f"the whole shards so far stay in {partial}; the same command goes on behind them")
+            say(f"what is done stays in {partial}; give the same command again to resume")
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    record = {"why": chosen.why, "sides_shuffled": shuffles(chosen), "counts": dict(sorted(ledger.counts.items()))}
+    record = {
+        "why": chosen.why,
+        "sides_shuffled": shuffles(chosen),
+        "counts": dict(sorted(ledger.counts.items())),
+        "dropped": ledger.dropped,
+    }
     write_json(partial / "ingest.json", {**identity, **record})
     _publish(partial, out)
-    for line in count_lines(ledger.counts):
+    for line in count_lines(ledger.counts, ledger.dropped):
         say(line)
     if record["sides_shuffled"]:
         say(f"the source lists the preferred image first: {ledger.counts['sides_swapped']} pairs had their sides swapped")

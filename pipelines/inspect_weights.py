@@ -56,6 +56,7 @@ def _stored(value: Any) -> str:
 
 def table_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The report in two columns."""
+    from dedpo_diffusion.weights.base_model import fits_nothing_published
     from dedpo_diffusion.weights.inspection import part_words, settings_in_short
 
     yield from report["facts"].items()
@@ -74,8 +75,10 @@ def table_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "parameters", f"{report['parameters']:,}"
     if "bytes" in report:
         yield "size", size_words(report["bytes"])
-    for name, words in (report.get("readers") or {}).items():
-        yield f"read by {name}", words
+    if fits_nothing_published(report):
+        yield "fits", "no published model has this shape; use it with the base model that it was trained on"
+    else:
+        yield from ((f"read by {name}", words) for name, words in (report.get("readers") or {}).items())
     trained = settings_in_short(report)
     if trained:
         yield "trained with", ", ".join(f"{name} {words}" for name, words in trained.items())

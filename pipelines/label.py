@@ -167,7 +167,7 @@ def is_done(run: Run, ids: list[str]) -> bool:
     if made not in (None, run.origin) or not set(held.pair_id) <= set(ids):
         raise UserError(f"{run.path} labels other pairs than {dataset / 'pairs'} holds; give another --name, or remove the file")
     if held.pair_id != ids and not run.mark.is_file():
-        gone = f"lacks {len(ids) - len(held.pair_id)} of {len(ids)} pairs, and {run.parts.name}, from which it would go on, is not there"
+        gone = f"lacks {len(ids) - len(held.pair_id)} of {len(ids)} pairs, and {run.parts.name}, from which it would resume, is not there"
         raise UserError(f"{run.path} {gone}; bring that folder back, give another --name, or remove the file to label all pairs again")
     if run.embed:
         from dedpo_diffusion.labels.embedding_files import has_embeddings

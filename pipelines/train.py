@@ -43,21 +43,19 @@ def learning_rate(optim: OptimSettings, step: int) -> float:
 
 
 def describe(session: Session) -> None:
-    """Say what is about to be trained, in the units of other scripts too."""
+    """Say what is about to be trained."""
     from dedpo_diffusion.training.sharpness import measure_sharpness, sharpness_words
 
     optim, objective, loader = session.settings.optim, session.settings.objective, session.loader
     processes = session.accelerator.num_processes
     together = loader.together
     say(
-        f"{len(loader.rows)} pairs, {together} a step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
+        f"{len(loader.rows)} pairs, {together} per step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
         f"{optim.steps * together / len(loader.rows):.1f} epochs; "
         f"{sum(p.numel() for p in session.model.trainable().values()):,} trainable parameters"
     )
-    half = 0.5 * objective.beta
     say(f"objective {objective.kind}, balance {objective.balance}, power {objective.power}")
-    summed = half / math.prod(loader.shapes[0])
-    say(f"beta {objective.beta:g} on mean errors with the factor 0.5; without it {half:g}; on summed errors {summed:.3g}")
+    say(f"beta {objective.beta:g} on mean errors, as --beta_dpo in Diffusion-DPO's own scripts")
     for text in () if session.measured is None else session.measured.report["sentences"]:
         say(text)
     for words in sharpness_words(objective, measure_sharpness(objective, loader)):

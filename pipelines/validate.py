@@ -34,8 +34,10 @@ def _stat(stat: dict[str, Any], digits: int = 3) -> str:
     return f"{stat['value']:.{digits}f}{interval}"
 
 
-def table_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The report in two columns, most needed first."""
+def table_rows(report: dict[str, Any], pairs: str) -> Iterator[tuple[str, str]]:
+    """The report on the dataset `pairs` in two columns, most needed first."""
+    from dedpo_diffusion.labels.files import label_names
+
     prompts, images, duplicates = report["prompts"], report["images"], report["duplicates"]
     files = "1 file" if report["shards"] == 1 else f"{report['shards']} files"
     yield "pairs", f"{report['pairs']} in {files}, {images['bytes'] / 2**20:.1f} MiB of images"
@@ -49,6 +51,8 @@ def table_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "near_duplicates" in report:
         near = report["near_duplicates"]
         yield f"near-duplicates (<= {near['distance']} of 64 bits)", f"{near['within_pairs']} pairs, {near['groups']} groups of images"
+    if not label_names(Path(pairs)):
+        yield "labels", f"none; run `dedpo vote {pairs}`"
     for name, label in report.get("labels", {}).items():
         counts = f"{label['labelled']} pairs ({label['share']:.0%}), image 0 wins {_stat(label['image_0_share'])}, {label['ties']} ties"
         yield f"labels/{name}", counts
@@ -64,7 +68,7 @@ def print_report(report: dict[str, Any], title: str) -> None:
     from rich.table import Table
 
     table = Table("what", "found (95 % intervals)", title=title)
-    for words, value in table_rows(report):
+    for words, value in table_rows(report, title):
         table.add_row(words, value)
     Console().print(table)
     for name, votes in report.get("votes", {}).items():
@@ -78,11 +82,11 @@ def print_report(report: dict[str, Any], title: str) -> None:
 def _complain(pairs: Path, errors: list[str], page: Path) -> None:
     named = "".join(f"\n  {error}" for error in errors[:NAMED])
     rest = f"\n  and {len(errors) - NAMED} more, in {page}" if len(errors) > NAMED else ""
-    raise UserError(f"{pairs}: training would trip over {len(errors)} things:{named}{rest}")
+    raise UserError(f"{pairs}: {len(errors)} things are wrong:{named}{rest}")
 
 
 def run(settings: ValidateSettings) -> dict[str, Any]:
-    """Check a pair dataset, its labels and votes, and say what training would trip over."""
+    """Check a pair dataset, its labels and votes, and say what is wrong with it."""
     from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pairs.inspection.findings import look

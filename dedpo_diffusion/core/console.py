@@ -123,10 +123,10 @@ def _run(body: Callable[[S], Any], settings: S, prog: str) -> int:
         _complain(prog, NoSpace(error.filename or "a file"))
         return 2
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
+        print(f"{prog}: interrupted; give the same command again to resume", file=sys.stderr, flush=True)
         return 130
     except Terminated as error:
-        print(f"{prog}: asked to end; {error}; the same command goes on from there", file=sys.stderr, flush=True)
+        print(f"{prog}: asked to end; {error}; give the same command again to resume", file=sys.stderr, flush=True)
         return 143
     finally:
         _running.pop()

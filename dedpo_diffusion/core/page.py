@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 from dedpo_diffusion.core.charts import colour
@@ -59,9 +60,9 @@ def about(text: str) -> str:
     return f'<p class="about">{escape(text)}</p>' if text else ""
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls sideways on a narrow screen; cells are HTML, the first column names the row."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, titles: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A table that scrolls sideways on a narrow screen; cells are HTML, the first column names the row; `titles` explain headings."""
+    top = "".join(f'<th title="{escape(titles[cell])}">{cell}</th>' if cell in titles else f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr><th>" + row[0] + "</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 

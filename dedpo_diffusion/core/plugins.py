@@ -73,8 +73,11 @@ def names(*groups: str) -> list[str]:
     return sorted({entry.name for group in groups for entry in _entries(group)})
 
 
-def known(name: str, built_in: Collection[str], *groups: str) -> str:
-    """For a message about an unknown name: all names, and the one that was meant if one is much like it."""
+def known(name: str, built_in: Collection[str], *groups: str, toys: Collection[str] = ()) -> str:
+    """For a message about an unknown name: all names, `toys` (for Shapes only) last, and the one that was probably meant."""
     every = list(dict.fromkeys([*built_in, *names(*groups)]))
     near = difflib.get_close_matches(name, every, n=1)
-    return f"known: {', '.join(every)}" + (f"; did you mean {near[0]!r}?" if near else "")
+    for_shapes = [one for one in every if one in toys]
+    text = f"known: {', '.join(one for one in every if one not in toys)}"
+    text += f"; for Shapes only: {', '.join(for_shapes)}" if for_shapes else ""
+    return text + (f"; did you mean {near[0]!r}?" if near else "")

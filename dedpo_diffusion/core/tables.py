@@ -84,7 +84,7 @@ def check_unique(path: Path, ids: Sequence[str]) -> None:
     """No pair_id comes twice; UserError names both rows."""
     rows = first_repeat(ids)
     if rows is not None:
-        raise UserError(f"{path}: pair_id {ids[rows[0]]!r} stands in row {rows[0]} and again in row {rows[1]}; remove one")
+        raise UserError(f"{path}: pair_id {ids[rows[0]]!r} is in row {rows[0]} and again in row {rows[1]}; remove one")
 
 
 def categories(values: Any) -> tuple[list[str], np.ndarray]:

@@ -150,6 +150,11 @@ def sentences(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def every_pair_labelled(report: dict[str, Any]) -> bool:
+    """Whether people answered every pair and every answer counts alike: then targets are human labels at any power."""
+    return report["method"] in ("dedpo", "tuned") and report["n_human"] == report["n"] and report["worth_reference"] == "at_random"
+
+
 def _count(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
@@ -157,6 +162,8 @@ def _count(value: float) -> str:
 def _worth_sentences(report: dict[str, Any]) -> list[str]:
     n, n_human, worth = report["n"], report["n_human"], report["effective_human_labels"]
     labels = f"{n_human} human and {n - n_human} judge labels"
+    if every_pair_labelled(report):
+        return ["Every pair has a human label, so the judge adds nothing here."]
     if report["method"] == "naive":
         return [
             f"The {labels} are trained on as if people had given them all: naive merging keeps the judge's bias, "
@@ -167,7 +174,7 @@ def _worth_sentences(report: dict[str, Any]) -> list[str]:
     if report["method"] == "human_only":
         return [f"Only the {n_human} human labels are used; {n - n_human} pairs have weight 0.", *_reference_sentences(report)]
     if worth["value"] is None:
-        return [f"What these {labels} are worth cannot be told: every human label is a tie."]
+        return [f"What these {labels} are worth cannot be estimated: every human label is a tie."]
     interval = f" (95 %: {_count(worth['ci'][0])} to {_count(worth['ci'][1])})" if worth["ci"] else ""
     text = f"These {labels} are worth about {_count(worth['value'])} human labels{interval}."
     published = report["effective_human_labels_power_1"]["value"]
@@ -176,7 +183,7 @@ def _worth_sentences(report: dict[str, Any]) -> list[str]:
     texts = [text, *_reference_sentences(report)]
     if worth["value"] >= n_human * (1 - 1e-9) or report["power_raw"] is not None:  # a tuned power is below it by chance alone
         return texts
-    return [*texts, f"Warning: that is less than the {n_human} human labels alone; use method tuned."]
+    return [*texts, f"Warning: that is less than the {n_human} human labels alone; give --method tuned."]
 
 
 def _reference_sentences(report: dict[str, Any]) -> list[str]:
@@ -194,7 +201,7 @@ def _judge_sentences(report: dict[str, Any]) -> list[str]:
         known, bias = entry["agreement"], entry["judge_bias"]
         if known["value"] is not None:
             low, high = known["ci"]
-            of = f"all pairs, as {known['n']} answers tell" if report["weighted"] else f"{known['n']} pairs"
+            of = f"all pairs, estimated from {known['n']} answers" if report["weighted"] else f"{known['n']} pairs"
             texts.append(f"{who} agrees with people on {known['value']:.1%} of {of} (95 %: {low:.1%} to {high:.1%}).")
             if known["value"] < 0.5:
                 used = "its power is 0 and its labels are not used" if entry["power"] == 0 else "yet its labels are used"
@@ -207,13 +214,15 @@ def _judge_sentences(report: dict[str, Any]) -> list[str]:
 
 
 def _power_sentences(report: dict[str, Any]) -> list[str]:
-    if report["power_raw"] is None:
+    if report["power_raw"] is None or every_pair_labelled(report):
         return []
     error = "" if report["power_se"] is None else f" (standard error {report['power_se']:.2f})"
-    texts = [f"The labels ask for a power of {report['power_raw']:.2f}{error}; {report['power']:.2f} is used."]
-    if len(report["judges"]) > 1:
-        parts = ", ".join(f"{entry['power']:.2f} of {entry['name']}" for entry in report["judges"])
-        texts[0] = texts[0][:-1] + f": {parts}."
+    several = len(report["judges"]) > 1
+    parts = ": " + ", ".join(f"{entry['power']:.2f} of {entry['name']}" for entry in report["judges"]) if several else ""
+    texts = [
+        f"Power (how much the judge{'s count' if several else ' counts'}: 0 is not at all, 1 as published): {report['power']:.2f} is used"
+        f"{parts}; the labels ask for {report['power_raw']:.2f}{error}."
+    ]
     if report["rule"] == "half":
         texts.append("That is half of the power which the labels ask for, unless it is capped (rule half).")
     if report["rule"] == "minus_se":
@@ -268,4 +277,5 @@ def _target_sentences(report: dict[str, Any]) -> list[str]:
     if report["share_outside"] == 0:
         return []
     furthest = report["max_abs_offset"]
-    return [f"{report['share_outside']:.1%} of the targets lie outside [0, 1], up to {furthest:.2f} from 0.5: do not clip them."]
+    share = f"{report['share_outside']:.1%} of the training targets lie outside [0, 1], up to {furthest:.2f} from 0.5."
+    return [f"{share} That is expected: training takes them as they are."]

@@ -149,7 +149,7 @@ class ServerJudge(Judge):
                 if self.streak >= self.server.failures:
                     last = first.missing or second.missing
                     text = f"{self._place()} failed {self.streak} pairs in a row (last: {last})"
-                    raise UserError(f"{text}; when it is well, the same command goes on")
+                    raise UserError(f"{text}; when the server works again, give the same command to resume")
         return both_orders(shown, swapped, min_validity=self.vlm.min_validity)
 
     def cost(self, prompt_tokens: int, answer_tokens: int) -> float:
@@ -182,8 +182,8 @@ class ServerJudge(Judge):
                     raise
                 why = str(failure)
             if wanted == "yes":
-                raise UserError(f"{self._place()} tells no token probabilities ({why}); give --server.logprobs auto or no")
-            say(f"{self._place()} tells no token probabilities ({why}): each pair is asked {self.server.samples} times in each order")
+                raise UserError(f"{self._place()} gives no token probabilities ({why}); give --server.logprobs auto or no")
+            say(f"{self._place()} gives no token probabilities ({why}): each pair is asked {self.server.samples} times in each order")
         _choice(self.connection.ask("/chat/completions", self._body(images, question, logprobs=False), first=True))
         return False
 

@@ -31,7 +31,7 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
     Raises:
         UserError: unknown name, one that two packages offer or that cannot be imported, or what the judge needs is not there.
     """
-    from dedpo_diffusion.judges.scorers import SCORERS, load_scorer
+    from dedpo_diffusion.judges.scorers import SCORERS, TOYS, load_scorer
 
     settings = resolved(settings, most=MOST)
     name, _, location = spec.partition("=")
@@ -58,8 +58,8 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
             location.split(","), settings.pairs, settings.self_training, device=settings.device, temperature=settings.temperature
         )
     if entry is None and name not in SCORERS:
-        known = plugins.known(name, [*SCORERS, *JUDGES], plugins.JUDGES, plugins.SCORERS)
-        raise UserError(f"there is no judge {name!r}; {known} (as name or name=location)")
+        known = plugins.known(name, [*SCORERS, *JUDGES], plugins.JUDGES, plugins.SCORERS, toys=TOYS)
+        raise UserError(f"there is no judge {name!r} (give NAME or NAME=LOCATION); {known}")
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
 
     scorer = load_scorer(spec, device=settings.device, batch=2 * int(settings.batch), dtype=settings.dtype)

@@ -222,7 +222,7 @@ def _load_processor(folder: Path) -> tuple[Any, str]:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         except ImportError as error:
             text = f"vlm: the processor in {folder} needs a package that is missing ({' '.join(str(error).split())})"
-            raise UserError(f"{text}; pip install 'dedpo_diffusion[vlm]', or that package itself") from error
+            raise UserError(f"{text}; pip install -e '.[vlm]' where this project was cloned, or that package itself") from error
     if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
         raise UserError(f"vlm: {folder} holds no processor of images and text; save the processor beside the model")
     chat = processor.chat_template

@@ -55,7 +55,7 @@ def _feature_sentence(entry: dict[str, Any], judges: list[str]) -> str | None:
     if entry["group"] == "generators" and _sure(entry["ci"]):
         more = "more" if entry["weight"] > 0 else "less"
         weight = entry["weight"] / entry["spread"]
-        return f"People like images of {entry['name']} {more} than {_who(judges)[0]} can tell, by {abs(weight):.2f} in log-odds."
+        return f"People like images of {entry['name']} {more} than {_who(judges)[0]} predicts, by {abs(weight):.2f} in log-odds."
     if entry["group"] != "statistics" or not _sure(entry["ci"]):
         return None
     who, does, favours = _who(judges)

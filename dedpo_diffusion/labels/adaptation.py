@@ -227,7 +227,7 @@ def adapt(
     left_out = [name for name, spread in zip(scores.columns, scores.spreads(), strict=True) if spread == 0]
     groups = [group for group in (scores.varied(), *(other.varied() for other in others)) if group.columns or group.name == scores.name]
     if not groups[0].columns:
-        raise ValueError(f"no judge tells any two images apart ({', '.join(scores.columns)} give both the same score): use another judge")
+        raise ValueError(f"no judge prefers any image to another ({', '.join(scores.columns)} give both the same score): use another judge")
     fold, prompt = pair_folds(prompts, labelled, folds, seed)
     w = np.ones(len(z)) if weights is None else np.asarray(weights, dtype=np.float64)
     names, spreads = [group.name for group in groups], [group.spreads() for group in groups]

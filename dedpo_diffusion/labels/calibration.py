@@ -410,7 +410,7 @@ def _judge_sentence(judge: dict[str, Any], *, stacked: bool, invert: bool) -> st
         others = [word for word in judge["folds_used"] if word != used]
         but = f"; in the maps of {len(others)} of {len(judge['folds_used'])} folds it counts as {others[0]}" if others else ""
         return f"{name} {agrees}{but}."
-    adds = "adds nothing to the other judges" if stacked else "says nothing of their answers by how far its scores lie apart"
+    adds = "adds nothing to the other judges" if stacked else "does not predict their answers by how far its scores lie apart"
     if judge["backwards"] and not invert:
         return f"Warning: {name} {agrees}, so it counts as undecided; if its scores are known to run the other way, use invert."
     if judge["backwards"]:

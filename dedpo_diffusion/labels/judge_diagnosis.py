@@ -391,9 +391,7 @@ def lean_phrase(lean: dict[str, Any]) -> str:
 def _lean_sentences(report: dict[str, Any]) -> list[str]:
     tested, named = ([lean for lean in report["leans"] if lean[key]] for key in ("ci", "named"))
     if not tested:
-        return [
-            f"Whether the judge leans to a kind of image cannot be told: too few pairs differ visibly, or of under {MIN_CLUSTERS} prompts."
-        ]
+        return [f"Whether the judge leans to a kind of image is unknown: too few pairs differ visibly, or of under {MIN_CLUSTERS} prompts."]
     if not named:
         reach = np.median([(lean["ci"][1] - lean["ci"][0]) / 2 for lean in tested])
         found = f"No lean to a kind of image was found, relative to people ({len(tested)} statistics looked at)"

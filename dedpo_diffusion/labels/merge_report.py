@@ -58,6 +58,7 @@ def find_warnings(settings: MergeSettings, answers: Answers, merged: Merged) -> 
     found: list[dict[str, Any]] = []
     if settings.method != "naive":
         found += not_at_random(answers, labelled, merged, pairs=settings.pairs)
+        found += look.few_labels_warnings(int(labelled.sum()), judged=settings.method != "human_only" and not labelled.all())
     if settings.method in ("dedpo", "tuned") and answers.judges is not None:
         seen = [look.seen_human_labels(answers.human, answers.judges[:, k], name=name) for k, name in enumerate(answers.names)]
         found += [entry for entry in seen if entry is not None]
@@ -99,7 +100,7 @@ def further_sentences(settings: MergeSettings, answers: Answers, report: dict[st
     elif model is not None and answers.judges is not None:
         texts.append("Agreement and bias are those of all pairs, estimated with the stored propensities: labels were not drawn at random.")
     if report["worth_reference"] != "at_random" and settings.method in ("tuned", "dedpo"):
-        texts.append("What further labels would buy is not told: it depends on how they are taken.")
+        texts.append("What further labels would add is not estimated: it depends on how they are taken.")
     if answers.judges is not None and settings.method != "human_only":
         corrected = settings.method != "naive" and answers.propensity is None
         for k, name in enumerate(answers.names):
@@ -174,6 +175,8 @@ def print_report(report: dict[str, Any], title: str) -> None:
         "effective human labels": ("effective_human_labels", 0),
         "  at power 1, as published": ("effective_human_labels_power_1", 0),
     }
+    if report["method"] not in ("dedpo", "tuned"):
+        del lines["  at power 1, as published"]
     for words, (key, digits) in lines.items():
         table.add_row(words, _number(report[key], digits))
     if report["run"] is not None:

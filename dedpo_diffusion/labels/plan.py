@@ -210,5 +210,6 @@ def _plan_sentences(found: dict[str, Any]) -> list[str]:
     return [
         text,
         f"To be worth {wanted:g}, they need {found['more']} more human labels, taken at random (95 %: {found['ci'][0]} to "
-        f"{found['ci'][1]}); people alone would have to give {found['without_judge']} more.",
+        f"{found['ci'][1]}); people alone would have to give {found['without_judge']} more. "
+        f"The judge saves you {found['without_judge'] - found['more']} labels.",
     ]

@@ -278,3 +278,27 @@ def overshoot_warnings(target: np.ndarray, weight: np.ndarray, overshoot: float 
         "smaller --power."
     )
     return [{"kind": "overshoot", "overshoot": overshoot, "share_outside": outside, "lowest": low, "highest": high, "text": text}]
+
+
+# ---- are there enough?
+
+FAR_TOO_FEW, FEWER = 20, 100  # human labels: below the first a power is a guess, the second are a good start
+
+
+def few_labels_warnings(n: int, *, judged: bool) -> list[dict[str, Any]]:
+    """A warning if there are few human labels, with how well any share of them is known.
+
+    Args:
+        n: human labels, 1 or more.
+        judged: whether a judge's labels are used on what these say of it.
+    """
+    if n >= FEWER:
+        return []
+    points = 98 / math.sqrt(n)  # half of the widest 95 % interval of a share, in percentage points
+    few, rough = ("far too few", "little more than guesses") if n < FAR_TOO_FEW else ("few", "rough")
+    what = f"the judge's agreement and the power are {rough}" if judged else "which image people prefer is known roughly"
+    text = (
+        f"Warning: {n} human label{'s are' if n > 1 else ' is'} {few}: a share of that many answers can be off by {points:.0f} percentage "
+        f"points, so {what}. Label more pairs; {FEWER}, picked at random, are a good start."
+    )
+    return [{"kind": "few_labels", "n": n, "text": text}]

@@ -105,7 +105,9 @@ class Backbone:
             self.unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"attention=xformers needs a CUDA device and `pip install dedpo_diffusion[xformers]` ({reason})") from error
+            raise UserError(
+                f"attention=xformers needs a CUDA device and `pip install -e '.[xformers]'` where this project was cloned ({reason})"
+            ) from error
 
     def checkpoint(self, *, selective: bool = False) -> None:
         """Compute activations again in the backward pass rather than keep them.

@@ -12,7 +12,7 @@ from torch import nn
 
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.errors import unreachable
-from dedpo_diffusion.models.single_file import family
+from dedpo_diffusion.models.single_file import PICKLED, family, how_to_convert
 
 CONFIGS = {  # where diffusers looks up what a single file leaves unsaid: sizes, scheduler, tokenizers; SD2.x files differ in them
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -37,7 +37,8 @@ def resolve_model(name: str) -> str:
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise UserError(f"{name}: no model_index.json there; {wanted}")
     if path.is_file() and path.suffix != ".safetensors":
-        raise UserError(f"{name}: only .safetensors files are read, as others can run code when they are opened; convert it, or {wanted}")
+        mend = how_to_convert(path) if path.suffix.lower() in PICKLED else wanted
+        raise UserError(f"{name}: only .safetensors files are read, as others can run code when they are opened; {mend}")
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") != 1 or path.suffix == ".safetensors"):
         raise UserError(f"{name}: no such folder or file; {wanted}")
     return name
@@ -100,7 +101,7 @@ def _load_file(location: str, config: str | None, dtype: torch.dtype) -> Any:
         )
     where = config if config is not None else CONFIGS[kind]
     if config is None:
-        say(f"{location}: taken for a {kind} with the configuration of {where}; --model_config gives another")
+        say(f"{location}: read as a {kind} with the configuration of {where}; --model_config gives another")
     name = "StableDiffusionXLPipeline" if kind == "sdxl" else "StableDiffusionPipeline"
     if Path(where).is_dir():
         found = diffusers.DiffusionPipeline.load_config(where)["_class_name"]

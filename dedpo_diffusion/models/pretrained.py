@@ -75,7 +75,7 @@ def fetching(name: str, what: str, remedy: str, *, found: str = "") -> Iterator[
         UserError: it cannot be had.
     """
     say(f"{name}: taking {what} from the hub, or from the copy of it that is here")
-    with in_one_line(" ".join(filter(None, (f"{name}: {what}", found, "cannot be had from the hub"))), remedy):
+    with in_one_line(" ".join(filter(None, (f"{name}: {what}", found, "is not available from the hub"))), remedy):
         yield
 
 

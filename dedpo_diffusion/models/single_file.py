@@ -9,6 +9,7 @@ scaling factor and the noise schedule by the family, and some take noise for the
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,11 @@ from torch import Tensor, nn
 
 from dedpo_diffusion.core.console import UserError
 
+PICKLED = {".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle"}
+CONVERT = (  # tensors alone are read, and each gets memory of its own, which safetensors wants
+    """python -c "import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); """
+    """s.save_file({k: v.clone().contiguous() for k, v in d.get('state_dict', d).items() if torch.is_tensor(v)}, sys.argv[2])\""""
+)
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 _FIRST_LAYER = UNET + "input_blocks.0.0.weight"
 CLIP = {"sd1": "cond_stage_model.transformer.text_model.", "sdxl": "conditioner.embedders.0.transformer.text_model."}
@@ -277,7 +283,7 @@ def family(path: Path) -> str:
     if len(kinds) != 1 or missing:
         missing += [] if kinds else ["text encoder"]
         if len(missing) == 3:
-            raise UserError(f"{path}: no Stable Diffusion checkpoint as far as its tensors' names tell; give an SD1.x, SD2.x or SDXL")
+            raise UserError(f"{path}: its tensors' names are not those of a Stable Diffusion checkpoint; give an SD1.x, SD2.x or SDXL")
         trouble = f"it lacks the {' and the '.join(missing)}" if missing else f"it has the text encoders of {' and '.join(kinds)}"
         raise UserError(f"{path}: {trouble}; give a checkpoint with the UNet, the VAE and the text encoders of one model")
     if channels != 4:
@@ -329,6 +335,13 @@ def opened(path: Path, *, wanted: str = "a .safetensors file") -> Iterator[Any]:
         raise UserError(f"{path}: {unreadable(path, error)}") from error
 
 
+def how_to_convert(path: Path) -> str:
+    """How a person makes a .safetensors file of a pickled one; the command reads tensors alone and runs none of its code."""
+    ending = "-converted.safetensors" if path.suffix == ".safetensors" else ".safetensors"
+    files = shlex.join([str(path), str(path.with_name(path.stem + ending))])
+    return f"convert it: load and save it in ComfyUI (node Save Checkpoint), or run: {CONVERT} {files}"
+
+
 def unreadable(path: Path, error: SafetensorError) -> str:
     """What a file that safetensors cannot open is, by its first bytes, and the remedy."""
     with open(path, "rb") as stream:
@@ -336,7 +349,7 @@ def unreadable(path: Path, error: SafetensorError) -> str:
     if not start:
         return "an empty file; download it again"
     if start.startswith((b"PK\x03\x04", b"\x80")):  # torch's archive, or a bare pickle
-        return "a pickled checkpoint, which is not opened because it can run code; convert it to safetensors"
+        return f"a pickled checkpoint, which is not opened because it can run code; {how_to_convert(path)}"
     if start.startswith(b"version https:/"):
         return "a pointer of Git LFS instead of the weights; fetch it with `git lfs pull`"
     if start.lower().lstrip().startswith((b"<!doctype", b"<html")):

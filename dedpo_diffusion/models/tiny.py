@@ -62,7 +62,9 @@ def build(folder: Path, kind: str, *, seed: int = 0, dtype: torch.dtype = torch.
     """A diffusers folder of this kind at `folder`, with random weights; `save` goes to `save_pretrained`."""
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of writing tiny weights: noise
     torch.manual_seed(seed)
     tokenizer, second_tokenizer = (CLIPTokenizer.from_pretrained(resolve_model("shapes"), subfolder="tokenizer") for _ in range(2))
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

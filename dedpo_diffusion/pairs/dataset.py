@@ -230,7 +230,7 @@ class PairReader:
         rows = first_repeat(ids)
         if rows is not None:
             places = f"{self.location(rows[0])} and again in {self.location(rows[1])}"
-            raise UserError(f"{self.folder / 'pairs'}: pair_id {ids[rows[0]]!r} stands in {places}; make it unique")
+            raise UserError(f"{self.folder / 'pairs'}: pair_id {ids[rows[0]]!r} is in {places}; make it unique")
         return ids
 
     def has_ids(self, ids: Sequence[str]) -> bool:

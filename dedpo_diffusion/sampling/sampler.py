@@ -409,7 +409,7 @@ def _sample_batches(
     finished = {task for task in tasks if is_there(task)}
     kept = sum(len(parts[number]) for number, _ in finished)
     if kept:
-        say(f"{kept} of {len(work) * len(targets)} images are there already; going on")
+        say(f"{kept} of {len(work) * len(targets)} images are there already; resuming")
 
     def pending(task: tuple[int, int]) -> dict[str, Path]:
         if not is_there(task):

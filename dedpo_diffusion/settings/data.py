@@ -26,7 +26,7 @@ class IngestSettings:
             pair's, keep makes another pair.
         unreadable: stop at an image that cannot be read or decoded, or leave its pair out and count it.
         seed: seed of the side shuffle, for sources that list the preferred image first.
-        shard_pairs: pairs in one parquet file; an interrupted run goes on after the last whole one.
+        shard_pairs: pairs in one parquet file; an interrupted run resumes after the last whole one.
         workers: threads that read and decode images; None takes one a core.
     """
 
@@ -53,7 +53,7 @@ class IngestSettings:
 
 @dataclass(frozen=True)
 class ValidateSettings:
-    """Check a pair dataset, its labels and votes, and say what training would trip over.
+    """Check a pair dataset, its labels and votes, and say what is wrong with it.
 
     Args:
         pairs: the pair dataset.
@@ -138,12 +138,12 @@ class ProposeSettings:
     Args:
         model: diffusers folder, .safetensors file or hub id; "shapes" is the embedded model.
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
-        prompts: as in `dedpo sample`: a set's name, a table with prompts and categories, or a text file, one prompt a line.
+        prompts: as in `dedpo sample`: a set's name, a table with prompts and categories, or a text file, one prompt per line.
         out: the pair dataset to write; must not exist yet.
         categories: the categories of prompts to take; none takes all.
         limit: how many prompts to take, as many of each category as of any other; None takes all.
         images_per_prompt: K images for each prompt line, each with a seed of its own.
-        pairing: disjoint gives K / 2 independent pairs a prompt, all gives K (K - 1) / 2.
+        pairing: disjoint gives K / 2 independent pairs per prompt, all gives K (K - 1) / 2.
         seed: the first image's seed; image i gets seed + i.
         steps: sampler steps.
         guidance: classifier-free guidance scale.

@@ -15,7 +15,7 @@ class SampleSettings:
         model: diffusers folder, .safetensors file or hub id; "shapes" is the embedded model.
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
         prompts: parti, geneval or hpsv2; a folder with HPSv2's four lists; a .json, .jsonl, .csv, .tsv or .parquet file with prompts
-            and, if they are there, categories; or a text file, one prompt a line.
+            and, if they are there, categories; or a text file, one prompt per line.
         out: folder for the images and index.parquet; of several strengths of one LoRA, for a folder each (strength-0.5, ...).
         categories: the categories of prompts to sample; none takes all.
         limit: how many prompts to sample, as many of each category as of any other; None takes all.
@@ -97,7 +97,7 @@ class CompareSettings:
     Args:
         folders: two or more scored sample folders; their names name the arms. A folder of strengths of one LoRA, as `dedpo sample
             --strength 0.5 1 2` makes it, stands for all of them.
-        out: the page to write; results.json lies beside it.
+        out: the page to write; results.json is written beside it.
         primary: the scorer of the verdict, or "people"; None takes the first held-out scorer that all folders share, or else the first.
         choose_by: the scorer, or "people", that chooses each LoRA's best strength, on one half of the prompts for the other; None takes
             that of the verdict.

@@ -23,7 +23,7 @@ class LoraSettings:
         rslora: scale by alpha / sqrt(rank) instead (arXiv 2312.03732).
         dora: train the magnitudes of the weights' rows apart from their directions (arXiv 2402.09353).
         text_encoders: adapt the text encoders too, on their attention projections; with a cache, they then stay in memory.
-        start: an adapter's file to go on from, of the same rank and layers; the reference is then the base with it.
+        start: an adapter's file to continue training from, of the same rank and layers; the reference is then the base with it.
     """
 
     rank: int = 8
@@ -171,7 +171,7 @@ class ValidationSettings:
         human: name of its label file.
         draws: timesteps and noises of each held-out pair, the same in every validation; the timesteps lie one in each of as many equal
             parts of objective.timesteps.
-        prompts: a text file with one prompt a line; an image of each is sampled before training and at every validation, from the same
+        prompts: a text file with one prompt per line; an image of each is sampled before training and at every validation, from the same
             noise. None samples none.
         seed: of these draws, and of the first image's noise; the others count up from it.
         steps: sampler steps of an image.

@@ -80,7 +80,7 @@ def held_out_symptom(lines: Sequence[Mapping[str, Any]], start: Sequence[float])
     if best["step"] == 0:
         return seen + "before training: what is learned does not carry over to them. Lower optim.learning_rate, or look at the targets"
     return seen + (
-        f"after step {best['step']}: the model now learns the training pairs by heart. Stop earlier; "
+        f"after step {best['step']}: the model is now memorising the training pairs. Stop earlier; "
         "`dedpo export RUN --checkpoint best` takes the best step"
     )
 

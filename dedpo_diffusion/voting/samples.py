@@ -89,7 +89,7 @@ class SamplePairs:
         one, other = (decode_image(path.read_bytes(), str(path)) for path in paths)
         if one.size != other.size:
             sizes = f"{other.width} x {other.height} pixels, {paths[0]} {one.width} x {one.height}"
-            raise UserError(f"{paths[1]} has {sizes}: the size would tell which model it is; sample both at one size")
+            raise UserError(f"{paths[1]} has {sizes}: the size would show which model it is; sample both at one size")
         return np.array_equal(np.asarray(one), np.asarray(other))
 
     def fingerprint(self) -> str:

@@ -300,7 +300,7 @@ def create_app(service: VoteService, hooks: PageHooks, *, hosts: Hosts, token: s
         return response
 
     async def on_failure(request: Request, error: Exception) -> Response:
-        return refuse(request, 500, f"the server failed ({type(error).__name__}); its terminal tells more")
+        return refuse(request, 500, f"the server failed ({type(error).__name__}); its terminal shows more")
 
     app = Starlette(
         routes=[

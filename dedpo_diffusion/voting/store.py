@@ -148,7 +148,7 @@ class Store:
             with self._writer:
                 self._writer.executemany("REPLACE INTO meta VALUES (?, ?)", [(key, json.dumps(value)) for key, value in design.items()])
         elif changed:
-            raise UserError(f"{self.path} was begun with {', '.join(changed)}; go on with what it was begun with, or give another --name")
+            raise UserError(f"{self.path} was begun with {', '.join(changed)}; continue with the same, or give another --name")
 
     def append(self, **values: Any) -> Event:
         """Store one event, on disk when this returns; its number and time are added to the values given."""

@@ -37,6 +37,7 @@ _NAMED = (  # in ss_base_model_version of kohya's scripts, and in modelspec.arch
     ("sd2", re.compile(r"^(sd_v2|stable-diffusion-v2)")),
     ("sd1", re.compile(r"^(sd_v1|sd_1|stable-diffusion-v1)")),
 )
+UNPUBLISHED = "which no published one has"  # of the width of cross-attention, in an evidence
 DECLARED = ("modelspec.architecture", "ss_base_model_version")
 
 
@@ -56,7 +57,7 @@ class Evidence:
 
     def words(self) -> str:
         """The family's name with the evidence."""
-        name = FAMILIES[self.family] if self.family else "cannot be told"
+        name = FAMILIES[self.family] if self.family else "unknown"
         return f"{name} ({'; '.join(self.evidence)})" if self.evidence else name
 
 
@@ -71,7 +72,7 @@ def find_base(shapes: Mapping[str, tuple[int, ...] | None], metadata: Mapping[st
     widths = {shape[1] for name, shape in shapes.items() if shape is not None and len(shape) > 1 and _CROSS.search(name)}
     for width in sorted(widths):
         family = WIDTHS.get(width)
-        found.append((family, f"cross-attention of width {width}" + ("" if family else ", which no published one has")))
+        found.append((family, f"cross-attention of width {width}" + ("" if family else f", {UNPUBLISHED}")))
     if any(_DEEP.search(name) for name in shapes):
         found.append(("sdxl", "several transformer blocks in a row"))
     if any(_SECOND.match(name) for name in shapes):
@@ -86,6 +87,12 @@ def find_base(shapes: Mapping[str, tuple[int, ...] | None], metadata: Mapping[st
         return Evidence(families[0] if families else None, [words for _, words in found])
     sides = "; ".join(f"{FAMILIES[family]}: {', '.join(words for own, words in found if own == family)}" for family in families)
     return Evidence(families[0], [words for family, words in found if family == families[0]], f"the base is contradictory ({sides})")
+
+
+def fits_nothing_published(report: Mapping[str, Any]) -> bool:
+    """Whether weights, of which `report` tells, have the shape of no published model."""
+    base = report.get("base") or {}
+    return base.get("family") is None and any(words.endswith(UNPUBLISHED) for words in base.get("evidence") or ())
 
 
 # ---- what metadata tell

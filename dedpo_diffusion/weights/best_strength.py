@@ -70,7 +70,7 @@ def _known(loras: Mapping[str, Any], results: Path, source: Path) -> str:
     alike = [name for name, entry in loras.items() if title in (name, Path(entry["file"]).stem)]
     if len(alike) == 1:
         if digest is not None:
-            say(f"Warning: {results} compared another file than {source}, by its digest; it is taken for {alike[0]} by its name")
+            say(f"Warning: {results} compared another file than {source}, by its digest; by its name it is read as {alike[0]}")
         return alike[0]
     why = f"it could be {' or '.join(alike)}" if alike else f"those are: {', '.join(loras)}"
-    raise UserError(f"{results}: which of its LoRAs {source} is cannot be told ({why}); name it with --arm, or {HOW}")
+    raise UserError(f"{results}: which of its LoRAs {source} is remains unclear ({why}); name it with --arm, or {HOW}")

@@ -46,7 +46,7 @@ def add_card(out: Path, run: Path, *, results: Path | None = None, arm: str | No
         UserError: no such model, run or results; a model of another run; an arm that cannot be told; or no place for the card.
     """
     if arm is not None and results is None:
-        raise UserError("--arm names an arm of a comparison; give its --results too")
+        raise UserError("--arm names one of the models of a comparison; give its --results too")
     report = inspect_path(out, hash=True)
     exported = describe_exported(out, report)
     trained, embedded = read_settings(run), report.get("settings")
@@ -68,7 +68,7 @@ def add_card(out: Path, run: Path, *, results: Path | None = None, arm: str | No
     try:
         text = model_card(trained, exported, **given)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{results or run}: cannot be told in a card ({error} is missing or odd); run `dedpo compare` again") from error
+        raise UserError(f"{results or run}: cannot be put into a card ({error} is missing or odd); run `dedpo compare` again") from error
     write_text(path, text + _mark(out, text))
     return path
 
@@ -125,10 +125,10 @@ def targets_report(trained: Mapping[str, Any], identity: Mapping[str, Any]) -> d
     file = Path(data["pairs"]) / "targets" / f"{data['targets']}.json"
     table = file.with_suffix(".parquet")
     if not file.is_file() or not table.is_file():
-        say(f"{file}: not there, so the model card says nothing of the labels")
+        say(f"{file}: not there, so the model card does not describe the labels")
         return None
     if identity.get("targets") not in (None, file_digest(table)):
-        say(f"{table}: changed since the run trained on it, so the model card says nothing of the labels")
+        say(f"{table}: changed since the run trained on it, so the model card does not describe the labels")
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -184,7 +184,7 @@ def which_arm(results: Mapping[str, Any], path: Path, out: Path, report: Mapping
     if len(arms) == 1 and told[arms[0]] is None:
         return arms[0]
     why = f"{' and '.join(yes)} were sampled from it" if yes else "no sample folder beside it shows which"
-    raise UserError(f"{path}: which arm {out} is cannot be told ({why}); name it with --arm ({listed})")
+    raise UserError(f"{path}: which arm {out} is remains unclear ({why}); name it with --arm ({listed})")
 
 
 def _sample_folder(name: str, path: Path, out: Path) -> Path | None:

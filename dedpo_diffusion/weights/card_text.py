@@ -401,7 +401,7 @@ def _hashes(exported: Exported, identity: Facts, targets: Facts | None) -> list[
             ("pairs", "pairs"),
             ("targets", "targets"),
             ("label_report", "label report"),
-            ("start", "LoRA to go on from"),
+            ("start", "LoRA that training started from"),
         )
         if key in identity
     ]

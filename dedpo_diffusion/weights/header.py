@@ -18,9 +18,8 @@ from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import atomic_file
-from dedpo_diffusion.models.single_file import opened
+from dedpo_diffusion.models.single_file import PICKLED, how_to_convert, opened
 
-PICKLED = {".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle"}
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3", "F8_E5M2": "float8_e5m2",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
@@ -89,7 +88,7 @@ def read_header(path: Path) -> Header:
         UserError: there is no such file, it is a pickle (which is never opened), or no whole safetensors file.
     """
     if path.is_file() and path.suffix.lower() in PICKLED:
-        raise UserError(f"{path}: a pickled file, which is not opened because it can run code; convert it to safetensors")
+        raise UserError(f"{path}: a pickled file, which is not opened because it can run code; {how_to_convert(path)}")
     with opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dedpo_diffusion.core.console import Progress, UserError, track
 from dedpo_diffusion.core.files import is_leftover
-from dedpo_diffusion.models.single_file import CLIP, OPEN_CLIP, UNET, VAE, family, foreign
+from dedpo_diffusion.models.single_file import CLIP, OPEN_CLIP, PICKLED, UNET, VAE, family, foreign
 from dedpo_diffusion.weights.adapters import WORDS, Adapter, find_adapter
 from dedpo_diffusion.weights.base_model import FAMILIES, Evidence, find_base
 from dedpo_diffusion.weights.compatibility import A1111, COMFY, DIFFUSERS, troubles, who_reads
 from dedpo_diffusion.weights.diffusers_layout import CONFIG
-from dedpo_diffusion.weights.header import PICKLED, Header, read_header
+from dedpo_diffusion.weights.header import Header, read_header
 from dedpo_diffusion.weights.provenance import in_short, others_facts, own_facts
 from dedpo_diffusion.weights.run_folder import best_folder, checkpoints
 
@@ -212,7 +212,7 @@ def _whole(header: Header) -> Report:
     if path.name == "optimizer.safetensors" and all(name.partition(".")[0].isdigit() for name in names):
         return {"what": "optimizer state of a run", "facts": {}}
     first = ", ".join(list(names)[:3])
-    return {"what": "file of tensors", "warnings": [f"what it is cannot be told by its tensors' names ({first} ...)"], "facts": {}}
+    return {"what": "file of tensors", "warnings": [f"what it is does not show in its tensors' names ({first} ...)"], "facts": {}}
 
 
 def _checkpoint(header: Header, known: Report, base: Evidence, warnings: list[str]) -> Report:
@@ -244,7 +244,7 @@ def _checkpoint(header: Header, known: Report, base: Evidence, warnings: list[st
         if not marked and kind != "sd2":
             warnings = [
                 *warnings,
-                "it predicts v without the tensor v_pred, which programs look for; they take noise for it unless they are told",
+                "it predicts v without the tensor v_pred, which programs look for; they assume noise unless they are told",
             ]
     known = {"family": kind, "name": FAMILIES[kind], "evidence": ["its text encoders", *base.evidence]}
     return {

@@ -105,7 +105,7 @@ def collect(held: dict[str, dict[str, Tensor]], path: Path, name: str, role: str
     """
     found = held.setdefault(name, {})
     if role in found:
-        raise UserError(f"{path}: {name} is in it under two names ({role} twice), so which one counts cannot be told; {_AGAIN}")
+        raise UserError(f"{path}: {name} is in it under two names ({role} twice), so which one counts is unclear; {_AGAIN}")
     found[role] = value
 
 

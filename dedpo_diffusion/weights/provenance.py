@@ -63,7 +63,7 @@ def in_short(trained: Mapping[str, Any]) -> dict[str, str]:
         "learning rate": optim.get("learning_rate"),
         "schedule": optim.get("schedule"),
         "pairs in a forward pass": optim.get("batch"),
-        "forward passes a step": optim.get("accumulation"),
+        "forward passes per step": optim.get("accumulation"),
         "moving average": optim.get("average"),
         "sampling of pairs": data.get("sampling"),
         "caption dropout": data.get("caption_dropout") or None,

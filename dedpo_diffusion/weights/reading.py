@@ -52,7 +52,7 @@ def read_lora_file(path: Path) -> Lora:
         tensors = {name: file.get_tensor(name) for name in names} if found else {}
     if found is None:
         told = ((what, remedy) for pattern, what, remedy in _FOREIGN if any(re.search(pattern, name) for name in names))
-        what, remedy = next(told, ("no LoRA as far as its tensors' names tell", "give a LoRA as `dedpo export` writes it"))
+        what, remedy = next(told, ("its tensors' names are those of no LoRA", "give a LoRA as `dedpo export` writes it"))
         raise UserError(f"{path}: it seems to be {what}; {remedy}" if names else f"{path}: there is nothing in it; give another file")
     if any(REFINER.match(metadata.get(key, "").lower()) for key in DECLARED):
         raise UserError(f"{path}: it is a LoRA of SDXL's refiner, as its metadata say; give one of an SD1.x, SD2.x or SDXL")

@@ -68,7 +68,7 @@ def open_run(folder: Path, settings: Any, identity: Mapping[str, str], free: Seq
     known = {**wanted["identity"], **json.loads(identity_file.read_text(encoding="utf-8"))}
     changed = first_difference(known, wanted["identity"])
     if changed:
-        raise UserError(f"{folder}: cannot go on, its inputs have changed since it began ({changed}); choose another --out")
+        raise UserError(f"{folder}: cannot be resumed, as its inputs have changed since it began ({changed}); choose another --out")
 
 
 def first_difference(held: Any, wanted: Any, name: str = "") -> str:
@@ -112,7 +112,7 @@ def newest_checkpoint(run: Path) -> tuple[int, Path] | None:
             names = (bad.with_name(f"damaged-{bad.name}" + (f"-{k}" if k else "")) for k in itertools.count())
             aside = next(path for path in names if not path.exists())
             bad.rename(aside)
-            say(f"Warning: {why}; this checkpoint is set aside as {aside}, and the run goes on from {folder.name}")
+            say(f"Warning: {why}; this checkpoint is set aside as {aside}, and the run resumes from {folder.name}")
         return int(folder.name.removeprefix("step-")), folder
     if damaged:
         raise UserError(f"{damaged[0][1]}, and no other checkpoint is whole; put back a copy of one, or remove {run} to begin anew")

@@ -143,7 +143,7 @@ def _open_run(settings: ExportSettings) -> Source:
     try:
         check_checkpoint(folder)
     except UserError as error:
-        other = "give the run's `dedpo train` command again, which goes on from the checkpoint before it"
+        other = "give the run's `dedpo train` command again, which resumes from the checkpoint before it"
         raise UserError(f"{error}; {'take --checkpoint last' if settings.checkpoint == 'best' else other}") from error
     averaged = settings.average and (folder / "average.safetensors").is_file()
     parameters = load_part(folder, "average" if averaged else "parameters")  # each is read when it is asked for

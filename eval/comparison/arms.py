@@ -251,7 +251,7 @@ def load_arms(folders: Sequence[Path]) -> tuple[list[Arm], list[str]]:
     arms = [base, *(paired(base, arm) for arm in loaded[1:])]
     texts, entries = len({row["prompt"] for row in base.rows}), len({row["prompt_index"] for row in base.rows})
     if texts < 2:
-        raise UserError(f"{base.folder} has images of one prompt only, which tells nothing of other prompts; sample two prompts or more")
+        raise UserError(f"{base.folder} has images of one prompt only, which says nothing about other prompts; sample two prompts or more")
     notes = [
         f"{arm.name} lists its images in another order than {base.name}; they are paired by prompt and seed."
         for arm in arms[1:] if arm.keys != base.keys

@@ -111,7 +111,7 @@ def _identity(folder: Path) -> dict[str, Any]:
             raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file} cannot be read as JSON ({error}); restore it, or remove it, and the LoRA is told by its file's name"
+            f"{file} cannot be read as JSON ({error}); restore it, or remove it, and the LoRA is known by its file's name"
         ) from error
     return found
 

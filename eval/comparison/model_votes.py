@@ -123,7 +123,7 @@ def write_votes(settings: VoteSettings, service: VoteService, reader: SamplePair
     if settings.export_only:
         say(outcome(base.resolve().name, arm.resolve().name, answers))
     else:
-        say(f"who is ahead is not said here, so that voting can go on; it is by: dedpo vote {base} {arm}{named} --export_only true")
+        say(f"who is ahead is not said here, so that voting can continue; this says it: dedpo vote {base} {arm}{named} --export_only true")
     say(f"beside the scores: dedpo compare {base} {arm} --out report.html")
     return done.path
 
@@ -151,9 +151,13 @@ def outcome(base: str, arm: str, answers: Sequence[dict[str, Any]]) -> str:
     tied = f"ties counted as half ({ties:.1%} of the pairs are ties)"
     if asked < 2:
         won = f"{arm} wins {np.mean(judged.wins):.1%} of {counted(len(prompts), 'pair')} of one prompt"
-        return f"People: {won}, {tied}; one prompt tells nothing of other prompts, so there is no interval."
+        return f"People: {won}, {tied}; one prompt says nothing about others, so there is no interval."
     share, wins = rate_interval(judged.preferred, prompts), rate_interval(judged.wins, prompts)
-    words = f"{arm} is {'better' if share.mean > 0.5 else 'worse'} than {base}" if share.excludes(0.5) else "no difference can be told"
+    words = (
+        f"{arm} is {'better' if share.mean > 0.5 else 'worse'} than {base}"
+        if share.excludes(0.5)
+        else f"{arm} and {base} cannot be told apart"
+    )
     gain = f"gain {2 * share.mean - 1:+.3f} (95 %: {2 * share.low - 1:+.3f} to {2 * share.high - 1:+.3f})"
     return (
         f"People: {words}, {gain}. {arm} wins {wins.mean:.1%} (95 %: {wins.low:.1%} to {wins.high:.1%}) of {len(prompts)} pairs "

@@ -24,6 +24,7 @@ from typing import Any
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation.comparison.arms import Arm, sampling_settings
+from dedpo_diffusion.evaluation.comparison.cautions import few_prompts
 from dedpo_diffusion.evaluation.comparison.preferences import NAME as PEOPLE
 
 Results = dict[str, Any]
@@ -37,7 +38,7 @@ NAMED = 5  # scorers or categories in one sentence
 CAUTIONS = {
     "held_out": "",
     "made_labels": ", which made the training labels",
-    "unknown": ", which is not known to be held out of the training labels",
+    "unknown": "",
 }
 OWN = {"made_labels": "which made its labels", "unknown": "which is not known to be held out"}
 
@@ -148,7 +149,7 @@ def warnings(results: Results, name: str) -> list[str]:
 
     if pleased and hurt:
         losses = [f"{'people' if scorer == PEOPLE else scorer} ({change(scorer)})" for scorer in hurt]
-        return [f"Over-optimised, as it looks: {rising(pleased)}, and falls on {_list(losses)}, which had no part in its labels."]
+        return [f"Looks over-optimised: {rising(pleased)}, and falls on {_list(losses)}, which had no part in its labels."]
     if not made or any(rises(gains[scorer]) for scorer in held):
         return []
     changes = {embedder: entry["diversity_minus_base"] for embedder, entry in arm["spread"].items()}
@@ -156,7 +157,7 @@ def warnings(results: Results, name: str) -> list[str]:
     if narrowed and not any(map(rises, changes.values())):
         fewer = _list([f"{embedder} ({_ends(changes[embedder], places([changes[embedder]]))})" for embedder in narrowed])
         rest = "on no scorer that is held out" if held else "and no scorer here is held out"
-        return [f"Over-optimised, as it looks: {rising(made)}, {rest}, and its images of one prompt are less diverse by {fewer}."]
+        return [f"Looks over-optimised: {rising(made)}, {rest}, and its images of one prompt are less diverse by {fewer}."]
     if held:
         others = _list([f"{scorer} {change(scorer)}" for scorer in held])
         return [f"Better only on the scorer that made its labels: {rising(made)}, and on no scorer that is held out ({others})."]
@@ -202,7 +203,15 @@ def verdict(results: Results) -> str:
     best, primary = best_arm(results), results["primary"]
     caution = CAUTIONS[results["scorers"][primary]["role"]]
     first = f"On {primary}{caution}, {_gain_words(results, best)}{_choice_words(results, best)}{_rival_words(results, best)}."
-    return " ".join([first, *_others(results, best), *results["arms"][best]["warnings"]])
+    parts = [first, *few_prompts(results["n_prompts"]), *_unknown(results, primary), *_others(results, best)]
+    return " ".join([*parts, *results["arms"][best]["warnings"]])
+
+
+def _unknown(results: Results, scorer: str) -> list[str]:
+    """That nobody knows whether this scorer made the training labels, and how to let it be known."""
+    if results["scorers"][scorer]["role"] != "unknown":
+        return []
+    return [f"Unknown whether {scorer} made the training labels: give --targets or --held_out."]
 
 
 def _gain_words(results: Results, name: str) -> str:
@@ -213,7 +222,7 @@ def _gain_words(results: Results, name: str) -> str:
     numbers = f"{mean} (95 % interval {low} to {high})"
     rate = f"win rate {wins['mean']:.1%} ({wins['ci'][0]:.1%} to {wins['ci'][1]:.1%})"
     if not (rises(gain) or falls(gain)):
-        return f"no difference between {name} and {base} can be told: gain {numbers}, {rate}"
+        return f"{name} and {base} cannot be told apart: gain {numbers}, {rate}"
     return f"{name} is {'better' if rises(gain) else 'worse'} than {base}: gain {numbers}, {rate}"
 
 
@@ -248,7 +257,7 @@ def _rival_words(results: Results, best: str) -> str:
     parts += [f"not distinguishable from {' or '.join(untold)}"] if untold else []
     parts += [f"not compared with {' and '.join(unknown)}"] if unknown else []
     words = f"; of {len(rivals) + 1} arms {best} has the largest gain, " + ", but ".join(parts) if parts else ""
-    return words + (f"; {_list(absent)} cannot be told, for want of votes" if absent else "")
+    return words + (f"; {_list(absent)} cannot be ranked, for want of votes" if absent else "")
 
 
 def _others(results: Results, best: str) -> list[str]:
@@ -261,7 +270,7 @@ def _others(results: Results, best: str) -> list[str]:
         return [f"On {_list(list(others), 'or')} no difference survives Holm's correction."]
     rest = [scorer for scorer, gain in others.items() if not gain["p_holm"] < LEVEL]
     tail = f", that on {_list(rest)} does not" if rest else ""
-    return [f"After Holm's correction for {len(others) + 1} scorers the difference on {_list(kept)} stands{tail}."]
+    return [f"After Holm's correction for {len(others) + 1} scorers the difference on {_list(kept)} remains{tail}."]
 
 
 def _list(parts: Sequence[str], word: str = "and") -> str:

@@ -48,6 +48,7 @@ LABEL_LINES = {
     "power": "power", "power_se": "standard error of the power", "effective_human_labels": "effective human labels",
     "effective_human_labels_power_1": "the same at power 1, as published",
 }  # fmt: skip
+WITHOUT_POWER = ("human_only", "naive", "adapted")  # methods of `dedpo merge`
 
 
 # ---- training and labels
@@ -71,7 +72,7 @@ def read_metrics(run: Path, log: str = "metrics") -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             if row == len(lines) - 1 and not line.endswith("\n"):
                 break
-            raise UserError(f"{path} line {row + 1} is no record with a step ({error}); remove the line") from error
+            raise UserError(f"{path} line {row + 1} is not a record with a step ({error}); remove the line") from error
         records.append(record)
     return records
 
@@ -166,7 +167,7 @@ def label_section(targets: Sequence[Path]) -> str:
     if not reports:
         return ""
     lines = [
-        [escape(words), *(escape(_label_figure(report.get(key), key)) for report in reports.values())]
+        [escape(words), *(escape(_label_figure(report, key)) for report in reports.values())]
         for key, words in LABEL_LINES.items() if any(key in report for report in reports.values())
     ]  # fmt: skip
     words = "".join(_label_words(name, report) for name, report in reports.items())
@@ -232,8 +233,11 @@ def _judges_table(entries: list[dict[str, Any]] | None) -> str:
     return f'<div class="panel">{table(["judge", "agreement", "bias", "power"], rows)}</div>'
 
 
-def _label_figure(value: Any, key: str) -> str:
-    return shown(value, ".0f" if "human_labels" in key else ".3f")
+def _label_figure(report: dict[str, Any], key: str) -> str:
+    """A number of a report; a dash where it means nothing, as a power of labels that are merged with none."""
+    if key == "effective_human_labels_power_1" and report.get("method") in WITHOUT_POWER:
+        return shown(None)
+    return shown(report.get(key), ".0f" if "human_labels" in key else ".3f")
 
 
 def settings_section(folders: Iterable[Path]) -> str:

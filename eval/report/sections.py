@@ -9,6 +9,7 @@ from typing import Any
 from dedpo_diffusion.core.charts import Gain, forest
 from dedpo_diffusion.core.page import about, dot, section, shown, table
 from dedpo_diffusion.evaluation.comparison.arms import counted
+from dedpo_diffusion.evaluation.comparison.cautions import is_few
 from dedpo_diffusion.evaluation.comparison.verdict import decimals, gains_of
 
 Results = dict[str, Any]
@@ -72,19 +73,24 @@ def headline(results: Results, best: str) -> str:
     """The verdict, what warns of it, and its numbers as cards."""
     arm, base, primary = results["arms"][best], results["base"], results["primary"]
     gain, wins, form = arm["gain_over_base"], arm["win_rate_vs_base"], f"+.{decimals(results, primary)}f"
-    boxes = [
-        _card(f"gain of {best} on {primary}", shown(gain["mean"], form), _ends(gain, form)),
-        _card(f"win rate of {best} against {base}", shown(wins["mean"], ".1%"), _ends(wins, ".1%")),
-    ]
-    for scorer in results["scorers"]:
+    few = is_few(results["n_prompts"])  # their numbers are in the verdict, and in no large type
+    boxes = (
+        []
+        if few
+        else [
+            _card(f"gain of {best} on {primary}", shown(gain["mean"], form), _ends(gain, form)),
+            _card(f"win rate of {best} against {base}", shown(wins["mean"], ".1%"), _ends(wins, ".1%")),
+        ]
+    )
+    for scorer in results["scorers"] if not few else ():
         if is_people(results, scorer) and scorer != primary and scorer in arm["by_scorer"]:
             asked = arm["by_scorer"][scorer]["win_rate_vs_base"]
             boxes.append(_card(f"pairs whose majority prefers {best}", shown(asked["mean"], ".1%"), _ends(asked, ".1%")))
     what = f"{results['n_prompts']} prompts; same prompt, seed and noise in every arm"
-    boxes.append(_card("images an arm", str(results["n_images"]), what))
+    boxes.append(_card("images per arm", str(results["n_images"]), what))
     arms = "".join(f"<li>{dot(k)}{escape(name)}</li>" for k, name in enumerate(results["arms"]))
-    lead, colon, rest = results["verdict"].partition(": ")
-    words = f"{escape(lead + colon)}<span>{escape(rest)}</span>"
+    lead, _, rest = results["verdict"].partition(": ")
+    words = f"{escape(lead.rstrip('.'))}. <span>{escape(rest[:1].upper() + rest[1:])}</span>"
     noted = "".join(f'<p class="note">{escape(note)}</p>' for note in results["notes"])
     return (
         f'<header><ul class="arms">{arms}</ul><h1>{words}</h1>{warnings(results)}{noted}<div class="cards">{"".join(boxes)}</div></header>'
@@ -119,7 +125,10 @@ def scores_section(results: Results) -> str:
         f'<p class="about">{mark(results, scorer)} {escape(scorer)} {CAUTIONS[role(results, scorer)]}</p>'
         for scorer in ordered(results) if role(results, scorer) in CAUTIONS
     ]  # fmt: skip
-    how = "Gain over the base with its 95 % interval; a filled dot: the interval leaves out 0. Each scorer has its own scale."
+    how = (
+        "An arm is one model, or one strength of a LoRA, with all its images. Gain over the base with its 95 % interval; a filled dot: the "
+        "interval leaves out 0. Each scorer has its own scale."
+    )
     return section("Scores", about(how), plots(list(filter(None, drawn))), combined(results), *told)
 
 
@@ -153,13 +162,20 @@ def combined(results: Results) -> str:
             )
             lines.append(_line(k, name, *values, chance, shown(count)))
         bodies.append(f"<tbody>{''.join(lines)}</tbody>")
-    head = "".join(f"<th>{words}</th>" for words in ("arm", *COLUMNS))
-    note = about("p: two-sided, after Holm's correction over the scorers. n: images.")
+    head = "".join(f'<th title="{TERMS.get(words, "")}">{words}</th>' for words in ("arm", *COLUMNS))
+    note = about(f"p (Holm): {TERMS['p (Holm)']} n: images.")
     return (
         f'<div class="scroll panel" tabindex="0"><table class="scores"><thead><tr>{head}</tr></thead>{"".join(bodies)}</table></div>{note}'
     )
 
 
+TERMS = {  # what a heading means; quotes would end its tooltip
+    "arm": "One model, or one strength of a LoRA.",
+    "p (Holm)": "how often chance alone makes a difference this large either way; Holm's correction allows for looking at several scorers.",
+    "win rate": "Share of images that score higher than the base's of the same prompt and seed; ties count half.",
+    "drift": "How far images moved from the base's of the same prompt and seed.",
+    "diversity": "How much the images of one prompt differ over its seeds.",
+}
 COLUMNS = ("mean", "gain over base", "win rate", "p (Holm)", "n")
 
 
@@ -258,7 +274,9 @@ def spread_section(results: Results) -> str:
         "prompt become alike. Drift: from the base's image of the same prompt and seed."
     )
     return (
-        section("Diversity and drift", about(how), f'<div class="panel">{table(["arm", "embedder", *SPREAD], rows)}</div>') if rows else ""
+        section("Diversity and drift", about(how), f'<div class="panel">{table(["arm", "embedder", *SPREAD], rows, titles=TERMS)}</div>')
+        if rows
+        else ""
     )
 
 

@@ -352,6 +352,16 @@ def test_sentences_say_what_the_labels_are_worth():
     assert report["sentences"][0] == f"{expected} At power 1, as published, they would be worth {published:.0f}."
 
 
+def test_with_every_pair_labelled_the_targets_are_the_human_labels_and_the_sentences_say_so():
+    human, g, truth = sample(np.random.default_rng(9), n=60)
+    merged = merge_labels(np.where(np.isnan(human), (g > 0.5).astype(float), human), g)
+    np.testing.assert_allclose(merged.target, np.where(np.isnan(human), g > 0.5, human), atol=1e-12)
+    text = " ".join(merged.report["sentences"])
+    assert text.startswith("Every pair has a human label, so the judge adds nothing here.") and "Power" not in text
+    partly = " ".join(merge_labels(human, g).report["sentences"])
+    assert "Every pair" not in partly and "Power (how much the judge counts: 0 is not at all, 1 as published): " in partly
+
+
 def test_a_judge_worse_than_a_coin_is_not_used_and_the_user_is_told():
     human, g, _ = sample(np.random.default_rng(10), accuracy=0.3)
     merged = merge_labels(human, g)

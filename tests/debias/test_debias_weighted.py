@@ -45,4 +45,4 @@ def test_agreement_is_weighted_by_propensities():
     propensity = np.concatenate([np.repeat([1 / 6, 1 / 2], 10), np.repeat([1 / 6, 1 / 2], [50, 10])])
     report = merge_labels(human, judge, propensity=propensity).report
     assert report["agreement"]["value"] == pytest.approx(0.75 * 0.9 + 0.25 * 0.5)
-    assert "of all pairs, as 20 answers tell" in " ".join(report["sentences"])
+    assert "of all pairs, estimated from 20 answers" in " ".join(report["sentences"])

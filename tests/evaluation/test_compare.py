@@ -110,11 +110,12 @@ def test_verdicts_say_better_worse_or_that_it_cannot_be_told(arms):
     better, worse, untold = (compare(settings(pair))["verdict"] for pair in (arms[::2], arms[::-2], arms[:2]))
     assert better.startswith("On truth, tuned is better than base: gain +0.2") and "win rate 100.0%" in better
     assert worse.startswith("On truth, base is worse than tuned: gain -0.2")
-    assert untold.startswith("On truth, no difference between even and base can be told: gain")
+    assert untold.startswith("On truth, even and base cannot be told apart: gain")
     both = compare(settings(arms))["verdict"]
     assert "of 2 arms tuned has the largest gain, ahead of even (+0.2" in both
     proxy = compare(settings(arms, primary="proxy"))
-    assert proxy["verdict"].startswith("On proxy, which is not known to be held out of the training labels, no difference between even")
+    assert proxy["verdict"].startswith("On proxy, even and base cannot be told apart: gain")
+    assert "Unknown whether proxy made the training labels: give --targets or --held_out." in proxy["verdict"]
     assert "ahead of tuned (+0.2" in proxy["verdict"]
 
 

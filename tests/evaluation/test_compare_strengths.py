@@ -20,7 +20,7 @@ from dedpo_diffusion.evaluation.comparison.loras import find_loras
 from dedpo_diffusion.evaluation.comparison.people import write_votes
 from dedpo_diffusion.evaluation.comparison.strengths import halves
 from dedpo_diffusion.evaluation.report.frontier import curves, draw_frontier, strengths_section
-from support.reports import Page
+from support.reports import Page, shown_verdict
 from support.samples import write_samples
 from support.scores import BASE, CLUSTERS, put_scores, settings
 from support.sweeps import STRENGTHS, tell, write_base, write_sweep
@@ -230,7 +230,11 @@ def test_people_choose_among_the_strengths_that_they_judged(tmp_path):
     out = tmp_path / "out" / "report.html"
     assert main([str(base), str(lora), "--out", str(out), "--resamples", "500"]) == 0
     page = Page(out.read_text())
-    assert page.open == [] and found["verdict"] in page.text and json.loads(page.blocks["known"])["arms"] == ["base", "tuned at strength 2"]
+    assert (
+        page.open == []
+        and shown_verdict(found) in page.text
+        and json.loads(page.blocks["known"])["arms"] == ["base", "tuned at strength 2"]
+    )
 
 
 def test_votes_that_cannot_choose(tmp_path):
@@ -246,8 +250,8 @@ def test_votes_that_cannot_choose(tmp_path):
     found = compare(settings([base, lora], primary="people", out=tmp_path / "out" / "report.html"))
     assert found["loras"]["tuned"]["gain_at_best_strength"] is None  # they did not see strength 2, which the scorer chose
     assert (
-        "On people, no difference between tuned and base can be told: gain +1.000" in found["verdict"]
-        and "tuned/strength-2 cannot be told" in found["verdict"]
+        "On people, tuned and base cannot be told apart: gain +1.000" in found["verdict"]
+        and "tuned/strength-2 cannot be ranked" in found["verdict"]
     )
     strengths_section(found)
     draw_frontier(found, tmp_path / "frontier.png")
@@ -283,7 +287,7 @@ def test_the_command_draws_the_frontier(folders, tmp_path, capsys):
     assert drifts == sorted(drifts) and drifts[0] > 0
     assert Image.open(out.parent / "frontier.png").size == (960, 600)
     page = Page(text)
-    assert page.open == [] and found["verdict"] in page.text
+    assert page.open == [] and shown_verdict(found) in page.text
     assert "drift from base (by clip)" in page.text and "Here both halves chose alike for every LoRA." in page.text
     strengths = text[text.index('<h2 id="strengths">') : text.index('<h2 id="scores">')]
     assert strengths.count("<polyline") == strengths.count("<polygon") == 2 * 2 and strengths.count("<svg") == 2  # LoRAs x scorers

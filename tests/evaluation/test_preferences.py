@@ -107,9 +107,9 @@ def test_few_prompts_all_won_are_no_certainty():
 def test_people_may_be_primary_for_the_arms_they_judged(arms):
     put_votes(arms[0], arms[2], *((k, "ann", 1) for k in range(12)))
     found = compare(settings(arms, primary="people"))
-    told = "On people, no difference between tuned and base can be told: gain +1.000 (95 % interval -0.048 to +1.000)"
+    told = "On people, tuned and base cannot be told apart: gain +1.000 (95 % interval -0.048 to +1.000)"
     assert found["verdict"].startswith(told)
-    assert "; dull cannot be told, for want of votes. " in found["verdict"] and "of 2 arms" not in found["verdict"]
+    assert "; dull cannot be ranked, for want of votes. " in found["verdict"] and "of 2 arms" not in found["verdict"]
     assert "not compared" not in found["verdict"] and "gain_over_base" not in found["arms"]["dull"]
     put_votes(arms[0], arms[1], *((k, "bob", 0.5) for k in range(4, 12)))
     found = compare(settings(arms, primary="people"))
@@ -120,7 +120,7 @@ def test_people_may_be_primary_for_the_arms_they_judged(arms):
 def test_votes_of_one_prompt_are_told_and_have_no_interval(arms):
     put_votes(arms[0], arms[2], (0, "ann", 1), (1, "ann", 0))
     found = compare(settings(arms))
-    assert found["notes"] == ["People judged images of one prompt only of tuned, which tells nothing of other prompts."]
+    assert found["notes"] == ["People judged images of one prompt only of tuned, which says nothing about other prompts."]
     assert "people" not in found["scorers"] and "people" not in found["arms"]["tuned"]["by_scorer"]
     assert found["arms"]["tuned"]["people"]["pairs"] == 2
     with pytest.raises(UserError, match="--primary people: no votes on these images of two prompts or more; run `dedpo vote"):

@@ -22,7 +22,7 @@ from dedpo_diffusion.evaluation.comparison import people
 from dedpo_diffusion.evaluation.report import gallery
 from dedpo_diffusion.evaluation.report import page as report
 from dedpo_diffusion.evaluation.report import sections as report_sections
-from support.reports import CHANGE, NAMES, Page, told_by_schema_2
+from support.reports import CHANGE, NAMES, Page, shown_verdict, told_by_schema_2
 from support.samples import PROMPTS, write_samples
 from support.scores import BASE, put_scores, settings
 
@@ -84,7 +84,7 @@ def test_the_policy_allows_this_script_alone():
 def test_the_page_shows_verdict_numbers_labels_and_settings(made):
     page, text = page_of(made)
     results = compare.analyse(made, loaded(made))
-    assert results["verdict"] in page.text
+    assert shown_verdict(results) in page.text
     mean, (low, high) = (results["arms"]["human_only"]["gain_over_base"][key] for key in ("mean", "ci"))
     for value in (mean, low, high):
         assert f"{value:+.3f}".replace("-", "−") in page.text
@@ -105,6 +105,22 @@ def test_the_page_shows_all_that_the_schema_holds(made):
     assert "13 answers on 9 pairs by 2 people" in page.text and "equal answers 79% (60% to 90%)" in page.text and "kappa" not in page.text
     assert "<title>&lt;large&gt; (5)</title>" in text and "−0.777" in page.text and "0.1234" in page.text
     assert all(f'<h2 id="{link[1:]}">' in text for link in page.links if link.startswith("#"))
+
+
+def test_numbers_of_few_prompts_are_in_words_and_not_in_large_type(made):
+    results = compare.compare(made)
+    assert results["n_prompts"] == 6 and "Only 6 prompts: too few" in results["verdict"]
+    for prompts, cards in ((6, 1), (10, 3)):
+        top = report_sections.headline(results | {"n_prompts": prompts}, "tuned")
+        assert top.count('class="card"') == cards and "images per arm" in top and ":</h1>" not in top
+
+
+def test_power_1_means_nothing_where_the_judge_has_no_power():
+    worth = {"value": 219.0, "ci": None}
+    for method, shown in (("tuned", "219"), ("dedpo", "219"), ("human_only", "–"), ("naive", "–")):
+        told = {"method": method, "effective_human_labels_power_1": worth, "effective_human_labels": worth}
+        assert report._label_figure(told, "effective_human_labels_power_1") == shown
+        assert report._label_figure(told, "effective_human_labels") == "219"
 
 
 def test_the_base_has_no_distance_from_itself(made):
@@ -292,7 +308,7 @@ def test_an_unfinished_last_line_of_metrics_is_left_out_and_a_damaged_one_refuse
     path.write_text(path.read_text() + '{"step": 41, "lo')
     assert len(report.read_metrics(made.runs[0])) == 40
     path.write_text('{"loss": 1}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is no record with a step"):
+    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is not a record with a step"):
         report.read_metrics(made.runs[0])
 
 

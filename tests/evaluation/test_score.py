@@ -278,7 +278,7 @@ def test_a_mean_comes_with_its_scorer_version_count_and_interval(folder, capsys)
 def test_one_prompt_has_no_interval(folder, capsys):
     rewrite(folder, lambda rows: rows[:2])
     assert run(folder, "brightness") == 0
-    assert "(no interval: one prompt tells nothing of others), the mean of 2 images of 1 prompt (" in capsys.readouterr().out
+    assert "(no interval: one prompt says nothing about others), the mean of 2 images of 1 prompt (" in capsys.readouterr().out
 
 
 def test_the_printed_mean_of_outcomes_stays_a_rate(folder):

@@ -95,7 +95,7 @@ def test_without_names_all_judges_with_raw_scores_are_taken(folder, capsys):
     write_labels(folder, "imported", Labels(IDS, np.full(N, 0.5)))
     made = run(CalibrateSettings(folder))
     assert [path.stem for path in made] == ["clip-temperature", "vlm-temperature"]
-    assert "left out, for lack of raw scores: imported" in capsys.readouterr().out
+    assert "left out, as they have no raw scores: imported" in capsys.readouterr().out
     assert [path.stem for path in run(CalibrateSettings(folder))] == ["clip-temperature", "vlm-temperature"]  # not of calibrated ones
 
 

@@ -162,13 +162,18 @@ def test_pairs_that_nobody_judged_make_no_label_file(tmp_path):
     assert label_names(tmp_path / "pairs") == [] and len(PairReader(tmp_path / "pairs")) == 2
 
 
-def test_an_unreadable_image_can_be_skipped(tmp_path):
+def test_an_unreadable_image_can_be_skipped_and_its_row_is_named(tmp_path, capsys):
     rows = [row(0), row(1, jpg_1=jpeg(200)[:300]), row(2, jpg_0=None), row(3)]
     save(tmp_path / "train.parquet", rows)
     assert ingest(tmp_path / "train.parquet", tmp_path / "pairs", "--unreadable", "skip") == 0
     counts = counts_of(tmp_path / "pairs")
     assert PairReader(tmp_path / "pairs").ids() == ["pickapic-1000", "pickapic-1003"]
     assert counts["unreadable_dropped"] == 2 and balance(counts) == 0
+    dropped = json.loads((tmp_path / "pairs" / "ingest.json").read_text())["dropped"]["unreadable"]
+    assert [text.startswith(f"{tmp_path / 'train.parquet'} row {k}, image") for k, text in zip((1, 2), dropped, strict=True)] == [True] * 2
+    shown = capsys.readouterr().out.splitlines()
+    place = next(k for k, line in enumerate(shown) if line == "comparisons with an unreadable image: 2 dropped")
+    assert shown[place + 1 : place + 3] == [f"  {text}" for text in dropped]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +266,7 @@ def test_a_killed_import_goes_on_and_ends_like_an_uninterrupted_one(tmp_path):
     process.wait()
     assert (partial / "journal" / "00001.json").is_file() and not (tmp_path / "pairs").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "going on behind " in done.stdout
+    assert "resuming after " in done.stdout
     assert contents(tmp_path / "pairs") == contents(tmp_path / "whole") and not partial.exists()
 
 
@@ -269,9 +274,9 @@ def test_a_row_that_stops_an_import_keeps_the_whole_shards_and_may_then_be_skipp
     source = save(tmp_path / "train.parquet", [row(i) if i != 7 else row(i, jpg_1=b"broken") for i in range(12)])
     options = ["--shard_pairs", "3", "--workers", "1"]
     assert ingest(source, tmp_path / "pairs", *options) == 2
-    assert "the whole shards so far stay in" in capsys.readouterr().out
+    assert "what is done stays in" in capsys.readouterr().out
     assert ingest(source, tmp_path / "pairs", *options, "--unreadable", "skip") == 0
-    assert "going on behind 6 pairs" in capsys.readouterr().out
+    assert "resuming after 6 pairs" in capsys.readouterr().out
     assert counts_of(tmp_path / "pairs")["unreadable_dropped"] == 1 and len(PairReader(tmp_path / "pairs")) == 11
 
 
@@ -282,4 +287,4 @@ def test_another_choice_or_source_starts_again(tmp_path, capsys):
     assert ingest(source, tmp_path / "pairs", *options) == 2
     save(tmp_path / "train.parquet", [row(i) for i in range(11)])
     assert ingest(source, tmp_path / "pairs", *options) == 0
-    assert "going on" not in capsys.readouterr().out and len(PairReader(tmp_path / "pairs")) == 11
+    assert "resuming" not in capsys.readouterr().out and len(PairReader(tmp_path / "pairs")) == 11

@@ -197,7 +197,7 @@ def test_missing_answers_without_their_parts_are_told_as_such(pairs, picky, caps
     assert label(pairs, "--with", "picky") == 0
     shutil.rmtree(pairs / "labels" / ".picky.parts")
     assert label(pairs, "--with", "picky") == 2
-    assert "of 11 pairs, and .picky.parts, from which it would go on, is not there" in capsys.readouterr().err
+    assert "of 11 pairs, and .picky.parts, from which it would resume, is not there" in capsys.readouterr().err
 
 
 def test_labels_of_other_images_under_the_same_ids_are_not_taken_for_these(pairs, capsys):
@@ -408,7 +408,7 @@ def test_a_broken_image_is_named_by_file_row_and_column(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--with", "nobody"], "oracle_background, oracle_clean, brightness, vlm, openai, self (as name or"),
+        (["--with", "nobody"], "aesthetic, http, brightness, vlm, openai, self; for Shapes only: oracle_reward"),
         (["--batch", "0"], "batch is 0"),
         (["--temperature", "0"], "temperature is 0"),
         (["--name", "../out"], "cannot name a file"),

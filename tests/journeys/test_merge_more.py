@@ -134,7 +134,7 @@ def test_estimated_propensities_are_those_of_judge_numbers_and_texts_and_end_the
     told = next(text for text in report["sentences"] if "tell them apart (AUC" in text)
     assert "from 7 columns (source_page left out: too many values)" in told
     assert "more than 50 values, so no part of the model: source_page" in capsys.readouterr().out
-    assert report["curve"] is None and "What further labels would buy is not told" in report["sentences"][-1]
+    assert report["curve"] is None and "What further labels would add is not estimated" in report["sentences"][-1]
 
 
 def test_propensities_that_do_not_make_up_for_who_was_asked_are_doubted(tmp_path):
@@ -193,7 +193,7 @@ def test_a_judge_that_knows_the_answers_and_wild_targets_are_doubted(tmp_path):
     folder = write(tmp_path / "d", human, seen=seen)
     _, report = merged(folder, "bad", "--power", "1")
     warnings = {warning["kind"]: warning for warning in report["warnings"]}
-    assert set(warnings) == {"not_at_random", "seen", "overshoot"}
+    assert set(warnings) == {"few_labels", "not_at_random", "seen", "overshoot"}
     assert warnings["seen"]["judge"] == "seen"
     assert warnings["overshoot"]["overshoot"] == pytest.approx(5.0)
 

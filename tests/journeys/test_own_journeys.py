@@ -38,7 +38,7 @@ def test_every_layout_makes_the_same_pairs_labels_and_votes(tmp_path, capsys, la
     source, out = write(layout, tmp_path, rows), tmp_path / "pairs"
     assert ingest("auto", source, out, "--shard_pairs", "10") == 0
     name = "imagefolder" if LAYOUTS[layout][0] == "imagefolder" else "table"
-    assert f"{source} is {name}: prompts in prompt" in capsys.readouterr().out.replace(".txt", "")
+    assert f"{source} is read as {'a ' * (name == 'table')}{name}: prompts in prompt" in capsys.readouterr().out.replace(".txt", "")
     assert pairs_of(out) == [(f"{name}-n{k}", row["prompt"], row["image_0"], row["image_1"], str(k)) for k, row in enumerate(rows)]
     assert labels_of(out) == {f"{name}-n{k}": row["label_0"] for k, row in enumerate(rows) if row["label_0"] is not None}
     assert read_votes(out, "human").rater == [row["rater"] for row in rows if row["label_0"] is not None]
@@ -56,7 +56,7 @@ def test_an_import_that_stopped_goes_on_to_the_same_pairs(tmp_path, capsys, layo
     assert "image 1" in error and "--unreadable skip" in error and not (tmp_path / "stopped").exists()
     for out in ("stopped", "straight"):
         assert ingest("auto", source, tmp_path / out, "--shard_pairs", "5", "--unreadable", "skip") == 0
-        assert ("going on behind 15 pairs" in capsys.readouterr().out) == (out == "stopped")
+        assert ("resuming after 15 pairs" in capsys.readouterr().out) == (out == "stopped")
     assert pairs_of(tmp_path / "stopped") == pairs_of(tmp_path / "straight") and len(PairReader(tmp_path / "stopped")) == COUNT - 1
     assert labels_of(tmp_path / "stopped") == labels_of(tmp_path / "straight")
 

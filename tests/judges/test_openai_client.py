@@ -191,7 +191,7 @@ def test_a_server_that_refuses_logprobs_is_asked_for_text(refusal, capsys):
     model = TextModel()
     with serve(lambda request: refusal if "logprobs" in (request.body or {}) else model(request)) as server:
         judge = judge_of(server, samples=2)
-        assert f"the server at {server.url} tells no token probabilities (status {refusal.status}" in capsys.readouterr().out
+        assert f"the server at {server.url} gives no token probabilities (status {refusal.status}" in capsys.readouterr().out
         np.testing.assert_allclose(probabilities(judge, questions((9, 0), (0, 9))), [5 / 6, 1 / 6], atol=1e-12)
         assert len(server.requests) == 3 + 8
         with pytest.raises(UserError, match=r"give --server\.logprobs auto or no"):

@@ -211,7 +211,9 @@ def test_the_run_stops_after_so_many_failed_pairs_in_a_row(server):
         assert sum(map(bool, judge.answer(many(2)).missing)) == 1
     server.answer = lambda request: Reply({"detail": "down"}, 503)
     assert judge.answer(many(1)).missing == ["status 503: down"]  # the second in a row: the first was the last call's last pair
-    with pytest.raises(UserError, match=r"failed 3 pairs in a row \(last: status 503: down\); when it is well, the same command goes on"):
+    with pytest.raises(
+        UserError, match=r"failed 3 pairs in a row \(last: status 503: down\); when the server works again, give the same command to resume"
+    ):
         judge.answer(many(5))
 
 

@@ -466,9 +466,9 @@ def test_a_head_in_safetensors_is_the_same_head(aesthetic, tmp_path):
         ("clip=ViT-B-32", "nothing is neither a file here nor a tag of ViT-B-32 (tags: openai, "),
         ("clip=ViT-B-32:opeani", "opeani is neither a file here nor a tag of ViT-B-32 (tags: openai, "),
         ("clip=ViT-B-32:/no/file:here.pt", "/no/file:here.pt is neither a file here"),
-        ("clip", "clip: ViT-B-32:openai cannot be had from the hub ("),
-        ("clip=hf-hub:nobody/nothing", "clip: hf-hub:nobody/nothing cannot be had from the hub ("),
-        ("hps", "hps: HPS_v2.1_compressed.pt of xswu/HPSv2 cannot be had from the hub ("),
+        ("clip", "clip: ViT-B-32:openai is not available from the hub ("),
+        ("clip=hf-hub:nobody/nothing", "clip: hf-hub:nobody/nothing is not available from the hub ("),
+        ("hps", "hps: HPS_v2.1_compressed.pt of xswu/HPSv2 is not available from the hub ("),
         ("hps=missing.pt", "hps: missing.pt is neither a file nor a folder here; give hps=FILE"),
         ("aesthetic", "aesthetic needs the weights of its head; give aesthetic=FILE"),
         ("aesthetic=missing.pth", "aesthetic: missing.pth is neither a file nor a folder here"),
@@ -480,7 +480,7 @@ def test_locations_with_nothing_there(spec, message, no_hub):
 
 def test_a_head_alone_needs_the_clip_model_from_the_hub(tmp_path, no_hub):
     text = refused(f"aesthetic={build_head(tmp_path / 'head.pth')}")
-    assert text.startswith("aesthetic: ViT-L-14:openai cannot be had from the hub (") and text.endswith("); give aesthetic=FOLDER")
+    assert text.startswith("aesthetic: ViT-L-14:openai is not available from the hub (") and text.endswith("); give aesthetic=FOLDER")
 
 
 def test_without_open_clip_one_line_says_what_to_install(monkeypatch, folder, aesthetic, hps):

@@ -429,7 +429,7 @@ def test_folders_that_are_no_judge(load, folders, tmp_path, damage, message):
 
 def test_a_hub_id_without_a_hub(load, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="nobody/nothing is no folder here and cannot be had from the hub"):
+    with pytest.raises(UserError, match="nobody/nothing is no folder here and is not available from the hub"):
         load("nobody/nothing")
 
 
@@ -460,7 +460,7 @@ def test_a_missing_package_is_named(load, folders, tmp_path, monkeypatch):
     shutil.copytree(folders["idefics3"], tmp_path / "smol")
     SmolVLMVideoProcessor().save_pretrained(tmp_path / "smol")
     edit(tmp_path / "smol", "processor_config.json", processor_class="SmolVLMProcessor")
-    with pytest.raises(UserError, match=r"num2words.*pip install 'dedpo_diffusion\[vlm\]'"):
+    with pytest.raises(UserError, match=r"num2words.*pip install -e '.\[vlm\]'"):
         load(tmp_path / "smol")
 
 

@@ -236,7 +236,7 @@ def test_what_cannot_be_used_is_refused():
         made(scores, others, few, prompts)
     with pytest.raises(ValueError, match="all 80 human labels are 1"):
         made(scores, others, np.where(np.isnan(human), np.nan, 1.0), prompts)
-    with pytest.raises(ValueError, match="no judge tells any two images apart"):
+    with pytest.raises(ValueError, match="no judge prefers any image to another"):
         made(Group("scores", ["clip"], np.zeros((N, 1))), others, human, prompts)
     holes = scores.values.copy()
     holes[3] = np.nan

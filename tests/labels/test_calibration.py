@@ -312,7 +312,7 @@ def test_weights_decide_whether_a_judge_is_below_half():
 
 def test_a_judge_is_turned_round_only_if_it_is_below_half_and_its_slope_is_negative():
     mostly_right, mostly_wrong = four_pairs([1, 1, 1, 5, 5], [1, 1, 1, 0, 0]), four_pairs([1, 1, 1, 5, 5], [0, 0, 0, 1, 1])
-    for (d, z), words in ((mostly_right, "says nothing of their answers"), (mostly_wrong, "it does not run the other way")):
+    for (d, z), words in ((mostly_right, "does not predict their answers"), (mostly_wrong, "it does not run the other way")):
         assert judge_sign(d, z) == judge_sign(d, z, invert=True) == 0
         for invert in (False, True):
             sentence = calibrate(d, z, invert=invert).report["sentences"][0]

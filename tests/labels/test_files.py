@@ -63,7 +63,7 @@ def test_an_error_while_writing_labels_keeps_the_old_file(tmp_path):
         ({"label_0": [math.nan, 1.0]}, r"row 0: label_0 is nan"),
         ({"label_0": [1.0, None]}, r"row 1: label_0 is nan"),
         ({"label_0": ["1", "0"]}, r"'label_0' holds string, and must hold a number"),
-        ({"pair_id": ["a", "a"]}, r"'a' stands in row 0 and again in row 1"),
+        ({"pair_id": ["a", "a"]}, r"'a' is in row 0 and again in row 1"),
         ({"pair_id": ["a", None]}, r"row 1: pair_id is missing"),
         ({"confidence": [1, 2]}, r"unknown column 'confidence': rename it to source_confidence"),
         ({"label_0": None}, r"no column 'label_0'"),

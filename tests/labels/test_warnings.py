@@ -8,6 +8,7 @@ import pytest
 from dedpo_diffusion.debias import inverse_propensity, merge_labels
 from dedpo_diffusion.labels.warnings import (
     LEVEL,
+    few_labels_warnings,
     holm,
     overshoot_warnings,
     seen_human_labels,
@@ -20,6 +21,24 @@ from dedpo_diffusion.labels.warnings import (
 def allowed(level, runs):
     """Most false alarms of `runs` that a level allows, by 4 binomial errors."""
     return level * runs + 4 * np.sqrt(level * (1 - level) * runs)
+
+
+# ---- enough labels?
+
+
+@pytest.mark.parametrize("n", [1, 13, 19, 20, 99])
+def test_few_labels_are_warned_of_with_the_width_of_their_interval(n):
+    from scipy.stats import norm
+
+    [warning] = few_labels_warnings(n, judged=True)
+    points = 100 * norm.ppf(0.975) * np.sqrt(0.25 / n)  # of a share of one half, the widest
+    assert f"can be off by {points:.0f} percentage points" in warning["text"]
+    assert ("far too few" in warning["text"]) is (n < 20) and "power" in warning["text"]
+    assert "power" not in few_labels_warnings(n, judged=False)[0]["text"]
+
+
+def test_a_hundred_labels_are_not_warned_of():
+    assert few_labels_warnings(100, judged=True) == []
 
 
 # ---- labels taken at random?

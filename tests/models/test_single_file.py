@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models import tiny
-from dedpo_diffusion.models.loading import own_memory
+from dedpo_diffusion.models.loading import own_memory, resolve_model
 from dedpo_diffusion.models.single_file import family, to_single_file
 
 FAMILY = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
@@ -334,7 +336,7 @@ REFUSED = [
     (f"{FIRST} {DECODER} {CLIP} {OPEN_CLIP}", "text encoders of sd1 and sd2"),
     (f"{FIRST} {DECODER} {OPEN_CLIP} {LABEL}", "a class or image embedding"),
     (f"{FIRST} {DECODER} {XL_CLIP} {XL_OPEN_CLIP}", "lacks the size conditioning"),
-    (f"{U}head.modulation weight", "no Stable Diffusion checkpoint"),
+    (f"{U}head.modulation weight", "not those of a Stable Diffusion checkpoint"),
 ]
 
 
@@ -353,6 +355,20 @@ def test_other_input_channels(tmp_path, rest, channels, what):
     assert family(write(tmp_path / "base.safetensors", keys)) in FAMILY.values()
     with pytest.raises(UserError, match=f"takes {channels} input channels instead of 4, .*{what}"):
         family(write(tmp_path / "other.safetensors", keys, channels))
+
+
+def test_the_command_that_a_pickled_file_is_answered_with_converts_it(tmp_path):
+    """Shared and transposed tensors, which safetensors refuses, and what is no tensor."""
+    weight = torch.randn(3, 4)
+    held = {"a": weight, "same": weight, "turned": weight.t()}
+    file = tmp_path / "my model.ckpt"
+    torch.save({"state_dict": {**held, "epoch": 3}, "step": 1}, file)
+    with pytest.raises(UserError, match="node Save Checkpoint") as caught:
+        resolve_model(str(file))
+    command = str(caught.value).split("or run: ")[1].replace("python -c", f"{sys.executable} -c", 1)
+    subprocess.run(command, shell=True, check=True)
+    found = load_file(tmp_path / "my model.safetensors")
+    assert found.keys() == held.keys() and all(torch.equal(found[name], held[name]) for name in held)
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -207,7 +207,7 @@ def test_a_folder_without_pairs_and_a_file_that_is_no_parquet(tmp_path):
 def test_duplicate_ids_across_files_name_both_rows(tmp_path):
     shard(tmp_path)
     shard(tmp_path, "pairs-00001", pair_id=["c", "b"])
-    with pytest.raises(UserError, match=r"'b' stands in pairs-00000\.parquet row 1 and again in pairs-00001\.parquet row 1"):
+    with pytest.raises(UserError, match=r"'b' is in pairs-00000\.parquet row 1 and again in pairs-00001\.parquet row 1"):
         PairReader(tmp_path).ids()
 
 

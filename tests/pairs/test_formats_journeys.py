@@ -104,7 +104,7 @@ def test_hpdv3_shuffles_the_winner_and_keeps_the_counts(tmp_path):
 def test_imagereward_from_archives_goes_on_and_counts_what_is_missing(tmp_path, capsys):
     folder = write_database(tmp_path / "db")
     assert ingest(folder, tmp_path / "out", "auto", "--shard_pairs", "4") == 0
-    assert "is imagereward: columns prompt_id, prompt, image_path, rank" in capsys.readouterr().out
+    assert "is read as imagereward: columns prompt_id, prompt, image_path, rank" in capsys.readouterr().out
     assert len(PairReader(tmp_path / "out")) == 19 and counts_of(tmp_path / "out")["ties"] == 3
     ids = PairReader(tmp_path / "out").ids()
     assert ids[0] == "imagereward-000-train-0-1" and len(set(ids)) == 19
@@ -126,7 +126,7 @@ def test_an_interrupted_import_of_archives_goes_on_to_the_same_pairs(tmp_path, c
     archive.write_bytes(good)
     capsys.readouterr()
     assert ingest(folder, tmp_path / "out", *options) == 0
-    assert "going on behind" in capsys.readouterr().out
+    assert "resuming after" in capsys.readouterr().out
     whole, gone_on = ([*PairReader(tmp_path / name).iter_pairs()] for name in ("whole", "out"))
     assert whole == gone_on and label_of(tmp_path / "whole") == label_of(tmp_path / "out")
 

@@ -170,6 +170,16 @@ def test_the_same_images_on_either_side_are_one_pair_whose_answers_agree(tmp_pat
     assert any("2 merged into the first pair" in line for line in count_lines(ledger.counts))
 
 
+def test_the_first_few_dropped_rows_are_named(tmp_path):
+    rows = [compare(0, 1, WIN), *(compare(k, k, WIN) for k in range(7)), compare(1, 0, LOSS), compare(2, 3, WIN)]
+    ledger = take(tmp_path, rows)
+    same = [f"file row {k}" for k in range(1, 6)]
+    assert ledger.dropped == {"identical": same, "duplicates": ["file row 8 (into mine-0)"]}
+    lines = list(count_lines(ledger.counts, ledger.dropped))
+    start = lines.index("comparisons of one image with itself: 7 (dropped 7)")
+    assert lines[start + 1 : start + 7] == [*(f"  {where}" for where in same), "  and 2 more"]
+
+
 def test_duplicates_can_be_kept_and_a_name_that_comes_again_gets_a_number(tmp_path):
     ledger = take(tmp_path, [compare(0, 1, WIN, key="x"), compare(0, 1, LOSS, key="x")], options={"duplicates": "keep"})
     assert labels_of(tmp_path) == {"mine-x": 1.0, "mine-x-1": 0.0}
@@ -277,7 +287,9 @@ def test_an_interrupted_import_ends_like_an_uninterrupted_one(tmp_path, last):
         stray.write_bytes((tmp_path / "broken" / "pairs" / "pairs-00000.parquet").read_bytes())
     resumed = take(tmp_path / "broken", rows, options=options, winner_first=True)
     assert everything(tmp_path / "broken") == everything(tmp_path / "whole")
-    assert resumed.counts == whole.counts and whole.counts["empty_rows"] == 3 and (last < 8 or shards > 0)
+    assert (
+        resumed.counts == whole.counts and resumed.dropped == whole.dropped and whole.counts["empty_rows"] == 3 and (last < 8 or shards > 0)
+    )
 
 
 def test_another_sources_journal_is_not_taken_up(tmp_path):

@@ -302,7 +302,7 @@ def test_an_index_column_without_a_name_gets_one(tmp_path):
         ("a.json", b'"text"', "holds str, and must hold a list of objects"),
         ("a.parquet", b"hello", "a.parquet cannot be read as parquet"),
         ("a.tar", b"hello", "a.tar cannot be read as a tar archive"),
-        ("a.xlsx", b"hello", "an ending that tells no known kind; give a file named .parquet, .json"),
+        ("a.xlsx", b"hello", "an ending of no known kind; give a file named .parquet, .json"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_named_with_its_line_and_the_remedy(tmp_path, name, content, words):

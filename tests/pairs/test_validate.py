@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -213,6 +214,24 @@ def test_the_page_shows_the_pictures_and_escapes_the_prompts(tmp_path):
     assert "http" not in page.replace("http-equiv", "")
 
 
+def test_pairs_without_labels_say_how_to_get_them_and_answers_are_told_in_words(tmp_path, capsys):
+    folder = write(tmp_path / "d", plain(4))
+    validate(folder)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "none; run `dedpo vote" in shown
+    (folder / "labels").mkdir()
+    ids = PairReader(folder).ids()
+    pq.write_table(pa.table({"pair_id": ids[:3], "label_0": [0.0, 0.5, 0.75]}), folder / "labels" / "human.parquet")
+    (folder / "ingest.json").write_text('{"settings": {"source": "mine/labelled.csv"}}')
+    validate(folder)
+    assert "none; run" not in capsys.readouterr().out
+    page = (folder / "validate.html").read_text()
+    assert "read from mine/labelled.csv" in page and "pairs with a human label" in page
+    answers = ("people preferred image 1", "people: a tie", "people preferred image 0 (75%)", "no human label")
+    for pair_id, words in zip(ids, answers, strict=True):
+        assert re.search(rf">{pair_id} \(pairs-00000.parquet row \d\), {re.escape(words)}<", page)
+
+
 # ---- what is wrong
 
 
@@ -232,7 +251,7 @@ def test_every_error_is_named_with_file_row_and_remedy(tmp_path, capsys):
     broken(folder, image_0=pa.array(images, pa.binary()), prompt=prompts)
     report = validate(folder, code=2)
     error = capsys.readouterr().err
-    assert "training would trip over 4 things" in error
+    assert "4 things are wrong" in error
     for words in (
         "pairs-00000.parquet row 1, image_0: the image cannot be decoded",
         "pairs-00000.parquet row 2, image_0 is missing; add the image or remove the row",
@@ -318,7 +337,7 @@ def test_every_bad_row_of_a_label_file_is_told(tmp_path):
         "row 1: label_0 is missing",
         "row 2: pair_id 'x' is none of",
         "row 3: pair_id is missing",
-        "row 4: pair_id 'p0' stands in row 0 already",
+        "row 4: pair_id 'p0' is in row 0 already",
     ]
     assert len(report["errors"]) == 5 and report["labels"] == {}
     assert all(f"labels/human.parquet {words}" in error for words, error in zip(expected, report["errors"], strict=True))

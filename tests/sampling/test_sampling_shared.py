@@ -102,7 +102,7 @@ def test_missing_and_damaged_images_are_sampled_again(tiny_model, prompts, whole
     assert calls == [[0, 1], [2, 3], [6, 7]]  # whole batches, as they were
     assert files[1].stat().st_mtime_ns == kept
     said = capsys.readouterr().out
-    assert "6 of 12 images are there already; going on" in said
+    assert "6 of 12 images are there already; resuming" in said
     assert [line.rsplit("/")[-1] for line in said.splitlines() if "is damaged" in line] == [
         f"{files[k].name} is damaged; it is sampled again" for k in (0, 3)
     ]

@@ -102,7 +102,7 @@ def test_a_stopped_run_goes_on_and_a_strength_more_is_added(tiny_model, prompts,
     assert sampled(tiny_model, prompts, out, lora, *STRENGTHS) == 0
     said = capsys.readouterr().out
     assert drawn == [[0, 1]] * 3 + [[2]] + [[0, 1], [2], [2]]  # two batches of three strengths; none is drawn twice
-    assert "5 of 9 images are there already; going on" in said
+    assert "5 of 9 images are there already; resuming" in said
     for strength in STRENGTHS:
         assert contents(out / f"strength-{strength}") == contents(whole / f"strength-{strength}")
     assert not (out / "strength-3" / "index.parquet").exists()

@@ -46,7 +46,7 @@ def results(roles: dict[str, str], primary: str, *, categories=None, spread=None
     }
     for facts in scorers.values():
         facts["held_out"] = facts["role"] == "held_out"
-    return {"primary": primary, "base": "base", "scorers": scorers, "arms": made, "differences": {}}
+    return {"n_prompts": 60, "primary": primary, "base": "base", "scorers": scorers, "arms": made, "differences": {}}
 
 
 def narrowed(**means: float) -> dict[str, dict]:

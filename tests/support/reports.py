@@ -12,9 +12,15 @@ NAMES = ("base", "human_only", "tuned")
 CHANGE = np.array([0, 0.4, 0.3, 0.2, 0.1, 0.05, 0, -0.05, -0.1, -0.2, -0.3, 0])
 
 
+def shown_verdict(results):
+    """The verdict as the page shows it: its first clause as a heading, then the numbers."""
+    lead, _, rest = results["verdict"].partition(": ")
+    return f"{lead}. {rest[0].upper()}{rest[1:]}"
+
+
 def told_by_schema_2(results):
-    """The results as they are with everything that the schema may hold."""
-    results = {"schema": 2, **results}
+    """The results as they are with everything that the schema may hold, and with prompts enough for large numbers."""
+    results = {"schema": 2, **results, "n_prompts": 60}
     for facts in results["scorers"].values():
         facts |= {"kind": "scorer", "role": "held_out" if facts["held_out"] else "made_labels"}
     results["scorers"]["people"] = {"version": "votes", "kind": "people", "role": "held_out", "held_out": True}

@@ -82,7 +82,7 @@ def test_a_pair_that_comes_twice_is_still_named(tmp_path):
     make_cache(tmp_path, 8)
     shard = tmp_path / "pairs" / "pairs-00000.parquet"
     (tmp_path / "pairs" / "pairs-00001.parquet").write_bytes(shard.read_bytes())
-    with pytest.raises(UserError, match="'pair-000000000' stands in"):
+    with pytest.raises(UserError, match="'pair-000000000' is in"):
         PairLoader(
             PairReader(tmp_path), CachedSource(PairCache(tmp_path / "cache"), 4), targets="all", seed=0, sampling="uniform", together=4
         )

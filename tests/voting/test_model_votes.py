@@ -302,7 +302,7 @@ def test_the_outcome_counts_every_pair_once_and_leaves_repetitions_out():
     again = [{**answers[0], "preferred": 0.0, "repeat": True}]
     words = outcome("base", "tuned", answers)  # of the gain: 2 * (2/3 + 1/2) / 2 - 1
     assert words == outcome("base", "tuned", answers + again)
-    assert "no difference can be told, gain +0.167 (95 %: " in words
+    assert "cannot be told apart, gain +0.167 (95 %: " in words
     assert "tuned wins 75.0% (95 %: " in words and "of 2 pairs of 2 prompts, ties counted as half (50.0% of" in words
     assert "tuned is better than base" in outcome("base", "tuned", answered([1.0] * 30, range(30)))
     assert "tuned is worse than base" in outcome("base", "tuned", answered([0.0] * 30, range(30)))

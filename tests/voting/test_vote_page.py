@@ -216,7 +216,7 @@ def test_two_models_are_voted_on_blind(visit, tmp_path):
         before = ready(page)
         page.keyboard.press("u")
         ready(page, after=before)
-        assert page.locator("#everyone").inner_text() == "answered by all: 0 of 5" and page.title() == "Two models · dedpo vote"
+        assert page.locator("#everyone").inner_text() == "answered by anyone: 0 of 5" and page.title() == "Two models · dedpo vote"
         for key in ("ArrowLeft", "ArrowLeft", "t", "s", "ArrowRight"):
             answer(page, key)
         page.get_by_role("heading", name="Nothing left to answer").wait_for()
@@ -387,11 +387,59 @@ def test_the_name_is_remembered_and_offered(server, visit):
     page.get_by_label("Your name").fill("  Ada ")
     page.keyboard.press("Enter")
     press(page, "t")
-    page.goto(server.url)
+    page.reload()
+    press(page, "t")  # the same tab is the same person
+    assert count(page).startswith("2 of")
+    page = visit(server.url, context=page.context)
     page.locator("#raters option").first.wait_for(state="attached")
-    assert page.get_by_label("Your name").input_value() == "Ada"
+    assert page.locator("#start").is_visible() and page.get_by_label("Your name").input_value() == "Ada"
     assert "Ada" in page.locator("#raters option").evaluate_all("options => options.map((option) => option.value)")
     assert page.get_by_role("heading").inner_text() == "shapes"
+
+
+def test_another_person_can_take_over_the_tab(server, visit):
+    page = visit(as_rater(server, "first"))
+    press(page, "t")
+    page.get_by_role("button", name="Summary").click()
+    page.get_by_role("button", name="Change name").click()
+    name = page.get_by_label("Your name")
+    name.wait_for()
+    assert name.input_value() == ""
+    page.reload()
+    name.wait_for()  # neither the address nor the tab knows the first any more
+    name.fill("second")
+    page.keyboard.press("Enter")
+    ready(page)
+    assert count(page).startswith("0 of")
+
+
+def test_a_lost_connection_hides_neither_progress_nor_answers(server, visit):
+    page = visit(as_rater(server, "cut off"))
+    ready(page)
+    page.problems = []  # the browser notes the failed requests
+    page.context.set_offline(True)
+    page.keyboard.press("t")
+    banner = page.get_by_role("alert")
+    banner.wait_for()
+    bottom = page.wait_for_function("() => document.documentElement.style.getPropertyValue('--banner').replace('px', '') * 1").json_value()
+    assert bottom == pytest.approx(banner.bounding_box()["height"], abs=1)
+    places = [page.locator(name).bounding_box() for name in ("#progress", "#vote header button", "#answers", "#everyone")]
+    assert min(box["y"] for box in places) >= bottom and max(box["y"] + box["height"] for box in places) <= 800
+    page.context.set_offline(False)
+    banner.wait_for(state="hidden")
+    ready(page)
+    page.wait_for_function("() => document.documentElement.style.getPropertyValue('--banner') === '0px'")
+    page.problems.clear()
+
+
+def test_a_total_that_falls_because_others_answer_is_explained(visit, tmp_path):
+    with command(shapes_pairs(tmp_path / "few", 6), "--overlap", "0", "--repeats", "0") as server:
+        mine, theirs = visit(as_rater(server, "ann")), visit(as_rater(server, "bob"))
+        press(mine, "t")
+        assert count(mine) == "1 of 6" and mine.locator("#saved").inner_text() == "saved: tie"
+        press(theirs, "t", "t")
+        press(mine, "t")
+        assert count(mine) == "2 of 4" and "others answered some of your pairs" in mine.locator("#saved").inner_text()
 
 
 ON_ITS_SIDE = PHONE | {"viewport": {"width": 844, "height": 390}}

@@ -352,7 +352,7 @@ def test_which_arm_it_is(trained, place):
         ("g", two, {"naive": foreign, "tuned": foreign}),
     ):
         file = write_results(place / name, found, **samples)
-        with pytest.raises(UserError, match=r"cannot be told .* name it with --arm"):
+        with pytest.raises(UserError, match=r"remains unclear .* name it with --arm"):
             add_card(out, run, results=file)
         assert "this model is `tuned`" in add_card(out, run, results=file, arm="tuned").read_text()
     for wrong in ("base", "nonsense"):

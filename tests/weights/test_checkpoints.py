@@ -168,7 +168,7 @@ def test_a_run_whose_newest_checkpoint_is_cut_goes_on_from_the_one_before(finish
     assert "dedpo train" in error
     assert not (tmp_path / "x.safetensors").exists()
     assert train.main(arguments(tiny_model, tiny_pairs, run, optim__average=0.9)) == 0
-    assert "goes on from step-00000009" in capsys.readouterr().out
+    assert "resumes from step-00000009" in capsys.readouterr().out
     assert deviation(final(run), final(finished)) == (0, 0)
     for name in ("average", "optimizer"):
         file = f"checkpoints/step-00000012/{name}.safetensors"

@@ -119,7 +119,7 @@ def test_a_file_is_known_by_its_digest_then_by_its_name(tiny_model, tmp_path, ca
     ("loras", "options", "words"),
     [
         ({}, [], "it knows no LoRA at several strengths; sample it at several"),
-        ({"human": lora("human", 2.0)}, [], "which of its LoRAs {run} is cannot be told (those are: human); name it with --arm"),
+        ({"human": lora("human", 2.0)}, [], "which of its LoRAs {run} is remains unclear (those are: human); name it with --arm"),
         ({"human": lora("human", 2.0)}, ["--arm", "tuned"], "--arm tuned: no LoRA of {results} that was compared at several strengths"),
         ({"tuned": lora("tuned", 0.0)}, [], "the best strength of tuned is 0, which is the base itself"),
         ({"tuned": lora("tuned", 200.0)}, [], "the best strength is 200.0; give a number other than 0 between -100 and 100"),

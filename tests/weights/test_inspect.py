@@ -443,6 +443,13 @@ def test_the_command(tmp_path, capsys):
 # ---- what is refused
 
 
+def test_a_shape_that_no_published_model_has_is_said_in_place_of_readers(tmp_path, capsys):
+    for width, fits in ((768, True), (32, False)):
+        assert inspect_weights.main([str(save_kohya(tmp_path / f"{width}.safetensors", factors(width)))]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("read by ComfyUI" in shown) is fits and ("no published model has this shape" in shown) is not fits
+
+
 class Trap:
     def __reduce__(self):
         return (exec, ("raise SystemExit('opened')",))

@@ -80,6 +80,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "oracle_accuracy": _late("oracle", "OracleAccuracy"),
     **{f"oracle_{name}": _late("oracle", "OracleAccuracy", attribute=name) for name in ("shape", "colour", "size", "background", "clean")},
 }
+TOYS = tuple(name for name in SCORERS if name.startswith("oracle_"))  # these know the images of Shapes and no others
 
 
 def load_scorer(spec: str, *, device: str | None, batch: int, dtype: str = "float32") -> Scorer:
@@ -98,7 +99,8 @@ def load_scorer(spec: str, *, device: str | None, batch: int, dtype: str = "floa
     name, _, location = spec.partition("=")
     entry = plugins.find(name, [plugins.SCORERS], SCORERS)
     if entry is None and name not in SCORERS:
-        raise UserError(f"there is no scorer {name!r}; {plugins.known(name, SCORERS, plugins.SCORERS)} (as name or name=location)")
+        known = plugins.known(name, SCORERS, plugins.SCORERS, toys=TOYS)
+        raise UserError(f"there is no scorer {name!r} (give NAME or NAME=LOCATION); {known}")
     check_options(batch, dtype)
     make = SCORERS[name] if entry is None else plugins.load(entry, callable, "a function or class that makes a scorer")
     return make(location or None, device=device, batch=batch, dtype=dtype)

@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ COUNTS = (
     "tie_answers", "tie_answers_dropped", "labelled", "votes", "conflicting",
 )  # fmt: skip
 RECENT = 64  # images known to decode: a ranking's images come in several comparisons
+NAMED = 5  # rows that are named of those dropped for one reason
 IN_FLIGHT = 4  # comparisons in flight for each thread
 SWAPPED = "swapped"  # source column of pairs whose sides were shuffled
 SEEN = {
@@ -79,6 +81,13 @@ class Ledger:
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
     answers: list[tuple[str, float, int, str | None]] = field(default_factory=list)
     seen: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+
+    def name(self, reason: str, where: str) -> None:
+        """Note where in the source a comparison was that is not kept; of each reason the first few."""
+        places = self.dropped.setdefault(reason, [])
+        if len(places) < NAMED:
+            places.append(where)
 
 
 # ---- reading
@@ -195,6 +204,7 @@ class Importer:
             reason = "unreadable"
         if reason is not None:
             counts[f"{reason}_dropped"] += 1
+            self.ledger.name(reason, comparison.where if images.error is None else str(images.error).partition(";")[0])
             return False
         return self._keep(comparison, images)
 
@@ -206,6 +216,7 @@ class Importer:
             pair_id, stored = self.ledger.seen[digest]
             self._answer(pair_id, comparison.answers, flip=stored != smaller_first)
             self.ledger.counts["duplicates_merged"] += 1
+            self.ledger.name("duplicates", f"{comparison.where} (into {pair_id})")
             return False
         self.ledger.counts["duplicates_kept"] += digest in self.ledger.seen
         pair_id = self._free_id(comparison)
@@ -311,13 +322,14 @@ class Journal:
             ledger.counts = Counter(record["counts"])
             ledger.answers += [tuple(answer) for answer in record["answers"]]
             ledger.seen |= {digest: tuple(found) for digest, found in record["seen"].items()}
+            ledger.dropped = record.get("dropped", {})
         self._mark(ledger)
         return ledger
 
     def write(self, shard: int, ledger: Ledger) -> None:
         """Note that a shard is on disk."""
         fresh = islice(ledger.seen.items(), self.pairs, None)
-        record = {"place": [ledger.place.row, ledger.place.part], "counts": dict(ledger.counts)}
+        record = {"place": [ledger.place.row, ledger.place.part], "counts": dict(ledger.counts), "dropped": ledger.dropped}
         write_json(self._file(shard), record | {"answers": ledger.answers[self.answers :], "seen": dict(fresh)})
         self._mark(ledger)
 
@@ -366,19 +378,29 @@ def take_in(
 # ---- the count of everything
 
 
-def count_lines(counts: Counter[str]) -> Iterator[str]:
-    """What was kept, dropped and why, one line each."""
+def count_lines(counts: Counter[str], dropped: Mapping[str, Sequence[str]] = MappingProxyType({})) -> Iterator[str]:
+    """What was kept, dropped and why, one line each; `dropped` of a `Ledger` adds lines that name the first rows."""
+
+    def rows(kind: str, count: int) -> Iterator[str]:
+        named = dropped.get(kind, ())
+        yield from (f"  {where}" for where in named)
+        if named and count > len(named):
+            yield f"  and {count - len(named)} more"
+
     yield f"comparisons read: {counts['comparisons']}"
     if counts["empty_rows"]:
         yield f"rows without a comparison, as of a single image: {counts['empty_rows']}"
     for kind, words in SEEN.items():
         yield f"{words}: {counts[kind]} (dropped {counts[f'{kind}_dropped']})"
+        yield from rows(kind, counts[f"{kind}_dropped"])
     yield f"single tie answers: {counts['tie_answers']} ({counts['tie_answers_dropped']} left out of pairs that were kept)"
     yield f"comparisons with an unreadable image: {counts['unreadable_dropped']} dropped"
+    yield from rows("unreadable", counts["unreadable_dropped"])
     yield (
         f"the same two images under the same prompt again: {counts['duplicates_merged']} merged into the first pair, "
         f"{counts['duplicates_kept']} kept as pairs of their own"
     )
+    yield from rows("duplicates", counts["duplicates_merged"])
     if counts["renamed"]:
         yield f"names that the source gives to several comparisons: {counts['renamed']} got a number behind them"
     yield (

@@ -94,7 +94,7 @@ class Layout:
     @property
     def why(self) -> str:
         """The layout in words."""
-        said = {"order": "the preferred image first", None: "no column that is taken for answers"}.get(self.kind)
+        said = {"order": "the preferred image first", None: "no labels found (no column such as label_0, winner or chosen)"}.get(self.kind)
         said = said or f"answers in {' and '.join(filter(None, self.answers))}"
         people = "" if self.rater is None else f", people in {self.rater}"
         return f"prompts in {self.prompt}, images in {self.images[0]} and {self.images[1]}, {said}{people}"

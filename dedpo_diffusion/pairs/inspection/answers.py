@@ -73,7 +73,7 @@ def _bad_rows(path: Path, known: set[str]) -> list[str]:
         elif pair_id not in known:
             bad.append(f"{path} row {row}: pair_id {pair_id!r} is none of the dataset's pairs; remove the row")
         elif first.setdefault(pair_id, row) != row:
-            bad.append(f"{path} row {row}: pair_id {pair_id!r} stands in row {first[pair_id]} already; remove one")
+            bad.append(f"{path} row {row}: pair_id {pair_id!r} is in row {first[pair_id]} already; remove one")
         if label_0 is None or (isinstance(label_0, int | float) and not 0 <= label_0 <= 1):
             shown = "missing" if label_0 is None else label_0
             bad.append(f"{path} row {row}: label_0 is {shown}, and must lie in [0, 1]; mend it, or leave the row out")

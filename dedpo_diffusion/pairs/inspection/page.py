@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import write_text
-from dedpo_diffusion.core.page import document
+from dedpo_diffusion.core.page import about, document
 from dedpo_diffusion.pairs.dataset import PairReader
 
 SAMPLE = 12  # pairs shown at random
@@ -33,7 +34,7 @@ def write_overview(path: Path, reader: PairReader, report: dict[str, Any], *, hu
     """
     labels = _labels(reader, human)
     title = f"{reader.folder.resolve().name}: {report['pairs']} pairs"
-    parts = [f"<h1>{escape(title)}</h1>", _cards(report), _problems(report), _charts(report), _people(report)]
+    parts = [f"<h1>{escape(title)}</h1>", _origin(reader), _cards(report, human), _problems(report), _charts(report), _people(report)]
     near = report.get("near_duplicates", {"closest": [], "closest_in_different_pairs": []})
     rows = [example["row"] for example in near["closest"][:6]]
     parts.append(_strip("Pairs whose two images look the same", rows, reader, labels))
@@ -63,10 +64,20 @@ def _shared(near: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(row for example in near["closest_in_different_pairs"][:6] for row in example["rows"]))
 
 
-def _cards(report: dict[str, Any]) -> str:
+def _origin(reader: PairReader) -> str:
+    """The file or folder that the pairs were read from, where `dedpo ingest` noted it."""
+    try:
+        source = json.loads((reader.folder / "ingest.json").read_text(encoding="utf-8"))["settings"]["source"]
+    except (OSError, ValueError, KeyError, TypeError):  # pairs that were made here
+        return ""
+    return about(f"read from {source}; a pair's name ends with its number or key in there")
+
+
+def _cards(report: dict[str, Any], human: str) -> str:
     images, near = report["images"], report.get("near_duplicates")
     cards = [("pairs", f"{report['pairs']:,}"), ("different prompts", f"{report['prompts']['unique']:,}")]
-    cards += [(f"pairs with a label of {name}", f"{label['labelled']:,}") for name, label in report.get("labels", {}).items()]
+    for name, label in report.get("labels", {}).items():
+        cards.append(("pairs with a human label" if name == human else f"pairs labelled by {name}", f"{label['labelled']:,}"))
     cards.append(("MiB of images", f"{images['bytes'] / 2**20:,.1f}"))
     if near is not None:
         cards.append(("pairs of look-alikes", f"{near['within_pairs']:,}"))
@@ -79,7 +90,7 @@ def _cards(report: dict[str, Any]) -> str:
 
 def _problems(report: dict[str, Any]) -> str:
     parts = []
-    for words, texts in (("Training would trip over this", report["errors"]), ("This is odd", report["warnings"])):
+    for words, texts in (("This is wrong", report["errors"]), ("This is odd", report["warnings"])):
         if texts:
             rest = f"<li>and {len(texts) - 20} more, in the JSON file</li>" if len(texts) > 20 else ""
             parts.append(f"<section><h2>{words}</h2><ul>{''.join(f'<li>{escape(text)}</li>' for text in texts[:20])}{rest}</ul></section>")
@@ -150,12 +161,21 @@ def _pair(reader: PairReader, row: int, labels: dict[str, float]) -> str:
     except UserError as error:
         return f'<div class="strip"><p class="prompt">{escape(str(error))}</p></div>'
     label = labels.get(pair.pair_id)
-    told = "no human label" if label is None else f"people: {label:.2g} for image 0"
     images = "".join(_image(data, side) for side, data in enumerate((pair.image_0, pair.image_1)))
-    where = f"<small>{escape(reader.location(row))}, {told}</small>"
+    where = f"<small>{escape(pair.pair_id)} ({escape(reader.location(row))}), {_preferred(label)}</small>"
     shown = pair.prompt if len(pair.prompt) <= LETTERS else pair.prompt[: LETTERS - 1] + "…"
     prompt = f'<p class="prompt" style="overflow-wrap: anywhere" title="{escape(pair.prompt)}">{escape(shown)}<br>{where}</p>'
     return f'<div class="strip">{prompt}<div class="cells">{images}</div></div>'
+
+
+def _preferred(label: float | None) -> str:
+    """What people said of a pair, of the probability that they prefer image 0."""
+    if label is None:
+        return "no human label"
+    if label == 0.5:
+        return "people: a tie"
+    share = max(label, 1 - label)
+    return f"people preferred image {int(label < 0.5)}" + ("" if share == 1 else f" ({share:.0%})")
 
 
 def _image(data: bytes, side: int) -> str:

@@ -1,9 +1,9 @@
-"""Prompts to sample: carried sets, the published lists of HPSv2, and your own files.
+"""Prompts to sample: bundled sets, the published lists of HPSv2, and your own files.
 
 | source | what it is |
 |---|---|
-| parti | PartiPrompts, 1632 prompts of 12 categories (carried, Apache-2.0) |
-| geneval | GenEval, 553 prompts of 6 categories (carried, MIT) |
+| parti | PartiPrompts, 1632 prompts of 12 categories (bundled, Apache-2.0) |
+| geneval | GenEval, 553 prompts of 6 categories (bundled, MIT) |
 | hpsv2 | HPSv2's benchmark, 4 styles of 800 prompts, from the hub or its cache |
 | a folder | one that holds the four lists of HPSv2 |
 | .json, .jsonl, .csv, .tsv, .parquet | a list of prompts, or rows with a prompt and, if they say so, a category |
@@ -43,7 +43,7 @@ def read_prompts(source: str | Path, *, categories: Sequence[str] = (), limit: i
     """
     found = _read(str(source))
     if not found:
-        raise UserError(f"{source}: no prompt in it; write one prompt a line")
+        raise UserError(f"{source}: no prompt in it; write one prompt per line")
     if categories:
         known = list(dict.fromkeys(prompt.category for prompt in found if prompt.category is not None))
         for name in categories:

@@ -125,14 +125,14 @@ function take(next, said = "") {
   ready = broken = false;
   watch.reset();
   closeDialogs();
-  $("images").replaceChildren(); // the last pair never stands under the new prompt
+  $("images").replaceChildren(); // the last pair is never under the new prompt
   delete $("images").dataset.ready;
   const { progress } = state;
   const done = progress.answered + progress.skipped;
   $("bar").max = Math.max(progress.total, 1);
   $("bar").value = done;
   $("count").textContent = `${done} of ${progress.total}`;
-  $("everyone").textContent = `${words.given} by all: ${progress.labelled} of ${progress.pairs}`;
+  $("everyone").textContent = `${words.given} by anyone: ${progress.labelled} of ${progress.pairs}`;
   mark(said);
   for (const button of document.querySelectorAll("[data-do=undo]")) button.setAttribute("aria-disabled", !state.can_undo);
   if (state.item) showPair(state);
@@ -204,7 +204,7 @@ async function picture(url) {
   return image;
 }
 
-/** Waits until what stands in the page has been on the screen; in a hidden tab, until it is looked at. */
+/** Waits until what is in the page has been on the screen; in a hidden tab, until it is looked at. */
 function painted() {
   return new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
 }
@@ -225,7 +225,10 @@ function answer(what) {
   act(async () => {
     const vote = { rater, ticket: state.item.ticket, answer: what, seconds: watch.seconds() };
     mark("");
-    take(await post("/api/vote", vote), `saved: ${word(what)}`);
+    const before = state.progress.total;
+    const next = await post("/api/vote", vote);
+    const fewer = next.progress.total < before ? "; others answered some of your pairs, so fewer are left for you" : "";
+    take(next, `saved: ${word(what)}${fewer}`);
   });
 }
 
@@ -388,7 +391,7 @@ function row(tag, cells) {
 
 // ---- the start, and what the person does
 
-const ACTIONS = { summary, save, undo, zoom, refresh, keys: () => openDialog($("keys")), close: closeDialogs };
+const ACTIONS = { summary, save, undo, zoom, refresh, leave, keys: () => openDialog($("keys")), close: closeDialogs };
 for (const what of ["left", "tie", "right", "skip"]) ACTIONS[what] = () => answer(what);
 
 document.addEventListener("click", ({ target }) => {
@@ -397,7 +400,7 @@ document.addEventListener("click", ({ target }) => {
   else if (target.closest("#images, #zoom")) zoom(); // never a vote: a tap is too easily made by accident
 });
 
-// A click leaves the focus where it was, so that the space bar goes on meaning a tie.
+// A click leaves the focus where it was, so that the space bar still means a tie.
 document.addEventListener("mousedown", (event) => {
   if (event.target.closest("[data-do]")) event.preventDefault();
 });
@@ -436,6 +439,19 @@ function start(name) {
   });
 }
 
+/** Somebody else takes over this screen: the name is asked for again. */
+function leave() {
+  act(async () => {
+    closeDialogs();
+    forget();
+    rater = "";
+    introduce(await reach("/api/session"));
+    screen("start");
+    $("name").value = "";
+    $("name").focus();
+  });
+}
+
 function nameWho() {
   $("who").textContent = `${$("dataset").textContent} · ${rater}`;
 }
@@ -443,11 +459,30 @@ function nameWho() {
 /** The name last used here; a browser may forbid the storage. */
 function remember(name) {
   try {
-    if (name) localStorage.setItem("rater", name);
+    if (name) {
+      localStorage.setItem("rater", name);
+      sessionStorage.setItem("rater", name);
+    }
     return localStorage.getItem("rater") ?? "";
   } catch {
     return "";
   }
+}
+
+/** Who votes in this tab. A reload is the same person; a new tab may be another one, and is asked. */
+function inThisTab() {
+  try {
+    return sessionStorage.getItem("rater") ?? "";
+  } catch {
+    return "";
+  }
+}
+
+function forget() {
+  try {
+    sessionStorage.removeItem("rater");
+  } catch {} // nothing was kept either
+  history.replaceState(null, "", "/"); // a name in the address would vote again after a reload
 }
 
 $("enter").addEventListener("submit", (event) => {
@@ -462,12 +497,19 @@ function introduce(session) {
   $("dataset").textContent = session.dataset;
   nameWho();
   $("raters").replaceChildren(...session.raters.map((name) => new Option("", name)));
-  $("so-far").textContent = `${session.pairs} pairs, ${session.votes} answers so far. The same name goes on where it stopped.`;
+  $("so-far").textContent = `${session.pairs} pairs, ${session.votes} answers so far. Give the same name again to continue.`;
 }
+
+// what the banner covers is left free, so that progress and buttons stay in sight
+new ResizeObserver(() => {
+  const covered = $("banner").hidden ? 0 : $("banner").offsetHeight;
+  document.documentElement.style.setProperty("--banner", `${covered}px`);
+}).observe($("banner"));
 
 nameSides();
 const given = new URLSearchParams(location.search).get("rater");
 $("name").value = given ?? remember();
 $("name").select();
 await reach("/api/session").then(introduce).catch(explain);
-if (given?.trim()) start(given);
+const known = given?.trim() ? given : inThisTab();
+if (known) start(known);

@@ -77,7 +77,7 @@ def open_file(file: Path, folder: Path | None = None, *, path: str | None = None
         return CsvSource(given, file, images)
     if name.endswith(TARS):
         return WebdatasetSource(given, [file], file.parent, images)
-    raise UserError(f"{file} has an ending that tells no known kind; give a file named {', '.join(ENDINGS)}, or a folder")
+    raise UserError(f"{file} has an ending of no known kind; give a file named {', '.join(ENDINGS)}, or a folder")
 
 
 def _is_metadata(file: Path) -> bool:

@@ -95,7 +95,7 @@ class HubSource(Source):
             except Exception as error:
                 raise UserError(
                     f"{self.path} split {self.split} could not be read at row {number} ({_line(error)}); "
-                    f"give the same command again to go on, or {LOCAL}"
+                    f"give the same command again to resume, or {LOCAL}"
                 ) from error
             yield f"{self.path} split {self.split} row {number}", row, self.folder
             number += 1
