@@ -3,11 +3,12 @@
     P(image 0 is preferred) = sigmoid(sum_f w_f x_f / spread_f)        x_f = value of image 0 - value of image 1
 
 Swapped images turn every x into -x, so there is no intercept, and standardised features are not centred. Features come in
-groups: raw scores of the judges first, then image statistics, generators, components of embeddings. A group is admitted only
-where it lowers the cross-validated log loss by one standard error; the L2 strength is cross-validated too, and all of it by
-prompts. The whole procedure is cross-fitted: a labelled pair's label comes from groups, strength and weights that its prompt
-had no part in. If the result does not beat the best single judge under `temperature` on the same folds,
-that judge's temperature labels are the result.
+groups: raw scores of the judges first, then image statistics, generators, components of embeddings. A group with at most one
+feature for every four labels stays unless it raises the cross-validated log loss by one standard error; a larger one is admitted
+only where it lowers it by one. (Asking that of every group threw small ones away: 40 answers rarely prove by a standard error what
+they teach, see docs/results.md.) The L2 strength is cross-validated too, and all of it by prompts. The whole procedure is
+cross-fitted: a labelled pair's label comes from groups, strength and weights that its prompt had no part in. If the result is worse
+than the best single judge under `temperature` by a standard error, on the same folds, that judge's temperature labels are the result.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ STRENGTHS = tuple(10 ** (k / 2) for k in range(6, 0, -1))  # L2, 1000 to 3, stro
 INNER, MANY, FEW = 20, 200, 10  # folds in which strength and groups are chosen: 20, and 10 from 200 labels on
 MOST_CHOSEN, MOST_FITTED = 4000, 20_000  # labelled pairs, drawn at random, by which these are chosen, and weights are fitted
 RESAMPLES = 200  # refits for the intervals of weights
+ENOUGH = 4  # labels for each feature of a group, from which it stays unless it is shown to hurt
 BLOCK = 65_536  # pairs predicted at once
 
 
@@ -152,7 +154,8 @@ def mean_and_error(values: np.ndarray, weights: np.ndarray, prompt: np.ndarray) 
 
 
 def choose(sample: Taught, names: Sequence[str], seed: int) -> tuple[list[int], float, list[dict[str, Any]]]:
-    """Groups and L2 strength, by cross-validation over prompts: the first group always, each other that helps by a standard error."""
+    """Groups and L2 strength, by cross-validation over prompts: the first group always; of the others, small ones that do not raise the
+    log loss by a standard error, and large ones that lower it by one."""
     folds = min(INNER if len(sample.human) < MANY else FEW, len(sample.human))
     fold = assign_folds([str(k) for k in sample.prompt], folds, seed)
     used = [0]
@@ -162,7 +165,8 @@ def choose(sample: Taught, names: Sequence[str], seed: int) -> tuple[list[int], 
     for k in range(1, len(sample.parts)):
         with_it, its_strength = cross_losses(sample, [*used, k], fold)
         gain, error = mean_and_error(with_it - losses, sample.weights, sample.prompt)
-        admitted = gain < -error
+        small = ENOUGH * sample.parts[k].shape[1] <= len(sample.human)
+        admitted = gain < (error if small else -error)
         why = f"they change the cross-validated log loss by {gain:+.4f}, standard error {error:.4f}"
         mean = float(np.average(with_it, weights=sample.weights))
         chosen.append({"group": names[k], "admitted": admitted, "log_loss": mean, "difference": gain, "se": error, "why": why})
@@ -247,7 +251,7 @@ def adapt(
     losses = [log_losses(rival.probability[rows], z[rows]) for rival in rivals]
     best = int(np.argmin([loss @ sample.weights for loss in losses]))
     gain, error = mean_and_error(log_losses(expit(cross), z[rows]) - losses[best], sample.weights, prompt)
-    adapted = gain < 0  # groups are in by a standard error already; to ask for another here threw away what 200 answers had taught
+    adapted = gain < error
     held = HeldOut(z[rows], sample.weights, prompt, seed)
     report = {"method": "adapt", "folds": folds, "seed": seed, "invert": invert, "weighted": weights is not None, "n": len(z)}
     report |= {"n_human": len(rows), "n_missing": 0, "n_human_missing": 0, "left_out": left_out, "adapted": adapted}
