@@ -19,6 +19,7 @@ from dedpo_diffusion.journey.plan import Route, steps
 from dedpo_diffusion.labels.files import label_names, read_labels
 from dedpo_diffusion.pipelines import STAGES, align
 from dedpo_diffusion.settings import AlignSettings, DataSettings, MergeSettings
+from support.browser import browser, press, ready  # noqa: F401
 from support.pictures import write_pairs
 from support.voting import client_of, post
 
@@ -289,8 +290,33 @@ def test_a_journey_that_is_killed_between_stages_ends_as_one_that_is_not(tmp_pat
     assert "limit is 24 there, 25 now" in capsys.readouterr().err
 
 
+def answer_by_program(url: str, answers: int) -> None:
+    client = client_of(url)
+    state = client.get("/api/next", params={"rater": "ann"}).json()
+    for _ in range(answers):
+        state = post(client, "/api/vote", rater="ann", ticket=state["item"]["ticket"], answer="left", seconds=1.0)
+
+
+@pytest.fixture
+def answer_in_the_page(browser):
+    def answer(url: str, answers: int) -> None:
+        page = browser.new_context().new_page()
+        page.goto(url)
+        page.get_by_label("Your name").fill("ann")
+        page.keyboard.press("Enter")
+        press(page, *["ArrowLeft"] * (answers - 1))
+        ready(page)
+        page.keyboard.press("ArrowLeft")  # nothing need come after the last one: the page is closed by then
+        page.locator("#saved").filter(has_text="saved").wait_for()
+        page.context.close()
+
+    return answer
+
+
 @pytest.mark.slow
-def test_people_answer_over_http_and_the_journey_goes_on_by_itself(tmp_path):
+@pytest.mark.parametrize("way", ["program", "page"])
+def test_people_answer_and_the_journey_goes_on_by_itself(way, tmp_path, request):
+    answer = answer_by_program if way == "program" else request.getfixturevalue("answer_in_the_page")
     out = tmp_path / "out"
     own = [part for part in arguments(out) if part not in ("--people", "simulated", "--human_share", "0.5")]
     log = open(tmp_path / "log", "w+")  # noqa: SIM115
@@ -301,10 +327,7 @@ def test_people_answer_over_http_and_the_journey_goes_on_by_itself(tmp_path):
         while url is None:
             assert process.poll() is None, (tmp_path / "log").read_text()
             url = next((line.split()[1] for line in (tmp_path / "log").read_text().splitlines() if line.startswith("open http")), None)
-        client = client_of(url)
-        state = client.get("/api/next", params={"rater": "ann"}).json()
-        for _ in range(6):
-            state = post(client, "/api/vote", rater="ann", ticket=state["item"]["ticket"], answer="left", seconds=1.0)
+        answer(url, 6)
         assert process.wait(300) == 0, (tmp_path / "log").read_text()
     finally:
         process.kill()

@@ -29,3 +29,19 @@ WIDE = {"viewport": {"width": 1280, "height": 800}}
 
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+
+
+def ready(page, after=""):
+    """Wait on the page of votes for a pair that can be answered, another than `after`; returns its ticket."""
+    changed = "(old) => (document.querySelector('#images').dataset.ready ?? old) !== old"
+    page.wait_for_function(changed, arg=after)
+    return page.locator("#images").get_attribute("data-ready")
+
+
+def press(page, *keys):
+    """Press each key when a pair is there, and wait for what comes next."""
+    for key in keys:
+        ticket = ready(page)
+        page.keyboard.press(key)
+        changed = "(old) => ![old, undefined].includes(document.querySelector('#images').dataset.ready) || !end.hidden"
+        page.wait_for_function(changed, arg=ticket)

@@ -16,7 +16,7 @@ from dedpo_diffusion.evaluation.comparison.samples import read_index
 from dedpo_diffusion.labels.files import read_labels, read_votes
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.shapes.world import render, sample_scene
-from support.browser import HOSTILE, PHONE, WATCH_POLICY, WIDE, browser  # noqa: F401
+from support.browser import HOSTILE, PHONE, WATCH_POLICY, WIDE, browser, press, ready  # noqa: F401
 from support.voting import command, finish, make_samples
 
 pytestmark = pytest.mark.slow  # a browser for each test
@@ -82,22 +82,6 @@ def visit(browser):
 
 def as_rater(server, name):
     return f"{server.url}?rater={name}"
-
-
-def ready(page, after=""):
-    """Wait for a pair that can be answered, another than `after`; returns its ticket."""
-    changed = "(old) => (document.querySelector('#images').dataset.ready ?? old) !== old"
-    page.wait_for_function(changed, arg=after)
-    return page.locator("#images").get_attribute("data-ready")
-
-
-def press(page, *keys):
-    """Press each key when a pair is there, and wait for what comes next."""
-    for key in keys:
-        ticket = ready(page)
-        page.keyboard.press(key)
-        changed = "(old) => ![old, undefined].includes(document.querySelector('#images').dataset.ready) || !end.hidden"
-        page.wait_for_function(changed, arg=ticket)
 
 
 def count(page):
