@@ -1,9 +1,11 @@
 """A judge that people taught: an odd, regularised logistic model of the human answer on what is known of a pair's two images.
 
-    P(image 0 is preferred) = sigmoid(sum_f w_f x_f / spread_f)        x_f = value of image 0 - value of image 1
+    P(image 0 is preferred) = sigmoid(sum_f w_f x_f / unit_f)        x_f = value of image 0 - value of image 1
 
-Swapped images turn every x into -x, so there is no intercept, and standardised features are not centred. Features come in
-groups: raw scores of the judges first, then image statistics, generators, components of embeddings. A group with at most one
+Swapped images turn every x into -x, so there is no intercept, and scaled features are not centred. Features come in groups:
+raw scores of the judges first, then image statistics, generators, components of embeddings. The unit is the feature's spread, and
+sqrt(F) spreads in a group of F features other than the judges' own: so the L2 penalty expects of such a group, taken together, what
+it expects of one judge, and not F times as much. A group with at most one
 feature for every four labels stays unless it raises the cross-validated log loss by one standard error; a larger one is admitted
 only where it lowers it by one. (Asking that of every group threw small ones away: 40 answers rarely prove by a standard error what
 they teach, see docs/results.md.) The L2 strength is cross-validated too, and all of it by prompts. The whole procedure is
@@ -36,7 +38,7 @@ from dedpo_diffusion.labels.calibration import (
 )
 
 LEAST = 20  # human labels
-STRENGTHS = tuple(10 ** (k / 2) for k in range(6, 0, -1))  # L2, 1000 to 3, strongest first: of equal ones the strongest
+STRENGTHS = tuple(10 ** (k / 2) for k in range(6, -1, -1))  # L2, 1000 to 1, strongest first: of equal ones the strongest
 INNER, MANY, FEW = 20, 200, 10  # folds in which strength and groups are chosen: 20, and 10 from 200 labels on
 MOST_CHOSEN, MOST_FITTED = 4000, 20_000  # labelled pairs, drawn at random, by which these are chosen, and weights are fitted
 RESAMPLES = 200  # refits for the intervals of weights
@@ -91,7 +93,7 @@ class Taught:
 
 @dataclass(frozen=True)
 class AdaptedMap:
-    """Groups in use by number, the L2 strength, weights (F,) of their standardised features, and how the groups were chosen."""
+    """Groups in use by number, the L2 strength, weights (F,) of their scaled features, and how the groups were chosen."""
 
     used: list[int]
     strength: float
@@ -234,9 +236,9 @@ def adapt(
         raise ValueError(f"no judge prefers any image to another ({', '.join(scores.columns)} give both the same score): use another judge")
     fold, prompt = pair_folds(prompts, labelled, folds, seed)
     w = np.ones(len(z)) if weights is None else np.asarray(weights, dtype=np.float64)
-    names, spreads = [group.name for group in groups], [group.spreads() for group in groups]
+    names, scales = [group.name for group in groups], units(groups)
     rows = np.flatnonzero(labelled)
-    parts = [group.values[rows].astype(np.float64) / spread for group, spread in zip(groups, spreads, strict=True)]
+    parts = [group.values[rows].astype(np.float64) / scale for group, scale in zip(groups, scales, strict=True)]
     sample = Taught(parts, z[rows], w[rows], prompt)
     maps = [learn(sample.rows(fold[rows] != k), names, seed) for k in range(folds)]
     cross = np.empty(len(rows))
@@ -258,10 +260,10 @@ def adapt(
     report |= {"judges": groups[0].columns, "temperature_of": groups[0].columns[best], "gain_se": error}
     report |= compare(held, rivals[best].log_odds[rows], cross)
     report |= {"groups": overall.chosen, "l2": overall.strength, "fold_groups": [[names[k] for k in made.used] for made in maps]}
-    report |= {"fold_l2": [made.strength for made in maps], "features": describe(groups, spreads, sample, overall, seed)}
+    report |= {"fold_l2": [made.strength for made in maps], "features": describe(groups, scales, sample, overall, seed)}
     if not adapted:
         return Adapted(rivals[best].probability, rivals[best].log_odds, rivals[best].fold, False, report)
-    log_odds = predict(groups, spreads, overall)
+    log_odds = predict(groups, scales, overall)
     log_odds[rows] = cross
     return Adapted(expit(log_odds), log_odds, np.where(labelled, fold, -1), True, report)
 
@@ -291,7 +293,12 @@ def _check_complete(groups: Sequence[Group], n: int) -> None:
                 raise ValueError(f"{name} is missing for {count} of {n} pairs: complete it, or leave it out")
 
 
-def predict(groups: Sequence[Group], spreads: Sequence[np.ndarray], made: AdaptedMap) -> np.ndarray:
+def units(groups: Sequence[Group]) -> list[np.ndarray]:
+    """(F,) for each group: what a difference is divided by."""
+    return [group.spreads() * (math.sqrt(len(group.columns)) if place else 1.0) for place, group in enumerate(groups)]
+
+
+def predict(groups: Sequence[Group], scales: Sequence[np.ndarray], made: AdaptedMap) -> np.ndarray:
     """(N,) log-odds of all pairs, block by block."""
     scaled, found, start = [], np.zeros(len(groups[0].values)), 0
     for k in made.used:
@@ -301,7 +308,7 @@ def predict(groups: Sequence[Group], spreads: Sequence[np.ndarray], made: Adapte
     for start in range(0, len(found), BLOCK):
         block = slice(start, start + BLOCK)
         for k, weights in scaled:
-            found[block] += (groups[k].values[block].astype(np.float64) / spreads[k]) @ weights
+            found[block] += (groups[k].values[block].astype(np.float64) / scales[k]) @ weights
     return found
 
 
@@ -334,7 +341,7 @@ def reliability(log_odds: np.ndarray, held: HeldOut, *, bins: int = 6) -> list[d
 
 
 def describe(
-    groups: Sequence[Group], spreads: Sequence[np.ndarray], sample: Taught, made: AdaptedMap, seed: int, *, most: int = 100_000
+    groups: Sequence[Group], scales: Sequence[np.ndarray], sample: Taught, made: AdaptedMap, seed: int, *, most: int = 100_000
 ) -> list[dict[str, Any]]:
     """Every feature in use: `weight` (log-odds for a difference of one spread), what the judges make of it and what people do.
 
@@ -343,7 +350,10 @@ def describe(
     judge, each with a bootstrap over prompts of the weights; slopes, from all pairs, are taken as known.
     """
     fitted = sample.some(MOST_FITTED, seed)
-    drawn = _resampled(fitted, made, seed)
+    spreads = [group.spreads() for group in groups]
+    factors = np.concatenate([spreads[k] / scales[k] for k in made.used])
+    weights, drawn = made.weights * factors, _resampled(fitted, made, seed)
+    drawn = None if drawn is None else drawn * factors
     width = len(groups[0].columns)
     entries, start = [], 0
     slopes = _slopes(groups, spreads, most, seed) if any(groups[k].name == "statistics" for k in made.used) else None
@@ -352,12 +362,12 @@ def describe(
             entry: dict[str, Any] = {
                 "name": name,
                 "group": groups[k].name,
-                "weight": float(made.weights[start + place]),
+                "weight": float(weights[start + place]),
                 "spread": float(spreads[k][place]),
             }
             entry["ci"] = _interval(None if drawn is None else drawn[:, start + place])
             if groups[k].name == "statistics" and slopes is not None:
-                judge = float(made.weights[:width] @ slopes[:, place])
+                judge = float(weights[:width] @ slopes[:, place])
                 people = judge + entry["weight"]
                 parts = None if drawn is None else drawn[:, :width] @ slopes[:, place]
                 whole = None if parts is None else parts + drawn[:, start + place]  # type: ignore[index]

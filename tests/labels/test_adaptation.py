@@ -74,6 +74,14 @@ def test_equal_images_are_undecided_and_scales_do_not_matter(taught):
     np.testing.assert_allclose(after.log_odds, before.log_odds, atol=1e-9)
 
 
+def test_a_group_counts_as_a_whole_however_many_columns_tell_it(taught):
+    scores, (statistics,), human, prompts, _, before = taught
+    twice = Group("statistics", [*STATISTICS, *(f"{name} again" for name in STATISTICS)], np.tile(statistics.values, 2))
+    after = made(scores, [twice], human, prompts)
+    assert after.adapted and after.report["l2"] == before.report["l2"]
+    np.testing.assert_allclose(after.probability, before.probability, atol=1e-5)
+
+
 def test_weights_are_the_least_of_the_penalised_loss():
     rng = np.random.default_rng(1)
     x, z, w = rng.normal(size=(50, 3)), rng.random(50), rng.uniform(0.5, 2, 50)
