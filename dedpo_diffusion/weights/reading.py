@@ -51,9 +51,9 @@ def read_lora_file(path: Path) -> Lora:
         found = layout(names)
         tensors = {name: file.get_tensor(name) for name in names} if found else {}
     if found is None:
-        told = ((what, remedy) for pattern, what, remedy in _FOREIGN if any(re.search(pattern, name) for name in names))
-        what, remedy = next(told, ("its tensors' names are those of no LoRA", "give a LoRA as `dedpo export` writes it"))
-        raise UserError(f"{path}: it seems to be {what}; {remedy}" if names else f"{path}: there is nothing in it; give another file")
+        told = (f"it seems to be {what}; {remedy}" for pattern, what, remedy in _FOREIGN if any(re.search(pattern, name) for name in names))
+        unknown = "its tensors' names are those of no LoRA; give a LoRA as `dedpo export` writes it"
+        raise UserError(f"{path}: {next(told, unknown) if names else 'there is nothing in it; give another file'}")
     if any(REFINER.match(metadata.get(key, "").lower()) for key in DECLARED):
         raise UserError(f"{path}: it is a LoRA of SDXL's refiner, as its metadata say; give one of an SD1.x, SD2.x or SDXL")
     for name, value in tensors.items():

@@ -422,6 +422,7 @@ def test_a_second_look_reads_no_image_and_a_changed_shard_is_read_again(tmp_path
     assert len(list((folder / ".validate").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_look_goes_on_behind_its_whole_shards(tmp_path):
     folder = write(tmp_path / "d", [("x", picture(2 * k, (256, 256)), picture(2 * k + 1, (256, 256))) for k in range(60)], shard_pairs=6)
     process = subprocess.Popen(

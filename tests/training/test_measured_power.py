@@ -129,6 +129,7 @@ def test_the_ratio_is_that_of_explicit_gradients_of_the_runs_loss(base, pairs, t
     assert pair > 0 and noise_ratio(found).value == pytest.approx(visit / pair, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_processes_measure_their_shares_of_the_same_numbers(base, pairs, tmp_path):
     given = world(base, pairs, tmp_path, power_pairs=16, power_draws=2)
     alone = measured.own_moments(*given, 0, 1)
@@ -221,6 +222,7 @@ def test_a_run_equals_one_on_targets_merged_at_the_resulting_power(finished, bas
     assert [line["loss"] for line in metrics(finished)] == [line["loss"] for line in metrics(tmp_path / "run")]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_ratio_it_measured(finished, base, pairs, tmp_path, monkeypatch):
     argv = options(base, pairs, tmp_path / "run")
     stop_after(monkeypatch, 2)
@@ -249,6 +251,7 @@ def test_a_damaged_measurement_is_named(finished, base, pairs, tmp_path, capsys,
     assert "power.json: damaged" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_cache_stored_references_and_accumulation_change_nothing_that_is_measured(finished, base, pairs, tmp_path):
     cached = {"data__cache": tmp_path / "cache", "optim__batch": 2, "optim__accumulation": 2}
     for name, changes in {"cached": cached, "stored": cached | {"data__reference_draws": 1}}.items():

@@ -371,7 +371,7 @@ REFUSED = [
     ({"transformer.x.lora_A.weight": 0}, "a transformer"),
     ({"base_model.model.x.lora_A.weight": 0}, "peft saves"),
     ({"down_blocks.0.resnets.0.conv1.weight": 0}, "a part of a diffusers folder"),
-    ({"something": 0}, "no LoRA as far as"),
+    ({"something": 0}, "its tensors' names are those of no LoRA"),
     ({}, "nothing in it"),
 ]
 
