@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def load_pipeline(name: str, *, config: str | None = None, dtype: torch.dtype = 
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")  # diffusers passes it, the user did not
     location = resolve_model(name)
     if Path(location).is_file():
         return _load_file(location, config, dtype)

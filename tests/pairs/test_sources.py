@@ -487,7 +487,10 @@ def test_without_the_hub_an_id_is_refused_at_once(tmp_path):
 
 
 def test_what_is_no_source_is_refused_without_asking_the_hub(tmp_path):
-    assert "is no file, no folder and no hub id" in refusal("pairs/train.csv")
+    assert refusal("pairs/train.csv") == "there is no file pairs/train.csv; give the location of the data"
+    (tmp_path / "labelled.csv").write_text("prompt,chosen,rejected")
+    assert refusal(tmp_path / "labeled.csv") == f"there is no file {tmp_path}/labeled.csv; did you mean {tmp_path}/labelled.csv?"
+    (tmp_path / "labelled.csv").unlink()
     assert "is no file, no folder and no hub id" in refusal("./nowhere")
     assert "is no file, no folder and no hub id" in refusal(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("hello")

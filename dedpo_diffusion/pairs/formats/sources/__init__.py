@@ -6,6 +6,8 @@ means is a format's business. Nothing is decoded or interpreted here.
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 from pathlib import Path
 
@@ -49,6 +51,11 @@ def open_source(source: str, settings: IngestSettings) -> Source:
         return _open_folder(source, path, settings)
     if HUB_ID.fullmatch(source) and not source.startswith(".") and not source.lower().endswith(ENDINGS):
         return HubSource(source, settings.split, images)
+    if source.lower().endswith(ENDINGS):
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1) if path.parent.is_dir() else []
+        raise UserError(
+            f"there is no file {source}; " + (f"did you mean {path.parent / near[0]}?" if near else "give the location of the data")
+        )
     raise UserError(f"{source} is no file, no folder and no hub id (OWNER/NAME); give the location of the data")
 
 
