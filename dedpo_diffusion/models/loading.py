@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 import warnings
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
