@@ -108,6 +108,8 @@ def open_source(settings: ExportSettings) -> Source:
     """
     if settings.source.is_dir():
         return _open_run(settings)
+    if not settings.source.exists():
+        raise UserError(f"there is no {settings.source}; give the folder of a run, which `dedpo train` makes, or a LoRA file")
     return _open_file(settings)
 
 
