@@ -141,7 +141,7 @@ MISTAKES = {
         ("--out x --add a RUN", "SOURCE is missing: <source>;"
          " give it before --add, which takes all words that follow"),
         ("RUN --output x", "there is no option --output; did you mean --out?"),
-        ("RUN --out x", "there is no RUN; give the folder of a run, which `dedpo train` makes, or a LoRA file"),
+        ("RUN --out x.safetensors", "there is no RUN; give the folder of a run, which `dedpo train` makes, or a LoRA file"),
     ],
     "inspect": [
         ("", "PATH is missing: <path>"),

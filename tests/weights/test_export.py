@@ -287,7 +287,7 @@ def test_what_cannot_be_meant_is_refused(runs, folders, tmp_path, capsys):
         (file, ["--average", "false"], "--average is of a run"),
         (unknown, ["--format", "kohya"], "give --model"),
         (unknown, ["--format", "checkpoint"], "give --model"),
-        (tmp_path / "gone", [], "no such file"),
+        (tmp_path / "gone", [], "gone; give the folder of a run"),
         (tmp_path, [], "no settings.yaml"),
     ):
         assert words in refused(capsys, source, out, *options), words
