@@ -31,7 +31,7 @@ from __future__ import annotations
 from dedpo_diffusion.debias.coefficients import METHODS, RULES, inverse_propensity, mix_judges, pair_targets, pair_weights
 from dedpo_diffusion.debias.compute import Run, best_scale, hard_power, run_report, run_terms
 from dedpo_diffusion.debias.estimate import Estimate, estimate
-from dedpo_diffusion.debias.imputation import Correction, answer_weight, james_stein, odd_directions
+from dedpo_diffusion.debias.imputation import Correction, answer_weight, even_confidence, james_stein, odd_directions
 from dedpo_diffusion.debias.merging import Merged, merge_labels
 from dedpo_diffusion.debias.powers import Fit, best_powers, fit_power, fit_powers, judge_moments, power_cap
 from dedpo_diffusion.debias.propensity import Propensity, estimate_propensity
@@ -65,6 +65,7 @@ __all__ = [
     "best_scale",
     "bootstrap_sums",
     "estimate",
+    "even_confidence",
     "estimate_propensity",
     "fit_power",
     "fit_powers",

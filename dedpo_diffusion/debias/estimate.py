@@ -11,7 +11,7 @@ import numpy as np
 from dedpo_diffusion.debias.checks import check_options, check_powers, check_present, checked_judges, checked_labels, checked_names
 from dedpo_diffusion.debias.coefficients import WITHOUT_POWER, inverse_propensity, mix_judges, pair_targets, pair_weights
 from dedpo_diffusion.debias.compute import Run, best_scale, check_run, run_terms
-from dedpo_diffusion.debias.imputation import Correction, check_correction, impute
+from dedpo_diffusion.debias.imputation import Correction, check_correction, even_confidence, impute
 from dedpo_diffusion.debias.tuning import Powers, assign_folds, choose_powers
 
 
@@ -21,8 +21,8 @@ class Estimate:
 
     `z` (N,), `g` (N, K) and `mixed` (N,) labels, NaN where there is none; `h` (N,) inverse propensities; `total` (N,) powers
     of all judges together, NaN for methods without one; `target`, `weight` (N,). `names` are the judges'; `stated` tells whether
-    propensities were given. `correction` is that of method adapted; `run` the run that a power was made for, to which `endless`
-    (N,), the powers of endless training, were multiplied by `scale`.
+    propensities were given. Of method adapted: `correction`, and `predicted` (N,), what targets and weights were
+    made of. `run` is the run that a power was made for; `endless` (N,), the powers of endless training, times `scale` are its.
     """
 
     method: str
@@ -43,6 +43,7 @@ class Estimate:
     run: Run | None = None
     scale: float = 1.0
     endless: np.ndarray | None = None
+    predicted: np.ndarray | None = None
 
     def uneven(self) -> bool:
         """Whether some labelled pairs were likelier to be labelled than others."""
@@ -82,7 +83,7 @@ def estimate(
     h = inverse_propensity(z) if method == "naive" else inverse_propensity(z, propensity, fold if rule == "cross_fitted" else None)
     powers = _powers(z, g, h, fold, method, given, rule, n_folds, max_overshoot)
     mixed, total = mix_judges(g, powers.table, powers.cell), powers.totals()
-    endless, moved = total, None
+    endless, moved, predicted = total, None, None
     if run is not None and method == "tuned" and given is None:
         scale = best_scale(run_terms(z, mixed, h, total), run)
         powers, total = replace(powers, table=scale * powers.table), scale * total
@@ -93,9 +94,10 @@ def estimate(
         target = pair_targets(z, mixed, h, weight)
     if method == "adapted":
         options = {"correction": correction, "features": known, "rater_agreement": rater_agreement}
-        target, moved = impute(z, mixed, h, **options, max_overshoot=max_overshoot)  # type: ignore[arg-type]
+        predicted, moved = impute(z, mixed, h, **options, max_overshoot=max_overshoot)  # type: ignore[arg-type]
+        target, weight = even_confidence(predicted)
     about = (powers, names, max_overshoot, propensity is not None)
-    return Estimate(method, rule, n_folds, z, g, mixed, h, total, target, weight, *about, moved, run, scale, endless)
+    return Estimate(method, rule, n_folds, z, g, mixed, h, total, target, weight, *about, moved, run, scale, endless, predicted)
 
 
 def _folds(z: np.ndarray, folds: int, propensity: Any, seed: int) -> np.ndarray:

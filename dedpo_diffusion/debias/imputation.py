@@ -5,11 +5,15 @@ direction's length: targets are right up to a factor. So the best targets are, u
 E[human | everything known]: the adapted judge's label p where nobody answered, and on a labelled pair p moved towards the
 answer z,
 
-    target = p + s (z - p),   weight 1,   s = max(keep, c h)
+    t = p + s (z - p),   s = max(keep, c h)
 
 with h = R / p_labelled the inverse propensity (1 / f for labels at random). c = f is imputation, the human label in place;
 c = 1 is DeDPO, unbiased for every judge and as noisy as its few stretched labels. What c should be is what the residuals
 z - p can tell of a *systematic* error: the James-Stein factor 1 - V / |B|^2 of their mean gradient B with noise V.
+
+At margin 0 a pair pulls by weight * (target - 1/2), so t - 1/2 can be put into the weight, the target or both. It makes a difference
+later: a soft target t holds its pair at the margin logit t. Predictions near 1/2 would hold hundreds of pairs at margin 0, against
+the few that know something, and take their visits. So every pair gets the same confidence, and its weight says how much is known.
 """
 
 from __future__ import annotations
@@ -118,11 +122,29 @@ def answer_weight(z: np.ndarray, p: np.ndarray, rater_agreement: float | None) -
     return min(1.0, max(0.0, 1 - (1 - rater_agreement) / 2 / total)) if total > 0 else 1.0
 
 
+def even_confidence(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Targets 1/2 +- C/2 and weights of mean 1, with weight * (target - 1/2) in proportion to t - 1/2.
+
+    Args:
+        t: (N,) predictions, also outside [0, 1].
+
+    Returns:
+        Targets and weights (N,). C is the mean of |2 t - 1|, weighted by itself, and at most 1. Pairs of t = 1/2 weigh nothing; if
+        all are, they stay as they are.
+    """
+    sure = np.abs(2 * t - 1)
+    total = float(sure.sum())
+    if total == 0:
+        return t.copy(), np.ones(len(t))
+    common = min(1.0, float(sure @ sure) / total)
+    return 0.5 + np.sign(t - 0.5) * common / 2, sure * len(t) / total
+
+
 def impute(
     z: np.ndarray, p: np.ndarray, h: np.ndarray, *, correction: float | None, features: np.ndarray | None, rater_agreement: float | None,
     max_overshoot: float,
 ) -> tuple[np.ndarray, Correction]:  # fmt: skip
-    """Targets (N,) of method adapted, all of weight 1, and the correction in them.
+    """Predictions t (N,) of method adapted, and the correction in them.
 
     Args:
         z, p, h: (N,) human labels (NaN: none), the judge's, inverse propensities.

@@ -27,7 +27,8 @@ class Merged:
     What they were merged from, (N,) float64: `human` (NaN: no label), `judge` (mixed by the powers of several judges, their
     plain mean where these are 0; NaN: missing), `inverse` propensity h, `powers` (lam, of all judges together).
     weight = h + lam (1 - h) and weight * target = h human + lam (1 - h) judge; naive merging has neither h nor lam, and method
-    adapted no lam either. `basis` is what the worth is told by, for `labels.plan`.
+    adapted no lam either: its weight * (target - 1/2) is in proportion to `predicted` - 1/2. `basis` is what the worth is told
+    by, for `labels.plan`.
     """
 
     target: np.ndarray
@@ -39,6 +40,7 @@ class Merged:
     inverse: np.ndarray | None = None
     powers: np.ndarray | None = None
     basis: Basis | None = None
+    predicted: np.ndarray | None = None
 
 
 def merge_labels(
@@ -78,10 +80,10 @@ def merge_labels(
             once margins have grown), `minus_se` one standard error less, `cross_fitted` fitted to the labels of other folds.
         judges: names of the judges, for the report.
         folds: of `cross_fitted`, drawn at random, the labelled pairs dealt out evenly.
-        correction: of `adapted`: c in p + max(1, c h) (z - p) of a labelled pair, from the labelled share or less (the human label
-            in place) to 1 (DeDPO). None takes the James-Stein factor of the residuals z - p, and holds c h at `max_overshoot`.
+        correction: of `adapted`: c in the prediction p + max(1, c h) (z - p) for a labelled pair, from the labelled share or less
+            (the human label in place) to 1 (DeDPO). None takes the James-Stein factor of the residuals z - p, and holds c h at `max_overshoot`.
         features: (N, F) of `adapted`: differences of a pair's images, in whose directions the judge's error may be systematic.
-        rater_agreement: of `adapted`: how often two people agree on a pair; an answer then moves its target as far as its noise allows.
+        rater_agreement: of `adapted`: how often two people agree on a pair; an answer then moves its prediction as far as its noise allows.
         visits, noise_ratio: of `tuned` and `dedpo`: optimizer steps times pairs of a step, and the mean squared gradient of a
             visit over that of a pair. `tuned` takes the power that is best in a run of this length (`compute`).
 
@@ -90,8 +92,8 @@ def merge_labels(
         `power_se`, `power_cap` (the least of the folds'), `capped_share` (of the pairs whose power it holds down),
         `overshoot`, `share_outside`, `max_abs_offset` (the largest |target - 0.5|), `judge_bias` (mean of g - z),
         `effective_human_labels`, the same at power 1, `rule`, `folds` (of cross-fitting), `judges` (the figures of each, by name),
-        `sentences`, `mean_abs_offset` (how sharp the targets are: the mean of |target - 0.5| by weight), `correction` (of
-        `adapted`: c, the factor wanted, |B|^2, V, ...) and `run` (of `visits`); None stands where a number does not exist. Of
+        `sentences`, `mean_abs_offset` (how sharp the targets are: the mean of |target - 0.5| by weight), `labelled_weight` (labelled
+        pairs' share of the weight), `correction` (of `adapted`: c, the factor wanted, |B|^2, V, ...) and `run` (of `visits`); None stands where a number does not exist. Of
         several judges, agreement and bias are those of the mixed label and powers those of all together. Agreement and bias are
         those of all pairs, of labelled ones weighted by propensities. A worth is counted in human labels taken at random from all
         pairs, or, where propensities are unequal, in labels taken with the same (`worth_reference`); that of tuned powers of several
@@ -111,7 +113,7 @@ def merge_labels(
     made = estimate(human, synthetic, **options, rule=rule, judges=judges, folds=folds)
     basis = make_basis(made, seed)
     report = make_report(made, basis, seed)
-    common: dict[str, Any] = {"human": made.z, "judge": made.mixed, "basis": basis}
+    common: dict[str, Any] = {"human": made.z, "judge": made.mixed, "basis": basis, "predicted": made.predicted}
     if method in WITHOUT_POWER:
         return Merged(made.target, made.weight, math.nan, report, **common)
     return Merged(made.target, made.weight, report["power"], report, inverse=made.h, powers=made.total, **common)

@@ -38,6 +38,7 @@ def make_report(case: Estimate, basis: Basis, seed: int) -> dict[str, Any]:
         "capped_share": _capped_share(case),
         "overshoot": None if naive else float((case.h[labelled] / case.weight[labelled]).max()),
         "mean_abs_offset": float(case.weight @ np.abs(case.target - 0.5) / case.weight.sum()),
+        "labelled_weight": float(case.weight[~np.isnan(case.z)].sum() / case.weight.sum()),
         "correction": None if case.correction is None else dataclasses.asdict(case.correction),
         "run": _run(case, seed),
         "share_outside": float(outside.mean()),
@@ -270,7 +271,8 @@ def _correction_sentences(report: dict[str, Any]) -> list[str]:
         texts.append(f"A correction of {moved['c']:.2f} is no more than imputation ({moved['floor']:.2f}): {place}.")
     if moved["capped"]:
         texts.append("Warning: the correction was held back so that no target is stretched beyond the bound of the overshoot.")
-    return [*texts, f"Targets lie {report['mean_abs_offset']:.3f} from 0.5 on average."]
+    told = f"How sure a prediction is goes into its pair's weight: labelled pairs have {report['labelled_weight']:.0%} of the weight"
+    return [*texts, f"{told}, and every target lies {report['mean_abs_offset']:.3f} from 0.5."]
 
 
 def _target_sentences(report: dict[str, Any]) -> list[str]:

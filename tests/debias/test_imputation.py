@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dedpo_diffusion.debias import answer_weight, james_stein, merge_labels, odd_directions
+from dedpo_diffusion.debias import answer_weight, even_confidence, james_stein, merge_labels, odd_directions
 
 
 def sample(rng, n=400, labelled=60, lean=0.0):
@@ -26,11 +26,10 @@ def test_the_two_ends_are_dedpo_and_naive_merging(n, labelled, seed):
     p, z = rng.random(n), np.where(np.arange(n) < labelled, (rng.random(n) < 0.5).astype(float), np.nan)
     share = (~np.isnan(z)).mean()
     published, corrected = merge_labels(z, p, method="dedpo"), merge_labels(z, p, method="adapted", correction=1.0)
-    np.testing.assert_array_equal(corrected.target, published.target)
-    np.testing.assert_array_equal(corrected.weight, published.weight)
+    np.testing.assert_array_equal(corrected.predicted, published.target)
     for c in (0.0, share):
         imputed = merge_labels(z, p, method="adapted", correction=c)
-        np.testing.assert_allclose(imputed.target, merge_labels(z, p, method="naive").target, rtol=0, atol=1e-15)
+        np.testing.assert_allclose(imputed.predicted, merge_labels(z, p, method="naive").target, rtol=0, atol=1e-15)
 
 
 def test_four_pairs_by_hand():
@@ -45,15 +44,48 @@ def test_four_pairs_by_hand():
     """
     p, none = [0.8, 0.6, 0.3, 0.5], [np.nan, np.nan]
     by_hand = merge_labels([1, 0, *none], p, method="adapted", correction=0.75)
-    np.testing.assert_allclose(by_hand.target, [1.1, -0.3, 0.3, 0.5], atol=1e-12)
+    np.testing.assert_allclose(by_hand.predicted, [1.1, -0.3, 0.3, 0.5], atol=1e-12)
     still = merge_labels([1, 0, *none], p, method="adapted")
-    np.testing.assert_allclose(still.target, [1, 0, 0.3, 0.5], atol=1e-12)
+    np.testing.assert_allclose(still.predicted, [1, 0, 0.3, 0.5], atol=1e-12)
     moved = merge_labels([1, 1, *none], p, method="adapted")
     report = moved.report["correction"]
     assert report["wanted"] == pytest.approx(0.96) and report["c"] == pytest.approx(0.96) and not report["capped"]
     assert (report["bias"], report["noise"]) == (pytest.approx(0.0025 / 0.035), pytest.approx(0.0001 / 0.035))
-    np.testing.assert_allclose(moved.target, [1.184, 1.368, 0.3, 0.5], atol=1e-12)
-    assert moved.report["mean_abs_offset"] == pytest.approx((0.684 + 0.868 + 0.2 + 0) / 4)
+    np.testing.assert_allclose(moved.predicted, [1.184, 1.368, 0.3, 0.5], atol=1e-12)
+    pulls = np.array([0.684, 0.868, -0.2, 0])  # 2 (.684^2 + .868^2 + .2^2) / 1.752 is more than 1, so all are hard
+    np.testing.assert_allclose(moved.target, [1, 1, 0, 0.5])
+    np.testing.assert_allclose(moved.weight, 4 * np.abs(pulls) / 1.752)
+    assert moved.report["mean_abs_offset"] == pytest.approx(0.5) and moved.report["labelled_weight"] == pytest.approx(1.552 / 1.752)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=12))
+def test_confidence_moves_into_the_weight_and_every_pull_stays(values):
+    t = np.array(values)
+    target, weight = even_confidence(t)
+    if (t == 0.5).all():
+        assert (target == 0.5).all() and (weight == 1).all()
+        return
+    assert weight.mean() == pytest.approx(1) and (weight >= 0).all()
+    pull = weight * (target - 0.5)
+    unit = pull[np.argmax(np.abs(t - 0.5))] / (t - 0.5)[np.argmax(np.abs(t - 0.5))]
+    assert unit > 0
+    np.testing.assert_allclose(pull, unit * (t - 0.5), atol=1e-12)
+    sizes = np.abs(target - 0.5)[t != 0.5]
+    assert np.ptp(sizes) < 1e-15 and sizes[0] <= 0.5
+    flipped = even_confidence(1 - t)
+    np.testing.assert_allclose(flipped[0], 1 - target, atol=1e-15)
+    np.testing.assert_allclose(flipped[1], weight)
+
+
+def test_a_map_that_knows_nothing_leaves_the_answers_alone_and_a_sure_one_all_pairs():
+    z = np.array([1.0, 0.0, np.nan, np.nan, np.nan])
+    blind, alone = merge_labels(z, np.full(5, 0.5), method="adapted"), merge_labels(z, None, method="human_only")
+    np.testing.assert_allclose(blind.weight, alone.weight)
+    np.testing.assert_array_equal(blind.target[:2], alone.target[:2])
+    sure = merge_labels(z, [1.0, 0.0, 1.0, 1.0, 0.0], method="adapted")
+    np.testing.assert_array_equal(sure.target, [1, 0, 1, 1, 0])
+    np.testing.assert_array_equal(sure.weight, np.ones(5))
 
 
 def test_swapped_images_flip_targets_and_leave_the_correction():
@@ -99,10 +131,10 @@ def test_no_target_is_stretched_beyond_the_bound_unless_asked():
     held = merge_labels(human, p, method="adapted", features=y)
     rows = ~np.isnan(human)
     assert held.report["correction"]["capped"]
-    np.testing.assert_allclose((held.target - p)[rows], 2 * (human - p)[rows], atol=1e-9)
-    assert (held.weight == 1).all() and np.isnan(held.power)
+    np.testing.assert_allclose((held.predicted - p)[rows], 2 * (human - p)[rows], atol=1e-9)
+    assert np.isnan(held.power)
     asked = merge_labels(human, p, method="adapted", features=y, correction=0.8)
-    np.testing.assert_allclose((asked.target - p)[rows], 0.8 / rows.mean() * (human - p)[rows], atol=1e-9)
+    np.testing.assert_allclose((asked.predicted - p)[rows], 0.8 / rows.mean() * (human - p)[rows], atol=1e-9)
     assert any("held back" in text for text in held.report["sentences"])
 
 
@@ -123,7 +155,7 @@ def test_c_1_is_unbiased_for_a_judge_that_errs():
 def merge_labels_quick(human, p, c):
     from dedpo_diffusion.debias import estimate
 
-    return estimate(human, p, method="adapted", correction=c).target
+    return estimate(human, p, method="adapted", correction=c).predicted
 
 
 def test_an_answer_counts_as_far_as_its_noise_allows():
@@ -141,7 +173,7 @@ def test_an_answer_counts_as_far_as_its_noise_allows():
     human = np.where(np.arange(n) < n // 4, z, np.nan)
     made = merge_labels(human, p, method="adapted", rater_agreement=agree, correction=0.0)
     rows = ~np.isnan(human)
-    ratio = (made.target - p)[rows] / (human - p)[rows]
+    ratio = (made.predicted - p)[rows] / (human - p)[rows]
     assert np.ptp(ratio) < 1e-9 and ratio[0] == pytest.approx(keep, abs=0.02)
 
 
@@ -150,11 +182,11 @@ def test_unequal_propensities_keep_labels_in_place_and_correct_by_them():
     propensity = np.random.default_rng(9).uniform(0.1, 0.9, len(p))
     rows = ~np.isnan(human)
     kept = merge_labels(human, p, method="adapted", correction=0.0, propensity=propensity)
-    np.testing.assert_array_equal(kept.target[rows], human[rows])
+    np.testing.assert_array_equal(kept.predicted[rows], human[rows])
     full = merge_labels(human, p, method="adapted", correction=1.0, propensity=propensity)
     published = merge_labels(human, p, method="dedpo", propensity=propensity)
     far = published.inverse[rows] >= 1
-    np.testing.assert_allclose(full.target[rows][far], (p + published.inverse * (human - p))[rows][far], atol=1e-9)
+    np.testing.assert_allclose(full.predicted[rows][far], (p + published.inverse * (human - p))[rows][far], atol=1e-9)
 
 
 def test_directions_have_unit_size_and_none_is_empty():
