@@ -83,7 +83,8 @@ def merge_labels(
         correction: of `adapted`: c in the prediction p + max(1, c h) (z - p) for a labelled pair, from the labelled share or less
             (the human label in place) to 1 (DeDPO). None takes the James-Stein factor of the residuals z - p, and holds c h at `max_overshoot`.
         features: (N, F) of `adapted`: differences of a pair's images, in whose directions the judge's error may be systematic.
-        rater_agreement: of `adapted`: how often two people agree on a pair; an answer then moves its prediction as far as its noise allows.
+        rater_agreement: of `adapted`: how often two people agree on a pair; an answer then moves its prediction as far
+            as its noise allows.
         visits, noise_ratio: of `tuned` and `dedpo`: optimizer steps times pairs of a step, and the mean squared gradient of a
             visit over that of a pair. `tuned` takes the power that is best in a run of this length (`compute`).
 
@@ -92,8 +93,9 @@ def merge_labels(
         `power_se`, `power_cap` (the least of the folds'), `capped_share` (of the pairs whose power it holds down),
         `overshoot`, `share_outside`, `max_abs_offset` (the largest |target - 0.5|), `judge_bias` (mean of g - z),
         `effective_human_labels`, the same at power 1, `rule`, `folds` (of cross-fitting), `judges` (the figures of each, by name),
-        `sentences`, `mean_abs_offset` (how sharp the targets are: the mean of |target - 0.5| by weight), `labelled_weight` (labelled
-        pairs' share of the weight), `correction` (of `adapted`: c, the factor wanted, |B|^2, V, ...) and `run` (of `visits`); None stands where a number does not exist. Of
+        `sentences`, `mean_abs_offset` (how sharp the targets are: the mean of |target - 0.5| by weight),
+        `labelled_weight` (labelled pairs' share of the weight), `correction` (of `adapted`: c, the factor wanted,
+        |B|^2, V, ...) and `run` (of `visits`); None stands where a number does not exist. Of
         several judges, agreement and bias are those of the mixed label and powers those of all together. Agreement and bias are
         those of all pairs, of labelled ones weighted by propensities. A worth is counted in human labels taken at random from all
         pairs, or, where propensities are unequal, in labels taken with the same (`worth_reference`); that of tuned powers of several
