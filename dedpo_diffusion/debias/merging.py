@@ -81,7 +81,8 @@ def merge_labels(
         judges: names of the judges, for the report.
         folds: of `cross_fitted`, drawn at random, the labelled pairs dealt out evenly.
         correction: of `adapted`: c in the prediction p + max(1, c h) (z - p) for a labelled pair, from the labelled share or less
-            (the human label in place) to 1 (DeDPO). None takes the James-Stein factor of the residuals z - p, and holds c h at `max_overshoot`.
+            (the human label in place) to 1 (DeDPO). None takes the James-Stein factor of the residuals z - p, and holds c h at
+            `max_overshoot`.
         features: (N, F) of `adapted`: differences of a pair's images, in whose directions the judge's error may be systematic.
         rater_agreement: of `adapted`: how often two people agree on a pair; an answer then moves its prediction as far
             as its noise allows.
