@@ -11,7 +11,7 @@ import pytest
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.parser import Parser
-from dedpo_diffusion.evaluation.benchmarks import study
+from dedpo_diffusion.evaluation.benchmarks import study, teaching
 from dedpo_diffusion.evaluation.benchmarks.study import Block, StudySettings, cells
 from dedpo_diffusion.evaluation.benchmarks.study_report import at_best, choose_default, recovered, regrets, summarise, tables
 from dedpo_diffusion.evaluation.benchmarks.study_world import (
@@ -217,3 +217,18 @@ def test_a_very_small_study_runs_resumes_and_reports(tmp_path, capsys):
     known = {name: [{k: v for k, v in line.items() if v is not None} for line in lines] for name, lines in before.items()}
     assert after == known
     assert study.main([*command, "--steps", "3"]) == 2  # another study would lose these cells
+
+
+def test_teaching_is_measured_on_pairs_that_nobody_answered(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study.world, "make_pool", lambda work, pairs: pool(pairs))
+    out = tmp_path / "teaching.json"
+    argv = ["--work", str(tmp_path), "--out", str(out), "--shares", "0.25", "--pool", "300", "--pairs", "200", "--seeds", "5", "6"]
+    assert teaching.main(argv) == 0
+    clip, coin = json.loads(out.read_text())["cells"]
+    assert (clip["judge"], coin["judge"]) == ("clip", "coin")
+    assert clip["adapt"]["agreement"]["mean"] > clip["temperature"]["agreement"]["mean"] + 0.1  # the first statistic tells rewards apart
+    assert (
+        clip["adapt"]["log_loss"] < clip["temperature"]["log_loss"] and clip["adapt"]["worst_fifth"] <= clip["adapt"]["agreement"]["mean"]
+    )
+    assert "clip, 25%, adapt: right on" in capsys.readouterr().out
+    assert teaching.main([*argv[:-2], "6", "5"]) == 2
