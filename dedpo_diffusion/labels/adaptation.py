@@ -2,15 +2,15 @@
 
     P(image 0 is preferred) = sigmoid(sum_f w_f x_f / unit_f)        x_f = value of image 0 - value of image 1
 
-Swapped images turn every x into -x, so there is no intercept, and scaled features are not centred. Features come in groups:
-raw scores of the judges first, then image statistics, generators, components of embeddings. The unit is the feature's spread, and
+Swapped images turn every x into -x, so there is no intercept, and scaled features are not centred. Features come in groups: raw
+scores of the judges first, then image statistics, generators, components of embeddings. The unit is the feature's spread, and
 sqrt(F) spreads in a group of F features other than the judges' own: so the L2 penalty expects of such a group, taken together, what
-it expects of one judge, and not F times as much. A group with at most one
-feature for every four labels stays unless it raises the cross-validated log loss by one standard error; a larger one is admitted
-only where it lowers it by one. (Asking that of every group threw small ones away: 40 answers rarely prove by a standard error what
-they teach, see docs/results.md.) The L2 strength is cross-validated too, and all of it by prompts. The whole procedure is
-cross-fitted: a labelled pair's label comes from groups, strength and weights that its prompt had no part in. If the result is worse
-than the best single judge under `temperature` by a standard error, on the same folds, that judge's temperature labels are the result.
+it expects of one judge, and not F times as much. A group with at most one feature for every four labels stays unless it raises the
+cross-validated log loss by one standard error; a larger one is admitted only where it lowers it by one. (Asking that of every group
+threw small ones away: 40 answers rarely prove by a standard error what they teach, see docs/results.md.) The L2 strength is
+cross-validated too, and all of it by prompts. The whole procedure is cross-fitted: a labelled pair's label comes from groups,
+strength and weights that its prompt had no part in. If the result is worse than the best single judge under `temperature` by a
+standard error, on the same folds, that judge's temperature labels are the result.
 """
 
 from __future__ import annotations
