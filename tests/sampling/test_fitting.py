@@ -52,6 +52,7 @@ def room_for(images: int):
     return lambda pipe: pipe.unet.register_forward_pre_hook(refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_a_halved_run_has_the_images_of_one_that_was_not(folders, prompts, tmp_path, monkeypatch, capsys, kind):
     """Those of the smaller batch bit for bit; those of the whole batch up to rounding, which may move a channel by a level."""
@@ -132,6 +133,7 @@ class Counted:
         return counter.peak
 
 
+@pytest.mark.slow
 def test_two_images_tell_what_more_of_them_take(folders):
     """The line through 1 and 2 images meets what 4 and 8 take within a tenth, on a real UNet."""
     pipe = sampling.load_sampler(str(folders["sdxl"]), device="cpu")
@@ -187,6 +189,7 @@ def test_images_are_decoded_one_by_one_once_memory_is_short(tiny_model, prompts,
     assert all("vae" not in one for one in told(tmp_path / "sliced").values())
 
 
+@pytest.mark.slow
 def test_an_image_that_is_too_large_is_decoded_in_tiles(folders, prompts, tmp_path, monkeypatch, capsys):
     """Of the model's own size too; the file says so."""
     pipe = sampling.load_sampler(str(folders["sdxl"]), device="cpu")

@@ -101,6 +101,7 @@ def world(base, pairs, out, **objective):
     return settings, model, loader, timestep_draw(settings.objective, len(model.process))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [{}, {"kind": "ipo", "balance": "none", "timestep_weighting": "min_snr"}])
 def test_the_ratio_is_that_of_explicit_gradients_of_the_runs_loss(base, pairs, tmp_path, objective):
     """Sixteen pairs by hand, three draws each: draw, encode, the loss of label 1 at margin 0, backward, all pairs of draws."""
@@ -201,6 +202,7 @@ def finished(base, pairs, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_says_and_keeps_what_it_measured(base, pairs, tmp_path, capsys):
     assert train.main(options(base, pairs, tmp_path / "run")) == 0
     words, kept = " ".join(capsys.readouterr().out.split()), told(tmp_path / "run")
@@ -212,6 +214,7 @@ def test_a_run_says_and_keeps_what_it_measured(base, pairs, tmp_path, capsys):
     assert [text for text in kept["sentences"] if text not in words] == []
 
 
+@pytest.mark.slow
 def test_a_run_equals_one_on_targets_merged_at_the_resulting_power(finished, base, pairs, tmp_path):
     power = told(finished)["power"]
     assert 0.01 < power < 0.95 * told(finished)["run"]["endless_power"]  # or another rule would do as well
