@@ -222,7 +222,7 @@ def test_a_very_small_study_runs_resumes_and_reports(tmp_path, capsys):
 def test_teaching_is_measured_on_pairs_that_nobody_answered(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study.world, "make_pool", lambda work, pairs: pool(pairs))
     out = tmp_path / "teaching.json"
-    argv = ["--work", str(tmp_path), "--out", str(out), "--shares", "0.25", "--pool", "300", "--pairs", "200", "--seeds", "5", "6"]
+    argv = ["--work", str(tmp_path), "--out", str(out), "--shares", "0.4", "--pool", "150", "--pairs", "100", "--seeds", "5", "5"]
     assert teaching.main(argv) == 0
     clip, coin = json.loads(out.read_text())["cells"]
     assert (clip["judge"], coin["judge"]) == ("clip", "coin")
@@ -230,5 +230,5 @@ def test_teaching_is_measured_on_pairs_that_nobody_answered(tmp_path, monkeypatc
     assert (
         clip["adapt"]["log_loss"] < clip["temperature"]["log_loss"] and clip["adapt"]["worst_fifth"] <= clip["adapt"]["agreement"]["mean"]
     )
-    assert "clip, 25%, adapt: right on" in capsys.readouterr().out
-    assert teaching.main([*argv[:-2], "6", "5"]) == 2
+    assert "clip, 40%, adapt: right on" in capsys.readouterr().out
+    assert teaching.main([*argv[:-1], "4"]) == 2

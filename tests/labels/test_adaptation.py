@@ -20,10 +20,11 @@ STATISTICS = ["brightness", "contrast", "detail"]
 
 @pytest.fixture(scope="module", autouse=True)
 def few_inner_folds():
-    """Nothing here depends on their number, and each costs time."""
-    before, adaptation.INNER = adaptation.INNER, 5
+    """Nothing here depends on their number, nor on that of resamples, and each costs time."""
+    before = adaptation.INNER, adaptation.RESAMPLES
+    adaptation.INNER, adaptation.RESAMPLES = 5, 60
     yield
-    adaptation.INNER = before
+    adaptation.INNER, adaptation.RESAMPLES = before
 
 
 def world(seed=0, n=N, labelled=80, clutter=-1.5):
