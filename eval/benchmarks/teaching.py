@@ -63,8 +63,8 @@ def measure(pool: world.Pool, settings: TeachingSettings, judge: str, share: flo
 def run(settings: TeachingSettings) -> None:
     """All seeds of every judge and share."""
     first, last = settings.seeds
-    if last < first:
-        raise UserError(f"seeds {first} to {last}: give the first and the last")
+    if last <= first:
+        raise UserError(f"seeds {first} to {last}: give the first and the last, two seeds or more")
     pool, cells = world.make_pool(settings.work, settings.pool), []
     for judge in settings.judges:
         for share in settings.shares:
