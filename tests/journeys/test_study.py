@@ -23,6 +23,7 @@ from dedpo_diffusion.evaluation.benchmarks.study_world import (
     people_agreement,
     temperature_at,
 )
+from dedpo_diffusion.labels import adaptation
 from dedpo_diffusion.labels.adaptation import Group
 from support.training import fresh_accelerate_state  # noqa: F401 - a fixture
 
@@ -221,6 +222,8 @@ def test_a_very_small_study_runs_resumes_and_reports(tmp_path, capsys):
 
 def test_teaching_is_measured_on_pairs_that_nobody_answered(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study.world, "make_pool", lambda work, pairs: pool(pairs))
+    monkeypatch.setattr(adaptation, "INNER", 5)
+    monkeypatch.setattr(adaptation, "RESAMPLES", 2)
     out = tmp_path / "teaching.json"
     argv = ["--work", str(tmp_path), "--out", str(out), "--shares", "0.4", "--pool", "150", "--pairs", "100", "--seeds", "5", "6"]
     assert teaching.main(argv) == 0
