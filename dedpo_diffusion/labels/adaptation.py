@@ -400,7 +400,8 @@ def _resampled(sample: Taught, made: AdaptedMap, seed: int) -> np.ndarray | None
     for _ in range(RESAMPLES):
         times = rng.multinomial(count, np.full(count, 1 / count))[code]
         kept = np.flatnonzero(times)
-        found.append(fit_weights(x[kept], sample.human[kept], (sample.weights * times)[kept], [made.strength])[0])
+        strength = made.strength * len(kept) / len(times)  # the fit counts the rows it is given; drawn twice, they weigh as before
+        found.append(fit_weights(x[kept], sample.human[kept], (sample.weights * times)[kept], [strength])[0])
     return np.stack(found)
 
 
