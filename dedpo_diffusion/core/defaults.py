@@ -5,3 +5,4 @@ from __future__ import annotations
 from typing import Final
 
 DEFAULT_METHOD: Final = "tuned"  # how labels are merged where nobody says: `dedpo merge`, merge_labels, data.targets, align, quickstart
+POWERED = ("dedpo", "tuned")  # the methods of `dedpo merge` in which a judge counts as far as its power

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 METHODS = ("human_only", "naive", "dedpo", "tuned", "adapted")
-WITHOUT_POWER = ("naive", "adapted")  # every pair has weight 1
+WITHOUT_POWER = ("naive", "adapted")  # their targets and weights know none
 RULES = ("plug_in", "half", "minus_se", "cross_fitted")
 
 

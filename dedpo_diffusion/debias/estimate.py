@@ -88,14 +88,16 @@ def estimate(
         scale = best_scale(run_terms(z, mixed, h, total), run)
         powers, total = replace(powers, table=scale * powers.table), scale * total
     if method in WITHOUT_POWER:
-        target, weight, total = np.where(np.isnan(z), mixed, z), np.ones(len(z)), np.full(len(z), np.nan)
-    else:
-        weight = pair_weights(h, total)
-        target = pair_targets(z, mixed, h, weight)
+        total = np.full(len(z), np.nan)
     if method == "adapted":
         options = {"correction": correction, "features": known, "rater_agreement": rater_agreement}
         predicted, moved = impute(z, mixed, h, **options, max_overshoot=max_overshoot)  # type: ignore[arg-type]
         target, weight = even_confidence(predicted)
+    elif method == "naive":
+        target, weight = np.where(np.isnan(z), mixed, z), np.ones(len(z))
+    else:
+        weight = pair_weights(h, total)
+        target = pair_targets(z, mixed, h, weight)
     about = (powers, names, max_overshoot, propensity is not None)
     return Estimate(method, rule, n_folds, z, g, mixed, h, total, target, weight, *about, moved, run, scale, endless, predicted)
 

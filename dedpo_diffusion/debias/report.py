@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.core.defaults import POWERED
 from dedpo_diffusion.debias.coefficients import WITHOUT_POWER, mix_judges
 from dedpo_diffusion.debias.compute import run_report, run_terms
 from dedpo_diffusion.debias.estimate import Estimate
@@ -153,7 +154,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
 
 def every_pair_labelled(report: dict[str, Any]) -> bool:
     """Whether people answered every pair and every answer counts alike: then targets are human labels at any power."""
-    return report["method"] in ("dedpo", "tuned") and report["n_human"] == report["n"] and report["worth_reference"] == "at_random"
+    return report["method"] in POWERED and report["n_human"] == report["n"] and report["worth_reference"] == "at_random"
 
 
 def _count(value: float) -> str:

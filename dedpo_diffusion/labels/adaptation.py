@@ -236,7 +236,8 @@ def adapt(
         raise ValueError(f"no judge prefers any image to another ({', '.join(scores.columns)} give both the same score): use another judge")
     fold, prompt = pair_folds(prompts, labelled, folds, seed)
     w = np.ones(len(z)) if weights is None else np.asarray(weights, dtype=np.float64)
-    names, scales = [group.name for group in groups], units(groups)
+    names, spreads = [group.name for group in groups], [group.spreads() for group in groups]
+    scales = units(spreads)
     rows = np.flatnonzero(labelled)
     parts = [group.values[rows].astype(np.float64) / scale for group, scale in zip(groups, scales, strict=True)]
     sample = Taught(parts, z[rows], w[rows], prompt)
@@ -260,7 +261,7 @@ def adapt(
     report |= {"judges": groups[0].columns, "temperature_of": groups[0].columns[best], "gain_se": error}
     report |= compare(held, rivals[best].log_odds[rows], cross)
     report |= {"groups": overall.chosen, "l2": overall.strength, "fold_groups": [[names[k] for k in made.used] for made in maps]}
-    report |= {"fold_l2": [made.strength for made in maps], "features": describe(groups, scales, sample, overall, seed)}
+    report |= {"fold_l2": [made.strength for made in maps], "features": describe(groups, spreads, sample, overall, seed)}
     if not adapted:
         return Adapted(rivals[best].probability, rivals[best].log_odds, rivals[best].fold, False, report)
     log_odds = predict(groups, scales, overall)
@@ -293,9 +294,9 @@ def _check_complete(groups: Sequence[Group], n: int) -> None:
                 raise ValueError(f"{name} is missing for {count} of {n} pairs: complete it, or leave it out")
 
 
-def units(groups: Sequence[Group]) -> list[np.ndarray]:
-    """(F,) for each group: what a difference is divided by."""
-    return [group.spreads() * (math.sqrt(len(group.columns)) if place else 1.0) for place, group in enumerate(groups)]
+def units(spreads: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What the differences of each group are divided by, (F,) each, from their spreads; the judges' own group is the first."""
+    return [spread * (math.sqrt(len(spread)) if place else 1.0) for place, spread in enumerate(spreads)]
 
 
 def predict(groups: Sequence[Group], scales: Sequence[np.ndarray], made: AdaptedMap) -> np.ndarray:
@@ -341,7 +342,7 @@ def reliability(log_odds: np.ndarray, held: HeldOut, *, bins: int = 6) -> list[d
 
 
 def describe(
-    groups: Sequence[Group], scales: Sequence[np.ndarray], sample: Taught, made: AdaptedMap, seed: int, *, most: int = 100_000
+    groups: Sequence[Group], spreads: Sequence[np.ndarray], sample: Taught, made: AdaptedMap, seed: int, *, most: int = 100_000
 ) -> list[dict[str, Any]]:
     """Every feature in use: `weight` (log-odds for a difference of one spread), what the judges make of it and what people do.
 
@@ -350,7 +351,7 @@ def describe(
     judge, each with a bootstrap over prompts of the weights; slopes, from all pairs, are taken as known.
     """
     fitted = sample.some(MOST_FITTED, seed)
-    spreads = [group.spreads() for group in groups]
+    scales = units(spreads)
     factors = np.concatenate([spreads[k] / scales[k] for k in made.used])
     weights, drawn = made.weights * factors, _resampled(fitted, made, seed)
     drawn = None if drawn is None else drawn * factors

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
+from dedpo_diffusion.core.defaults import POWERED
 from dedpo_diffusion.settings import MergeSettings
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def find_warnings(settings: MergeSettings, answers: Answers, merged: Merged) -> 
     if settings.method != "naive":
         found += not_at_random(answers, labelled, merged, pairs=settings.pairs)
         found += look.few_labels_warnings(int(labelled.sum()), judged=settings.method != "human_only" and not labelled.all())
-    if settings.method in ("dedpo", "tuned") and answers.judges is not None:
+    if settings.method in POWERED and answers.judges is not None:
         seen = [look.seen_human_labels(answers.human, answers.judges[:, k], name=name) for k, name in enumerate(answers.names)]
         found += [entry for entry in seen if entry is not None]
     return found + look.overshoot_warnings(merged.target, merged.weight, merged.report["overshoot"])
@@ -175,7 +176,7 @@ def print_report(report: dict[str, Any], title: str) -> None:
         "effective human labels": ("effective_human_labels", 0),
         "  at power 1, as published": ("effective_human_labels_power_1", 0),
     }
-    if report["method"] not in ("dedpo", "tuned"):
+    if report["method"] not in POWERED:
         del lines["  at power 1, as published"]
     for words, (key, digits) in lines.items():
         table.add_row(words, _number(report[key], digits))

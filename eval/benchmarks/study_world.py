@@ -156,6 +156,12 @@ def placed(arm: str, judge: str, share: float, people: str) -> tuple[str, str, f
     return arm, judge, 0.0 if arm == "judge_only" else share, "none" if arm == "base" else people
 
 
+def known(pool: Pool, sample: Sample, judge: str, difference: np.ndarray) -> tuple[Group, Group, list[str]]:
+    """What `adapt` is given besides answers: a judge's score differences (n,), the images' statistics, and the prompts."""
+    images = Group(pool.statistics.name, pool.statistics.columns, pool.statistics.values[sample.rows])
+    return Group("scores", [judge], difference[:, None]), images, [pool.prompts[row] for row in sample.rows]
+
+
 def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: float, seed: int) -> Merged:
     """Targets of an arm. judge_only are the judge's labels as they come.
 
@@ -170,9 +176,8 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
         return merge_labels(np.full(len(label), np.nan), label, method="naive")
     if arm != "adapted":
         return merge_labels(human, label, method=arm)
-    prompts, asked = [pool.prompts[row] for row in sample.rows], int((~np.isnan(human)).sum())
-    scores = Group("scores", [judge], difference[:, None])
-    images = Group(pool.statistics.name, pool.statistics.columns, pool.statistics.values[sample.rows])
+    scores, images, prompts = known(pool, sample, judge, difference)
+    asked = int((~np.isnan(human)).sum())
     if asked >= LEAST:
         label = adapt(scores, [images], human, prompts=prompts, seed=seed).probability
     elif asked >= 4:

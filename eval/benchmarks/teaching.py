@@ -17,7 +17,7 @@ from dedpo_diffusion.core.console import UserError, say, stage, track
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
 from dedpo_diffusion.evaluation.benchmarks.record import write_record
 from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
-from dedpo_diffusion.labels.adaptation import Group, adapt
+from dedpo_diffusion.labels.adaptation import adapt
 from dedpo_diffusion.labels.calibration import calibrate, log_losses
 
 
@@ -48,12 +48,11 @@ class TeachingSettings:
 def measure(pool: world.Pool, settings: TeachingSettings, judge: str, share: float, seed: int) -> dict[str, tuple[float, float]]:
     """Agreement and log loss of both calibrations on the unanswered pairs of one seed."""
     sample = world.draw_sample(pool, seed=seed, pairs=settings.pairs, people=settings.people)
-    human, prompts = sample.human(share), [pool.prompts[row] for row in sample.rows]
-    difference = world.judge_answers_of(pool, sample, judge, seed)[1]
-    images = Group(pool.statistics.name, pool.statistics.columns, pool.statistics.values[sample.rows])
+    human, difference = sample.human(share), world.judge_answers_of(pool, sample, judge, seed)[1]
+    scores, images, prompts = world.known(pool, sample, judge, difference)
     made = {
         "temperature": calibrate(difference, human, groups=prompts, seed=seed).probability,
-        "adapt": adapt(Group("scores", [judge], difference[:, None]), [images], human, prompts=prompts, seed=seed).probability,
+        "adapt": adapt(scores, [images], human, prompts=prompts, seed=seed).probability,
     }
     others = np.isnan(human)
     z = sample.answer[others]

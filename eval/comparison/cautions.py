@@ -22,7 +22,7 @@ SHOWN = 40  # letters of a prompt
 
 def few_prompts(n: int) -> list[str]:
     """A sentence where a comparison has so few prompts that its numbers say next to nothing."""
-    if n >= FEW_PROMPTS:
+    if not is_few(n):
         return []
     return [f"Only {counted(n, 'prompt')}: too few to conclude much; sample {GOOD_PROMPTS} or more."]
 

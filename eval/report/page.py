@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.charts import Curve, chart, contact_sheet
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.defaults import POWERED
 from dedpo_diffusion.core.page import about, document, dot, page_file, section, shown, table
 from dedpo_diffusion.evaluation.comparison.verdict import read_targets_report
 from dedpo_diffusion.evaluation.report.frontier import draw_frontier, strengths_section
@@ -48,7 +49,6 @@ LABEL_LINES = {
     "power": "power", "power_se": "standard error of the power", "effective_human_labels": "effective human labels",
     "effective_human_labels_power_1": "the same at power 1, as published",
 }  # fmt: skip
-WITHOUT_POWER = ("human_only", "naive", "adapted")  # methods of `dedpo merge`
 
 
 # ---- training and labels
@@ -235,7 +235,7 @@ def _judges_table(entries: list[dict[str, Any]] | None) -> str:
 
 def _label_figure(report: dict[str, Any], key: str) -> str:
     """A number of a report; a dash where it means nothing, as a power of labels that are merged with none."""
-    if key == "effective_human_labels_power_1" and report.get("method") in WITHOUT_POWER:
+    if key == "effective_human_labels_power_1" and report.get("method", "dedpo") not in POWERED:
         return shown(None)
     return shown(report.get(key), ".0f" if "human_labels" in key else ".3f")
 
