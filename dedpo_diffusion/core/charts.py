@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,8 @@ def forest(gains: Sequence[Gain], title: str, *, line: float = 0.0, form: str = 
 class Curve:
     """One line of a chart: points (x, y), x rising; `series` picks the colour, `mark` is a point to be seen.
 
-    `band` holds (x, low, high) of a shaded band around it, and `labels` what stands beside each point, which then has a dot.
+    `band` holds (x, low, high) of a shaded band around it, and `labels` what stands beside each point, which then has a dot; a point
+    whose label is None has neither.
     """
 
     name: str
@@ -115,7 +116,50 @@ class Curve:
     series: int
     mark: tuple[float, float] | None = None
     band: list[tuple[float, float, float]] | None = None
-    labels: list[str] | None = None
+    labels: list[str | None] | None = None
+
+
+def cut_below(curve: Curve, floor: float) -> Curve:
+    """The curve up to where it falls below the floor, with the point where it crosses; the same curve if it never does.
+
+    Args:
+        curve: its first point must not lie below the floor; a band has one entry a point.
+        floor: in the units of y.
+    """
+    over = next((k for k, (_, y) in enumerate(curve.points) if y < floor), None)
+    if over is None:
+        return curve
+    (x0, y0), (x1, y1) = curve.points[over - 1 : over + 1]
+    share = (y0 - floor) / (y0 - y1)
+    x = x0 + share * (x1 - x0)
+    band = curve.band
+    if band is not None:
+        (_, *before), (_, *after) = band[over - 1 : over + 1]
+        low, high = (a + share * (b - a) for a, b in zip(before, after, strict=True))
+        band = [(at, max(one, floor), two) for at, one, two in [*band[:over], (x, low, high)]]
+    labels = None if curve.labels is None else [*curve.labels[:over], None]
+    return replace(curve, points=[*curve.points[:over], (x, floor)], band=band, labels=labels)
+
+
+def apart(boxes: Sequence[tuple[float, float, float, float]]) -> list[bool]:
+    """Which boxes (left, top, right, bottom) can be drawn, those that come first before the others, so that none overlaps another."""
+    drawn: list[tuple[float, float, float, float]] = []
+    kept = []
+    for box in boxes:
+        left, top, right, bottom = box
+        kept.append(all(right <= a or c <= left or bottom <= b or d <= top for a, b, c, d in drawn))
+        if kept[-1]:
+            drawn.append(box)
+    return kept
+
+
+def by_importance(curves: Sequence[Curve]) -> list[tuple[Curve, tuple[float, float], str]]:
+    """All labels that say something, with curve and point: those of marked points first, then the last of each curve, then the others."""
+    found = [
+        (0 if point == curve.mark else 1 + (k < len(curve.points) - 1), curve, point, label)
+        for curve in curves for k, (point, label) in enumerate(zip(curve.points, curve.labels or (), strict=False)) if label
+    ]  # fmt: skip
+    return [entry[1:] for entry in sorted(found, key=lambda entry: entry[0])]
 
 
 def _thinned(points: list[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
@@ -179,9 +223,13 @@ def chart(curves: Sequence[Curve], title: str, *, smooth: bool = False, zero: bo
                 f'<circle cx="{across}" cy="{down}" r="5" fill="var(--panel)" stroke="{colour(curve.series)}" stroke-width="2.5"/>'
             )
         for point, label in zip(curve.points, curve.labels or (), strict=False):
-            x, y = (float(part) for part in place(point).split(","))
-            parts.append(f'<circle cx="{x}" cy="{y}" r="2.6" fill="{colour(curve.series)}"/>')
-            parts.append(_text(min(x, width - 14), max(y - 7, 10), label, "middle", "soft value"))
+            if label is not None:
+                x, y = place(point).split(",")
+                parts.append(f'<circle cx="{x}" cy="{y}" r="2.6" fill="{colour(curve.series)}"/>')
+    told = [(label, *map(float, place(point).split(","))) for _, point, label in by_importance(curves)]
+    written = [(min(x, width - 14), max(y - 7, 10), label) for label, x, y in told]
+    boxes = [(x - 3.5 * len(label) - 2, y - 10, x + 3.5 * len(label) + 2, y + 1) for x, y, label in written]
+    parts += [_text(x, y, label, "middle", "soft value") for (x, y, label), room in zip(written, apart(boxes), strict=True) if room]
     return _svg(width, height, title, parts)
 
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dedpo_diffusion.core.charts import Curve, chart
+from dedpo_diffusion.core.charts import Curve, apart, by_importance, chart, cut_below, number
 from dedpo_diffusion.core.page import about, dot, section, table
 from dedpo_diffusion.evaluation.comparison.at_best import places
 from dedpo_diffusion.evaluation.comparison.verdict import decimals
@@ -15,6 +15,7 @@ from dedpo_diffusion.evaluation.report.sections import Results, interval, mark, 
 
 COLOURS = ("#8b929d", "#2f6fd0", "#d9822b", "#12916a", "#a44fb0", "#c2404e", "#2a9fb0")  # of the page's series, in the light
 INCHES, DOTS = (8.0, 5.0), 120
+DEPTH = 0.5  # how far below 0 the pictures go, in largest gains: deeper, the strengths that matter would be a speck
 
 
 def axis(results: Results) -> tuple[str | None, str]:
@@ -53,6 +54,17 @@ def curves(results: Results, scorer: str) -> list[Curve]:
     return found
 
 
+def framed(lines: list[Curve]) -> tuple[list[Curve], str]:
+    """The curves down to half the largest gain below 0, and a sentence about those that go on; all of them where nothing gains."""
+    floor = -DEPTH * max(y for curve in lines for _, y in curve.points)
+    cut = [cut_below(curve, floor) for curve in lines] if floor < 0 else lines
+    on = [curve.name for curve, whole in zip(cut, lines, strict=True) if curve is not whole]
+    if not on:
+        return cut, ""
+    goes = "goes" if len(on) == 1 else "go"
+    return cut, f"The picture ends at {number(floor)}; {' and '.join(on)} {goes} on below it: see the table of all strengths."
+
+
 def strengths_section(results: Results) -> str:
     """Pictures of all scorers, what each LoRA is worth at its best, and all gains by strength; nothing without several strengths."""
     if not results.get("loras"):
@@ -63,7 +75,8 @@ def strengths_section(results: Results) -> str:
         lines = curves(results, scorer)
         if lines:
             title = f"gain over {results['base']} on {scorer} against {across}"
-            caption = f'<p class="about">{escape(across)} →</p>'
+            lines, cut = framed(lines)
+            caption = f'<p class="about">{escape(across)} →{f"<br>{escape(cut)}" if cut else ""}</p>'
             picture = chart(lines, title, zero=True)
             drawn.append(f'<figure class="panel"><h3>{escape(scorer)} {mark(results, scorer)}</h3>{picture}{caption}</figure>')
     series = series_of(results)
@@ -96,7 +109,7 @@ def _tables(results: Results, series: dict[str, int]) -> Iterator[str]:
     primary, rows = results["primary"], []
     for lora, entry in results["loras"].items():
         against = "<br>".join(
-            f"{escape(other)}: {interval(gap, forms[primary])}; wins {interval(entry['best_wins'][other], '.1%')}"
+            f"{escape(other)}: {interval(gap, forms[primary])}<br>wins {interval(entry['best_wins'][other], '.1%')}"
             for other, gap in entry["best_minus"].items()
         )
         chosen = " and ".join(f"{strength:g}" for strength in entry["chosen"])
@@ -126,10 +139,12 @@ def draw_frontier(results: Results, path: Path) -> Path:
     figure = Figure(figsize=INCHES, dpi=DOTS, facecolor="white", layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
     axes.axhline(0, color="#626a77", linewidth=0.8, linestyle=(0, (3, 3)))
-    drawn = curves(results, scorer)
+    whole = curves(results, scorer)
+    drawn, cut = framed(whole) if whole else ([], "")
     for curve in drawn:
         _draw(axes, curve)
-    axes.set_xlabel(_plain(across))
+    _write(axes, drawn)
+    axes.set_xlabel(_plain("\n".join(filter(None, (across, cut)))))
     axes.set_ylabel(_plain(f"gain over {results['base']} on {scorer}"))
     axes.set_title(f"Gain against {'drift' if embedder else 'strength'}; ring: best strength; shaded: 95 %", loc="left", fontsize=11)
     if drawn:
@@ -144,14 +159,33 @@ def draw_frontier(results: Results, path: Path) -> Path:
 
 def _draw(axes: Any, curve: Curve) -> None:
     """One LoRA: its band, line, strengths and best strength."""
-    paint = COLOURS[curve.series if curve.series < len(COLOURS) else 1 + (curve.series - 1) % (len(COLOURS) - 1)]
+    paint = _paint(curve)
     x, low, high = zip(*(curve.band or ()), strict=True)
     axes.fill_between(x, low, high, color=paint, alpha=0.15, linewidth=0)
-    axes.plot(*zip(*curve.points, strict=True), color=paint, marker="o", markersize=4, label=_plain(curve.name))
-    for point, label in zip(curve.points, curve.labels or (), strict=True):
-        axes.annotate(label, point, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9, color=paint)
+    axes.plot(*zip(*curve.points, strict=True), color=paint, label=_plain(curve.name))
+    dots = [point for point, label in zip(curve.points, curve.labels or (), strict=True) if label is not None]
+    axes.plot(*zip(*dots, strict=True), color=paint, marker="o", markersize=4, linewidth=0)
     if curve.mark is not None:
         axes.plot(*curve.mark, marker="o", markersize=10, markerfacecolor="none", markeredgecolor=paint, markeredgewidth=2)
+
+
+def _paint(curve: Curve) -> str:
+    return COLOURS[curve.series if curve.series < len(COLOURS) else 1 + (curve.series - 1) % (len(COLOURS) - 1)]
+
+
+def _write(axes: Any, lines: list[Curve]) -> None:
+    """The strengths beside their points, as far as there is room."""
+    figure, told = axes.figure, by_importance(lines)
+    figure.draw_without_rendering()  # the layout decides where points lie
+    dot = figure.dpi / 72
+    places = [axes.transData.transform(point) for _, point, _ in told]
+    boxes = [
+        (x - 3 * len(label) * dot, y + 6 * dot, x + 3 * len(label) * dot, y + 16 * dot)
+        for (x, y), (*_, label) in zip(places, told, strict=True)
+    ]
+    for (curve, point, label), room in zip(told, apart(boxes), strict=True):
+        if room:
+            axes.annotate(label, point, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9, color=_paint(curve))
 
 
 def _plain(text: str) -> str:

@@ -19,7 +19,7 @@ from dedpo_diffusion.evaluation.comparison.intervals import mean_interval, win_r
 from dedpo_diffusion.evaluation.comparison.loras import find_loras
 from dedpo_diffusion.evaluation.comparison.people import write_votes
 from dedpo_diffusion.evaluation.comparison.strengths import halves
-from dedpo_diffusion.evaluation.report.frontier import curves, draw_frontier, strengths_section
+from dedpo_diffusion.evaluation.report.frontier import curves, draw_frontier, framed, strengths_section
 from support.reports import Page, shown_verdict
 from support.samples import write_samples
 from support.scores import BASE, CLUSTERS, put_scores, settings
@@ -275,6 +275,19 @@ def test_the_verdict_speaks_of_loras_at_their_best_strength(folders, tmp_path):
     assert "ahead of human at strength 1 (+0.4" in found["verdict"] and "and tuned at strength 2 (+0.2" in found["verdict"]
     assert found["loras"]["tuned"]["best_minus"]["merged"]["mean"] == pytest.approx(-0.2, abs=0.03)
     assert "merged" not in found["loras"]
+
+
+def test_a_picture_ends_a_little_below_zero_and_says_whose_curve_goes_on(folders):
+    deep = {s: {"truth": BASE + (0.1 if s < 2 else -3.0)} for s in STRENGTHS}
+    write_sweep(folders[0].parent / "deep", "deep", deep)
+    found = compare(settings([*folders, folders[0].parent / "deep"]))
+    whole = curves(found, "truth")
+    cut, words = framed(whole)
+    floor = -0.5 * max(y for curve in whole for _, y in curve.points)
+    assert min(y for curve in whole for _, y in curve.points) < floor == min(y for curve in cut for _, y in curve.points)
+    assert "deep goes on below it" in words and "tuned" not in words
+    assert [cut[k] is whole[k] for k in range(3)] == [curve.name != "deep" for curve in whole]
+    assert "deep goes on below it" in strengths_section(found)
 
 
 def test_the_command_draws_the_frontier(folders, tmp_path, capsys):
