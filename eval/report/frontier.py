@@ -55,8 +55,8 @@ def curves(results: Results, scorer: str) -> list[Curve]:
 
 
 def framed(lines: list[Curve]) -> tuple[list[Curve], str]:
-    """The curves down to half the largest gain below 0, and a sentence about those that go on; all of them where nothing gains."""
-    floor = -DEPTH * max(y for curve in lines for _, y in curve.points)
+    """The curves down to about half the largest gain below 0, and a sentence about those that go on; all of them where nothing gains."""
+    floor = float(f"{-DEPTH * max(y for curve in lines for _, y in curve.points):.1g}")
     cut = [cut_below(curve, floor) for curve in lines] if floor < 0 else lines
     on = [curve.name for curve, whole in zip(cut, lines, strict=True) if curve is not whole]
     if not on:
@@ -135,15 +135,22 @@ def draw_frontier(results: Results, path: Path) -> Path:
 
     from dedpo_diffusion.core.files import atomic_file
 
-    scorer, (embedder, across) = results["primary"], axis(results)
     figure = Figure(figsize=INCHES, dpi=DOTS, facecolor="white", layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    canvas = FigureCanvasAgg(figure)
+    fill_frontier(figure.add_subplot(), results)
+    with atomic_file(path) as temporary:
+        canvas.print_png(str(temporary))
+    return path
+
+
+def fill_frontier(axes: Any, results: Results) -> None:
+    """The curves of the verdict's scorer in matplotlib's axes, of a figure whose canvas can be drawn."""
+    scorer, (embedder, across) = results["primary"], axis(results)
     axes.axhline(0, color="#626a77", linewidth=0.8, linestyle=(0, (3, 3)))
     whole = curves(results, scorer)
     drawn, cut = framed(whole) if whole else ([], "")
     for curve in drawn:
         _draw(axes, curve)
-    _write(axes, drawn)
     axes.set_xlabel(_plain("\n".join(filter(None, (across, cut)))))
     axes.set_ylabel(_plain(f"gain over {results['base']} on {scorer}"))
     axes.set_title(f"Gain against {'drift' if embedder else 'strength'}; ring: best strength; shaded: 95 %", loc="left", fontsize=11)
@@ -152,9 +159,7 @@ def draw_frontier(results: Results, path: Path) -> Path:
     axes.grid(color="#e3e4e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    with atomic_file(path) as temporary:
-        canvas.print_png(str(temporary))
-    return path
+    _write(axes, drawn)
 
 
 def _draw(axes: Any, curve: Curve) -> None:
@@ -175,7 +180,7 @@ def _paint(curve: Curve) -> str:
 
 def _write(axes: Any, lines: list[Curve]) -> None:
     """The strengths beside their points, as far as there is room."""
-    figure, told = axes.figure, by_importance(lines)
+    figure, told = axes.get_figure(root=True), by_importance(lines)
     figure.draw_without_rendering()  # the layout decides where points lie
     dot = figure.dpi / 72
     places = [axes.transData.transform(point) for _, point, _ in told]
