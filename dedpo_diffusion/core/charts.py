@@ -224,10 +224,12 @@ def chart(curves: Sequence[Curve], title: str, *, smooth: bool = False, zero: bo
             )
         for point, label in zip(curve.points, curve.labels or (), strict=False):
             if label is not None:
-                x, y = place(point).split(",")
-                parts.append(f'<circle cx="{x}" cy="{y}" r="2.6" fill="{colour(curve.series)}"/>')
-    told = [(label, *map(float, place(point).split(","))) for _, point, label in by_importance(curves)]
-    written = [(min(x, width - 14), max(y - 7, 10), label) for label, x, y in told]
+                across, down = place(point).split(",")
+                parts.append(f'<circle cx="{across}" cy="{down}" r="2.6" fill="{colour(curve.series)}"/>')
+    written = []
+    for _, point, label in by_importance(curves):
+        x, y = (float(part) for part in place(point).split(","))
+        written.append((min(x, width - 14), max(y - 7, 10), label))
     boxes = [(x - 3.5 * len(label) - 2, y - 10, x + 3.5 * len(label) + 2, y + 1) for x, y, label in written]
     parts += [_text(x, y, label, "middle", "soft value") for (x, y, label), room in zip(written, apart(boxes), strict=True) if room]
     return _svg(width, height, title, parts)

@@ -56,7 +56,7 @@ def curves(results: Results, scorer: str) -> list[Curve]:
 
 def framed(lines: list[Curve]) -> tuple[list[Curve], str]:
     """The curves down to about half the largest gain below 0, and a sentence about those that go on; all of them where nothing gains."""
-    floor = float(f"{-DEPTH * max(y for curve in lines for _, y in curve.points):.1g}")
+    floor = float(f"{-DEPTH * max(y for curve in lines for _, y in curve.points):.2g}")
     cut = [cut_below(curve, floor) for curve in lines] if floor < 0 else lines
     on = [curve.name for curve, whole in zip(cut, lines, strict=True) if curve is not whole]
     if not on:
