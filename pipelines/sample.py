@@ -11,6 +11,7 @@ each, samples/tuned/strength-0.5 and so on, as if each had been sampled by itsel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,16 @@ def image_size(settings: SampleSettings) -> int | tuple[int, int] | None:
     if settings.height is None or settings.width is None or settings.size is not None:
         raise UserError("give height and width together, or size alone")
     return settings.height, settings.width
+
+
+def of_shapes(prompts: Sequence[str]) -> bool:
+    """Whether all are prompts of Shapes, which alone its oracle can judge."""
+    from dedpo_diffusion.shapes.world import parse_prompt
+
+    try:
+        return [parse_prompt(prompt) for prompt in prompts] != []
+    except ValueError:
+        return False
 
 
 def run(settings: SampleSettings) -> Path:
@@ -55,7 +66,7 @@ def run(settings: SampleSettings) -> Path:
             targets.append(Target(own.out, own, replace(recipe, strength=own.strength)))
     prompts = read_prompts(settings.prompts, categories=settings.categories, limit=settings.limit)
     sample_folders(targets, jobs(prompts, settings.seeds, settings.seed), device=device)
-    say_next("score", settings.out, "--with", "oracle_reward" if settings.model == "shapes" else "pickscore")
+    say_next("score", settings.out, "--with", "oracle_reward" if of_shapes([prompt.text for prompt in prompts]) else "pickscore")
     return settings.out
 
 

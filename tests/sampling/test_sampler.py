@@ -296,3 +296,9 @@ def test_categories_go_into_the_index_and_the_pairs(tiny_model, tmp_path):
     assert propose.main(given) == 0
     pairs = list(PairReader(tmp_path / "data").iter_pairs())
     assert [(pair.source["category"], pair.source["seed_0"]) for pair in pairs] == [("x", 10), ("x", 14)]
+
+
+def test_the_scorer_that_is_named_next_can_judge_the_prompts():
+    shapes = ["a small red circle on a white background", "a large blue square on a gray background"]
+    assert sample.of_shapes(shapes)
+    assert not sample.of_shapes([*shapes, "bond"]) and not sample.of_shapes([])
