@@ -208,7 +208,8 @@ def _judge_sentences(report: dict[str, Any]) -> list[str]:
             if known["value"] < 0.5:
                 used = "its power is 0 and its labels are not used" if entry["power"] == 0 else "yet its labels are used"
                 about = f"judge {entry['name']}" if several else "the judge"
-                texts.append(f"Warning: {about} agrees with people less often than a coin would, {used}; consider inverting it.")
+                remedy = "consider inverting it" if high < 0.5 else "so few answers do not tell it from a coin"
+                texts.append(f"Warning: {about} agrees with people less often than a coin would, {used}; {remedy}.")
         if bias["ci"] is not None and not bias["ci"][0] <= 0 <= bias["ci"][1]:
             side = 0 if bias["value"] > 0 else 1
             texts.append(f"{who} leans towards image {side}, by {abs(bias['value']):.3f} on average: does it see both orders of a pair?")

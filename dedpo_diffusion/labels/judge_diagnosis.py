@@ -376,7 +376,9 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     if known["value"] is None:
         return ["On no pair do both the judge and people name an image, so nothing can be said of the judge."]
     first = f"The judge agrees with people on {known['value']:.1%} of {known['n']} pairs{_interval(known, '.1%')}."
-    if known["value"] < 0.5:
+    if known["value"] < 0.5 and known["ci"] is not None and known["ci"][1] >= 0.5:
+        first = f"{first} That is no better than a coin, as far as so few answers tell."
+    elif known["value"] < 0.5:
         first = f"Warning: it agrees less often than a coin would; `dedpo calibrate --invert true` can turn it round. {first}"
     return [first, *_lean_sentences(report), *_part_sentences(report), *_confidence_sentences(report), *_side_sentences(report)]
 

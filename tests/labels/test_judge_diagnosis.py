@@ -295,6 +295,15 @@ def test_a_judge_below_a_coin_is_warned_of(shapes):
     assert 4 <= len(report["sentences"]) <= 8 and "no more often than a coin" in report["compared"]
 
 
+def test_a_few_answers_below_a_half_do_not_ask_for_inverting():
+    human, judge = np.array([1.0, 0.0] * 13), np.array([0.8] * 26)
+    judge[0] = 0.2  # 12 of 26 agree
+    report = diagnose(human, judge, prompts=[f"p{k}" for k in range(26)], statistics={}, resamples=20)
+    assert report["agreement"]["value"] < 0.5 < report["agreement"]["ci"][1]
+    first = report["sentences"][0]
+    assert "no better than a coin, as far as so few answers tell" in first and "invert" not in first
+
+
 def test_a_lean_that_never_varies_is_named():
     """People always choose the darker image, the judge always the brighter one: no spread, and no doubt."""
     rng = np.random.default_rng(0)
