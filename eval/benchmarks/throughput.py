@@ -161,7 +161,8 @@ def summarise(
     for name, spent in median.items():
         rate, whole = flop[name] / spent, sum(phases[name].values())
         arms[name] = {
-            "seconds_a_step": spent, "pairs_a_second": settings.pairs / spent, "over_published": ratio(seconds["published"], seconds[name]),
+            "seconds_a_step": spent, "pairs_a_second": settings.pairs / spent,
+            "over_published": ratio(seconds["published"], seconds[name]) if "published" in seconds else None,
             "tflop_a_pair": flop[name] / settings.pairs / 1e12, "share_of_matrix_peak": rate / peak,
             "share_of_data_sheet": None if sheet is None or settings.dtype != "bf16" else rate / sheet, **memory[name],
             "phase_seconds": phases[name], "phase_shares": {part: value / whole for part, value in phases[name].items()},
@@ -183,7 +184,7 @@ def show(found: dict[str, Any]) -> None:
     shown = Table("", *names)
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "pairs a second": lambda arm: f"{arm['pairs_a_second']:.3f}",
-        "published time / its time": lambda arm: _interval(arm["over_published"]),
+        "published time / its time": lambda arm: _interval(arm["over_published"]) if arm["over_published"] else "",
         "peak memory, MiB": lambda arm: f"{arm['peak_bytes'] / 2**20:.0f}",
         "TFLOP a pair": lambda arm: f"{arm['tflop_a_pair']:.3f}",
         "of the matrix peak": lambda arm: f"{arm['share_of_matrix_peak']:.0%}",
@@ -195,8 +196,8 @@ def show(found: dict[str, Any]) -> None:
     Console(width=120).print(shown)
 
 
-def run(settings: ThroughputSettings) -> None:
-    """Time a training step beside the published one."""
+def measure(settings: ThroughputSettings) -> dict[str, Any]:
+    """A training step of every arm beside the others: what is kept of it, hardware and sizes included."""
     import torch
 
     from dedpo_diffusion.evaluation.benchmarks.random_models import SIZES, random_backbone
@@ -218,8 +219,14 @@ def run(settings: ThroughputSettings) -> None:
         seconds = time_rounds(bench, settings)
         phases = time_phases(bench, max(2, settings.rounds // 4))
     found = summarise(settings, seconds, flop, memory, phases, max(peak, matrix_peak(settings, bench.wait)))
+    return {"hardware": hardware(settings.device), "sizes": SIZES[settings.model], **found}
+
+
+def run(settings: ThroughputSettings) -> None:
+    """Time a training step beside the published one."""
+    found = measure(settings)
     show(found)
-    write_record(settings, {"hardware": hardware(settings.device), "sizes": SIZES[settings.model], **found})
+    write_record(settings, found)
 
 
 def main(argv: list[str] | None = None) -> int:

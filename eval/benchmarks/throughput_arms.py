@@ -37,7 +37,8 @@ class ThroughputSettings:
         dtype: compute precision.
         pairs: of a step.
         rank: of the adapter, and its alpha.
-        gradient_checkpointing: in all arms alike.
+        weights: lora, or full for the whole UNet, of which there is no published arm.
+        gradient_checkpointing: in all arms alike; selective in this project's arms alone, the published step then has none.
         compile: compile the UNet's blocks, in this project's arms.
         rounds: that are timed.
         warmup: rounds before them.
@@ -53,7 +54,8 @@ class ThroughputSettings:
     dtype: Literal["float32", "bf16"] = "float32"
     pairs: int = 4
     rank: int = 8
-    gradient_checkpointing: bool = False
+    weights: Literal["lora", "full"] = "lora"
+    gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
     rounds: int = 24
     warmup: int = 2
@@ -191,7 +193,7 @@ def train_settings(settings: ThroughputSettings, pairs: Path, cache: Path) -> An
         TrainSettings(
             model=settings.model, out=pairs / "run",
             data=DataSettings(pairs, "benchmark", cache=cache, sampling="uniform", reference_draws=2),
-            lora=LoraSettings(rank=settings.rank, alpha=settings.rank),
+            weights=settings.weights, lora=LoraSettings(rank=settings.rank, alpha=settings.rank),
             optim=OptimSettings(batch=settings.pairs, learning_rate=1e-6),
             mixed_precision="no" if settings.dtype == "float32" else "bf16", gradient_checkpointing=settings.gradient_checkpointing,
         )
@@ -219,14 +221,20 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     loaders = {name: PairLoader(reader, live if name == "live" else cached, **visited) for name in OURS}
     model.place()
     preferred = (loaders["live"].target < 0.5).int().numpy()
-    published = PublishedStep(
-        model, Examples(reader, preferred, model.text.tokenizers, size, flip=True), rank=settings.rank, batch=optim.batch,
-        beta=told.objective.beta, learning_rate=optim.learning_rate, checkpointing=settings.gradient_checkpointing,
-    )  # fmt: skip
-    add_lora(told, model)
+    arms = {}
+    if settings.weights == "lora":
+        published = PublishedStep(
+            model, Examples(reader, preferred, model.text.tokenizers, size, flip=True), rank=settings.rank, batch=optim.batch,
+            beta=told.objective.beta, learning_rate=optim.learning_rate, checkpointing=settings.gradient_checkpointing is True,
+        )  # fmt: skip
+        theirs = [published.unet, published.vae, *published.text_encoders]
+        arms["published"] = Arm(lambda phases: _published(published, phases), lambda: _tensors(theirs, published.optimizer))
+        add_lora(told, model)
     loaders["stored"].grid = open_grid(told, reader, cached, model, loaders["stored"], reader.fingerprint(), size)
+    if settings.weights == "full":
+        model.train_all(reference=True)
     if settings.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+        model.checkpoint(selective=settings.gradient_checkpointing == "selective")
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
@@ -238,10 +246,9 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
 
     def held(name: str) -> list[torch.Tensor]:
         modules = [model.unet] + ([model.vae, *model.text.encoders] if name == "live" else [])
+        modules += [model.frozen] if name != "stored" and model.frozen is not None else []
         return _tensors(modules, optimizer)
 
-    theirs = [published.unet, published.vae, *published.text_encoders]
-    arms = {"published": Arm(lambda phases: _published(published, phases), lambda: _tensors(theirs, published.optimizer))}
     arms |= {name: Arm(ours(sessions, name), lambda name=name: held(name)) for name in OURS}
     return Bench(arms, model, torch.cuda.synchronize if settings.device == "cuda" else lambda: None)
 

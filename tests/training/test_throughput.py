@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import PairBatch
 from dedpo_diffusion.dpo.step import preference_step
-from dedpo_diffusion.evaluation.benchmarks import memory, random_models, throughput, throughput_arms
+from dedpo_diffusion.evaluation.benchmarks import gpu, memory, random_models, throughput, throughput_arms
 from dedpo_diffusion.evaluation.benchmarks.allocations import AllocationCounter, storage_bytes
 from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
 from dedpo_diffusion.evaluation.benchmarks.throughput import ThroughputSettings, count_flop, ratio
@@ -117,6 +117,39 @@ def test_command(tiny_model, tmp_path, monkeypatch):
         assert arm["peak_bytes"] == arm["kept_bytes"] + arm["step_bytes"] > 0
     assert found["arms"]["cached"]["kept_bytes"] < found["arms"]["live"]["kept_bytes"]
     assert found["arms"]["published"]["over_published"] == {"ratio": 1, "ci": [1, 1]}
+
+
+@pytest.mark.slow
+def test_the_gpu_script_measures_loras_and_whole_unets_and_keeps_what_failed(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(random_models, "random_backbone", lambda *_, device, dtype: Backbone(str(tiny_model), device=device, dtype=dtype))
+    monkeypatch.setattr(throughput, "matrix_peak", lambda *_: 1e12)
+    rows = [gpu.Row("sd15", 1, gradient_checkpointing="selective"), gpu.Row("sd15", 1, "full"), gpu.Row("sd15", 1, compile=True)]
+    monkeypatch.setattr(gpu, "rows", lambda _: rows)
+    real = gpu.measure
+
+    def measure(settings):
+        if settings.compile:
+            raise torch.OutOfMemoryError("out of memory\nand more")
+        return real(settings)
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--out", str(out), "--smoke", "true"]) == 0
+    lora, full, failed = json.loads(out.read_text())["rows"].values()
+    assert list(lora["arms"]) == ["published", "live", "cached", "stored"] and list(full["arms"]) == ["live", "cached", "stored"]
+    assert full["arms"]["live"]["over_published"] is None
+    assert full["arms"]["stored"]["kept_bytes"] < full["arms"]["cached"]["kept_bytes"]  # without a reference
+    assert failed == {"failed": "OutOfMemoryError: out of memory"}
+    assert str(tmp_path) not in out.read_text()
+
+
+def test_the_gpu_script_needs_a_gpu_or_is_asked_to_do_without(tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device here; try the script with --smoke true"):
+            gpu.run(gpu.GpuSettings(out=tmp_path / "gpu.json"))
+    small = gpu.rows(gpu.GpuSettings(out=tmp_path / "gpu.json", smoke=True))
+    assert {row.model for row in small} == {"small_sdxl"} and not any(row.compile for row in small)
+    assert {(row.weights, row.gradient_checkpointing) for row in small} == {(row.weights, row.gradient_checkpointing) for row in gpu.ROWS}
 
 
 def test_ratio_and_its_interval():
