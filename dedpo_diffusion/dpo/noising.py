@@ -97,6 +97,8 @@ class TimestepDraw:
         location, spread: of the logit-normal; 0 and 1 favour the middle of the range.
         weighting: "none", or "min_snr": min(SNR, gamma) / SNR for eps, over SNR + 1 for v (Hang et al., arXiv 2303.09556, section 3.4).
         gamma: of min-SNR.
+        strata: draw n timesteps one from each n-th of their distribution, in random order, rather than independently. Each one by itself is
+            distributed as without, so every mean over draws is the same; their spread over a step is even.
 
     Raises:
         ValueError: an empty range, or a name or number that cannot be used.
@@ -109,6 +111,7 @@ class TimestepDraw:
     spread: float = 1.0
     weighting: str = "none"
     gamma: float = 5.0
+    strata: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last:
@@ -122,10 +125,26 @@ class TimestepDraw:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Timesteps (count,) int64."""
+        if self.strata:
+            return self.quantile(self.shares(count, generator))
         if self.sampling == "uniform":
             return torch.randint(self.first, self.last, (count,), generator=generator)
         place = torch.sigmoid(self.location + self.spread * torch.randn(count, generator=generator, dtype=torch.float64))
         return (self.first + ((self.last - self.first) * place).long()).clamp(max=self.last - 1)  # a sigmoid may round to 1
+
+    def shares(self, count: int, generator: torch.Generator) -> Tensor:
+        """Shares (count,) float64 in [0, 1) of the distribution below timesteps to be drawn: uniform, with strata one in each count-th."""
+        if not self.strata:
+            return torch.rand(count, generator=generator, dtype=torch.float64)
+        order = torch.randperm(count, generator=generator)
+        return in_strata(order, torch.rand(count, generator=generator, dtype=torch.float64))
+
+    def quantile(self, share: Tensor) -> Tensor:
+        """The timesteps (N,) int64 below which these shares (N,) in [0, 1) of the distribution lie."""
+        share = share.double()
+        if self.sampling == "logit_normal":
+            share = torch.sigmoid(self.location + self.spread * torch.special.ndtri(share))
+        return (self.first + ((self.last - self.first) * share).long()).clamp(max=self.last - 1)  # a share may round to 1
 
     def weights(self, process: ForwardProcess, timesteps: Tensor) -> Tensor:
         """Factors (B,) float32 of the pair losses; they stand outside the sigmoid, so that beta keeps its meaning."""
@@ -134,6 +153,11 @@ class TimestepDraw:
         cumulated = process.alphas_cumprod.to(timesteps.device)[timesteps].double()
         snr = cumulated / (1 - cumulated)
         return (snr.clamp(max=self.gamma) / (snr if process.prediction == "epsilon" else snr + 1)).float()
+
+
+def in_strata(order: Tensor, within: Tensor) -> Tensor:
+    """Shares (n,) of which the k-th lies in part order[k] of n equal parts of [0, 1), at the place within[k] in [0, 1) of that part."""
+    return (order + within) / len(order)
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:

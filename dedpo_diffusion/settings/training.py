@@ -90,6 +90,9 @@ class ObjectiveSettings:
         timestep_sampling: how they are drawn from it.
         timestep_location: of the logit-normal; below 0 favours small timesteps.
         timestep_spread: of the logit-normal.
+        timestep_strata: the pairs of a step, over all its forward passes and processes, take one timestep from each of as many equal parts
+            of the distribution, in random order, rather than independent ones: less noise, the same loss. With data.reference_draws the
+            K stored draws of a pair take one from each of K parts, and the pairs of a step draws from each part alike.
         timestep_weighting: factor of the pair losses, outside the sigmoid.
         snr_gamma: of min_snr.
         power: fixed keeps the power that `dedpo merge` chose; adaptive estimates it anew while margins grow, by a moving average, for
@@ -114,6 +117,7 @@ class ObjectiveSettings:
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     timestep_location: float = 0.0
     timestep_spread: float = 1.0
+    timestep_strata: bool = True
     timestep_weighting: Literal["none", "min_snr"] = "none"
     snr_gamma: float = 5.0
     power: Literal["fixed", "adaptive", "measured"] = "fixed"

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 VIEWS = 1  # stream of `step_generator` for flips and crops
 CHOICE = 1001  # for which of a pair's pre-drawn noises a visit gets
 GRID = 1002  # for the pre-drawn noises
+GRID_TIMESTEPS = 1007  # for the pre-drawn timesteps of a pair, where they are drawn in strata
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,9 @@ class ReferenceGrid:
     """A fixed set of draws for every pair, with the reference's errors at them, kept beside the cache and shared by all runs on it
     that compute alike.
 
+    With timesteps in strata each of a pair's K draws has its timestep in another K-th of their distribution, in an order of the pair's
+    own, and the visits of a step take draws from each K-th as evenly as they can.
+
     Args:
         folder: of the cache; the grid gets a folder of its own there, by what it depends on.
         source: encoded pairs.
@@ -221,6 +225,7 @@ class ReferenceGrid:
         if draws < 1:
             raise UserError(f"data.reference_draws is {draws}; it must be at least 1")
         drawn = {name: getattr(timesteps, name) for name in ("first", "last", "sampling", "location", "spread")}
+        drawn |= {"strata": True} if timesteps.strata else {}
         precision = [str(model.dtype), str(next(model.unet.parameters()).dtype)]
         rounding = [batch, model.device.type, *kernels]
         key = json.dumps([model.reference_fingerprint(), precision, drawn, draws, caption_dropout, rounding], sort_keys=True)
@@ -250,7 +255,22 @@ class ReferenceGrid:
 
     def _draw(self, row: int, number: int) -> Draws:
         shape = self.source.shapes(np.array([row]))[0].tolist()
-        return draw(row, number, 1, shape, timesteps=self.timesteps, caption_dropout=self.caption_dropout, stream=GRID)
+        drawn = draw(row, number, 1, shape, timesteps=self.timesteps, caption_dropout=self.caption_dropout, stream=GRID)
+        return replace(drawn, timesteps=self._strata(row)[number : number + 1]) if self.timesteps.strata else drawn
+
+    def _strata(self, row: int) -> Tensor:
+        """The timesteps (K,) of a pair's draws, one in each K-th of their distribution."""
+        return self.timesteps.draw(self.draws, step_generator(row, 0, GRID_TIMESTEPS))
+
+    def choose(self, rows: Sequence[int], visits: Sequence[int], *, seed: int, together: int) -> list[int]:
+        """Which draw each visit of a pair takes, each of the K equally often on average; `together` visits make a step."""
+        if not self.timesteps.strata:
+            return [int(step_generator(seed, visit, CHOICE).initial_seed()) % self.draws for visit in visits]
+        steps = {visit // together for visit in visits}
+        shares = {step: self.timesteps.shares(together, step_generator(seed, step, CHOICE)) for step in steps}
+        parts = [int(self.draws * shares[visit // together][visit % together]) for visit in visits]
+        # the draw that lies in a part, whose number differs from pair to pair: so no view of the pairs goes with some timesteps
+        return [int(self._strata(row).argsort(stable=True)[part]) for row, part in zip(rows, parts, strict=True)]
 
     def _errors(self, wanted: Sequence[tuple[int, int]], model: Backbone) -> Tensor:
         """The reference's errors (N, 2) at N draws, (pair, its number), of one shape.
@@ -429,7 +449,7 @@ class PairLoader:
         places, known = self.visits.rows(visits.start, visits.stop), None
         rows, numbers = [int(self.rows[place]) for place in places], list(visits)
         if self.grid is not None:  # the view is that of the noise, whose reference errors are of that view
-            numbers = [int(step_generator(self.seed, visit, CHOICE).initial_seed()) % self.grid.draws for visit in visits]
+            numbers = self.grid.choose(rows, visits, seed=self.seed, together=self.together)
             draws, known = self.grid.at(rows, numbers)
         return self.at(places, numbers, draws, known)
 

@@ -307,7 +307,7 @@ def timestep_draw(objective: ObjectiveSettings, schedule: int) -> TimestepDraw:
     try:
         return TimestepDraw(
             first, last, objective.timestep_sampling, objective.timestep_location, objective.timestep_spread,
-            objective.timestep_weighting, objective.snr_gamma,
+            objective.timestep_weighting, objective.snr_gamma, objective.timestep_strata,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"objective: {error}") from error
