@@ -144,10 +144,11 @@ class PairBatch:
 class StepResult:
     """What one preference step leaves behind; only `loss` carries a graph.
 
-    `loss`, `margin`, `cosine`, `pull` (B,); `policy_errors`, `reference_errors`, `coefficients` (B, 2), float32.
+    `loss`, `margin`, `cosine`, `pull`, `square` (B,); `policy_errors`, `reference_errors`, `coefficients` (B, 2), float32.
     `margin` and `reference_errors` are NaN where no reference was needed. `coefficients` are the gradient factors of the
     balance; `cosine` is that of the angle between the policy's residuals on the two images, prediction minus target. `pull` is what the
-    pair puts into the gradient: the sum over its images of |d loss / d policy error|, balance and weights included.
+    pair puts into the gradient: the sum over its images of |d loss / d policy error|, balance and weights included. `square` is the
+    squared norm of the gradient of its loss with respect to the model's predictions.
     """
 
     loss: Tensor
@@ -157,3 +158,4 @@ class StepResult:
     reference_errors: Tensor
     coefficients: Tensor
     pull: Tensor
+    square: Tensor

@@ -7,7 +7,7 @@ any split of a step into micro-batches or processes sees the same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -92,10 +92,12 @@ class TimestepDraw:
 
     Args:
         first, last: the range [first, last) of steps of the training schedule.
-        sampling: "uniform", or "logit_normal": t = first + (last - first) sigmoid(location + spread * normal), rounded down
+        sampling: "uniform"; "measured", which is uniform until `timestep_moments` makes of it what was measured; or "logit_normal":
+            t = first + (last - first) sigmoid(location + spread * normal), rounded down
             (Esser et al., arXiv 2403.03206, section 3.1).
         location, spread: of the logit-normal; 0 and 1 favour the middle of the range.
-        weighting: "none", or "min_snr": min(SNR, gamma) / SNR for eps, over SNR + 1 for v (Hang et al., arXiv 2303.09556, section 3.4).
+        weighting: "none"; "equal_noise", whose weights `timestep_moments` knows; or "min_snr":
+            min(SNR, gamma) / SNR for eps, over SNR + 1 for v (Hang et al., arXiv 2303.09556, section 3.4).
         gamma: of min-SNR.
         strata: draw n timesteps one from each n-th of their distribution, in random order, rather than independently. Each one by itself is
             distributed as without, so every mean over draws is the same; their spread over a step is even.
@@ -116,16 +118,16 @@ class TimestepDraw:
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last:
             raise ValueError(f"timesteps {self.first}, {self.last}: give a range [first, last) that holds some")
-        if self.sampling not in ("uniform", "logit_normal"):
-            raise ValueError(f"unknown timestep sampling {self.sampling!r}; known: uniform, logit_normal")
-        if self.weighting not in ("none", "min_snr"):
-            raise ValueError(f"unknown timestep weighting {self.weighting!r}; known: none, min_snr")
+        if self.sampling not in ("uniform", "logit_normal", "measured"):
+            raise ValueError(f"unknown timestep sampling {self.sampling!r}; known: uniform, logit_normal, measured")
+        if self.weighting not in ("none", "min_snr", "equal_noise"):
+            raise ValueError(f"unknown timestep weighting {self.weighting!r}; known: none, min_snr, equal_noise")
         if not (self.spread > 0 and self.gamma > 0):
             raise ValueError(f"timestep spread and gamma must be positive; got {self.spread} and {self.gamma}")
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Timesteps (count,) int64."""
-        if self.strata:
+        if self.strata or self.sampling == "measured":
             return self.quantile(self.shares(count, generator))
         if self.sampling == "uniform":
             return torch.randint(self.first, self.last, (count,), generator=generator)
@@ -148,7 +150,7 @@ class TimestepDraw:
 
     def weights(self, process: ForwardProcess, timesteps: Tensor) -> Tensor:
         """Factors (B,) float32 of the pair losses; they stand outside the sigmoid, so that beta keeps its meaning."""
-        if self.weighting == "none":
+        if self.weighting != "min_snr":
             return torch.ones(timesteps.shape, device=timesteps.device)
         cumulated = process.alphas_cumprod.to(timesteps.device)[timesteps].double()
         snr = cumulated / (1 - cumulated)
@@ -171,13 +173,14 @@ class Draws(Tensors):
     """All randomness of one step of B pairs.
 
     `timesteps` (B,) int64; `noise` (B, C, h, w), one draw a pair; `posterior` (B, 2, C, h, w) for sampling the VAE's
-    posterior; `drop_caption` (B,) bool.
+    posterior; `drop_caption` (B,) bool; `share` (B,) float64, of the distribution below the timesteps, where what it means is measured.
     """
 
     timesteps: Tensor
     noise: Tensor
     posterior: Tensor
     drop_caption: Tensor
+    share: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Draws:
         """The draws of pairs start to stop - 1."""
@@ -186,7 +189,8 @@ class Draws(Tensors):
     @classmethod
     def join(cls, parts: Sequence[Draws]) -> Draws:
         """Several draws as one, in this order."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("timesteps", "noise", "posterior", "drop_caption")))
+        names = [entry.name for entry in fields(cls) if getattr(parts[0], entry.name) is not None]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def draw(
@@ -204,9 +208,11 @@ def draw(
         stream: of `step_generator`.
     """
     generator = step_generator(seed, step, stream)
+    share = timesteps.shares(pairs, generator) if timesteps.sampling == "measured" else None
     return Draws(
-        timesteps=timesteps.draw(pairs, generator),
+        timesteps=timesteps.draw(pairs, generator) if share is None else timesteps.quantile(share),
         noise=torch.randn(pairs, *shape, generator=generator),
         posterior=torch.randn(pairs, 2, *shape, generator=generator),
         drop_caption=torch.rand(pairs, generator=generator) < caption_dropout,
+        share=share,
     )

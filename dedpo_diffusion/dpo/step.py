@@ -95,4 +95,5 @@ def preference_step(
     m = margin(implicit_rewards(policy_errors.detach(), reference_errors, beta=beta))
     # from the losses to the errors only, which costs next to nothing; the model's own graph stays as it is
     pull = torch.autograd.grad(loss.sum(), policy_errors, retain_graph=True)[0] if loss.requires_grad else torch.zeros_like(policy_errors)
-    return StepResult(loss, m, cosine, policy_errors.detach(), reference_errors, factors, pull.abs().sum(dim=1))
+    square = 4 / noise[0].numel() * (pull.square() * policy_errors.detach()).sum(dim=1)  # an error is a mean of squares
+    return StepResult(loss, m, cosine, policy_errors.detach(), reference_errors, factors, pull.abs().sum(dim=1), square)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from dedpo_diffusion.dpo.adaptive_power import AdaptivePower
     from dedpo_diffusion.dpo.noising import TimestepDraw
+    from dedpo_diffusion.dpo.timestep_moments import TimestepMoments
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.training.data import PairLoader, ReferenceGrid, Source
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with; `average`, `adaptive`, `validation` and `measured` are None where they were not asked for.
+    """What a run works with; `average`, `adaptive`, `validation`, `measured` and `moments` are None where they were not asked for.
 
     `hosts` is a group of the processes that talk without their devices, None for a single process.
     """
@@ -47,6 +48,7 @@ class Session:
     validation: Validation | None
     hosts: ProcessGroup | None
     measured: MeasuredPower | None = None
+    moments: TimestepMoments | None = None
 
 
 def set_up(settings: TrainSettings) -> Session:
@@ -58,6 +60,7 @@ def set_up(settings: TrainSettings) -> Session:
     import torch
 
     from dedpo_diffusion.training.measured_power import measured_power, open_scalable
+    from dedpo_diffusion.training.measured_timesteps import keep_measured, timestep_moments
     from dedpo_diffusion.training.optimizers import Average, build_optimizer
     from dedpo_diffusion.training.sharding import build_accelerator, hand_over
     from dedpo_diffusion.training.sharpness import sharpen
@@ -69,7 +72,8 @@ def set_up(settings: TrainSettings) -> Session:
     model, loader, identity, validation = prepare(settings, accelerator, scalable)
     timesteps, adaptive = timestep_draw(settings.objective, len(model.process)), adaptive_power(settings.objective, loader)
     hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    measured = None if scalable is None else measured_power(settings, scalable, model, loader, timesteps, accelerator, hosts)
+    moments, kept = timestep_moments(settings, model, loader, timesteps, accelerator, hosts) or (None, None)
+    measured = None if scalable is None else measured_power(settings, scalable, model, loader, timesteps, accelerator, hosts, moments)
     sharpened = sharpen(settings, loader)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
@@ -82,10 +86,12 @@ def set_up(settings: TrainSettings) -> Session:
         open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
         if measured is not None:
             measured.keep(settings.out)
+        if kept is not None:
+            keep_measured(settings.out, kept)
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
-    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, measured)
+    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, measured, moments)
     if validation is not None:
         validation.begin(session)
     return session
@@ -234,6 +240,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     """
     from dedpo_diffusion.dpo.objectives import find_objective
     from dedpo_diffusion.training.measured_power import check_measurable
+    from dedpo_diffusion.training.measured_timesteps import check_timesteps
     from dedpo_diffusion.training.sharpness import check_sharpness
     from dedpo_diffusion.training.validation import check_validation
 
@@ -244,6 +251,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         raise UserError(f"objective.kind: {error}") from error
     check_validation(settings)
     check_measurable(objective)
+    check_timesteps(settings)
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap", "sharpness"):
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:
