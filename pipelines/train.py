@@ -49,10 +49,12 @@ def describe(session: Session) -> None:
 
     optim, objective, loader = session.settings.optim, session.settings.objective, session.loader
     processes = session.accelerator.num_processes
-    together = loader.together
+    together, visited = loader.together, f"{len(loader.rows)} pairs"
+    if loader.groups is not None:
+        visited += f" in {len(loader.groups)} groups of {loader.groups.sizes.min()} to {loader.groups.sizes.max()} images"
     say(
-        f"{len(loader.rows)} pairs, {together} per step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
-        f"{optim.steps * together / len(loader.rows):.1f} epochs; "
+        f"{visited}, {together} per step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
+        f"{optim.steps * together / len(loader.visits.probability):.1f} epochs; "
         f"{sum(p.numel() for p in session.model.trainable().values()):,} trainable parameters"
     )
     say(f"objective {objective.kind}, balance {objective.balance}, power {objective.power}")
@@ -175,7 +177,8 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
         step, micro = job
         if step not in drawn:  # the draws are those of the whole step, whoever computes them
             drawn.clear()
-            drawn[step] = draw(settings.seed, step, together, loader.shape(step), timesteps=session.timesteps, caption_dropout=dropout)
+            options = {"timesteps": session.timesteps, "caption_dropout": dropout, "images": loader.images(step)}
+            drawn[step] = draw(settings.seed, step, together, loader.shape(step), **options)
         first = (micro * processes + rank) * optim.batch
         loaded = loader.load(step * together + first, drawn[step].part(first, first + optim.batch))
         return loaded.map(torch.Tensor.pin_memory) if accelerator.device.type == "cuda" else loaded

@@ -172,8 +172,9 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 class Draws(Tensors):
     """All randomness of one step of B pairs.
 
-    `timesteps` (B,) int64; `noise` (B, C, h, w), one draw a pair; `posterior` (B, 2, C, h, w) for sampling the VAE's
-    posterior; `drop_caption` (B,) bool; `share` (B,) float64, of the distribution below the timesteps, where what it means is measured.
+    `timesteps` (B,) int64; `noise` (B, C, h, w), one draw a pair; `posterior` (B, 2, C, h, w), of groups (B, K, C, h, w), for
+    sampling the VAE's posterior; `drop_caption` (B,) bool; `share` (B,) float64, of the distribution below the timesteps, where what
+    it means is measured.
     """
 
     timesteps: Tensor
@@ -194,8 +195,9 @@ class Draws(Tensors):
 
 
 def draw(
-    seed: int, step: int, pairs: int, shape: tuple[int, int, int], *, timesteps: TimestepDraw, caption_dropout: float, stream: int = 0
-) -> Draws:
+    seed: int, step: int, pairs: int, shape: tuple[int, int, int], *, timesteps: TimestepDraw, caption_dropout: float, stream: int = 0,
+    images: int = 2,
+) -> Draws:  # fmt: skip
     """Draw a step's randomness.
 
     Args:
@@ -206,13 +208,14 @@ def draw(
         timesteps: how they are drawn.
         caption_dropout: share of pairs whose caption is dropped.
         stream: of `step_generator`.
+        images: of a visit: 2, or those of a group.
     """
     generator = step_generator(seed, step, stream)
     share = timesteps.shares(pairs, generator) if timesteps.sampling == "measured" else None
     return Draws(
         timesteps=timesteps.draw(pairs, generator) if share is None else timesteps.quantile(share),
         noise=torch.randn(pairs, *shape, generator=generator),
-        posterior=torch.randn(pairs, 2, *shape, generator=generator),
+        posterior=torch.randn(pairs, images, *shape, generator=generator),
         drop_caption=torch.rand(pairs, generator=generator) < caption_dropout,
         share=share,
     )

@@ -50,6 +50,9 @@ class DataSettings:
         views: how many mirrored or cropped versions of a pair a cache keeps; without a cache they are drawn anew at every visit.
         buckets: keep the shape of each pair's images, up to 2 : 1, at about size x size pixels, rather than crop a square; each step then
             takes pairs of one shape. It needs a cache.
+        groups: the most images of one prompt that are visited together: they share timestep and noise, each goes through the model once,
+            and all pairs among them are learned from. It pays for rankings and for `dedpo propose --pairing all`. optim.batch then counts
+            groups; those of a step have equally many images. It needs a cache. None visits single pairs.
         sampling: how often each pair is visited: uniform, or importance, in proportion to its gradient at margin 0. The weights make up
             for it, so both estimate the same loss.
         caption_dropout: share of pairs trained with the empty prompt, both images alike.
@@ -66,6 +69,7 @@ class DataSettings:
     crop: Literal["centre", "random"] = "centre"
     views: int = 1
     buckets: bool = False
+    groups: int | None = None
     sampling: Literal["uniform", "importance"] = "importance"
     caption_dropout: float = 0.0
     reference_draws: int | None = None

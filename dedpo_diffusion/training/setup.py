@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from dedpo_diffusion.dpo.timestep_moments import TimestepMoments
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import PairLoader, ReferenceGrid, Source
+    from dedpo_diffusion.training.data import PairLoader, Source
     from dedpo_diffusion.training.measured_power import MeasuredPower, ScalableTargets
     from dedpo_diffusion.training.optimizers import Average
+    from dedpo_diffusion.training.reference_grid import ReferenceGrid
     from dedpo_diffusion.training.validation import Validation
 
 
@@ -146,7 +147,9 @@ def prepare(
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.models.memory import slow_on_cpu, tell_cpu
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import PairLoader, open_source
+    from dedpo_diffusion.training.cache import cache_folder
+    from dedpo_diffusion.training.data import PairLoader, cache_identity, open_source
+    from dedpo_diffusion.training.groups import image_numbers
     from dedpo_diffusion.training.validation import open_validation
 
     data = settings.data
@@ -162,10 +165,15 @@ def prepare(
     validation = open_validation(settings, model, accelerator, size=size)
     if data.cache is not None:
         model.drop_encoders(keep_text=settings.lora.text_encoders)
+    grouped = None
+    if data.groups is not None and data.cache is not None:
+        with accelerator.main_process_first():
+            folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs_fingerprint, size=size))
+            grouped = image_numbers(reader, folder), data.groups
     together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
     loader = PairLoader(
         reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
-        adaptive=settings.objective.power == "adaptive", merged=None if scalable is None else scalable.at(1.0),
+        adaptive=settings.objective.power == "adaptive", merged=None if scalable is None else scalable.at(1.0), grouped=grouped,
     )  # fmt: skip
     check(settings, loader)
     if not data.buckets and accelerator.is_main_process:
@@ -239,6 +247,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         UserError: an option that cannot be used, or does not go with the objective.
     """
     from dedpo_diffusion.dpo.objectives import find_objective
+    from dedpo_diffusion.training.groups import check_groups
     from dedpo_diffusion.training.measured_power import check_measurable
     from dedpo_diffusion.training.measured_timesteps import check_timesteps
     from dedpo_diffusion.training.sharpness import check_sharpness
@@ -252,6 +261,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     check_validation(settings)
     check_measurable(objective)
     check_timesteps(settings)
+    check_groups(settings)
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap", "sharpness"):
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:
@@ -336,7 +346,8 @@ def open_grid(
         UserError: there is no cache to keep them in.
     """
     from dedpo_diffusion.training.cache import cache_folder
-    from dedpo_diffusion.training.data import ReferenceGrid, cache_identity
+    from dedpo_diffusion.training.data import cache_identity
+    from dedpo_diffusion.training.reference_grid import ReferenceGrid
 
     data = settings.data
     if data.cache is None:
@@ -345,7 +356,7 @@ def open_grid(
     return ReferenceGrid(
         folder, source, model, loader.rows, pairs=len(reader), draws=data.reference_draws or 0,
         timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
-        batch=settings.optim.batch, kernels=[settings.attention, settings.compile],
+        batch=settings.optim.batch, kernels=[settings.attention, settings.compile], groups=loader.groups,
     )  # fmt: skip
 
 

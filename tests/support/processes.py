@@ -49,7 +49,8 @@ def main() -> int:
     def noting(self, first_visit, draws):
         loaded = load(self, first_visit, draws)
         timesteps = loaded.draws.timesteps.tolist()
-        seen[-1] += zip(range(first_visit, first_visit + len(timesteps)), loaded.places, timesteps, strict=True)
+        places = loaded.places[:: len(loaded.places) // len(timesteps)]  # of a group, its first pair's
+        seen[-1] += zip(range(first_visit, first_visit + len(timesteps)), places, timesteps, strict=True)
         return loaded
 
     PairLoader.load = noting

@@ -8,7 +8,7 @@ import torch
 
 from dedpo_diffusion.dpo.noising import TimestepDraw
 from dedpo_diffusion.models.backbone import Backbone
-from dedpo_diffusion.training.data import ReferenceGrid
+from dedpo_diffusion.training.reference_grid import ReferenceGrid
 
 
 class Shapes:
