@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from itertools import combinations
 
 import numpy as np
@@ -299,3 +300,50 @@ def test_refusals(tiny_model, ranked, tmp_path, capsys, changes, words):
     command = arguments(tiny_model, ranked, tmp_path / "run", **{name: value for name, value in changes.items() if value is not None})
     assert train.main(command) == 2
     assert words in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
+
+
+# ---- where rankings come from
+
+
+def all_together(folder, cache) -> tuple[list[int], list[int]]:
+    """Images and pairs of each group of a dataset, with room for all."""
+    reader = PairReader(folder)
+    found = group_pairs(np.arange(len(reader)), image_numbers(reader, cache), np.tile((4, 8, 8), (len(reader), 1)), 9)
+    return found.sizes.tolist(), found.counts.tolist()
+
+
+@pytest.mark.slow
+def test_all_pairs_of_proposed_images_are_groups(tiny_model, tmp_path):
+    from dedpo_diffusion.pipelines import propose
+
+    (tmp_path / "prompts.txt").write_text("a large red circle\na small cross\n")
+    given = {"model": tiny_model, "prompts": tmp_path / "prompts.txt", "out": tmp_path / "pairs", "images_per_prompt": 4, "pairing": "all"}
+    given |= {"steps": 2, "device": "cpu"}
+    assert propose.main([part for name, value in given.items() for part in (f"--{name}", str(value))]) == 0
+    assert all_together(tmp_path / "pairs", tmp_path) == ([4, 4], [6, 6])
+
+
+def test_rankings_that_are_imported_are_groups(tmp_path):
+    """ImageReward's database of prompts with 3, 4 and 5 images."""
+    from dedpo_diffusion.pipelines import ingest
+    from support.format_rows import write_database
+
+    write_database(tmp_path / "source")
+    assert ingest.main(["imagereward", str(tmp_path / "source"), "--out", str(tmp_path / "pairs")]) == 0
+    assert all_together(tmp_path / "pairs", tmp_path) == ([3, 4, 5], [3, 6, 10])
+
+
+def test_rankings_of_hpdv2_are_groups(tmp_path):
+    """Its test list: rankings of 3 and 4 images, each image in several pairs."""
+    from dedpo_diffusion.pipelines import ingest
+
+    rows = []
+    for prompt, size in enumerate((3, 4)):
+        names = [f"{prompt}{k}.jpg" for k in range(size)]
+        for k, name in enumerate(names):
+            (tmp_path / "test").mkdir(exist_ok=True)
+            (tmp_path / "test" / name).write_bytes(picture(10 * prompt + k, format="JPEG"))
+        rows.append({"prompt": f"prompt {prompt}", "image_path": names, "rank": list(range(1, size + 1))})
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    assert ingest.main(["hpdv2", str(tmp_path), "--out", str(tmp_path / "pairs"), "--split", "test"]) == 0
+    assert all_together(tmp_path / "pairs", tmp_path) == ([3, 4], [3, 6])
