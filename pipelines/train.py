@@ -20,7 +20,7 @@ from dedpo_diffusion.settings import OptimSettings, TrainSettings
 NOTED = {"loss": "loss", "implicit accuracy": "implicit_accuracy"}  # beside the progress, by their key in a line of metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from accelerate import Accelerator
     from torch import Tensor
@@ -44,20 +44,25 @@ def learning_rate(optim: OptimSettings, step: int) -> float:
 
 def describe(session: Session) -> None:
     """Say what is about to be trained."""
+    from dedpo_diffusion.training.measured_timesteps import say_moments
     from dedpo_diffusion.training.sharpness import measure_sharpness, sharpness_words
 
     optim, objective, loader = session.settings.optim, session.settings.objective, session.loader
     processes = session.accelerator.num_processes
-    together = loader.together
+    together, visited = loader.together, f"{len(loader.rows)} pairs"
+    if loader.groups is not None:
+        visited += f" in {len(loader.groups)} groups of {loader.groups.sizes.min()} to {loader.groups.sizes.max()} images"
     say(
-        f"{len(loader.rows)} pairs, {together} per step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
-        f"{optim.steps * together / len(loader.rows):.1f} epochs; "
+        f"{visited}, {together} per step ({processes} x {optim.batch} x {optim.accumulation}), {optim.steps} steps = "
+        f"{optim.steps * together / len(loader.visits.probability):.1f} epochs; "
         f"{sum(p.numel() for p in session.model.trainable().values()):,} trainable parameters"
     )
     say(f"objective {objective.kind}, balance {objective.balance}, power {objective.power}")
     say(f"beta {objective.beta:g} on mean errors, as --beta_dpo in Diffusion-DPO's own scripts")
     for text in () if session.measured is None else session.measured.report["sentences"]:
         say(text)
+    if session.moments is not None:
+        say_moments(session.moments)
     for words in sharpness_words(objective, measure_sharpness(objective, loader)):
         say(words)
 
@@ -82,6 +87,8 @@ def resume(session: Session) -> int:
         scaler.load_state_dict(state["scaler"])
     if session.adaptive is not None:
         session.adaptive.restore(state["adaptive"])
+    if session.moments is not None:
+        session.moments.restore(state["timesteps"])
     say(f"resuming {session.settings.out} after step {step}")
     return step
 
@@ -93,7 +100,8 @@ def save(session: Session, step: int) -> None:
 
     accelerator, model, out = session.accelerator, session.model, session.settings.out
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    state = {"step": step, "scaler": scaler, "adaptive": None if session.adaptive is None else session.adaptive.state()}
+    followed = {"adaptive": session.adaptive, "timesteps": session.moments}
+    state = {"step": step, "scaler": scaler, **{name: None if value is None else value.state() for name, value in followed.items()}}
     averaged, main = None if session.average is None else session.average.values, accelerator.is_main_process
     folder, optimizer = checkpoint_folder(out, step), session.optimizer.optimizer
     save_checkpoint(folder, model.trainable(), optimizer, state, averaged, write=main)
@@ -112,9 +120,7 @@ def asked_to_leave(stop: StopSignal, session: Session) -> bool:
     return bool(asked)
 
 
-def record(
-    pairs: dict[str, Any], encoded: Tensor, accelerator: Accelerator, *, step: int, schedule: int, **numbers: float
-) -> dict[str, Any]:
+def record(pairs: dict[str, Any], encoded: Tensor, accelerator: Accelerator, *, step: int, schedule: int, **numbers: Any) -> dict[str, Any]:
     """One line of metrics over all processes' pairs; `encoded` are this process's latents.
 
     Raises:
@@ -171,7 +177,8 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
         step, micro = job
         if step not in drawn:  # the draws are those of the whole step, whoever computes them
             drawn.clear()
-            drawn[step] = draw(settings.seed, step, together, loader.shape(step), timesteps=session.timesteps, caption_dropout=dropout)
+            options = {"timesteps": session.timesteps, "caption_dropout": dropout, "images": loader.images(step)}
+            drawn[step] = draw(settings.seed, step, together, loader.shape(step), **options)
         first = (micro * processes + rank) * optim.batch
         loaded = loader.load(step * together + first, drawn[step].part(first, first + optim.batch))
         return loaded.map(torch.Tensor.pin_memory) if accelerator.device.type == "cuda" else loaded
@@ -184,24 +191,39 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
         forecast.advance()  # it is asked for the next when this one is learned
 
 
-def learn(session: Session, loaded: Loaded) -> tuple[StepResult, PairBatch, Tensor, Tensor | None]:
+def learn(session: Session, loaded: Loaded) -> tuple[StepResult, PairBatch, Tensor, dict[str, Tensor]]:
     """Losses and gradients of one micro-batch.
 
     Returns:
-        The step's result, its pairs, their timesteps (B,), and what a power that follows is measured by, else None.
+        The step's result, its pairs, their timesteps (B,), and what those that follow training are measured by, by their name in `follow`.
     """
     from dedpo_diffusion.dpo.step import preference_step
+    from dedpo_diffusion.training.visit_gradients import weigh
 
-    accelerator, model, adaptive = session.accelerator, session.model, session.adaptive
+    accelerator, model, adaptive, moments = session.accelerator, session.model, session.adaptive, session.moments
     batch, draws = session.loader.batch(loaded, model)
     if adaptive is not None:
         batch = adaptive.apply(batch, loaded.places)
     options = session.settings.objective.step_options()
     with accelerator.accumulate(model.policy):
-        factor = session.timesteps.weights(model.process, draws.timesteps)
+        draws, factor = weigh(draws, session.timesteps, model, moments)
         result = preference_step(model, batch, timesteps=draws.timesteps, noise=draws.noise, timestep_weight=factor, **options)
         accelerator.backward(result.loss.mean())
-    return result, batch, draws.timesteps, None if adaptive is None else adaptive.measure(result.margin, loaded.places)
+    measured = {} if adaptive is None else {"adaptive": adaptive.measure(result.margin, loaded.places)}
+    if moments is not None:
+        measured["moments"] = moments.measure(result.square, draws.timesteps)
+    return result, batch, draws.timesteps, measured
+
+
+def follow(session: Session, measured: Sequence[dict[str, Tensor]]) -> None:
+    """Let what follows training take in a step: the sums over its micro-batches and all processes."""
+    import torch
+
+    accelerator = session.accelerator
+    for name, followed in {"adaptive": session.adaptive, "moments": session.moments}.items():
+        if followed is not None:
+            own = torch.stack([part[name] for part in measured]).sum(dim=0)
+            followed.update(accelerator.reduce(own.to(accelerator.device)).cpu())
 
 
 def try_out(settings: TrainSettings) -> Path:
@@ -239,7 +261,7 @@ def train(settings: TrainSettings) -> Path:
 
     session = set_up(settings)
     settings, accelerator, model, adaptive = session.settings, session.accelerator, session.model, session.adaptive
-    optim, optimizer = settings.optim, session.optimizer
+    optim, optimizer, moments = settings.optim, session.optimizer, session.moments
     done = resume(session)
     if accelerator.is_main_process:
         describe(session)
@@ -262,11 +284,11 @@ def train(settings: TrainSettings) -> Path:
             optimizer.step()
             optimizer.zero_grad()
             now, last = step + 1, step + 1 == optim.steps
-            numbers = {"learning_rate": rate} | ({} if adaptive is None else {"power": adaptive.power})
+            numbers: dict[str, Any] = {"learning_rate": rate} | ({} if adaptive is None else {"power": adaptive.power})
+            numbers |= {} if moments is None else {"timestep_moments": moments.report()}
             if session.average is not None and not accelerator.optimizer_step_was_skipped:
                 session.average.update(model.trainable(), now)
-            if adaptive is not None:
-                adaptive.update(accelerator.reduce(torch.stack(measured).sum(dim=0).to(accelerator.device)).cpu())
+            follow(session, measured)
             leave = asked_to_leave(stop, session) and not last
             due = now % settings.checkpoint_every == 0 or last
             logged = due or now % settings.log_every == 0 or now == 1

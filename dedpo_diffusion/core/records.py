@@ -130,6 +130,10 @@ class PairBatch:
 
     `latents` (B, 2, C, h, w) scaled VAE latents; `target` and `weight` (B,) float32; `reference_errors` (B, 2)
     where they are known beforehand; `labelled` (B,) bool, whether people labelled the pair, where the targets say so.
+
+    With `members` (B, P, 2) int64 they are B groups of K images, `latents` (B, K, C, h, w), and P pairs of these images in each, image 0
+    and image 1 of the K: `target`, `weight` and `labelled` are (B P,), `reference_errors` (B, K); `there` (B P,) bool is False for pairs of
+    weight 0 that only fill up.
     """
 
     latents: Tensor
@@ -138,16 +142,19 @@ class PairBatch:
     weight: Tensor
     reference_errors: Tensor | None = None
     labelled: Tensor | None = None
+    members: Tensor | None = None
+    there: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one preference step leaves behind; only `loss` carries a graph.
+    """What one preference step leaves behind; only `loss` carries a graph. Of B groups all but `square` are of their B P pairs.
 
-    `loss`, `margin`, `cosine`, `pull` (B,); `policy_errors`, `reference_errors`, `coefficients` (B, 2), float32.
+    `loss`, `margin`, `cosine`, `pull`, `square` (B,); `policy_errors`, `reference_errors`, `coefficients` (B, 2), float32.
     `margin` and `reference_errors` are NaN where no reference was needed. `coefficients` are the gradient factors of the
     balance; `cosine` is that of the angle between the policy's residuals on the two images, prediction minus target. `pull` is what the
-    pair puts into the gradient: the sum over its images of |d loss / d policy error|, balance and weights included.
+    pair puts into the gradient: the sum over its images of |d loss / d policy error|, balance and weights included. `square` is the
+    squared norm of the gradient of its loss with respect to the model's predictions.
     """
 
     loss: Tensor
@@ -157,3 +164,4 @@ class StepResult:
     reference_errors: Tensor
     coefficients: Tensor
     pull: Tensor
+    square: Tensor

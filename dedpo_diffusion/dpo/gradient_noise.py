@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.core.records import PairBatch
+from dedpo_diffusion.core.records import PairBatch, StepResult
 from dedpo_diffusion.debias import NORMAL_975
 from dedpo_diffusion.dpo.step import Model, preference_step
 
@@ -61,9 +61,16 @@ def loss_gradient(
         parameters: what is trained; zeros come back for one that the loss does not reach.
         scale: factor of the loss in the backward pass, taken out again: float16 holds no small gradients.
     """
+    return step_gradient(model, batch, parameters, timesteps=timesteps, noise=noise, scale=scale, **options)[1]
+
+
+def step_gradient(
+    model: Model, batch: PairBatch, parameters: Sequence[Tensor], *, timesteps: Tensor, noise: Tensor, scale: float = 1.0, **options: Any
+) -> tuple[StepResult, list[Tensor]]:
+    """As `loss_gradient`, and what the step left behind, without its graph."""
     result = preference_step(model, batch, timesteps=timesteps, noise=noise, **options)
     found = torch.autograd.grad(result.loss.mean() * scale, list(parameters), allow_unused=True, materialize_grads=True)
-    return [value / scale for value in found] if scale != 1 else list(found)
+    return replace(result, loss=result.loss.detach()), [value / scale for value in found] if scale != 1 else list(found)
 
 
 def draw_moments(gradients: Iterable[Sequence[Tensor]]) -> tuple[float, float]:
@@ -77,7 +84,7 @@ def draw_moments(gradients: Iterable[Sequence[Tensor]]) -> tuple[float, float]:
     """
     count, squares, total = 0, 0.0, list[Tensor]()
     for gradient in gradients:
-        squares += _square(gradient)
+        squares += squared_norm(gradient)
         if total:
             for held, new in zip(total, gradient, strict=True):
                 held += new
@@ -86,10 +93,10 @@ def draw_moments(gradients: Iterable[Sequence[Tensor]]) -> tuple[float, float]:
         count += 1
     if count < 2:
         raise ValueError(f"inner products of different draws need two of them; got {count}")
-    return (_square(total) - squares) / (count * (count - 1)), squares / count
+    return (squared_norm(total) - squares) / (count * (count - 1)), squares / count
 
 
-def _square(values: Sequence[Tensor]) -> float:
+def squared_norm(values: Sequence[Tensor]) -> float:
     """Squared norm, summed in float64, a parameter at a time."""
     return float(torch.stack([torch.dot(value.flatten().double(), value.flatten().double()) for value in values]).sum())
 

@@ -7,7 +7,7 @@ any split of a step into micro-batches or processes sees the same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -92,11 +92,15 @@ class TimestepDraw:
 
     Args:
         first, last: the range [first, last) of steps of the training schedule.
-        sampling: "uniform", or "logit_normal": t = first + (last - first) sigmoid(location + spread * normal), rounded down
+        sampling: "uniform"; "measured", which is uniform until `timestep_moments` makes of it what was measured; or "logit_normal":
+            t = first + (last - first) sigmoid(location + spread * normal), rounded down
             (Esser et al., arXiv 2403.03206, section 3.1).
         location, spread: of the logit-normal; 0 and 1 favour the middle of the range.
-        weighting: "none", or "min_snr": min(SNR, gamma) / SNR for eps, over SNR + 1 for v (Hang et al., arXiv 2303.09556, section 3.4).
+        weighting: "none"; "equal_noise", whose weights `timestep_moments` knows; or "min_snr":
+            min(SNR, gamma) / SNR for eps, over SNR + 1 for v (Hang et al., arXiv 2303.09556, section 3.4).
         gamma: of min-SNR.
+        strata: draw n timesteps one from each n-th of their distribution, in random order, rather than independently. Each one by itself is
+            distributed as without, so every mean over draws is the same; their spread over a step is even.
 
     Raises:
         ValueError: an empty range, or a name or number that cannot be used.
@@ -109,31 +113,53 @@ class TimestepDraw:
     spread: float = 1.0
     weighting: str = "none"
     gamma: float = 5.0
+    strata: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last:
             raise ValueError(f"timesteps {self.first}, {self.last}: give a range [first, last) that holds some")
-        if self.sampling not in ("uniform", "logit_normal"):
-            raise ValueError(f"unknown timestep sampling {self.sampling!r}; known: uniform, logit_normal")
-        if self.weighting not in ("none", "min_snr"):
-            raise ValueError(f"unknown timestep weighting {self.weighting!r}; known: none, min_snr")
+        if self.sampling not in ("uniform", "logit_normal", "measured"):
+            raise ValueError(f"unknown timestep sampling {self.sampling!r}; known: uniform, logit_normal, measured")
+        if self.weighting not in ("none", "min_snr", "equal_noise"):
+            raise ValueError(f"unknown timestep weighting {self.weighting!r}; known: none, min_snr, equal_noise")
         if not (self.spread > 0 and self.gamma > 0):
             raise ValueError(f"timestep spread and gamma must be positive; got {self.spread} and {self.gamma}")
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Timesteps (count,) int64."""
+        if self.strata or self.sampling == "measured":
+            return self.quantile(self.shares(count, generator))
         if self.sampling == "uniform":
             return torch.randint(self.first, self.last, (count,), generator=generator)
         place = torch.sigmoid(self.location + self.spread * torch.randn(count, generator=generator, dtype=torch.float64))
         return (self.first + ((self.last - self.first) * place).long()).clamp(max=self.last - 1)  # a sigmoid may round to 1
 
+    def shares(self, count: int, generator: torch.Generator) -> Tensor:
+        """Shares (count,) float64 in [0, 1) of the distribution below timesteps to be drawn: uniform, with strata one in each count-th."""
+        if not self.strata:
+            return torch.rand(count, generator=generator, dtype=torch.float64)
+        order = torch.randperm(count, generator=generator)
+        return in_strata(order, torch.rand(count, generator=generator, dtype=torch.float64))
+
+    def quantile(self, share: Tensor) -> Tensor:
+        """The timesteps (N,) int64 below which these shares (N,) in [0, 1) of the distribution lie."""
+        share = share.double()
+        if self.sampling == "logit_normal":
+            share = torch.sigmoid(self.location + self.spread * torch.special.ndtri(share))
+        return (self.first + ((self.last - self.first) * share).long()).clamp(max=self.last - 1)  # a share may round to 1
+
     def weights(self, process: ForwardProcess, timesteps: Tensor) -> Tensor:
         """Factors (B,) float32 of the pair losses; they stand outside the sigmoid, so that beta keeps its meaning."""
-        if self.weighting == "none":
+        if self.weighting != "min_snr":
             return torch.ones(timesteps.shape, device=timesteps.device)
         cumulated = process.alphas_cumprod.to(timesteps.device)[timesteps].double()
         snr = cumulated / (1 - cumulated)
         return (snr.clamp(max=self.gamma) / (snr if process.prediction == "epsilon" else snr + 1)).float()
+
+
+def in_strata(order: Tensor, within: Tensor) -> Tensor:
+    """Shares (n,) of which the k-th lies in part order[k] of n equal parts of [0, 1), at the place within[k] in [0, 1) of that part."""
+    return (order + within) / len(order)
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
@@ -146,14 +172,16 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 class Draws(Tensors):
     """All randomness of one step of B pairs.
 
-    `timesteps` (B,) int64; `noise` (B, C, h, w), one draw a pair; `posterior` (B, 2, C, h, w) for sampling the VAE's
-    posterior; `drop_caption` (B,) bool.
+    `timesteps` (B,) int64; `noise` (B, C, h, w), one draw a pair; `posterior` (B, 2, C, h, w), of groups (B, K, C, h, w), for
+    sampling the VAE's posterior; `drop_caption` (B,) bool; `share` (B,) float64, of the distribution below the timesteps, where what
+    it means is measured.
     """
 
     timesteps: Tensor
     noise: Tensor
     posterior: Tensor
     drop_caption: Tensor
+    share: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Draws:
         """The draws of pairs start to stop - 1."""
@@ -162,12 +190,14 @@ class Draws(Tensors):
     @classmethod
     def join(cls, parts: Sequence[Draws]) -> Draws:
         """Several draws as one, in this order."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("timesteps", "noise", "posterior", "drop_caption")))
+        names = [entry.name for entry in fields(cls) if getattr(parts[0], entry.name) is not None]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def draw(
-    seed: int, step: int, pairs: int, shape: tuple[int, int, int], *, timesteps: TimestepDraw, caption_dropout: float, stream: int = 0
-) -> Draws:
+    seed: int, step: int, pairs: int, shape: tuple[int, int, int], *, timesteps: TimestepDraw, caption_dropout: float, stream: int = 0,
+    images: int = 2,
+) -> Draws:  # fmt: skip
     """Draw a step's randomness.
 
     Args:
@@ -178,11 +208,14 @@ def draw(
         timesteps: how they are drawn.
         caption_dropout: share of pairs whose caption is dropped.
         stream: of `step_generator`.
+        images: of a visit: 2, or those of a group.
     """
     generator = step_generator(seed, step, stream)
+    share = timesteps.shares(pairs, generator) if timesteps.sampling == "measured" else None
     return Draws(
-        timesteps=timesteps.draw(pairs, generator),
+        timesteps=timesteps.draw(pairs, generator) if share is None else timesteps.quantile(share),
         noise=torch.randn(pairs, *shape, generator=generator),
-        posterior=torch.randn(pairs, 2, *shape, generator=generator),
+        posterior=torch.randn(pairs, images, *shape, generator=generator),
         drop_caption=torch.rand(pairs, generator=generator) < caption_dropout,
+        share=share,
     )

@@ -30,6 +30,22 @@ def needs_reference(kind: str, balance: str) -> bool:
     return "reference" in find_objective(kind).needs or balance == "relative"
 
 
+def in_pairs(values: Tensor, members: Tensor | None) -> Tensor:
+    """(B P, 2, ...) of the pairs of B groups, from values (B, K, ...) of their images; (B, 2, ...) as it is without groups."""
+    if members is None:
+        return values
+    groups = torch.arange(len(values), device=values.device)[:, None, None]
+    return values[groups, members].flatten(0, 1)
+
+
+def _on_images(pull: Tensor, members: Tensor | None, images: int) -> Tensor:
+    """What pairs pull in all at each image, (B, K), from what each pulls at its two (B P, 2)."""
+    if members is None:
+        return pull
+    which = torch.nn.functional.one_hot(members, images).to(pull.dtype)
+    return (which * pull.view(members.shape)[..., None]).sum(dim=(1, 2))
+
+
 def preference_step(
     model: Model,
     batch: PairBatch,
@@ -52,7 +68,7 @@ def preference_step(
 
     Args:
         model: predicts with the policy and with the reference.
-        batch: B pairs; its reference errors, if it has them, save the reference's predictions.
+        batch: B pairs, or groups of them; its reference errors, if it has them, save the reference's predictions.
         timesteps: (B,) int64.
         noise: (B, C, h, w), one draw a pair.
         beta, kind, options, margin_cap: see `objectives`.
@@ -62,14 +78,20 @@ def preference_step(
     Returns:
         StepResult; `loss` (B,) is weighted and not reduced. `reference_errors` and `margin` are NaN where nobody needed the reference.
     """
-    shared = noise[:, None]  # (B, 1, C, h, w): one noise for both images
+    shared, members = noise[:, None], batch.members  # (B, 1, C, h, w): one noise for both images, or all of a group
     noisy = model.process.add_noise(batch.latents, shared, timesteps)
     wanted = model.process.target(batch.latents, shared, timesteps)
     reference_errors = batch.reference_errors
     if reference_errors is None and needs_reference(kind, balance):
         reference_errors = image_errors(model.predict(noisy, timesteps, batch.conditioning, reference=True), wanted)
     prediction = model.predict(noisy, timesteps, batch.conditioning)
-    policy_errors, cosine = image_errors(prediction, wanted), residual_cosine(prediction, wanted)
+    own = image_errors(prediction, wanted)
+    policy_errors = in_pairs(own, members)
+    cosine = residual_cosine(in_pairs(prediction.detach(), members), in_pairs(wanted, members))
+    if members is not None:
+        reference_errors = None if reference_errors is None else in_pairs(reference_errors, members)
+        timesteps = timesteps.repeat_interleave(members.shape[1])
+        timestep_weight = None if timestep_weight is None else timestep_weight.repeat_interleave(members.shape[1])
     scale = None
     if balance == "probability":
         process = model.process
@@ -95,4 +117,6 @@ def preference_step(
     m = margin(implicit_rewards(policy_errors.detach(), reference_errors, beta=beta))
     # from the losses to the errors only, which costs next to nothing; the model's own graph stays as it is
     pull = torch.autograd.grad(loss.sum(), policy_errors, retain_graph=True)[0] if loss.requires_grad else torch.zeros_like(policy_errors)
-    return StepResult(loss, m, cosine, policy_errors.detach(), reference_errors, factors, pull.abs().sum(dim=1))
+    on_images = _on_images(pull, members, own.shape[1])
+    square = 4 / noise[0].numel() * (on_images.square() * own.detach()).sum(dim=1)  # an error is a mean of squares
+    return StepResult(loss, m, cosine, policy_errors.detach(), reference_errors, factors, pull.abs().sum(dim=1), square)

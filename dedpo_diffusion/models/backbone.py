@@ -255,7 +255,7 @@ class Backbone:
         return self.fingerprint if self.anchor is None else self.fingerprint + fingerprint(self.anchor)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, *, reference: bool = False) -> Tensor:
-        """The UNet's prediction for both images of each pair, in one batch of 2 B.
+        """The UNet's prediction for both images of each pair, in one batch of 2 B; of groups of K images, K in place of 2.
 
         Args:
             noisy: x_t (B, 2, C, h, w).
@@ -348,18 +348,18 @@ class Network(nn.Module):
                 raise ValueError("the text encoders are adapted, so the prompts' tokens are needed")
             given = self.text(tokens)
             text, pooled = given.text, given.pooled
-        added = None
+        added, images = None, noisy.shape[1]
         if sizes is not None and pooled is not None:
-            added = {"text_embeds": _twice(pooled).to(self.dtype), "time_ids": sizes.flatten(0, 1)}
-        flat, t = noisy.flatten(0, 1).to(self.dtype), _twice(timesteps)
+            added = {"text_embeds": _each(pooled, images).to(self.dtype), "time_ids": sizes.flatten(0, 1)}
+        flat, t = noisy.flatten(0, 1).to(self.dtype), _each(timesteps, images)
         # the same precision in and out of the loop, for policy and reference: their errors are subtracted
         with torch.autocast(flat.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.unet(flat, t, _twice(text).to(self.dtype), added_cond_kwargs=added).sample.view(noisy.shape)
+            return self.unet(flat, t, _each(text, images).to(self.dtype), added_cond_kwargs=added).sample.view(noisy.shape)
 
 
-def _twice(values: Tensor) -> Tensor:
-    """(B, ...) -> (2 B, ...), each entry for both images of its pair."""
-    return values[:, None].expand(len(values), 2, *values.shape[1:]).flatten(0, 1)
+def _each(values: Tensor, images: int) -> Tensor:
+    """(B, ...) -> (B images, ...), each entry for every image of its pair or group."""
+    return values[:, None].expand(len(values), images, *values.shape[1:]).flatten(0, 1)
 
 
 KEPT = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}

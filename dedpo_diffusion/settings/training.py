@@ -50,6 +50,9 @@ class DataSettings:
         views: how many mirrored or cropped versions of a pair a cache keeps; without a cache they are drawn anew at every visit.
         buckets: keep the shape of each pair's images, up to 2 : 1, at about size x size pixels, rather than crop a square; each step then
             takes pairs of one shape. It needs a cache.
+        groups: the most images of one prompt that are visited together: they share timestep and noise, each goes through the model once,
+            and all pairs among them are learned from. It pays for rankings and for `dedpo propose --pairing all`. optim.batch then counts
+            groups; those of a step have equally many images. It needs a cache. None visits single pairs.
         sampling: how often each pair is visited: uniform, or importance, in proportion to its gradient at margin 0. The weights make up
             for it, so both estimate the same loss.
         caption_dropout: share of pairs trained with the empty prompt, both images alike.
@@ -66,6 +69,7 @@ class DataSettings:
     crop: Literal["centre", "random"] = "centre"
     views: int = 1
     buckets: bool = False
+    groups: int | None = None
     sampling: Literal["uniform", "importance"] = "importance"
     caption_dropout: float = 0.0
     reference_draws: int | None = None
@@ -87,10 +91,19 @@ class ObjectiveSettings:
         balance_tempering: factor of u in balance=probability, whose ratios are extreme at small timesteps without it.
         margin_cap: bound on what the part of a target outside [0, 1] can add to the margin; None leaves it unbounded.
         timesteps: the range [first, last) that timesteps are drawn from, in steps of the training schedule.
-        timestep_sampling: how they are drawn from it.
+        timestep_sampling: how they are drawn from it. measured draws them in proportion to the size of the gradients in their tenth of the
+            range (the root of their second moment), measured before the first step and followed by a moving average; weights make up for
+            it, so the loss is that of uniform, with less noise. One draw in ten stays uniform, so no weight is above 10.
         timestep_location: of the logit-normal; below 0 favours small timesteps.
         timestep_spread: of the logit-normal.
-        timestep_weighting: factor of the pair losses, outside the sigmoid.
+        timestep_strata: the pairs of a step, over all its forward passes and processes, take one timestep from each of as many equal parts
+            of the distribution, in random order, rather than independent ones: less noise, the same loss. With data.reference_draws the
+            K stored draws of a pair take one from each of K parts, and the pairs of a step draws from each part alike.
+        timestep_weighting: factor of the pair losses, outside the sigmoid. equal_noise lets every tenth of the range put equally much noise
+            into the gradient, as measured and followed: another objective, in which noisy timesteps count for less. No weight is more than
+            50 times as small as the mean gradient asks for.
+        timestep_pairs: how many pairs gradients are measured on, at one timestep in each tenth, for measured and equal_noise.
+        timestep_decay: of their moving average, for each step.
         snr_gamma: of min_snr.
         power: fixed keeps the power that `dedpo merge` chose; adaptive estimates it anew while margins grow, by a moving average, for
             the kind sigmoid alone; measured measures before the first step how noisy this run's visits are, and takes the power
@@ -111,10 +124,13 @@ class ObjectiveSettings:
     balance_tempering: float = 1e-3
     margin_cap: float | None = 10.0
     timesteps: tuple[int, int] | None = None
-    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_sampling: Literal["uniform", "logit_normal", "measured"] = "uniform"
     timestep_location: float = 0.0
     timestep_spread: float = 1.0
-    timestep_weighting: Literal["none", "min_snr"] = "none"
+    timestep_strata: bool = True
+    timestep_weighting: Literal["none", "min_snr", "equal_noise"] = "none"
+    timestep_pairs: int = 32
+    timestep_decay: float = 0.98
     snr_gamma: float = 5.0
     power: Literal["fixed", "adaptive", "measured"] = "fixed"
     power_pairs: int = 64

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -14,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dedpo_diffusion.core.console import Progress, UserError, say
-from dedpo_diffusion.core.files import atomic_file, remove_leftovers
 from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Targets, Tensors
 from dedpo_diffusion.dpo.adaptive_power import LEAST_POWER, Parts, loss_parts, retarget, visited_pairs
-from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, step_generator
+from dedpo_diffusion.dpo.noising import Draws, step_generator
 from dedpo_diffusion.labels.files import read_targets, targets_path
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.models.text_encoders import TextEncoders
@@ -30,20 +26,20 @@ from dedpo_diffusion.pairs.decoding import decode_image, read_header
 from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
 from dedpo_diffusion.settings import DataSettings, TrainSettings
 from dedpo_diffusion.training.cache import PairCache, cache_folder, fill, read_index
-from dedpo_diffusion.training.pair_sampler import BucketedPairSampler, Order, PairSampler, visit_probability
+from dedpo_diffusion.training.groups import Groups, group_pairs, group_sizes
+from dedpo_diffusion.training.pair_sampler import BucketedPairSampler, Order, PairSampler, alike, gradient_size, visit_probability
+from dedpo_diffusion.training.reference_grid import ReferenceGrid
 from dedpo_diffusion.weights.run_folder import first_difference
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 VIEWS = 1  # stream of `step_generator` for flips and crops
-CHOICE = 1001  # for which of a pair's pre-drawn noises a visit gets
-GRID = 1002  # for the pre-drawn noises
 
 
 @dataclass(frozen=True)
 class Encoded(Tensors):
-    """Encoded pairs: posterior `mean` and `std` (B, 2, C, h, w), and what the UNet is conditioned on."""
+    """Encoded pairs: posterior `mean` and `std` (B, 2, C, h, w), and what the UNet is conditioned on; of groups of K images (B, K, ...)."""
 
     mean: Tensor
     std: Tensor
@@ -63,10 +59,13 @@ class Source(ABC):
     """Where encoded pairs come from, in two parts: `load` may run in another thread while the model computes."""
 
     @abstractmethod
-    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded | Pictures:
+    def load(
+        self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor, images: np.ndarray | None = None
+    ) -> Encoded | Pictures:
         """The pairs at these dataset rows, in host memory, each in the view that its visit's number picks.
 
-        `drop_caption` (B,) bool replaces prompts by the absent one.
+        `drop_caption` (B,) bool replaces prompts by the absent one. `images` (B, K, 2), rows and sides, are taken in place of the two of
+        each pair, whose prompt they have.
         """
 
     @abstractmethod
@@ -81,9 +80,9 @@ class Source(ABC):
     def encode(self, loaded: Any) -> Encoded:
         """What the model's encoders make of what was loaded."""
 
-    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
+    def fetch(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor, images: np.ndarray | None = None) -> Encoded:
         """Both parts, one after the other."""
-        return self.encode(self.load(rows, visits, drop_caption))
+        return self.encode(self.load(rows, visits, drop_caption, images))
 
 
 class CachedSource(Source):
@@ -110,10 +109,13 @@ class CachedSource(Source):
         """See `Source`."""
         return self.cache.originals()[torch.from_numpy(rows)].numpy()
 
-    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Encoded:
+    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor, images: np.ndarray | None = None) -> Encoded:
         """See `Source`."""
         views = [step_generator(0, visit, VIEWS).initial_seed() % self.views for visit in visits]
-        mean, std, sizes = zip(*(self.cache.posterior(row, view) for row, view in zip(rows, views, strict=True)), strict=True)
+        if images is None:
+            mean, std, sizes = zip(*(self.cache.posterior(row, view) for row, view in zip(rows, views, strict=True)), strict=True)
+        else:
+            mean, std, sizes = zip(*(self._group(some, view) for some, view in zip(images.tolist(), views, strict=True)), strict=True)
         text = [self.cache.embedding(row, empty=bool(drop)) for row, drop in zip(rows, drop_caption, strict=True)]
         conditioning = replace(Conditioning.stack(text), sizes=torch.stack(sizes))
         if self.words is not None:
@@ -121,6 +123,11 @@ class CachedSource(Source):
             said = [None if drop else prompts[row] for row, drop in zip(rows, drop_caption, strict=True)]
             conditioning = replace(conditioning, tokens=encoders.tokens(said))
         return Encoded(torch.stack(mean), torch.stack(std), conditioning)
+
+    def _group(self, images: Sequence[tuple[int, int]], view: int) -> tuple[Tensor, ...]:
+        """Mean, standard deviation and sizes of images at rows and sides, in one view."""
+        there = {row: self.cache.posterior(row, view) for row, _ in images}
+        return tuple(torch.stack(parts) for parts in zip(*([part[side] for part in there[row]] for row, side in images), strict=True))
 
     def encode(self, loaded: Encoded) -> Encoded:
         """It is encoded already."""
@@ -148,8 +155,9 @@ class LiveSource(Source):
             found.append([(header.height, header.width) for header in headers])
         return np.array(found).reshape(-1, 2, 2)
 
-    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor) -> Pictures:
-        """See `Source`."""
+    def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor, images: np.ndarray | None = None) -> Pictures:
+        """See `Source`; without a cache there are no groups."""
+        assert images is None
         pairs = [self.reader.pair(row) for row in rows]
         pixels, sizes = zip(*(self._view(pair, row, visit) for pair, row, visit in zip(pairs, rows, visits, strict=True)), strict=True)
         prompts = [None if drop else pair.prompt for pair, drop in zip(pairs, drop_caption, strict=True)]
@@ -195,92 +203,13 @@ def decode_pair(pair: Pair, where: str) -> tuple[Image.Image, Image.Image]:
     return decode_image(pair.image_0, f"{where}, image_0"), decode_image(pair.image_1, f"{where}, image_1")
 
 
-class ReferenceGrid:
-    """A fixed set of draws for every pair, with the reference's errors at them, kept beside the cache and shared by all runs on it
-    that compute alike.
-
-    Args:
-        folder: of the cache; the grid gets a folder of its own there, by what it depends on.
-        source: encoded pairs.
-        model: the model, whose reference is its base.
-        pairs: pairs of the dataset.
-        rows: those that will be visited; only their shards are computed, with progress, and only once.
-        draws: K, draws of each pair.
-        timesteps: how they are drawn.
-        caption_dropout: share of draws with the empty prompt.
-        batch: draws predicted at once: the pairs of a forward pass of the run, so that both round alike.
-        kernels: what else the errors' rounding depends on.
-    """
-
-    SHARD = 64
-
-    def __init__(
-        self, folder: Path, source: Source, model: Backbone, rows: np.ndarray, *, pairs: int, draws: int,
-        timesteps: TimestepDraw, caption_dropout: float, batch: int = 8, kernels: Sequence[object] = (),
-    ) -> None:  # fmt: skip
-        if draws < 1:
-            raise UserError(f"data.reference_draws is {draws}; it must be at least 1")
-        drawn = {name: getattr(timesteps, name) for name in ("first", "last", "sampling", "location", "spread")}
-        precision = [str(model.dtype), str(next(model.unet.parameters()).dtype)]
-        rounding = [batch, model.device.type, *kernels]
-        key = json.dumps([model.reference_fingerprint(), precision, drawn, draws, caption_dropout, rounding], sort_keys=True)
-        self.draws, self.timesteps, self.source, self.caption_dropout, self.batch = draws, timesteps, source, caption_dropout, batch
-        self.folder = folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        self.folder.mkdir(exist_ok=True)
-        remove_leftovers(self.folder)
-        shards = np.unique(rows // self.SHARD)
-        missing = [shard for shard in shards if not self._file(shard).is_file()]
-        if missing:
-            with Progress("reference errors", len(missing) * self.SHARD) as progress:
-                for shard in missing:
-                    there = range(int(shard) * self.SHARD, min((int(shard) + 1) * self.SHARD, pairs))
-                    errors = torch.empty(len(there), draws, 2)
-                    for _, some in _alike(source.shapes(np.array(there))):
-                        found = self._errors([(there[place], number) for place in some for number in range(draws)], model)
-                        errors[some] = found.view(len(some), draws, 2)
-                    with atomic_file(self._file(shard)) as temporary:
-                        save_file({"errors": errors}, temporary)
-                    progress.advance(self.SHARD)
-        self.errors = torch.full((pairs, draws, 2), torch.nan)
-        for shard in shards:
-            self.errors[int(shard) * self.SHARD : (int(shard) + 1) * self.SHARD] = load_file(self._file(shard))["errors"]
-
-    def _file(self, shard: int) -> Path:
-        return self.folder / f"shard-{int(shard):05d}.safetensors"
-
-    def _draw(self, row: int, number: int) -> Draws:
-        shape = self.source.shapes(np.array([row]))[0].tolist()
-        return draw(row, number, 1, shape, timesteps=self.timesteps, caption_dropout=self.caption_dropout, stream=GRID)
-
-    def _errors(self, wanted: Sequence[tuple[int, int]], model: Backbone) -> Tensor:
-        """The reference's errors (N, 2) at N draws, (pair, its number), of one shape.
-
-        `batch` are predicted at a time, so that they round as in a step of the run.
-        """
-        found = []
-        for first in range(0, len(wanted), self.batch):
-            part = wanted[first : first + self.batch]
-            rows, numbers = zip(*(*part, *[part[-1]] * (self.batch - len(part))), strict=True)
-            draws = Draws.join([self._draw(row, number) for row, number in zip(rows, numbers, strict=True)])
-            encoded = self.source.fetch(rows, numbers, draws.drop_caption)
-            draws, given = draws.to(model.device), encoded.conditioning.to(model.device)
-            latents = model.latents(encoded.mean.to(model.device), encoded.std.to(model.device), draws.posterior)
-            errors = model.errors(latents, draws.noise[:, None], draws.timesteps, given, reference=True)
-            found.append(errors[: len(part)].cpu())
-        return torch.cat(found)
-
-    def at(self, rows: Sequence[int], numbers: Sequence[int]) -> tuple[Draws, Tensor]:
-        """The draws with these numbers of these pairs, and the reference's errors (B, 2) at them."""
-        draws = Draws.join([self._draw(row, number) for row, number in zip(rows, numbers, strict=True)])
-        return draws, self.errors[list(rows), list(numbers)]
-
-
 @dataclass(frozen=True)
 class Loaded(Tensors):
     """B consecutive visits before the model sees them.
 
     `places` of the visited pairs, `draws`, `encoded` as the source loads it, `target` and `weight` (B,), `known`: the reference's
-    errors (B, 2), if they are, `labelled` (B,) bool.
+    errors (B, 2), if they are, `labelled` (B,) bool. Of B groups of K images and P pairs each: `places`, `target`, `weight` and `labelled`
+    are of their B P pairs, `known` is (B, K); `members` and `there` as in `PairBatch`.
     """
 
     places: list[int]
@@ -290,6 +219,8 @@ class Loaded(Tensors):
     weight: Tensor
     known: Tensor | None
     labelled: Tensor | None
+    members: Tensor | None = None
+    there: Tensor | None = None
 
 
 def cache_identity(model: Backbone, data: DataSettings, *, pairs: str, size: int) -> dict[str, Any]:
@@ -345,7 +276,8 @@ class PairLoader:
     """Batches of weighted pairs.
 
     Pairs of weight 0 are never visited. The others are visited with probability p and weighted by 1 / (N p), N being
-    all pairs of the pool, so that the mean over visits estimates the mean over the pool without bias.
+    all pairs of the pool, so that the mean over visits estimates the mean over the pool without bias. With groups a visit is of a group,
+    and its pairs have their group's probability.
 
     Args:
         reader: the pair dataset.
@@ -356,10 +288,12 @@ class PairLoader:
         sampling: "uniform" or "importance", see `visit_probability`.
         adaptive: the power will change: pairs that weigh nothing at the present one are visited too, see `visited_pairs`.
         merged: targets to take in place of those in the file; the visits that follow from them can change again, see `retarget`.
+        grouped: numbers (N, 2) of the dataset's images, and how many of them make a group at most, see `group_pairs`; None visits pairs.
 
     Attributes:
         rows: the dataset's rows that are visited.
-        shapes: (C, h, w) of the latents of each bucket; a single one without buckets.
+        groups: what is visited in place of single pairs, if it is.
+        shapes: (C, h, w) of the latents of each bucket, and how many images its visits have; a single one without buckets and groups.
         grid: pre-drawn timesteps and noises with the reference's errors, if there are any.
         merged: target and weight (n,) float64 of the rows as they were merged, without the visits' part in the weights.
         labelled: (n,) bool, which of the rows people labelled, None where the targets do not say.
@@ -371,7 +305,7 @@ class PairLoader:
 
     def __init__(
         self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, together: int, adaptive: bool = False,
-        merged: Targets | None = None,
+        merged: Targets | None = None, grouped: tuple[np.ndarray, int] | None = None,
     ) -> None:  # fmt: skip
         path = targets_path(reader.folder, targets)
         merged = read_targets(reader.folder, targets) if merged is None else merged
@@ -380,6 +314,8 @@ class PairLoader:
             raise UserError(f"{path}: its pairs are not the dataset's; run `dedpo merge` again")
         self.source, self.seed, self.sampling, self.together, self.path = source, seed, sampling, together, path
         self.grid: ReferenceGrid | None = None
+        self.grouped = grouped
+        self.groups: Groups | None = None
         self.retarget(merged, adaptive=adaptive)
 
     def retarget(self, merged: Targets, *, adaptive: bool = False) -> None:
@@ -392,8 +328,12 @@ class PairLoader:
         self.parts, self.power = loss_parts(merged, path, self.rows) if adaptive else (None, math.nan)
         target, weight, pool = merged.target[self.rows], merged.weight[self.rows], len(merged.weight)
         planned = (target, weight) if self.parts is None else _planned(self.parts, max(self.power, LEAST_POWER))
-        self.visits: Order = self._order(visit_probability(*planned, self.sampling))
-        visit = 1 / (pool * self.visits.probability)
+        if self.grouped is not None:
+            images, most = self.grouped
+            self.groups = group_pairs(self.rows, images[self.rows], self.source.shapes(self.rows), most)
+        self.visits: Order = self._order(self._probability(*planned))
+        probability = self.visits.probability if self.groups is None else self.visits.probability[self.groups.group_of]
+        visit = 1 / (pool * probability)
         self.target = torch.tensor(target, dtype=torch.float32)
         self.weight = torch.tensor(weight * visit, dtype=torch.float32)
         self.merged = torch.tensor(target), torch.tensor(weight)
@@ -404,21 +344,39 @@ class PairLoader:
         if idle:
             say(f"{idle} of {pool} pairs carry no weight in {path.stem!r} and are not visited")
 
+    def _probability(self, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Of a visit to each pair, or to each group."""
+        if self.groups is None:
+            return visit_probability(target, weight, self.sampling)
+        size = np.ones(len(self.groups)) if self.sampling == "uniform" else group_sizes(self.groups, gradient_size(target, weight))
+        return size / size.sum()
+
     def _order(self, probability: np.ndarray) -> Order:
-        """In which order the visited pairs come: those of one shape together, if there are several shapes."""
-        alike = _alike(self.source.shapes(self.rows))
-        self.shapes = [shape for shape, _ in alike]
-        if len(alike) == 1:
+        """In which order the visited pairs or groups come: those of one shape and number of images together, if there are several."""
+        rows = self.rows if self.groups is None else self.groups.rows
+        images = np.full(len(rows), 2) if self.groups is None else self.groups.sizes
+        kinds = alike(np.column_stack([self.source.shapes(rows), images]))
+        self.shapes = [((c, h, w), k) for (c, h, w, k), _ in kinds]
+        self.pairs = [1 if self.groups is None else int(self.groups.counts[some].max()) for _, some in kinds]
+        if len(kinds) == 1:
             return PairSampler(self.seed, probability)
-        share = np.array([probability[some].sum() for _, some in alike])
-        say("pairs by height x width of their latents: " + ", ".join(f"{len(some)} of {shape[1]} x {shape[2]}" for shape, some in alike))
-        places = [some for _, some in alike]
+        share = np.array([probability[some].sum() for _, some in kinds])
+        told = [f"{len(some)} of {shape[1]} x {shape[2]}" + (f" ({shape[3]} images)" if self.groups else "") for shape, some in kinds]
+        say(("pairs" if self.groups is None else "groups") + " by height x width of their latents: " + ", ".join(told))
+        places = [some for _, some in kinds]
         orders = [PairSampler(self.seed, probability[some] / probability[some].sum()) for some in places]
         return BucketedPairSampler(self.seed, places, orders, share / share.sum(), self.together)
 
+    def _bucket(self, step: int) -> int:
+        return self.visits.bucket(step) if isinstance(self.visits, BucketedPairSampler) else 0
+
     def shape(self, step: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a step's pairs."""
-        return self.shapes[self.visits.bucket(step) if isinstance(self.visits, BucketedPairSampler) else 0]
+        return self.shapes[self._bucket(step)][0]
+
+    def images(self, step: int) -> int:
+        """How many images each visit of a step has: 2, or those of its groups."""
+        return self.shapes[self._bucket(step)][1]
 
     def load(self, first_visit: int, draws: Draws) -> Loaded:
         """Consecutive visits that begin at `first_visit`, as many as `draws` holds, in host memory; nothing asks for the device.
@@ -427,11 +385,27 @@ class PairLoader:
         """
         visits = range(first_visit, first_visit + len(draws.timesteps))
         places, known = self.visits.rows(visits.start, visits.stop), None
-        rows, numbers = [int(self.rows[place]) for place in places], list(visits)
+        there = self.rows if self.groups is None else self.groups.rows
+        rows, numbers = [int(there[place]) for place in places], list(visits)
         if self.grid is not None:  # the view is that of the noise, whose reference errors are of that view
-            numbers = [int(step_generator(self.seed, visit, CHOICE).initial_seed()) % self.grid.draws for visit in visits]
+            numbers = self.grid.choose(rows, visits, seed=self.seed, together=self.together)
             draws, known = self.grid.at(rows, numbers)
-        return self.at(places, numbers, draws, known)
+        if self.groups is None:
+            return self.at(places, numbers, draws, known)
+        return self._load_groups(self.groups, places, numbers, draws, known, self.pairs[self._bucket(first_visit // self.together)])
+
+    def _load_groups(
+        self, groups: Groups, which: list[int], numbers: Sequence[int], draws: Draws, known: Tensor | None, pairs: int
+    ) -> Loaded:
+        """B groups, filled up to so many pairs each; a mean over all of these is a mean over the groups."""
+        found, members, there = (torch.from_numpy(part) for part in groups.padded(which, pairs))
+        places, there = found.flatten().tolist(), there.flatten()
+        target = torch.where(there, self.target[places], 0.5)
+        weight = torch.where(there, self.weight[places] * pairs, 0.0)
+        labelled = None if self.labelled is None else self.labelled[places]
+        images = np.stack([groups.images_of(group) for group in which])
+        encoded = self.source.load(groups.rows[which].tolist(), numbers, draws.drop_caption, images)
+        return Loaded(places, draws, encoded, target, weight, known, labelled, members, there)
 
     def at(self, places: list[int], numbers: Sequence[int], draws: Draws, known: Tensor | None = None) -> Loaded:
         """B visited pairs by their places, each in the view that its number picks, at these draws."""
@@ -444,14 +418,9 @@ class PairLoader:
         given = loaded.map(lambda value: value.to(model.device, non_blocking=True))
         encoded = self.source.encode(given.encoded)
         latents = model.latents(encoded.mean, encoded.std, given.draws.posterior)
-        batch = PairBatch(latents, encoded.conditioning, given.target, given.weight, given.known, given.labelled)
+        pairs = {"members": given.members, "there": given.there}
+        batch = PairBatch(latents, encoded.conditioning, given.target, given.weight, given.known, given.labelled, **pairs)
         return batch, given.draws
-
-
-def _alike(shapes: np.ndarray) -> list[tuple[tuple[int, int, int], np.ndarray]]:
-    """Every shape among (n, 3), with the places that have it."""
-    found, which = np.unique(shapes, axis=0, return_inverse=True)
-    return [((int(c), int(h), int(w)), np.flatnonzero(which.reshape(-1) == k)) for k, (c, h, w) in enumerate(found)]
 
 
 def _planned(parts: Parts, power: float) -> tuple[np.ndarray, np.ndarray]:

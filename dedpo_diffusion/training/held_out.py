@@ -39,18 +39,11 @@ def held_out_draws(seed: int, pair: int, draws: int, shape: tuple[int, int, int]
     generator = step_generator(seed, pair, STREAM)
     share = (torch.arange(draws) + torch.rand(draws, generator=generator, dtype=torch.float64)) / draws
     return Draws(
-        timesteps=quantile(timesteps, share),
+        timesteps=timesteps.quantile(share),
         noise=torch.randn(draws, *shape, generator=generator),
         posterior=torch.randn(draws, 2, *shape, generator=generator),
         drop_caption=torch.zeros(draws, dtype=torch.bool),
     )
-
-
-def quantile(timesteps: TimestepDraw, share: Tensor) -> Tensor:
-    """The timesteps (N,) int64 below which these shares (N,) in [0, 1) of the draws of training lie."""
-    if timesteps.sampling == "logit_normal":
-        share = torch.sigmoid(timesteps.location + timesteps.spread * torch.special.ndtri(share.double()))
-    return (timesteps.first + ((timesteps.last - timesteps.first) * share).long()).clamp(max=timesteps.last - 1)
 
 
 def held_out_kind(kind: str) -> str:

@@ -25,22 +25,23 @@ from dedpo_diffusion.core.console import Progress, UserError
 from dedpo_diffusion.core.files import write_json
 from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.debias import Run, best_scale, fit_power, pair_targets, pair_weights, power_cap, run_report, run_sentences, run_terms
-from dedpo_diffusion.dpo.gradient_noise import NoiseRatio, draw_moments, loss_gradient, noise_ratio
+from dedpo_diffusion.dpo.gradient_noise import NoiseRatio, draw_moments, noise_ratio
 from dedpo_diffusion.dpo.noising import TimestepDraw, draw, step_generator
 from dedpo_diffusion.labels.files import read_targets, targets_path
 from dedpo_diffusion.settings import ObjectiveSettings, TrainSettings
+from dedpo_diffusion.training.visit_gradients import visit_gradient
 from dedpo_diffusion.weights.run_folder import POWER_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed import ProcessGroup
 
+    from dedpo_diffusion.dpo.timestep_moments import TimestepMoments
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.training.data import PairLoader
 
-STREAM, DROPOUT, CHOICE = 1004, 1005, 1006  # of `step_generator`: for the draws, the adapter's dropout and the pairs that are measured
+STREAM, CHOICE = 1004, 1006  # of `step_generator`: for the draws and the pairs that are measured
 LEAST_PAIRS = 16  # with fewer, the error of the ratio is hardly known
-LOSS_SCALE = 65536.0  # where float16's begins
 REMEDY = "merge with --method tuned or dedpo, or leave objective.power at fixed"
 
 
@@ -191,7 +192,14 @@ def measured_places(settings: TrainSettings, loader: PairLoader) -> list[int]:
     return sorted(order[:wanted].tolist())
 
 
-def pair_moments(settings: TrainSettings, model: Backbone, loader: PairLoader, timesteps: TimestepDraw, place: int) -> tuple[float, float]:
+def pair_moments(
+    settings: TrainSettings,
+    model: Backbone,
+    loader: PairLoader,
+    timesteps: TimestepDraw,
+    place: int,
+    moments: TimestepMoments | None = None,
+) -> tuple[float, float]:
     """`draw_moments` of objective.power_draws visits of a pair, which depend on seed and pair alone: timestep, noise, draw of the VAE,
     view, caption.
 
@@ -200,55 +208,35 @@ def pair_moments(settings: TrainSettings, model: Backbone, loader: PairLoader, t
     visit of one pair (0.3 GB for an adapter of 40 million): gradients are summed as they come, and nothing is kept from one pair
     to the next.
     """
-    row, objective = int(loader.rows[place]), settings.objective
+    row = int(loader.rows[place])
     [shape] = loader.source.shapes(np.array([row])).tolist()
 
     def gradient(number: int) -> list[torch.Tensor]:
         drawn = draw(settings.seed, number, 1, shape, timesteps=timesteps, caption_dropout=settings.data.caption_dropout, stream=STREAM)
-        batch, draws = loader.batch(loader.at([place], [number], drawn), model)
-        one = torch.ones_like(batch.target)
-        known = model.errors(batch.latents, draws.noise[:, None], draws.timesteps, batch.conditioning)
-        batch = dataclasses.replace(batch, target=one, weight=one, reference_errors=known)
-        options = objective.step_options()
-        options |= {
-            "timesteps": draws.timesteps,
-            "noise": draws.noise,
-            "timestep_weight": timesteps.weights(model.process, draws.timesteps),
-        }
-        torch.manual_seed(step_generator(settings.seed, number, DROPOUT).initial_seed())  # of the adapter's dropout
-        return _gradient(model, batch, options, fp16=settings.mixed_precision == "fp16")
+        return visit_gradient(settings, model, loader, timesteps, place, number, drawn, moments)[1]
 
-    count = objective.power_draws
+    count = settings.objective.power_draws
     return draw_moments(gradient(number) for number in range(count * row, count * (row + 1)))
 
 
-def _gradient(model: Backbone, batch: Any, options: dict[str, Any], *, fp16: bool) -> list[torch.Tensor]:
-    """A gradient; in float16 of a loss as large as it can hold, as a scaler finds it in training."""
-    parameters, scale = list(model.trainable().values()), LOSS_SCALE if fp16 else 1.0
-    while True:
-        found = loss_gradient(model, batch, parameters, scale=scale, **options)
-        if scale <= 1 or all(bool(value.isfinite().all()) for value in found):
-            return found
-        scale /= 16
-
-
 def own_moments(
-    settings: TrainSettings, model: Backbone, loader: PairLoader, timesteps: TimestepDraw, process: int, processes: int
-) -> torch.Tensor:
+    settings: TrainSettings, model: Backbone, loader: PairLoader, timesteps: TimestepDraw, process: int, processes: int,
+    by_timestep: TimestepMoments | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`pair_moments` of every measured pair (n, 2) float64, those of the other processes' pairs left at 0."""
     places = measured_places(settings, loader)
     moments = torch.zeros(len(places), 2, dtype=torch.float64)
     mine = range(process, len(places), processes)
     with Progress("measuring gradients", len(mine)) as progress:
         for k in mine:
-            moments[k] = torch.tensor(pair_moments(settings, model, loader, timesteps, places[k]), dtype=torch.float64)
+            moments[k] = torch.tensor(pair_moments(settings, model, loader, timesteps, places[k], by_timestep), dtype=torch.float64)
             progress.advance()
     return moments
 
 
 def measure_noise(
     settings: TrainSettings, model: Backbone, loader: PairLoader, timesteps: TimestepDraw, accelerator: Accelerator,
-    hosts: ProcessGroup | None,
+    hosts: ProcessGroup | None, by_timestep: TimestepMoments | None = None,
 ) -> NoiseRatio:  # fmt: skip
     """The noise ratio of the run's visits, by objective.power_draws draws of each of objective.power_pairs pairs.
 
@@ -258,7 +246,7 @@ def measure_noise(
     Raises:
         UserError: too few pairs, or gradients that are not finite, or have nothing in common.
     """
-    moments = own_moments(settings, model, loader, timesteps, accelerator.process_index, accelerator.num_processes)
+    moments = own_moments(settings, model, loader, timesteps, accelerator.process_index, accelerator.num_processes, by_timestep)
     if hosts is not None:
         torch.distributed.all_reduce(moments, group=hosts)
     try:
@@ -351,7 +339,7 @@ def read_noise(out: Path) -> NoiseRatio | None:
 
 def measured_power(
     settings: TrainSettings, found: ScalableTargets, model: Backbone, loader: PairLoader, timesteps: TimestepDraw, accelerator: Accelerator,
-    hosts: ProcessGroup | None,
+    hosts: ProcessGroup | None, by_timestep: TimestepMoments | None = None,
 ) -> MeasuredPower:  # fmt: skip
     """The power of this run, read from its folder or measured now; the loader then has its targets.
 
@@ -363,7 +351,7 @@ def measured_power(
     # the main process reads, for the others may not see the folder
     [ratio] = broadcast_object_list([read_noise(settings.out) if accelerator.is_main_process else None])
     if ratio is None:
-        ratio = measure_noise(settings, model, loader, timesteps, accelerator, hosts)
+        ratio = measure_noise(settings, model, loader, timesteps, accelerator, hosts, by_timestep)
     made = choose_power(found, ratio, settings.optim.steps * loader.together, settings.seed)
     loader.retarget(made.targets)
     return made

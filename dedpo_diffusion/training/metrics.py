@@ -21,12 +21,12 @@ def step_metrics(results: Sequence[StepResult], batches: Sequence[PairBatch], ti
 
     Args:
         results, batches: of each micro-batch.
-        timesteps: (B,) of the whole step's pairs on this process.
+        timesteps: (B,) of the whole step's pairs, or groups, on this process.
         schedule: number of timesteps of the training schedule.
 
     Returns:
         Tensors of B rows: loss, margin, cosine, pull, target, weight (B,); policy, reference, coefficients (B, 2); bucket (B,); and
-        labelled (B,), 1 or 0, where the targets say which pairs people labelled.
+        labelled (B,), 1 or 0, where the targets say which pairs people labelled; of groups, there (B,), False for what only fills up.
     """
     device = results[0].margin.device
     joined = {name: torch.cat([getattr(result, name).detach() for result in results]) for name in ("loss", "margin", "cosine", "pull")}
@@ -38,7 +38,11 @@ def step_metrics(results: Sequence[StepResult], batches: Sequence[PairBatch], ti
     known = [batch.labelled for batch in batches if batch.labelled is not None]
     if len(known) == len(batches):
         joined["labelled"] = torch.cat(known).float()
-    joined["bucket"] = timesteps.to(device) * BUCKETS // schedule
+    there = [batch.there for batch in batches if batch.there is not None]
+    if there:
+        joined["there"] = torch.cat(there)
+    each = len(joined["margin"]) // len(timesteps)  # pairs of a group share its timestep
+    joined["bucket"] = (timesteps.to(device) * BUCKETS // schedule).repeat_interleave(each)
     return joined
 
 
@@ -59,6 +63,9 @@ def summarise(pairs: dict[str, Tensor], *, schedule: int) -> dict[str, Any]:
         over winner's), cosine of the two residuals, winner_drift and loser_drift.
     """
     pairs = {name: value.double().cpu() for name, value in pairs.items()}
+    loss = float(pairs["loss"].mean())  # the trained one: what fills groups up is part of its mean
+    if "there" in pairs:
+        pairs = {name: value[pairs["there"] > 0] for name, value in pairs.items()}
     target = pairs["target"]
     decided = target != 0.5
     winner = (target < 0.5).long()[:, None]  # the column of the preferred image
@@ -88,7 +95,7 @@ def summarise(pairs: dict[str, Tensor], *, schedule: int) -> dict[str, Any]:
     part = pairs["pull"] / pairs["pull"].sum()  # NaN where nothing pulls
     labelled = (part * pairs["labelled"]).sum() if "labelled" in pairs else torch.tensor(torch.nan)
     return {
-        "loss": float(pairs["loss"].mean()),
+        "loss": loss,
         "margin": decided_mean["margin"],
         "margin_abs_mean": _mean(pairs["margin"].abs()),
         "margin_abs_max": _number(pairs["margin"].abs().max()),

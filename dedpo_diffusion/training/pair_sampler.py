@@ -50,8 +50,19 @@ def visit_probability(target: np.ndarray, weight: np.ndarray, sampling: str) -> 
     large and rare under uniform sampling; visited more often, each with less weight, they add less noise to a step.
     Plain labels of equal weight are sampled uniformly either way.
     """
-    size = np.ones(len(target)) if sampling == "uniform" else weight * np.maximum(np.abs(target - 0.5), 0.5)
+    size = np.ones(len(target)) if sampling == "uniform" else gradient_size(target, weight)
     return size / size.sum()
+
+
+def gradient_size(target: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """How large each pair's gradient is at margin 0, at least that of a plain label: (n,)."""
+    return weight * np.maximum(np.abs(target - 0.5), 0.5)
+
+
+def alike(keys: np.ndarray) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    """Every row that occurs among (n, k) integers, with the places that have it."""
+    found, which = np.unique(keys, axis=0, return_inverse=True)
+    return [(tuple(key), np.flatnonzero(which.reshape(-1) == k)) for k, key in enumerate(found.tolist())]
 
 
 BUCKET = 7  # of the draws of buckets

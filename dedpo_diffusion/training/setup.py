@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
     from dedpo_diffusion.dpo.adaptive_power import AdaptivePower
     from dedpo_diffusion.dpo.noising import TimestepDraw
+    from dedpo_diffusion.dpo.timestep_moments import TimestepMoments
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import PairLoader, ReferenceGrid, Source
+    from dedpo_diffusion.training.data import PairLoader, Source
     from dedpo_diffusion.training.measured_power import MeasuredPower, ScalableTargets
     from dedpo_diffusion.training.optimizers import Average
+    from dedpo_diffusion.training.reference_grid import ReferenceGrid
     from dedpo_diffusion.training.validation import Validation
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with; `average`, `adaptive`, `validation` and `measured` are None where they were not asked for.
+    """What a run works with; `average`, `adaptive`, `validation`, `measured` and `moments` are None where they were not asked for.
 
     `hosts` is a group of the processes that talk without their devices, None for a single process.
     """
@@ -47,6 +49,7 @@ class Session:
     validation: Validation | None
     hosts: ProcessGroup | None
     measured: MeasuredPower | None = None
+    moments: TimestepMoments | None = None
 
 
 def set_up(settings: TrainSettings) -> Session:
@@ -58,6 +61,7 @@ def set_up(settings: TrainSettings) -> Session:
     import torch
 
     from dedpo_diffusion.training.measured_power import measured_power, open_scalable
+    from dedpo_diffusion.training.measured_timesteps import keep_measured, timestep_moments
     from dedpo_diffusion.training.optimizers import Average, build_optimizer
     from dedpo_diffusion.training.sharding import build_accelerator, hand_over
     from dedpo_diffusion.training.sharpness import sharpen
@@ -69,7 +73,8 @@ def set_up(settings: TrainSettings) -> Session:
     model, loader, identity, validation = prepare(settings, accelerator, scalable)
     timesteps, adaptive = timestep_draw(settings.objective, len(model.process)), adaptive_power(settings.objective, loader)
     hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    measured = None if scalable is None else measured_power(settings, scalable, model, loader, timesteps, accelerator, hosts)
+    moments, kept = timestep_moments(settings, model, loader, timesteps, accelerator, hosts) or (None, None)
+    measured = None if scalable is None else measured_power(settings, scalable, model, loader, timesteps, accelerator, hosts, moments)
     sharpened = sharpen(settings, loader)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
@@ -82,10 +87,12 @@ def set_up(settings: TrainSettings) -> Session:
         open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
         if measured is not None:
             measured.keep(settings.out)
+        if kept is not None:
+            keep_measured(settings.out, kept)
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
-    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, measured)
+    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, measured, moments)
     if validation is not None:
         validation.begin(session)
     return session
@@ -140,7 +147,9 @@ def prepare(
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.models.memory import slow_on_cpu, tell_cpu
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import PairLoader, open_source
+    from dedpo_diffusion.training.cache import cache_folder
+    from dedpo_diffusion.training.data import PairLoader, cache_identity, open_source
+    from dedpo_diffusion.training.groups import image_numbers
     from dedpo_diffusion.training.validation import open_validation
 
     data = settings.data
@@ -156,10 +165,15 @@ def prepare(
     validation = open_validation(settings, model, accelerator, size=size)
     if data.cache is not None:
         model.drop_encoders(keep_text=settings.lora.text_encoders)
+    grouped = None
+    if data.groups is not None and data.cache is not None:
+        with accelerator.main_process_first():
+            folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs_fingerprint, size=size))
+            grouped = image_numbers(reader, folder), data.groups
     together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
     loader = PairLoader(
         reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
-        adaptive=settings.objective.power == "adaptive", merged=None if scalable is None else scalable.at(1.0),
+        adaptive=settings.objective.power == "adaptive", merged=None if scalable is None else scalable.at(1.0), grouped=grouped,
     )  # fmt: skip
     check(settings, loader)
     if not data.buckets and accelerator.is_main_process:
@@ -233,7 +247,9 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         UserError: an option that cannot be used, or does not go with the objective.
     """
     from dedpo_diffusion.dpo.objectives import find_objective
+    from dedpo_diffusion.training.groups import check_groups
     from dedpo_diffusion.training.measured_power import check_measurable
+    from dedpo_diffusion.training.measured_timesteps import check_timesteps
     from dedpo_diffusion.training.sharpness import check_sharpness
     from dedpo_diffusion.training.validation import check_validation
 
@@ -244,6 +260,8 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         raise UserError(f"objective.kind: {error}") from error
     check_validation(settings)
     check_measurable(objective)
+    check_timesteps(settings)
+    check_groups(settings)
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap", "sharpness"):
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:
@@ -307,7 +325,7 @@ def timestep_draw(objective: ObjectiveSettings, schedule: int) -> TimestepDraw:
     try:
         return TimestepDraw(
             first, last, objective.timestep_sampling, objective.timestep_location, objective.timestep_spread,
-            objective.timestep_weighting, objective.snr_gamma,
+            objective.timestep_weighting, objective.snr_gamma, objective.timestep_strata,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"objective: {error}") from error
@@ -328,7 +346,8 @@ def open_grid(
         UserError: there is no cache to keep them in.
     """
     from dedpo_diffusion.training.cache import cache_folder
-    from dedpo_diffusion.training.data import ReferenceGrid, cache_identity
+    from dedpo_diffusion.training.data import cache_identity
+    from dedpo_diffusion.training.reference_grid import ReferenceGrid
 
     data = settings.data
     if data.cache is None:
@@ -337,7 +356,7 @@ def open_grid(
     return ReferenceGrid(
         folder, source, model, loader.rows, pairs=len(reader), draws=data.reference_draws or 0,
         timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
-        batch=settings.optim.batch, kernels=[settings.attention, settings.compile],
+        batch=settings.optim.batch, kernels=[settings.attention, settings.compile], groups=loader.groups,
     )  # fmt: skip
 
 

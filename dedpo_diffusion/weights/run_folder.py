@@ -16,6 +16,7 @@ from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import is_leftover, remove_folder, remove_leftovers, write_text, writing
 from dedpo_diffusion.weights.checkpoints import check_checkpoint
 
+TIMESTEPS_FILE = "timesteps.json"  # the gradients' second moments by timestep, see `training.measured_timesteps`
 POWER_FILE = "power.json"  # of a run that measured its power
 
 

@@ -22,7 +22,8 @@ def launch(processes: int, job: Path) -> list[str]:
 
 
 def write_job(folder: Path, runs: list[dict], *, visits: bool = False) -> Path:
-    """A job: runs with "arguments" and, if need be, "env"; `visits` writes each process's to FOLDER/visits-RANK.json."""
+    """A job: runs with "arguments" and, if need be, "env"; `visits` writes each process's to FOLDER/visits-RANK.json:
+    visit, place and timestep."""
     job = folder / "job.json"
     job.write_text(json.dumps({"runs": runs, "visits": str(folder) if visits else None}))
     return job
@@ -42,12 +43,14 @@ def main() -> int:
     from dedpo_diffusion.training.data import PairLoader
 
     PartialState.destroy_process_group = lambda self, group=None: None  # the next run goes on with it
-    seen: list[list[tuple[int, int]]] = []
+    seen: list[list[tuple[int, int, int]]] = []
     load = PairLoader.load
 
     def noting(self, first_visit, draws):
         loaded = load(self, first_visit, draws)
-        seen[-1] += zip(range(first_visit, first_visit + len(draws.timesteps)), loaded.places, strict=True)
+        timesteps = loaded.draws.timesteps.tolist()
+        places = loaded.places[:: len(loaded.places) // len(timesteps)]  # of a group, its first pair's
+        seen[-1] += zip(range(first_visit, first_visit + len(timesteps)), places, timesteps, strict=True)
         return loaded
 
     PairLoader.load = noting

@@ -13,7 +13,7 @@ from dedpo_diffusion.dpo.losses import preference_loss
 from dedpo_diffusion.dpo.noising import TimestepDraw
 from dedpo_diffusion.dpo.objectives import OBJECTIVES
 from dedpo_diffusion.training.health import FEW, held_out_symptom
-from dedpo_diffusion.training.held_out import held_out_draws, held_out_kind, pair_losses, quantile, summarise_held_out, summarise_scores
+from dedpo_diffusion.training.held_out import held_out_draws, held_out_kind, pair_losses, summarise_held_out, summarise_scores
 from dedpo_diffusion.weights.run_folder import best_line
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
@@ -46,7 +46,7 @@ def test_every_stratum_of_the_timesteps_is_drawn_and_draws_depend_on_seed_and_pa
 def test_draws_have_the_distribution_of_training(sampling):
     """All strata of many pairs together against draws of training: quantiles agree to the noise of the latter, 4 of its deviations."""
     how = TimestepDraw(50, 650, sampling, -0.5, 0.7)
-    mine = quantile(how, (torch.arange(20000) + 0.5) / 20000).double()
+    mine = how.quantile((torch.arange(20000) + 0.5) / 20000).double()
     drawn = how.draw(20000, torch.Generator().manual_seed(0)).double()
     for share in (0.1, 0.5, 0.9):
         assert abs((drawn < mine.quantile(share)).double().mean() - share) < 4 * math.sqrt(share * (1 - share) / 20000) + 2e-3

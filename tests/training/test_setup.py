@@ -189,7 +189,7 @@ def test_the_balance_of_the_settings_is_the_balance_of_the_step(tiny_model, merg
     line = first_of_one_pair(tiny_model, merged_pairs, tmp_path, **changes)
     ratio = line["buckets"][0]["error_ratio"]
     winner = 2 * line["reference_error"] / (1 + ratio**2)
-    timestep = draw(0, 0, 1, (4, 8, 8), timesteps=TimestepDraw(0, 1000), caption_dropout=0.0).timesteps
+    timestep = draw(0, 0, 1, (4, 8, 8), timesteps=TimestepDraw(0, 1000, strata=True), caption_dropout=0.0).timesteps
     scale = probability_scale(Backbone(str(tiny_model), device=torch.device("cpu")).process.alphas_cumprod, timestep, 256, tempering=1.0)
     u = {"output": np.log(ratio), "relative": 0.0, "probability": 0.5 * scale.item() * winner * (ratio**2 - 1)}[mode]
     assert mode == "relative" or abs(u) > 0.0005
@@ -218,7 +218,7 @@ def test_timesteps_and_their_weights_are_those_of_the_settings(tiny_model, merge
     changed = {f"objective__timestep_{name}": value for name, value in changes.items()}
     changed |= {"objective__timesteps": "[50, 600]", "objective__snr_gamma": 0.8, "data__targets": "plain", "optim__steps": 1}
     assert train.main(options(tiny_model, merged_pairs, tmp_path / "run", **changed)) == 0
-    how = TimestepDraw(50, 600, **changes, gamma=0.8)
+    how = TimestepDraw(50, 600, **changes, gamma=0.8, strata=True)
     timesteps = draw(0, 0, 4, (4, 8, 8), timesteps=how, caption_dropout=0.0).timesteps
     weights = how.weights(Backbone(str(tiny_model), device=torch.device("cpu")).process, timesteps)
     [line] = metrics(tmp_path / "run")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from dedpo_diffusion.models.loading import load_pipeline
 from dedpo_diffusion.models.sharded_tensors import own_part, reshard, whole
 from dedpo_diffusion.pipelines import export, train
+from dedpo_diffusion.training.data import PairLoader
 from dedpo_diffusion.weights.run_folder import checkpoints
 from support.pictures import write_pairs
 from support.processes import FSDP, launch, together, write_job
@@ -39,8 +40,8 @@ def stored(run, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [("cached", "fsdp"), ("lora", "full")])
-def test_two_processes_take_the_steps_of_one_and_visit_no_pair_twice(folders, tiny_model, pairs, tmp_path, names):
-    """One by four pairs against two by two, in sums of another order: losses, parameters, moments; FSDP2 among them."""
+def test_two_processes_take_the_steps_of_one_and_visit_no_pair_twice(folders, tiny_model, pairs, tmp_path, names, monkeypatch):
+    """One by four pairs against two by two, in sums of another order: losses, parameters, moments; FSDP2 among them. Timesteps alike."""
     cached = {"data__cache": tmp_path / "cache", "data__reference_draws": 3, "data__flip": "true", "data__views": 2}
     known = {
         "lora": (folders["sd15"], SMALL, {}),
@@ -48,8 +49,17 @@ def test_two_processes_take_the_steps_of_one_and_visit_no_pair_twice(folders, ti
         "full": (folders["sd15"], FULL, {}),
         "fsdp": (tiny_model, FULL | {"optim__average": 0.9}, FSDP),
     }
-    runs = {name: known[name] for name in names}
+    runs, alone = {name: known[name] for name in names}, []
+    load = PairLoader.load
+
+    def noting(self, first_visit, draws):
+        loaded = load(self, first_visit, draws)
+        alone[-1] += zip(range(first_visit, first_visit + 4), loaded.places, loaded.draws.timesteps.tolist(), strict=True)
+        return loaded
+
+    monkeypatch.setattr(PairLoader, "load", noting)
     for name, (model, changes, _) in runs.items():
+        alone.append([])
         assert train.main(arguments(model, pairs, tmp_path / f"{name}-1", **changes)) == 0
     jobs = [
         {"arguments": arguments(model, pairs, tmp_path / f"{name}-2", **changes | {"optim__batch": 2}), "env": env}
@@ -73,8 +83,12 @@ def test_two_processes_take_the_steps_of_one_and_visit_no_pair_twice(folders, ti
                 key: (value.shape, value.dtype) for key, value in other.items()
             }
     ranks = [json.loads((tmp_path / f"visits-{rank}.json").read_text()) for rank in (0, 1)]
-    for visited in zip(*ranks, strict=True):  # 3 steps of 4 pairs: one pass over the 8 pairs, and a half
-        visits = sorted((visit, place) for rank in visited for visit, place in rank)
+    for visited, expected, name in zip(zip(*ranks, strict=True), alone, names, strict=True):
+        seen = sorted(tuple(one) for rank in visited for one in rank)  # 3 steps of 4 pairs: one pass over the 8 pairs, and a half
+        assert seen == expected
+        for step in () if name == "cached" else range(3):  # one timestep from each quarter; of three stored draws not quite
+            assert sorted(t // 250 for _, _, t in seen[4 * step : 4 * step + 4]) == [0, 1, 2, 3]
+        visits = [(visit, place) for visit, place, _ in seen]
         assert [visit for visit, _ in visits] == list(range(12))
         assert sorted(place for _, place in visits[:8]) == list(range(8))
         assert len({place for _, place in visits[8:]}) == 4

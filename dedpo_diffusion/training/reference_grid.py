@@ -1,0 +1,148 @@
+"""Draws that are fixed beforehand for every pair, and the reference's errors at them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dedpo_diffusion.core.console import Progress, UserError
+from dedpo_diffusion.core.files import atomic_file, remove_leftovers
+from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, step_generator
+from dedpo_diffusion.training.groups import Groups
+from dedpo_diffusion.training.pair_sampler import alike
+
+if TYPE_CHECKING:
+    from dedpo_diffusion.models.backbone import Backbone
+    from dedpo_diffusion.training.data import Source
+
+CHOICE = 1001  # stream of `step_generator` for which of a pair's pre-drawn noises a visit gets
+GRID = 1002  # for the pre-drawn noises
+GRID_TIMESTEPS = 1007  # for the pre-drawn timesteps of a pair, where they are drawn in strata
+
+
+class ReferenceGrid:
+    """A fixed set of draws for every pair, with the reference's errors at them, kept beside the cache and shared by all runs on it
+    that compute alike.
+
+    With timesteps in strata each of a pair's K draws has its timestep in another K-th of their distribution, in an order of the pair's
+    own, and the visits of a step take draws from each K-th as evenly as they can. With groups a group has the place of its first pair.
+
+    Args:
+        folder: of the cache; the grid gets a folder of its own there, by what it depends on.
+        source: encoded pairs.
+        model: the model, whose reference is its base.
+        pairs: pairs of the dataset.
+        rows: those that will be visited; only their shards are computed, with progress, and only once.
+        draws: K, draws of each pair.
+        timesteps: how they are drawn.
+        caption_dropout: share of draws with the empty prompt.
+        batch: draws predicted at once: the pairs of a forward pass of the run, so that both round alike.
+        kernels: what else the errors' rounding depends on.
+        groups: the groups that are visited instead of the pairs at `rows`.
+    """
+
+    SHARD = 64
+
+    def __init__(
+        self, folder: Path, source: Source, model: Backbone, rows: np.ndarray, *, pairs: int, draws: int,
+        timesteps: TimestepDraw, caption_dropout: float, batch: int = 8, kernels: Sequence[object] = (), groups: Groups | None = None,
+    ) -> None:  # fmt: skip
+        if draws < 1:
+            raise UserError(f"data.reference_draws is {draws}; it must be at least 1")
+        drawn = {name: getattr(timesteps, name) for name in ("first", "last", "sampling", "location", "spread")}
+        drawn |= {"strata": True} if timesteps.strata else {}
+        precision = [str(model.dtype), str(next(model.unet.parameters()).dtype)]
+        rounding = [batch, model.device.type, *kernels]
+        parts = [model.reference_fingerprint(), precision, drawn, draws, caption_dropout, rounding]
+        key = json.dumps(parts if groups is None else [*parts, groups.digest()], sort_keys=True)
+        rows = rows if groups is None else groups.rows
+        self.groups, self._group = groups, {} if groups is None else {int(row): k for k, row in enumerate(rows)}
+        self.draws, self.timesteps, self.source, self.caption_dropout, self.batch = draws, timesteps, source, caption_dropout, batch
+        self.folder = folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        self.folder.mkdir(exist_ok=True)
+        remove_leftovers(self.folder)
+        shards = np.unique(rows // self.SHARD)
+        missing = [shard for shard in shards if not self._file(shard).is_file()]
+        most = 2 if groups is None else int(groups.sizes.max(initial=2))
+        self.errors = torch.full((pairs, draws, most), torch.nan)
+        if missing:
+            with Progress("reference errors", len(missing) * self.SHARD) as progress:
+                for shard in missing:
+                    errors = self._shard(self._part(shard), model)
+                    with atomic_file(self._file(shard)) as temporary:
+                        save_file({"errors": errors}, temporary)
+                    progress.advance(self.SHARD)
+        for shard in shards:
+            self.errors[self._part(shard)] = load_file(self._file(shard))["errors"]
+
+    def _part(self, shard: int) -> slice:
+        return slice(int(shard) * self.SHARD, min((int(shard) + 1) * self.SHARD, len(self.errors)))
+
+    def _shard(self, part: slice, model: Backbone) -> Tensor:
+        """The errors at all draws of a shard's pairs, (64, K, images) or fewer; NaN where nothing is visited."""
+        errors = torch.full_like(self.errors[part], torch.nan)
+        there = np.array([row for row in range(part.start, part.stop) if self.groups is None or row in self._group])
+        keys = np.column_stack([self.source.shapes(there), [len(self.images(int(row))) for row in there]])
+        for (*_, images), some in alike(keys):
+            found = self._errors([(int(there[place]), number) for place in some for number in range(self.draws)], model)
+            errors[there[some] - part.start, :, :images] = found.view(len(some), self.draws, images)
+        return errors
+
+    def images(self, row: int) -> np.ndarray:
+        """Where the images of a visit of this row are, (K, 2) rows and sides: those of its pair, or of the group that it stands for."""
+        return np.array([(row, 0), (row, 1)]) if self.groups is None else self.groups.images_of(self._group[row])
+
+    def _file(self, shard: int) -> Path:
+        return self.folder / f"shard-{int(shard):05d}.safetensors"
+
+    def _draw(self, row: int, number: int) -> Draws:
+        shape = self.source.shapes(np.array([row]))[0].tolist()
+        drawn = draw(
+            row, number, 1, shape, timesteps=self.timesteps, caption_dropout=self.caption_dropout, stream=GRID, images=len(self.images(row))
+        )
+        return replace(drawn, timesteps=self._strata(row)[number : number + 1]) if self.timesteps.strata else drawn
+
+    def _strata(self, row: int) -> Tensor:
+        """The timesteps (K,) of a pair's draws, one in each K-th of their distribution."""
+        return self.timesteps.draw(self.draws, step_generator(row, 0, GRID_TIMESTEPS))
+
+    def choose(self, rows: Sequence[int], visits: Sequence[int], *, seed: int, together: int) -> list[int]:
+        """Which draw each visit of a pair takes, each of the K equally often on average; `together` visits make a step."""
+        if not self.timesteps.strata:
+            return [int(step_generator(seed, visit, CHOICE).initial_seed()) % self.draws for visit in visits]
+        steps = {visit // together for visit in visits}
+        shares = {step: self.timesteps.shares(together, step_generator(seed, step, CHOICE)) for step in steps}
+        parts = [int(self.draws * shares[visit // together][visit % together]) for visit in visits]
+        # the draw that lies in a part, whose number differs from pair to pair: so no view of the pairs goes with some timesteps
+        return [int(self._strata(row).argsort(stable=True)[part]) for row, part in zip(rows, parts, strict=True)]
+
+    def _errors(self, wanted: Sequence[tuple[int, int]], model: Backbone) -> Tensor:
+        """The reference's errors (N, images) at N draws, (pair, its number), of one shape.
+
+        `batch` are predicted at a time, so that they round as in a step of the run.
+        """
+        found = []
+        for first in range(0, len(wanted), self.batch):
+            part = wanted[first : first + self.batch]
+            rows, numbers = zip(*(*part, *[part[-1]] * (self.batch - len(part))), strict=True)
+            draws = Draws.join([self._draw(row, number) for row, number in zip(rows, numbers, strict=True)])
+            encoded = self.source.fetch(rows, numbers, draws.drop_caption, np.stack([self.images(row) for row in rows]))
+            draws, given = draws.to(model.device), encoded.conditioning.to(model.device)
+            latents = model.latents(encoded.mean.to(model.device), encoded.std.to(model.device), draws.posterior)
+            errors = model.errors(latents, draws.noise[:, None], draws.timesteps, given, reference=True)
+            found.append(errors[: len(part)].cpu())
+        return torch.cat(found)
+
+    def at(self, rows: Sequence[int], numbers: Sequence[int]) -> tuple[Draws, Tensor]:
+        """The draws with these numbers of these pairs, and the reference's errors (B, images) at them."""
+        draws = Draws.join([self._draw(row, number) for row, number in zip(rows, numbers, strict=True)])
+        return draws, self.errors[list(rows), list(numbers), : draws.posterior.shape[1]]
