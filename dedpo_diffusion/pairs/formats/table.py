@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.texts import shown
 from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, ImageSource, counted, image_source, number, text
 from dedpo_diffusion.pairs.formats.sources import Source
 from dedpo_diffusion.settings import IngestSettings
@@ -316,7 +317,7 @@ def _label(layout: Layout, values: list[Any], where: str) -> float | None:
     label, other = (number(value, f"{where}: {name}") for name, value in zip(names, values, strict=True))
     if label is not None and not 0 <= label <= 1:
         raise UserError(
-            f"{where}: {names[0]} is {values[0]!r}, and must be in [0, 1] (1: the first image is preferred); mend it, or if it names "
+            f"{where}: {names[0]} is {shown(values[0])}, and must be in [0, 1] (1: the first image is preferred); mend it, or if it names "
             f'an image, say so with --columns \'{{"winner": "{names[0]}"}}\''
         )
     if names[1] is not None and (
@@ -341,7 +342,7 @@ def _votes(layout: Layout, values: list[Any], where: str) -> tuple[Answer, ...]:
 def _count(value: Any, where: str) -> int | None:
     found = number(value, where)
     if found is not None and (found < 0 or not found.is_integer()):
-        raise UserError(f"{where} is {value!r}, and must count people: 0, 1, 2, ...; mend it")
+        raise UserError(f"{where} is {shown(value)}, and must count people: 0, 1, 2, ...; mend it")
     return None if found is None else int(found)
 
 
@@ -359,7 +360,7 @@ def _winner(layout: Layout, value: Any, row: Mapping[str, Any], where: str) -> f
         return found[0]
     first, second, ties = (" or ".join(dict.fromkeys(legal[label])) for label in (1.0, 0.0, 0.5))
     raise UserError(
-        f"{where}: {layout.answers[0]} is {said!r}, and must be {first} (the first image), {second} (the second), {ties} (a tie), or "
+        f"{where}: {layout.answers[0]} is {shown(said)}, and must be {first} (the first image), {second} (the second), {ties} (a tie), or "
         "empty (nobody judged); mend it, or if it is the probability that the first is preferred, say so with "
         f'--columns \'{{"label_0": "{layout.answers[0]}"}}\''
     )

@@ -14,6 +14,7 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pairs.formats.sources.base import Located, Row, Source, fingerprint
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+LONGEST_FIELD = 1 << 30  # characters of a CSV's value, which may be a whole picture; Python's own limit is 131072
 NOT_UTF8 = "is not UTF-8 text; save it again as UTF-8"
 
 
@@ -128,6 +129,7 @@ class CsvSource(Source):
         """Number of its first line, and values, of every record, the header's included."""
         try:
             with open(self.file, encoding="utf-8-sig", newline="") as text:
+                csv.field_size_limit(LONGEST_FIELD)
                 reader = csv.reader(text, delimiter=self.delimiter, strict=True)
                 while True:
                     line = reader.line_num + 1
