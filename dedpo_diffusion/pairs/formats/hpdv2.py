@@ -31,6 +31,8 @@ from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
 NEEDS = "prompt and file_path with human_preference, or prompt and image_path with rank"
+OWN = (("human_preference",), ("raw_annotations",))
+READ = ()
 SPLITS = ("train", "test")
 PATHS = ("file_path", "image_path")
 ONE_PERSON = ("rank", "annotation")  # names of a person's ranking

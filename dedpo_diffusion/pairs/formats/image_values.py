@@ -34,7 +34,7 @@ LONGEST_PATH = 4096  # bytes, of any system
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64,}={0,2}\s*")
 HEADS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # of PNG, JPEG, GIF and TIFF files
 DRIVE = re.compile(r"/?[A-Za-z]:[\\/]|\\\\")  # C:\, /C:/ of a file URL, \\server\share
-PRINTED = re.compile(r"<[\w.]*(Image|ImageFile|array|Tensor)\b.* at 0x[0-9A-Fa-f]+>|array\(|tensor\(|\[\[\[")  # what Python shows of a picture
+PRINTED = re.compile(r"<[\w.]*(Image|ImageFile)\b.* at 0x[0-9A-Fa-f]+>|array\(|tensor\(|\[\[\[")  # what Python shows of a picture
 STRUCT = {"bytes", "path"}  # the fields of an image of `datasets`
 MEND = "mend it"
 
@@ -73,7 +73,7 @@ def image_source(value: Any, folder: Path | None, where: str) -> ImageSource:
 
 def _bytes(value: bytes, folder: Path | None, where: str) -> ImageSource:
     """Bytes are a file's own, unless they are the text of a data URI or base64."""
-    if value[:5] == b"data:" or (value[:1].isalnum() and _of_base64(value[:200].decode("latin-1")) is not None):
+    if value[:5] == b"data:" or ((value[:1].isalnum() or value[:1] == b"/") and _of_base64(value[:200].decode("latin-1")) is not None):
         return _text(value.decode("latin-1"), folder, where)
     return value
 

@@ -147,7 +147,7 @@ def _read_file(path: Path | None, where: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{where} cannot be read ({error.strerror}); give --images the folder that paths begin from, mend the row, or leave its pair out"
+            f"{where} cannot be read ({error.strerror}); give --images the folder of the images, mend the row, or leave its pair out"
         ) from error
 
 
