@@ -207,7 +207,7 @@ def _admitted(option: Option, found: Any) -> Any:
         Misfit: it is.
     """
     if option.path[-1] == "seed" and isinstance(found, int) and not 0 <= found <= LARGEST_SEED:
-        random = "; there is no random seed, so that a run can be made again: give a number of your own" if found < 0 else ""
+        random = " (-1 is no random seed here: a run can be made again)" if found < 0 else ""
         raise Misfit(f"{shown(found)} does not fit; it takes a whole number from 0 to {LARGEST_SEED}{random}")
     return found
 

@@ -79,7 +79,8 @@ def set_up(settings: TrainSettings) -> Session:
         identity["pairs_of_a_step"] = str(loader.together)
         if sharpened is not settings:
             identity["beta"] = repr(sharpened.objective.beta)  # what it is trained with; the settings keep what was given
-        open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
+        grows = {"optim.steps": never_longer(settings)}
+        open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"), grows=grows)
         if measured is not None:
             measured.keep(settings.out)
     accelerator.wait_for_everyone()
@@ -89,6 +90,18 @@ def set_up(settings: TrainSettings) -> Session:
     if validation is not None:
         validation.begin(session)
     return session
+
+
+def never_longer(settings: TrainSettings) -> str | None:
+    """Why a run with these settings cannot go on beyond its last step; None where it can."""
+    if settings.optim.schedule != "constant":
+        return (
+            f"the {settings.optim.schedule} schedule spreads its learning rates over all steps, so that a longer run has others from its "
+            "first step on (with optim.schedule constant a run can go on; lora.start begins a new one with a trained LoRA)"
+        )
+    if settings.objective.power == "measured":
+        return "objective.power=measured chose the targets for that many steps"
+    return None
 
 
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
