@@ -12,7 +12,8 @@ class IngestSettings:
     """Read a preference format into a pair dataset.
 
     Args:
-        format: the source's format, or auto to recognise it.
+        format: auto to recognise it, or its name: table, ranked, imagefolder, folders, datasets, pickapic, hpdv2, hpdv3, imagereward,
+            open_image_preferences, rapidata.
         source: a file or folder of that format, or a hub id (OWNER/NAME) to stream.
         out: the pair dataset to write; must not exist yet.
         images: folder that image paths in the source are relative to; None takes the folder of the file that names them.

@@ -40,7 +40,7 @@ def damaged_pairs(tiny_pairs, tmp_path_factory) -> Path:
 
 FAILURES = {
     "seed": ({"seed": -1}, "--seed: -1 does not fit"),
-    "balance": ({"objective.kind": "hinge", "objective.balance": "outputs"}, "objective.balance"),
+    "balance": ({"objective.kind": "kto", "objective.balance": "output"}, "objective.balance is derived for"),
     "range of timesteps": ({"objective.timesteps": "[0, 5000]"}, "the model's schedule ends at"),
     "rank": ({"lora.rank": 0}, "lora.rank is 0"),
     "targets of the LoRA": ({"lora.targets": '["nonsense"]'}, "nonsense"),

@@ -125,7 +125,7 @@ def test_steps_may_be_raised_and_are_then_noted(tmp_path):
     open_run(tmp_path, Run(optim=Optim(8, 2)), {"model": "x"}, free=("optim.batch",), grows={"optim.steps": None})
     assert held(tmp_path)["optim"] == {"steps": 8, "batch": 1}  # the rest is as the run began
     open_run(tmp_path, Run(optim=Optim(8)), {"model": "x"})
-    with pytest.raises(UserError, match="optim.steps is 8 there, 4 now"):
+    with pytest.raises(UserError, match=r"optim.steps is 8 there, 4 now"):
         open_run(tmp_path, Run(), {"model": "x"}, grows={"optim.steps": None})
 
 

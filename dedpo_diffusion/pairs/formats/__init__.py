@@ -28,11 +28,12 @@ from typing import Any
 from dedpo_diffusion.core import plugins
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pairs.formats.sources import Source, open_source
-from dedpo_diffusion.pairs.formats.table import answer_columns
+from dedpo_diffusion.pairs.formats.table import answer_columns, has_two_images
 from dedpo_diffusion.settings import IngestSettings
 
 PUBLISHED = ("pickapic", "hpdv2", "hpdv3", "imagereward", "open_image_preferences", "rapidata")
-FORMATS = {name: f"{__name__}.{name}" for name in (*PUBLISHED, "table", "imagefolder")} | {"datasets": f"{__name__}.saved_datasets"}
+OWN_FORMATS = {name: f"{__name__}.{name}" for name in ("table", "ranked", "imagefolder", "folders")}
+FORMATS = {name: f"{__name__}.{name}" for name in PUBLISHED} | OWN_FORMATS | {"datasets": f"{__name__}.saved_datasets"}
 AUTO = "auto"
 
 
@@ -71,7 +72,7 @@ def choose(settings: IngestSettings) -> Chosen:
         UserError: unknown format, a source that cannot be opened, or one that is not of the format.
     """
     name = settings.format
-    own = [format for format in (*FORMATS, AUTO) if format not in PUBLISHED]  # all others have columns of their own
+    own = ["table", "imagefolder", "datasets", AUTO]  # all others have columns of their own, or none
     foreign = set() if name in own else set(settings.columns) - set(getattr(load(name), "OPTIONS", ()))
     if foreign:
         raise UserError(f"--columns is for your own tables, and {name} has columns of its own; leave it out, or give the format table")
@@ -99,14 +100,16 @@ def recognise(source: str, settings: IngestSettings) -> Chosen:
 
 def _by_own_ways(source: str, settings: IngestSettings) -> dict[str, Chosen]:
     """The formats that find rows in a source which cannot be opened otherwise."""
-    found = {}
-    for name in () if settings.columns else PUBLISHED:
+    found: dict[str, Chosen] = {}
+    for name in () if settings.columns else (*PUBLISHED, "folders"):
         module = load(name)
         if hasattr(module, "open"):
             try:
                 opened = module.open(source, settings)
             except UserError:
                 continue  # the general message stands
+            if hasattr(module, "bind"):
+                return found or {name: _bound(name, opened, settings)}
             if not unread(module, opened.columns) and (why := module.recognise(opened.columns, opened.first())):
                 found[name] = Chosen(name, _why(why, opened), module, opened)
     return found
@@ -138,6 +141,8 @@ def recognise_rows(source: Source, settings: IngestSettings) -> Chosen:
         own = hasattr(chosen.module, "open") and source.kind == "parquet"  # that format may group rows
         return _bound(chosen.name, chosen.module.open(source.path, settings), settings) if own else chosen
     name = "imagefolder" if source.kind == "imagefolder" else "table"
+    if not settings.columns and not has_two_images(source.columns) and load("ranked").recognise(source.columns, row):
+        return _bound("ranked", load("ranked").gather(source), settings)
     try:
         chosen = _bound(name, source, settings)
         unsure = [name for name in fits if not unread(load(name), source.columns)]  # their columns, and none of their own

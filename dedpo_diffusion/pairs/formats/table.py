@@ -191,6 +191,12 @@ def answer_columns(columns: Collection[str]) -> list[str]:
     return [plain for name in columns if (plain := _plain(name, columns).lower()) in known]
 
 
+def has_two_images(columns: Collection[str]) -> bool:
+    """Whether a table's columns name the two images of a pair."""
+    names = {_plain(name, columns).lower() for name in columns}
+    return any(set(pair) <= names for pair in IMAGES)
+
+
 def _check_given(given: Mapping[str, str], columns: tuple[str, ...]) -> None:
     for ours, theirs in given.items():
         if ours not in MAPPED:
