@@ -175,8 +175,10 @@ def prepare(
         adaptive=settings.objective.power == "adaptive", merged=None if scalable is None else scalable.at(1.0),
     )  # fmt: skip
     check(settings, loader)
-    if not data.buckets and accelerator.is_main_process:
-        say_cropped(source, loader.rows)
+    if accelerator.is_main_process:
+        say_cut(model, settings.model, reader, loader.rows)
+        if not data.buckets:
+            say_cropped(source, loader.rows)
     if validation is not None and validation.held_out is not None:
         validation.held_out.keep_apart(loader, reader, pairs_fingerprint, accelerator)
     if settings.attention == "xformers":
@@ -200,6 +202,17 @@ def prepare(
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
     return model, loader, identity | ({} if validation is None else validation.identity()), validation
+
+
+def say_cut(model: Backbone, name: str, reader: PairReader, rows: np.ndarray) -> None:
+    """Say how many prompts of the visited pairs have more tokens than the model reads, with the longest."""
+    from dedpo_diffusion.models.prompt_tokens import counter_of
+
+    counter, prompts = counter_of(model.text.tokenizers, name), reader.prompts()
+    visited = [prompts[row] for row in rows]
+    words = counter.cut(visited, counter.lengths(visited), lambda place: reader.location(int(rows[place])))
+    if words is not None:
+        say(words)
 
 
 def say_cropped(source: Source, rows: np.ndarray) -> None:
