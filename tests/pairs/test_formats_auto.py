@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dedpo_diffusion.core.console import UserError
@@ -118,3 +120,11 @@ def test_prompts_that_no_file_can_hold_name_their_row(tmp_path, capsys, prompt, 
     assert ingest(["table", str(tmp_path / name), "--out", str(tmp_path / "P")]) == 2
     said = capsys.readouterr().err
     assert ("line 1" if name == "t.jsonl" else "row 0") in said and words in said
+
+
+def test_a_text_in_parquet_that_is_no_utf8_names_its_row_and_column(tmp_path, capsys):
+    raw = pa.array([b"a fox", b"caf\xe9"], pa.binary()).view(pa.string())  # as some writers leave it
+    table = pa.table({"prompt": raw, "image_0": [picture(0)] * 2, "image_1": [picture(1)] * 2})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert ingest(["table", str(tmp_path / "t.parquet"), "--out", str(tmp_path / "P")]) == 2
+    assert "t.parquet row 1: prompt is not UTF-8 text" in capsys.readouterr().err
