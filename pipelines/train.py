@@ -10,6 +10,8 @@ policy and reference, form the margin, average the weighted pair loss, update wh
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,6 @@ from dedpo_diffusion.settings import OptimSettings, TrainSettings
 NOTED = {"loss": "loss", "implicit accuracy": "implicit_accuracy"}  # beside the progress, by their key in a line of metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from accelerate import Accelerator
     from torch import Tensor
 
@@ -249,17 +249,46 @@ def run(settings: TrainSettings) -> Path:
 
 
 def train(settings: TrainSettings) -> Path:
-    """The run itself; returns its folder."""
+    """The run itself; returns its folder, which is taken once the first step is done.
+
+    Raises:
+        UserError: what stands against the run, or the device's memory is too small for it.
+    """
+    from dedpo_diffusion.training.setup import set_up
+    from dedpo_diffusion.weights.run_folder import starting
+
+    with starting(settings.out), memory_told(settings):
+        steps(set_up(settings))
+    return settings.out
+
+
+@contextmanager
+def memory_told(settings: TrainSettings) -> Iterator[None]:
+    """Within the block, tell in the user's words that the device's memory is too small."""
+    try:
+        yield
+    except Exception as error:
+        from dedpo_diffusion.models.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        told = str(error).splitlines()[0]
+        raise UserError(
+            f"the device has too little memory for these settings ({told}); halve optim.batch (it is {settings.optim.batch}) and double "
+            "optim.accumulation, which trains the same, or take gradient_checkpointing true, data.cache FOLDER, or a smaller data.size"
+        ) from error
+
+
+def steps(session: Session) -> None:
+    """All steps that are left."""
     import torch
 
     from dedpo_diffusion.core.stopping import StopSignal, Terminated
     from dedpo_diffusion.dpo.noising import step_generator
     from dedpo_diffusion.training.health import Watch
     from dedpo_diffusion.training.metrics import step_metrics
-    from dedpo_diffusion.training.setup import set_up
-    from dedpo_diffusion.weights.run_folder import MetricsLog, read_metrics
+    from dedpo_diffusion.weights.run_folder import MetricsLog, began, read_metrics
 
-    session = set_up(settings)
     settings, accelerator, model, adaptive = session.settings, session.accelerator, session.model, session.adaptive
     optim, optimizer, moments = settings.optim, session.optimizer, session.moments
     done = resume(session)
@@ -301,6 +330,8 @@ def train(settings: TrainSettings) -> Path:
                     log.write(line)
                 if logged:
                     attend(watch, line, session)
+            if step == done:
+                began(settings.out)
             if due or leave:
                 save(session, now)
             if leave:
@@ -312,7 +343,6 @@ def train(settings: TrainSettings) -> Path:
         if opened is not None:
             opened.close()
     accelerator.end_training()
-    return settings.out
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, say_next, stage
 from dedpo_diffusion.settings import ValidateSettings
+
+if TYPE_CHECKING:
+    from dedpo_diffusion.pairs.prompt_tokens import TokenCounter
 
 NAMED = 10  # errors that the last message names
 
@@ -41,7 +44,9 @@ def table_rows(report: dict[str, Any], pairs: str) -> Iterator[tuple[str, str]]:
     prompts, images, duplicates = report["prompts"], report["images"], report["duplicates"]
     files = "1 file" if report["shards"] == 1 else f"{report['shards']} files"
     yield "pairs", f"{report['pairs']} in {files}, {images['bytes'] / 2**20:.1f} MiB of images"
-    yield "prompts", f"{prompts['unique']} different, {prompts['mean_words']:.1f} words on average, {prompts['most_words']} at most"
+    yield "prompts", f"{prompts['unique']} different"
+    tokens = f"{prompts['mean_tokens']:.1f} on average, {prompts['most_tokens']} at most"
+    yield f"tokens of {prompts['tokens_of']}, which reads {prompts['tokens_read']}", f"{tokens}; {prompts['cut']} prompts are cut off"
     yield "image kinds", ", ".join(f"{kind} {n}" for kind, n in images["formats"].items()) or "-"
     shown = ", ".join(f"{size['width']}x{size['height']} ({size['images']})" for size in images["sizes"][:4])
     yield "image sizes", f"{images['distinct_sizes']} different: {shown}"
@@ -85,6 +90,17 @@ def _complain(pairs: Path, errors: list[str], page: Path) -> None:
     raise UserError(f"{pairs}: {len(errors)} things are wrong:{named}{rest}")
 
 
+def _counter(model: str | None) -> TokenCounter:
+    """What counts the tokens of prompts: the tokenizers of the model that is to be trained, else CLIP's."""
+    from dedpo_diffusion.pairs.prompt_tokens import clip_counter
+
+    if model is None:
+        return clip_counter()
+    from dedpo_diffusion.models.prompt_tokens import model_counter
+
+    return model_counter(model)
+
+
 def run(settings: ValidateSettings) -> dict[str, Any]:
     """Check a pair dataset, its labels and votes, and say what is wrong with it."""
     from dedpo_diffusion.core.files import write_json
@@ -94,6 +110,7 @@ def run(settings: ValidateSettings) -> dict[str, Any]:
     from dedpo_diffusion.pairs.inspection.scan import scan_dataset
 
     _check(settings)
+    counter = _counter(settings.model)
     reader = PairReader(settings.pairs)
     if not len(reader):
         raise UserError(f"{settings.pairs / 'pairs'} holds no pair; make the dataset again")
@@ -101,8 +118,9 @@ def run(settings: ValidateSettings) -> dict[str, Any]:
     with Progress("looking at pairs", len(reader)) as progress:
         scan = scan_dataset(reader, settings.depth, workers=workers, advance=progress.advance)
     found = look(
-        reader, scan, depth=settings.depth, human=settings.human, near=settings.near, resamples=settings.resamples, seed=settings.seed
-    )
+        reader, scan, depth=settings.depth, human=settings.human, near=settings.near, resamples=settings.resamples, seed=settings.seed,
+        counter=counter,
+    )  # fmt: skip
     out = settings.out or settings.pairs / "validate.json"
     write_json(out, found.report)
     page = write_overview(out.with_suffix(".html"), reader, found.report, human=settings.human, seed=settings.seed)

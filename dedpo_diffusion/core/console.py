@@ -80,6 +80,8 @@ def stage(
     arguments = sys.argv[1:] if argv is None else list(argv)
     for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):  # their notices are for programmers; their errors still show
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if hasattr(sys.stdout, "reconfigure"):  # a file name that is no UTF-8, or a prompt that the terminal has no letters for, ends no stage
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = Parser(settings, positional, flags)
     asked = [word for word in arguments if word in HELP]
     if asked:

@@ -35,7 +35,7 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """A name beside `path` that is this process's own; machines that share a folder may give out the same process number."""
     return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
 
@@ -62,7 +62,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         NoSpace: the disk is full.
     """
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -84,7 +84,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     if path.is_file():
         raise FileExistsError(f"{path} is a file, not a folder")
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,7 +103,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder such that one killed meanwhile leaves nothing that looks whole."""
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     os.replace(path, temporary)
     shutil.rmtree(temporary)
 

@@ -23,10 +23,12 @@ import yaml
 from dedpo_diffusion.core.errors import UserError
 from dedpo_diffusion.core.options import Option, alternatives, find_options, near
 from dedpo_diffusion.core.recipes import find_config
+from dedpo_diffusion.core.texts import shown
 from dedpo_diffusion.core.values import Misfit, composed, needed, value, word_value, words_value
 
 S = TypeVar("S")
 NUMBER = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?$|-inf$", re.I)
+LARGEST_SEED = 2**62 - 1  # what all generators take, with room to count up from it
 HELP = {"-h": False, "--help": False, "--help_all": True, "--help-all": True}
 
 
@@ -111,7 +113,7 @@ class Parser:
             if option.group:
                 self._mapping(_mapping_of(taken[0]), option.path, given)
                 return
-            found = words_value(taken, option.hint) if option.many else word_value(taken[0], option.hint)
+            found = _admitted(option, words_value(taken, option.hint) if option.many else word_value(taken[0], option.hint))
         except Misfit as error:
             key = f" ({error.key})" if error.key else ""
             raise UserError(f"{option.shown}{key}: {error.words}") from error
@@ -178,7 +180,7 @@ class Parser:
                 self._mapping(part, option.path, given)
                 continue
             try:
-                given[option.path] = value(part, option.hint)
+                given[option.path] = _admitted(option, value(part, option.hint))
             except Misfit as error:
                 raise Misfit(error.words, error.line or _line(key), ".".join(filter(None, (name, error.key)))) from error
 
@@ -196,6 +198,18 @@ class Parser:
             if inside in given or entries:
                 values[field.name] = {**given.get(inside, {}), **entries} if entries else given[inside]
         return kind(**values)
+
+
+def _admitted(option: Option, found: Any) -> Any:
+    """The value, unless it is a seed that no generator takes: other programs have -1 stand for a random one.
+
+    Raises:
+        Misfit: it is.
+    """
+    if option.path[-1] == "seed" and isinstance(found, int) and not 0 <= found <= LARGEST_SEED:
+        random = " (-1 is no random seed here: a run can be made again)" if found < 0 else ""
+        raise Misfit(f"{shown(found)} does not fit; it takes a whole number from 0 to {LARGEST_SEED}{random}")
+    return found
 
 
 def _has_default(field: dataclasses.Field[Any]) -> bool:

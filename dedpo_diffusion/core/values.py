@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any
 import yaml
 
 from dedpo_diffusion.core.options import alternatives, field_docs
+from dedpo_diffusion.core.texts import misfit, shown
 
 TRUE, FALSE, NONE = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")
+OTHER_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # what no byte of a file name becomes
 YAML_FLOATS = {".nan": "nan", ".inf": "inf", "+.inf": "inf", "-.inf": "-inf"}  # stages say what is wrong with them where they do not fit
 
 
@@ -139,8 +143,16 @@ def _plain(node: yaml.ScalarNode, text: str, hint: Any) -> Any:
         except ValueError:
             pass
     elif hint is not bool and (text or (node.style is not None and hint is str)):
-        return hint(text)
+        return hint(_holdable(node, text, hint))
     raise _misfit(node, f"it takes {needed(hint)}")
+
+
+def _holdable(node: yaml.ScalarNode, text: str, hint: Any) -> str:
+    """A text that files can hold; file names that are no UTF-8 stay as Python has them."""
+    wrong = misfit(text)
+    if wrong is None or ("\0" not in text and not OTHER_HALF.search(text) and (hint is Path or os.path.exists(text))):
+        return text
+    raise Misfit(f"{shown(text)} {wrong}; mend it", None if node.start_mark is None else node.start_mark.line + 1)
 
 
 def _several(node: yaml.Node, hint: Any, origin: Any, inside: tuple[Any, ...]) -> Any:

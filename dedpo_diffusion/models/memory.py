@@ -18,7 +18,9 @@ R = TypeVar("R")
 S = TypeVar("S")
 
 SHARE = 0.85  # of the free memory that a predicted peak may fill; the rest is for kernels' workspaces and fragmentation
-ALLOCATIONS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # libraries that say so in their own words
+ALLOCATIONS = (  # in the words of libraries, and of torch on the CPU
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory: you tried to allocate",
+)  # fmt: skip
 LARGE = 50_000_000  # parameters from which a model takes its time on a CPU; the embedded one has 4 million
 
 
@@ -71,7 +73,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory was too small."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ALLOCATIONS)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in ALLOCATIONS)
 
 
 def largest_batch(one: int, two: int, *, room: float, most: int) -> int:

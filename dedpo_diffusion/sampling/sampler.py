@@ -27,21 +27,19 @@ from PIL import Image
 
 from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, file_digest
-from dedpo_diffusion.core.locks import hold_lock, share_tasks
+from dedpo_diffusion.core.locks import share_tasks
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.models.backbone import Backbone, fingerprint
 from dedpo_diffusion.models.loading import LEFT_OUT, UNLOADABLE, load_pipeline
 from dedpo_diffusion.models.memory import BatchLimit
 from dedpo_diffusion.models.pretrained import in_one_line
+from dedpo_diffusion.sampling.claims import LOCKS, claimed, lock_folder, open_samples
 from dedpo_diffusion.sampling.decoding import guard_decoding, is_tiled
 from dedpo_diffusion.sampling.fitting import batch_limit, forecast
 from dedpo_diffusion.sampling.png import is_whole, parameters, tensor_hash, write_png
 from dedpo_diffusion.sampling.recipe import SCHEDULERS, Recipe
 from dedpo_diffusion.weights import Lora, read_lora_file, to_diffusers
-from dedpo_diffusion.weights.run_folder import open_run
-
-LOCKS = ".locks.tmp"  # in a sample folder, as long as it is not finished; by its name no content of it
-
+from dedpo_diffusion.weights.run_folder import began, has_begun, open_run
 
 # ---- one batch
 
@@ -324,6 +322,11 @@ def sample_folders(targets: Sequence[Target], work: Sequence[Job], *, device: st
     Raises:
         UserError: a folder holds samples of other settings or prompts, or the model cannot be loaded.
     """
+    with claimed([target.folder for target in targets]):
+        _fill(targets, work, device)
+
+
+def _fill(targets: Sequence[Target], work: Sequence[Job], device: str | None) -> None:
     for target in targets:
         target.recipe.check()
     recipe = targets[0].recipe
@@ -331,7 +334,7 @@ def sample_folders(targets: Sequence[Target], work: Sequence[Job], *, device: st
     loras = [{"name": file.stem, "sha256": file_digest(file), "hash": tensor_hash(file)} for file in recipe.lora]
     identity = {"lora": ",".join(lora["sha256"] for lora in loras), "images": listed}
     whole = {target.folder: _Whole(target.folder) for target in targets}
-    begun = [target for target in targets if (target.folder / "identity.json").is_file()]  # written last: there is nothing to write here
+    begun = [target for target in targets if (target.folder / "identity.json").is_file() and has_begun(target.folder)]
     for target in begun:  # say before a model is loaded what can be said
         held = json.loads((target.folder / "identity.json").read_text(encoding="utf-8"))
         open_run(target.folder, target.settings, identity | ({"model": held["model"]} if "model" in held else {}), free=("out",))
@@ -346,14 +349,14 @@ def sample_folders(targets: Sequence[Target], work: Sequence[Job], *, device: st
         )  # fmt: skip
         size = image_size(pipe, recipe.size)
         for target in targets:
-            _open(target.folder, target.settings, identity | {"model": pipe.base_fingerprint})  # not before: it may not exist
+            open_samples(target.folder, target.settings, identity | {"model": pipe.base_fingerprint})  # not before: it may not exist
         if len(targets) > 1 and not _changes_text(pipe):
             encode_once(pipe)
         limit = batch_limit(pipe, recipe, work[0].prompt, size)
         _sample_batches(targets, work, pipe, whole, _facts(pipe, recipe, size), loras, limit)
     share_tasks(
         [target.folder for target in targets],
-        pending=lambda folder: {} if _is_index(folder, work) else {"index": _locks(folder) / "index.lock"},
+        pending=lambda folder: {} if _is_index(folder, work) else {"index": lock_folder(folder) / "index.lock"},
         work=lambda folder, _: write_index(folder, work),
     )
     for target in targets:
@@ -378,22 +381,6 @@ def encode_once(pipe: Any) -> None:
     pipe.encode_prompt = kept
 
 
-def _open(folder: Path, settings: Any, identity: Mapping[str, str]) -> None:
-    """Claim the folder, one process after the other."""
-    with hold_lock(_locks(folder) / "open.lock", wait=True):  # not held: another process has just finished the folder
-        try:
-            open_run(folder, settings, identity, free=("out",))
-        except UserError:
-            if not (folder / "settings.yaml").is_file():  # somebody's own folder
-                shutil.rmtree(folder / LOCKS, ignore_errors=True)
-            raise
-
-
-def _locks(folder: Path) -> Path:
-    (folder / LOCKS).mkdir(parents=True, exist_ok=True)
-    return folder / LOCKS
-
-
 def _sample_batches(
     targets: Sequence[Target], work: Sequence[Job], pipe: Any, whole: Mapping[Path, _Whole], facts: Mapping[str, Any],
     loras: Sequence[Mapping[str, Any]], limit: BatchLimit,
@@ -413,7 +400,7 @@ def _sample_batches(
 
     def pending(task: tuple[int, int]) -> dict[str, Path]:
         if not is_there(task):
-            return {"images": _locks(targets[task[1]].folder) / f"{task[0]:06d}.lock"}
+            return {"images": lock_folder(targets[task[1]].folder) / f"{task[0]:06d}.lock"}
         if task not in finished:  # by whomever
             finished.add(task)
             progress.advance(len(parts[task[0]]))
@@ -451,6 +438,7 @@ def _draw_batch(target: Target, part: Sequence[Job], pipe: Any, whole: _Whole, f
         if job in missing:
             told = {**facts, "batch": together} | ({"vae": "tiled"} if is_tiled(pipe) else {})
             save_png(folder / job.file, image, job, recipe.model, told)
+    began(folder)
 
 
 def _facts(pipe: Any, recipe: Recipe, size: tuple[int, int]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ class IngestSettings:
     """Read a preference format into a pair dataset.
 
     Args:
-        format: the source's format, or auto to recognise it.
+        format: auto to recognise it, or its name: table, ranked, imagefolder, folders, datasets, pickapic, hpdv2, hpdv3, imagereward,
+            open_image_preferences, rapidata.
         source: a file or folder of that format, or a hub id (OWNER/NAME) to stream.
         out: the pair dataset to write; must not exist yet.
         images: folder that image paths in the source are relative to; None takes the folder of the file that names them.
@@ -59,6 +60,8 @@ class ValidateSettings:
         pairs: the pair dataset.
         depth: headers reads the header of every image; decode also decodes each and looks for near-duplicates.
         human: name of the human label file.
+        model: the model that is to be trained, as a diffusers folder, hub id, .safetensors file or shapes: prompts are measured in
+            tokens of its own tokenizer; None takes CLIP's, which Stable Diffusion's models have.
         near: largest Hamming distance of two 64-bit perceptual hashes that counts as a near-duplicate.
         out: the report (JSON); None takes PAIRS/validate.json. The same name with .html holds the pictures.
         workers: processes that read; None takes one a core.
@@ -69,13 +72,14 @@ class ValidateSettings:
     pairs: Path
     depth: Literal["headers", "decode"] = "decode"
     human: str = "human"
+    model: str | None = None
     near: int = 3
     out: Path | None = None
     workers: int | None = None
     resamples: int = 2000
     seed: int = 0
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
-        "what is checked": "pairs depth human near",
+        "what is checked": "pairs depth human model near",
         "what is written": "out",
         "how": "workers",
     }

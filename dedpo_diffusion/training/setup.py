@@ -84,7 +84,8 @@ def set_up(settings: TrainSettings) -> Session:
         identity["pairs_of_a_step"] = str(loader.together)
         if sharpened is not settings:
             identity["beta"] = repr(sharpened.objective.beta)  # what it is trained with; the settings keep what was given
-        open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
+        grows = {"optim.steps": never_longer(settings)}
+        open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"), grows=grows)
         if measured is not None:
             measured.keep(settings.out)
         if kept is not None:
@@ -96,6 +97,18 @@ def set_up(settings: TrainSettings) -> Session:
     if validation is not None:
         validation.begin(session)
     return session
+
+
+def never_longer(settings: TrainSettings) -> str | None:
+    """Why a run with these settings cannot go on beyond its last step; None where it can."""
+    if settings.optim.schedule != "constant":
+        return (
+            f"the {settings.optim.schedule} schedule spreads its learning rates over all steps, so that a longer run has others from its "
+            "first step on (with optim.schedule constant a run can go on; lora.start begins a new one with a trained LoRA)"
+        )
+    if settings.objective.power == "measured":
+        return "objective.power=measured chose the targets for that many steps"
+    return None
 
 
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
@@ -176,8 +189,10 @@ def prepare(
         adaptive=settings.objective.power == "adaptive", merged=None if scalable is None else scalable.at(1.0), grouped=grouped,
     )  # fmt: skip
     check(settings, loader)
-    if not data.buckets and accelerator.is_main_process:
-        say_cropped(source, loader.rows)
+    if accelerator.is_main_process:
+        say_cut(model, settings.model, reader, loader.rows)
+        if not data.buckets:
+            say_cropped(source, loader.rows)
     if validation is not None and validation.held_out is not None:
         validation.held_out.keep_apart(loader, reader, pairs_fingerprint, accelerator)
     if settings.attention == "xformers":
@@ -201,6 +216,17 @@ def prepare(
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
     return model, loader, identity | ({} if validation is None else validation.identity()), validation
+
+
+def say_cut(model: Backbone, name: str, reader: PairReader, rows: np.ndarray) -> None:
+    """Say how many prompts of the visited pairs have more tokens than the model reads, with the longest."""
+    from dedpo_diffusion.models.prompt_tokens import counter_of
+
+    counter, prompts = counter_of(model.text.tokenizers, name), reader.prompts()
+    visited = [prompts[row] for row in rows]
+    words = counter.cut(visited, counter.lengths(visited), lambda place: reader.location(int(rows[place])))
+    if words is not None:
+        say(words)
 
 
 def say_cropped(source: Source, rows: np.ndarray) -> None:

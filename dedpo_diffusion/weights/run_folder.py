@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from dedpo_diffusion.core.console import UserError, say
-from dedpo_diffusion.core.files import is_leftover, remove_folder, remove_leftovers, write_text, writing
+from dedpo_diffusion.core.files import is_leftover, remove_folder, remove_leftovers, temporary_name, write_text, writing
 from dedpo_diffusion.weights.checkpoints import check_checkpoint
 
 TIMESTEPS_FILE = "timesteps.json"  # the gradients' second moments by timestep, see `training.measured_timesteps`
 POWER_FILE = "power.json"  # of a run that measured its power
+MARK = "starting"  # of the file that says, by its name, which process claimed a folder and has done no step yet
+CLAIMED = ("settings.yaml", "identity.json", POWER_FILE, "metrics.jsonl", "validation.jsonl", "tensorboard", "samples")  # by a start
+NOTHING_GROWS: Mapping[str, str | None] = MappingProxyType({})
 
 
 def plain(value: Any) -> Any:
@@ -31,37 +37,60 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def open_run(folder: Path, settings: Any, identity: Mapping[str, str], free: Sequence[str] = ()) -> None:
+def open_run(
+    folder: Path, settings: Any, identity: Mapping[str, str], free: Sequence[str] = (), grows: Mapping[str, str | None] = NOTHING_GROWS
+) -> None:
     """Claim a run folder, or recognise it as this very run's, to be resumed.
 
-    Writes `settings.yaml` and `identity.json` before anything else is written there.
+    Writes `settings.yaml` and `identity.json` before anything else is written there. The claim of a run that never did a step
+    does not count, unless its process still runs: `starting` takes it back where it can, and here it is taken over.
 
     Args:
         folder: the run folder.
         settings: the stage's dataclass.
         identity: fingerprints of the inputs (base model, targets, ...), by name; a run of an earlier version may know fewer of them.
         free: settings, as "out" or "optim.batch", that may change while the run goes on.
+        grows: settings that may become larger when a run goes on, each with None, or with why it may not.
 
     Raises:
         UserError: the folder holds another run, other things, or this run on inputs that have changed since.
     """
     for place in (folder, folder / "checkpoints", folder / "samples"):
         remove_leftovers(place)
-    wanted = {"settings": plain(settings), "identity": dict(identity)}
-    settings_file, identity_file = folder / "settings.yaml", folder / "identity.json"
-    if not settings_file.is_file():
-        if folder.exists() and any(not is_leftover(file) for file in folder.iterdir()):
+    wanted, file = {"settings": plain(settings), "identity": dict(identity)}, folder / "settings.yaml"
+    if not file.is_file():
+        if folder.exists() and any(not is_leftover(path) for path in folder.iterdir()):
             raise UserError(f"{folder}: not empty and not a run folder; choose another --out")
-        write_text(settings_file, yaml.safe_dump(wanted["settings"], sort_keys=False))
+        _claim(folder, wanted)
+        return
+    try:
+        _recognise(folder, wanted, free, grows)
+    except UserError:
+        if not _never_began(folder):
+            raise
+        say(f"{folder} was claimed by a start that did no step; it is taken over")
+        _clear(folder)
+        _claim(folder, wanted)
+    if not has_begun(folder):
+        _mark(folder)
+
+
+def _claim(folder: Path, wanted: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _mark(folder)
+    write_text(folder / "settings.yaml", yaml.safe_dump(wanted["settings"], sort_keys=False))
+    write_text(folder / "identity.json", json.dumps(wanted["identity"], indent=2) + "\n")
+
+
+def _recognise(folder: Path, wanted: Mapping[str, Any], free: Sequence[str], grows: Mapping[str, str | None]) -> None:
+    """See to it that the folder holds this very run, and note what has grown."""
+    settings_file, identity_file = folder / "settings.yaml", folder / "identity.json"
     held = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
-    for name in free:
-        *rooms, key = name.split(".")
-        there, now = held, wanted["settings"]
-        for room in rooms:
-            there, now = there.get(room), now[room]
-        if isinstance(there, dict):
-            there[key] = now[key]
-    difference = first_difference(held, wanted["settings"])
+    raised = {name: (there, now) for name in grows if _is_less(there := _at(held, name), now := _at(wanted["settings"], name))}
+    compared = copy.deepcopy(held)
+    for name in (*free, *raised):
+        _put(compared, name, _at(wanted["settings"], name))
+    difference = first_difference(compared, wanted["settings"])
     if difference:
         raise UserError(f"{folder}: holds another run ({difference}); choose another --out, or remove the folder")
     if not identity_file.is_file():
@@ -70,6 +99,88 @@ def open_run(folder: Path, settings: Any, identity: Mapping[str, str], free: Seq
     changed = first_difference(known, wanted["identity"])
     if changed:
         raise UserError(f"{folder}: cannot be resumed, as its inputs have changed since it began ({changed}); choose another --out")
+    for name, (there, now) in raised.items():
+        if grows[name] is not None:
+            raise UserError(f"{folder}: {name} is {there} there, {now} now, and {grows[name]}; choose another --out")
+        _put(held, name, now)
+        say(f"{folder}: {name} is raised from {there} to {now}")
+    if raised:
+        write_text(settings_file, yaml.safe_dump(held, sort_keys=False))
+
+
+def _at(settings: Any, name: str) -> Any:
+    """A setting by its name, as "optim.batch"; None where there is none."""
+    for key in name.split("."):
+        settings = settings.get(key) if isinstance(settings, Mapping) else None
+    return settings
+
+
+def _put(settings: Any, name: str, value: Any) -> None:
+    """Set a setting by its name, where the table that it is of is there."""
+    *rooms, key = name.split(".")
+    table = _at(settings, ".".join(rooms)) if rooms else settings
+    if isinstance(table, dict):
+        table[key] = value
+
+
+def _is_less(one: Any, other: Any) -> bool:
+    return isinstance(one, int | float) and isinstance(other, int | float) and one < other
+
+
+# ---- a claim counts once a step is done
+
+
+@contextmanager
+def starting(*folders: Path) -> Iterator[None]:
+    """Within the block a run begins: an error before its first step takes back what `open_run` claimed in it."""
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            give_up(folder)
+        raise
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether anything was ever done in a run folder, or a folder of samples: a step, a checkpoint, an image."""
+    log = folder / "metrics.jsonl"
+    logged = log.is_file() and log.stat().st_size > 0
+    return logged or any(any(folder.glob(names)) for names in ("checkpoints/*", "*.png", "index.parquet", "best"))
+
+
+def began(folder: Path) -> None:
+    """Note that the first step is done: from now on the folder is taken."""
+    temporary_name(folder / MARK).unlink(missing_ok=True)
+
+
+def give_up(folder: Path) -> None:
+    """Take back this process's claim of a folder in which nothing was done; what others have claimed or done stays."""
+    mark = temporary_name(folder / MARK)
+    if mark.is_file():
+        mark.unlink()
+        if _never_began(folder):
+            _clear(folder)
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
+
+
+def _mark(folder: Path) -> None:
+    temporary_name(folder / MARK).touch()
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether all that a folder holds is a claim, and no process is at it any more."""
+    names = {path.name for path in folder.iterdir() if not is_leftover(path)}
+    return names <= set(CLAIMED) and not has_begun(folder) and not any(folder.glob(f".{MARK}.*.tmp"))
+
+
+def _clear(folder: Path) -> None:
+    """Remove a claim, and what was written before a first step."""
+    for path in (folder / name for name in CLAIMED):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def first_difference(held: Any, wanted: Any, name: str = "") -> str:

@@ -18,6 +18,7 @@ from dedpo_diffusion.pairs.formats import FORMATS, PUBLISHED, choose, load
 from dedpo_diffusion.pairs.formats.comparison import Answer
 from dedpo_diffusion.pairs.formats.sources.hub import HubSource
 from dedpo_diffusion.pairs.formats.table import IMAGES, bind
+from support.format_rows import counts_row, pair_row
 from support.layouts import LAYOUTS, PICTURES, add_to_tar, records, save_csv, save_jsonl, save_parquet, settings, with_files, write
 from support.pictures import picture
 
@@ -429,10 +430,10 @@ def test_nothing_known_is_said_with_what_was_seen(tmp_path):
 
 
 def test_several_formats_that_fit_are_named(tmp_path):
-    line = pick(0) | {"prompt": "a", "path1": "a.png", "path2": "b.png"}
+    line = pair_row() | counts_row()
     said = refusal(save_parquet(tmp_path / "t.parquet", [line]))
-    assert "could be of several formats (pickapic: columns caption, jpg_0" in said and "hpdv3: " in said and "instead of auto" in said
-    assert entries(tmp_path / "t.parquet", "pickapic")[1].name == "pickapic"
+    assert "could be of several formats (hpdv3: columns prompt, path1" in said and "rapidata: " in said and "instead of auto" in said
+    assert entries(tmp_path / "t.parquet", "rapidata")[1].name == "rapidata"
 
 
 def test_a_table_without_rows_is_read_to_its_end(tmp_path):

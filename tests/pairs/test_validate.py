@@ -137,7 +137,7 @@ def test_a_good_dataset_has_nothing_to_complain_of(tmp_path, capsys):
     report = validate(folder)
     assert report["errors"] == report["warnings"] == [] and report["pairs"] == 12
     assert report["images"]["formats"] == {"PNG RGB": 24} and report["images"]["sizes"] == [{"width": 64, "height": 64, "images": 24}]
-    assert report["prompts"]["unique"] == 12 and report["prompts"]["mean_words"] == 2
+    assert report["prompts"]["unique"] == 12 and report["prompts"]["mean_tokens"] == 26 / 12  # "10" is two
     assert report["near_duplicates"]["within_pairs"] == 0 and report["duplicates"]["distinct_images"] == 24
     assert "12 in 1 file" in capsys.readouterr().out
 
@@ -152,7 +152,7 @@ def odd(tmp_path):
     rows[3] = ("", saved(smooth(101)), saved(smooth(102)))
     rows[4] = ("small", saved(smooth(103, (32, 32))), saved(smooth(104, (32, 32))))
     rows[5] = ("wide", saved(smooth(105, (128, 64))), saved(smooth(106)))
-    rows[6] = ("word " * 70, saved(smooth(107)), saved(smooth(108)))
+    rows[6] = ("word " * 80, saved(smooth(107)), saved(smooth(108)))
     rows[7] = ("again", saved(smooth(109)), saved(smooth(110)))
     rows[8] = ("again", saved(smooth(110)), saved(smooth(109)))
     return write(tmp_path / "odd", rows, shard_pairs=6)
@@ -169,7 +169,8 @@ def test_what_is_odd_is_counted_and_placed(odd):
         "pairs with an image below 64 pixels a side: 1 (first: pairs-00000.parquet row 4)",
         "1 of 20 images are not square: they will be cropped to the centre; --data.buckets true keeps their shape",
         "pairs of images of different shapes: 1 (first: pairs-00000.parquet row 5)",
-        "prompts of more than 60 words: 1 (first: pairs-00001.parquet row 0); CLIP reads 77 tokens, an estimated 60 words",
+        "1 of 10 prompts have more than the 75 tokens that CLIP reads, and are cut off there; the longest has 80 at pairs-00001.parquet "
+        "row 0: ",
         "pairs that repeat an earlier one, with the same prompt and images on either side: 1 (first: pairs-00001.parquet row 2 repeats "
         "pairs-00001.parquet row 1)",
         "images that are near-duplicates of others: 2, groups of them: 1; closest in different pairs: pairs-00000.parquet row 1 image_",
@@ -182,7 +183,7 @@ def test_what_is_odd_is_counted_and_placed(odd):
         ("pairs-00000.parquet row 1", 2), ("pairs-00001.parquet row 1", 2), ("pairs-00001.parquet row 1", 2),
     ]  # fmt: skip
     prompts = report["prompts"]
-    assert (prompts["least_words"], prompts["most_words"], prompts["longest"]) == (0, 70, "pairs-00001.parquet row 0")
+    assert (prompts["least_tokens"], prompts["most_tokens"], prompts["longest"], prompts["cut"]) == (0, 80, "pairs-00001.parquet row 0", 1)
     assert report["images"]["width_by_height"] == [{"ratio": 1.0, "images": 19}, {"ratio": 2.0, "images": 1}]
     assert report["prompts"]["most_repeated"] == [{"prompt": "again", "pairs": 2}]
     near = report["near_duplicates"]

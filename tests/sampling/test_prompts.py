@@ -190,3 +190,20 @@ def test_choices_that_cannot_be_made(tmp_path):
     with pytest.raises(UserError, match=r"photo.json: no JSON list of prompts"):
         read_prompts(tmp_path)
     assert prompts.CARRIED.keys() == {"parti", "geneval"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("p.txt", "a fox\nan owl\0\n", "line 2"),
+        ("p.txt", "a fox\n\nan owl".encode("utf-16-le").decode(), "line 1"),  # UTF-16 without its mark is UTF-8 with NUL characters
+        ("p.json", '["a fox", "an owl \\ud83d"]', "row 1"),
+        ("p.json", '[{"prompt": "a fox"}, {"prompt": "an owl \\udc00"}]', "row 1"),
+        ("p.jsonl", '{"prompt": "a fox"}\n{"prompt": "an \\u0000 owl"}', "line 2"),
+        ("p.csv", "prompt\na fox\nan \0 owl\n", "line 3"),
+    ],
+)
+def test_characters_that_no_prompt_can_hold_name_their_row(tmp_path, name, content, where):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{where}.* (holds a NUL|holds half a character).*; mend it"):
+        read_prompts(tmp_path / name)

@@ -222,7 +222,7 @@ def test_height_width_and_sampler(tiny_model, prompts, tmp_path):
         ({"steps": 0}, "steps is 0"),
         ({"batch": 0}, "batch is 0"),
         ({"seeds": 0}, "0 images of each prompt"),
-        ({"seed": -1}, "seed is -1"),
+        ({"seed": -1}, "--seed: -1 does not fit"),
         ({"limit": 9}, "from 1 to 3"),
         ({"prompts": "partiprompts"}, "one of the sets parti, geneval, hpsv2"),
         ({"strength": 0.5}, "1 strengths for 0 LoRA files"),

@@ -6,6 +6,11 @@ A format module has
     recognise(columns, row) -> str | None         # in words why rows with these columns, like `row`, are of this format
     entries(row, where, folder, settings)         # the comparisons of one row, as Comparison objects
 
+A published format also has
+
+    OWN = (("human_preference",),)                # sets of columns that no other table has; without one `auto` does not take it
+    READ = ("label_0",)                           # which of the columns that any table may have for its answers it reads
+
 and, where it needs more, `open(source, settings) -> Source` (rows that `sources.open_source` cannot find by itself) and
 `NEEDS` (what a source must have, in words, for the message when it has not). Your own tables, whose columns settings may
 name, have `bind(source, settings) -> (why, reader)` instead: a reader made for one source stands in for the module.
@@ -15,17 +20,20 @@ Formats of other packages (core.plugins) are used when they are named; `auto` do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 from dedpo_diffusion.core import plugins
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pairs.formats.sources import Source, open_source
+from dedpo_diffusion.pairs.formats.table import answer_columns, has_two_images
 from dedpo_diffusion.settings import IngestSettings
 
 PUBLISHED = ("pickapic", "hpdv2", "hpdv3", "imagereward", "open_image_preferences", "rapidata")
-FORMATS = {name: f"{__name__}.{name}" for name in (*PUBLISHED, "table", "imagefolder")} | {"datasets": f"{__name__}.saved_datasets"}
+OWN_FORMATS = {name: f"{__name__}.{name}" for name in ("table", "ranked", "imagefolder", "folders")}
+FORMATS = {name: f"{__name__}.{name}" for name in PUBLISHED} | OWN_FORMATS | {"datasets": f"{__name__}.saved_datasets"}
 AUTO = "auto"
 
 
@@ -64,7 +72,7 @@ def choose(settings: IngestSettings) -> Chosen:
         UserError: unknown format, a source that cannot be opened, or one that is not of the format.
     """
     name = settings.format
-    own = [format for format in (*FORMATS, AUTO) if format not in PUBLISHED]  # all others have columns of their own
+    own = ["table", "imagefolder", "datasets", AUTO]  # all others have columns of their own, or none
     foreign = set() if name in own else set(settings.columns) - set(getattr(load(name), "OPTIONS", ()))
     if foreign:
         raise UserError(f"--columns is for your own tables, and {name} has columns of its own; leave it out, or give the format table")
@@ -92,17 +100,29 @@ def recognise(source: str, settings: IngestSettings) -> Chosen:
 
 def _by_own_ways(source: str, settings: IngestSettings) -> dict[str, Chosen]:
     """The formats that find rows in a source which cannot be opened otherwise."""
-    found = {}
-    for name in () if settings.columns else PUBLISHED:
+    found: dict[str, Chosen] = {}
+    for name in () if settings.columns else (*PUBLISHED, "folders"):
         module = load(name)
         if hasattr(module, "open"):
             try:
                 opened = module.open(source, settings)
             except UserError:
                 continue  # the general message stands
-            if why := module.recognise(opened.columns, opened.first()):
+            if hasattr(module, "bind"):
+                return found or {name: _bound(name, opened, settings)}
+            if not unread(module, opened.columns) and (why := module.recognise(opened.columns, opened.first())):
                 found[name] = Chosen(name, _why(why, opened), module, opened)
     return found
+
+
+def unread(module: Any, columns: Collection[str]) -> list[str]:
+    """The columns whose names tell of answers, and which a published format does not read."""
+    return [] if not hasattr(module, "OWN") else [name for name in answer_columns(columns) if name not in module.READ]
+
+
+def _is_sure(module: Any, columns: Collection[str]) -> bool:
+    """Whether a source has columns that are a format's own, and no answers that it would leave unread."""
+    return any(set(own) <= set(columns) for own in module.OWN) and not unread(module, columns)
 
 
 def recognise_rows(source: Source, settings: IngestSettings) -> Chosen:
@@ -111,17 +131,23 @@ def recognise_rows(source: Source, settings: IngestSettings) -> Chosen:
     Raises:
         UserError: no format or several fit.
     """
-    row, found = source.first(), {}
-    for name in () if settings.columns else PUBLISHED:
-        if why := load(name).recognise(source.columns, row):
-            found[name] = Chosen(name, _why(why, source), load(name), source)
+    row = source.first()
+    fits = {} if settings.columns else {name: why for name in PUBLISHED if (why := load(name).recognise(source.columns, row))}
+    found = {
+        name: Chosen(name, _why(why, source), load(name), source) for name, why in fits.items() if _is_sure(load(name), source.columns)
+    }
     if found:
         chosen = _only(source.path, found)
         own = hasattr(chosen.module, "open") and source.kind == "parquet"  # that format may group rows
         return _bound(chosen.name, chosen.module.open(source.path, settings), settings) if own else chosen
     name = "imagefolder" if source.kind == "imagefolder" else "table"
+    if not settings.columns and not has_two_images(source.columns) and load("ranked").recognise(source.columns, row):
+        return _bound("ranked", load("ranked").gather(source), settings)
     try:
-        return _bound(name, source, settings)
+        chosen = _bound(name, source, settings)
+        unsure = [name for name in fits if not unread(load(name), source.columns)]  # their columns, and none of their own
+        hint = f"; if it is {' or '.join(unsure)}, give that name instead of {AUTO}" if unsure else ""
+        return replace(chosen, why=chosen.why + hint)
     except UserError as error:
         added = plugins.names(plugins.IMPORTERS)
         others = f"; formats of other packages must be named: {', '.join(added)}" if added else ""
@@ -150,4 +176,9 @@ def _bound(name: str, source: Source, settings: IngestSettings) -> Chosen:
     if why is None:
         needs = f", and {name} needs {module.NEEDS}" if hasattr(module, "NEEDS") else ""
         raise UserError(f"{source.path} is not {name}: it has the columns {', '.join(source.columns) or '(none)'}{needs}")
+    if unread(module, source.columns):
+        answers = " and ".join(unread(module, source.columns))
+        raise UserError(
+            f"{source.path} has answers in {answers}, which {name} does not read; give the format table, or leave these columns out"
+        )
     return Chosen(name, _why(why, source), module, source)

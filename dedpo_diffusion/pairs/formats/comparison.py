@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from dedpo_diffusion.core.console import UserError
-
-ImageSource = bytes | Path | None  # an encoded file's bytes, where the file lies, or nothing
+from dedpo_diffusion.core.texts import misfit, shown
+from dedpo_diffusion.pairs.formats.image_values import ImageSource as ImageSource
+from dedpo_diffusion.pairs.formats.image_values import Unreadable as Unreadable
+from dedpo_diffusion.pairs.formats.image_values import image_source as image_source
 
 
 @dataclass(frozen=True)
@@ -68,44 +70,11 @@ def is_folder(path: Path) -> bool:
     return path.is_dir()
 
 
-def image_source(value: Any, folder: Path | None, where: str) -> ImageSource:
-    """An image as tables hold it: bytes, a path, or the {"bytes", "path"} of `datasets`.
-
-    Args:
-        value: what the row holds.
-        folder: what relative paths are relative to; None where the source has no files beside it.
-        where: file, row and column, for messages.
-
-    Raises:
-        UserError: a path without a folder, a path that leaves the folder, or a value of another kind.
-    """
-    if isinstance(value, Mapping) and {"bytes", "path"} & set(value):
-        value = value.get("bytes") or value.get("path")
-    if value is None or isinstance(value, bytes):
-        return value
-    if not isinstance(value, str | Path):
-        raise UserError(f"{where} holds {type(value).__name__}, and must hold an image file's bytes or its path; convert it")
-    if str(value).startswith(("http://", "https://")):
-        raise UserError(f"{where} is an address ({value}); download the images and give their paths")
-    if folder is None:
-        raise UserError(f"{where} is a path ({value}), and the source has no folder of images; give it with --images")
-    return _inside(Path(value), folder, where)
-
-
-def _inside(path: Path, folder: Path, where: str) -> Path:
-    """The path, below `folder` unless it is absolute: a table from elsewhere must not reach into other folders by `..`."""
-    if path.is_absolute():
-        return path
-    if ".." in path.parts:
-        raise UserError(f"{where}: {path} leaves {folder}; give --images the folder that all paths are relative to")
-    return folder / path
-
-
 def number(value: Any, where: str) -> float | None:
     """A number, or a number as text; None for nothing, an empty text and NaN.
 
     Raises:
-        UserError: no number.
+        UserError: no number, or one that no float can hold.
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
@@ -114,16 +83,21 @@ def number(value: Any, where: str) -> float | None:
     try:
         found = float(value)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where} is {value!r}, and must be a number; mend the row") from error
+        raise UserError(f"{where} is {shown(value)}, and must be a number; mend the row") from error
+    except OverflowError as error:
+        raise UserError(f"{where} is a number of {len(str(value))} digits, more than can be counted with; mend the row") from error
     return None if math.isnan(found) else found
 
 
 def text(value: Any, where: str) -> str:
-    """Text as it stands; UserError where there is none."""
+    """Text as it stands; UserError where there is none, or it holds what no file can."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if not isinstance(value, str):
         raise UserError(
             f"{where} is {'missing' if value is None else type(value).__name__}, and must be text; fill it in or remove the row"
         )
+    wrong = misfit(value)
+    if wrong is not None:
+        raise UserError(f"{where} {wrong}; mend it, or remove the row")
     return value

@@ -31,6 +31,8 @@ from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
 NEEDS = "prompt and file_path with human_preference, or prompt and image_path with rank"
+OWN = (("human_preference",), ("raw_annotations",))
+READ = ()
 SPLITS = ("train", "test")
 PATHS = ("file_path", "image_path")
 ONE_PERSON = ("rank", "annotation")  # names of a person's ranking
@@ -140,8 +142,7 @@ def _check_average(average: list[float], people: list[Ranking], where: str) -> N
 
 def _image(path: str, folder: Path | None, split: str, where: str) -> ImageSource:
     """A bare name, or one below its split's folder; `folder` is the one around the splits, or the split's own."""
-    inside = Path(path)
-    if folder is not None and not inside.is_absolute():
-        inside = Path(*inside.parts[1:]) if inside.parts[:1] == (split,) and len(inside.parts) > 1 else inside
+    if folder is not None and not Path(path).is_absolute():
+        path = path.removeprefix(f"{split}/")
         folder = folder / split if is_folder(folder / split) else folder
-    return image_source(str(inside), folder, where)
+    return image_source(path, folder, where)

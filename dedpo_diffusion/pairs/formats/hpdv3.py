@@ -30,6 +30,8 @@ from dedpo_diffusion.settings import IngestSettings
 WINNER_FIRST = True
 COLUMNS = ("prompt", "path1", "path2")
 NEEDS = ", ".join(COLUMNS)
+OWN = (("choice_dist",),)  # of test.json, whose columns any table may have, only the format's name tells
+READ = ()
 
 
 def recognise(columns: Collection[str], row: Mapping[str, Any] | None) -> str | None:

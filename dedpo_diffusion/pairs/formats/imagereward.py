@@ -35,6 +35,8 @@ from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
 NEEDS = "prompt_id, prompt, image_path and rank, or prompt, generations and ranking"
+OWN = (("generations", "ranking"), ("image_amount_in_total",), ("overall_rating",), ("prompt_id", "classification"))
+READ = ()
 LISTED = ("prompt", "generations", "ranking")
 METADATA = ("prompt_id", "prompt", "image_path", "rank")
 PROMPTS_OWN = ("prompt_id", "prompt", "classification")  # the same for all images of a prompt

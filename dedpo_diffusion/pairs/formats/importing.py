@@ -26,10 +26,11 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.files import write_json
 from dedpo_diffusion.core.prefetch import prefetch
 from dedpo_diffusion.core.records import Pair, Votes
+from dedpo_diffusion.core.texts import shown
 from dedpo_diffusion.labels.files import aggregate, write_labels, write_votes
 from dedpo_diffusion.pairs.dataset import PairWriter
 from dedpo_diffusion.pairs.decoding import decode_image
-from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison
+from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, Unreadable
 from dedpo_diffusion.settings import IngestSettings
 
 COUNTS = (
@@ -38,6 +39,7 @@ COUNTS = (
     "tie_answers", "tie_answers_dropped", "labelled", "votes", "conflicting",
 )  # fmt: skip
 RECENT = 64  # images known to decode: a ranking's images come in several comparisons
+MOST_VOTES = 10**9  # more than any crowd, and sums of them fit 64 bits
 NAMED = 5  # rows that are named of those dropped for one reason
 IN_FLIGHT = 4  # comparisons in flight for each thread
 SWAPPED = "swapped"  # source column of pairs whose sides were shuffled
@@ -126,6 +128,8 @@ class Tried:
         """An image's bytes and their digest."""
         image = comparison.images[side]
         where = f"{comparison.where}, image {side}" + (f" ({image})" if isinstance(image, Path) else "")
+        if isinstance(image, Unreadable):
+            raise UserError(f"{where} {image.why}, or leave its pair out")
         data = image if isinstance(image, bytes) else _read_file(image, where)
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest not in self._good:
@@ -143,7 +147,7 @@ def _read_file(path: Path | None, where: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{where} cannot be read ({error.strerror}); mend the path, give --images its folder, or leave its pair out"
+            f"{where} cannot be read ({error.strerror}); give --images the folder of the images, mend the row, or leave its pair out"
         ) from error
 
 
@@ -253,8 +257,8 @@ def _check_answers(comparison: Comparison) -> None:
             raise UserError(
                 f"{comparison.where}: label_0 is {answer.label_0}, and must be the probability in [0, 1] that image 0 is preferred; mend it"
             )
-        if answer.votes < 1:
-            raise UserError(f"{comparison.where}: an answer with {answer.votes} votes; mend the count, or leave it out")
+        if not 1 <= answer.votes <= MOST_VOTES:
+            raise UserError(f"{comparison.where}: an answer with {shown(answer.votes)} votes; mend the count, or leave it out")
 
 
 # ---- labels at the end

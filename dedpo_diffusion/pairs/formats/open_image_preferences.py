@@ -33,6 +33,8 @@ from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
 NEEDS = "images and preference.responses, or prompt, chosen, rejected, chosen_model, rejected_model and evolution"
+OWN = (("preference.responses",), ("chosen_model", "rejected_model", "evolution"))
+READ = ("chosen", "rejected")
 RESPONSES = "preference.responses"
 LABELS = {"image_1": 1.0, "image_2": 0.0, "both_good": 0.5, "both_bad": 0.5}
 NO_LABEL = "toxic_content"

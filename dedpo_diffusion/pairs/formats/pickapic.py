@@ -22,6 +22,8 @@ from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
 NEEDS = "caption, jpg_0, jpg_1 (the images themselves) and label_0"
+OWN = (("has_label",), ("are_different",), ("ranking_id",), ("best_image_uid",), ("image_0_uid",), ("original_prompt.txt",))
+READ = ("label_0", "label_1")
 PROMPTS = ("caption", "original_prompt.txt", "caption.txt")
 IMAGES = ("jpg_0", "jpg_1")
 SOURCE = (  # kept with each pair, as source_*

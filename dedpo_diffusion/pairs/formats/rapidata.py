@@ -34,6 +34,8 @@ from dedpo_diffusion.settings import IngestSettings
 
 WINNER_FIRST = False
 NEEDS = "prompt, image1, image2, and votes_image1 and votes_image2 (whole numbers) or weighted_results_image1_preference"
+OWN = (("votes_image1", "votes_image2"), ("detailed_results",), ("detailed_results_preference",), ("weighted_results_image1_preference",))
+READ = ()
 OPTIONS = ("criterion",)  # what --columns may say of this format
 SIDES = ("image1", "image2")
 COUNTS = ("votes_image1", "votes_image2")

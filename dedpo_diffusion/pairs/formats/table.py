@@ -4,7 +4,8 @@ What a column is, its name tells; upper and lower case are alike. Of names on on
 
     prompt      prompt, caption, text
     images      image_0 image_1; image0 image1; image_a image_b; image_1 image_2; image1 image2; left right;
-                image_left image_right; left_image right_image; jpg_0 jpg_1; chosen rejected; chosen_image rejected_image
+                image_left image_right; left_image right_image; jpg_0 jpg_1; path_0 path_1; path_1 path_2; path1 path2;
+                image_path_0 image_path_1; image_path_1 image_path_2; chosen rejected; chosen_image rejected_image
     answer      label_0 (in [0, 1]: 1 image 0 is preferred, 0.5 a tie), with label_1 = 1 - label_0 as a check
                 winner, preferred, preference, choice, or chosen without rejected: which image (see below)
                 votes_0 votes_1 and maybe votes_tie: how many people said so
@@ -12,8 +13,8 @@ What a column is, its name tells; upper and lower case are alike. Of names on on
     rater       rater, user, annotator, worker, or one of these with _id
     key         pair_id, id, key: the pair's own name
 
-An image is a path (relative to the table's folder, or to --images), or the file's bytes. A row whose answer is empty is a
-pair that nobody judged.
+An image is a path (relative to the table's folder, or to --images), the file's bytes, or these as text (image_values.py). A
+row whose answer is empty is a pair that nobody judged.
 
 A winner is named by its column (image_0), by the end of that name (a, left), by its path as the row has it, or by number;
 tie, both, equal and draw mean a tie. Trap: where the images are called image_1 and image_2, people count from 1, so
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.texts import shown
 from dedpo_diffusion.pairs.formats.comparison import Answer, Comparison, ImageSource, counted, image_source, number, text
 from dedpo_diffusion.pairs.formats.sources import Source
 from dedpo_diffusion.settings import IngestSettings
@@ -50,6 +52,11 @@ IMAGES = {  # names of the two image columns, and what short names and numbers t
     ("jpg_0", "jpg_1"): ("0", "1"),
     ("image_1", "image_2"): ("1", "2"),
     ("image1", "image2"): ("1", "2"),
+    ("path_0", "path_1"): ("0", "1"),
+    ("path_1", "path_2"): ("1", "2"),
+    ("path1", "path2"): ("1", "2"),
+    ("image_path_0", "image_path_1"): ("0", "1"),
+    ("image_path_1", "image_path_2"): ("1", "2"),
     ("image_a", "image_b"): ("a", "b"),
     ("left", "right"): ("left", "right"),
     ("image_left", "image_right"): ("left", "right"),
@@ -175,6 +182,19 @@ def layout_of(columns: tuple[str, ...], mapping: tuple[tuple[str, str], ...]) ->
     if kind == "order" and "swapped" in others.values():
         raise UserError("the column 'swapped' has the name by which turned pairs are marked; rename it")
     return Layout(prompt, images, short, kind, answers, rater, key, others)
+
+
+def answer_columns(columns: Collection[str]) -> list[str]:
+    """The columns that are an answer by their names, in whatever table."""
+    sides = {side for pair in IMAGES.values() for side in pair}
+    known = {*WINNER, *ORDERED, "votes_tie", *(f"{kind}_{side}" for kind in ("label", "votes") for side in sides)}
+    return [plain for name in columns if (plain := _plain(name, columns).lower()) in known]
+
+
+def has_two_images(columns: Collection[str]) -> bool:
+    """Whether a table's columns name the two images of a pair."""
+    names = {_plain(name, columns).lower() for name in columns}
+    return any(set(pair) <= names for pair in IMAGES)
 
 
 def _check_given(given: Mapping[str, str], columns: tuple[str, ...]) -> None:
@@ -316,7 +336,7 @@ def _label(layout: Layout, values: list[Any], where: str) -> float | None:
     label, other = (number(value, f"{where}: {name}") for name, value in zip(names, values, strict=True))
     if label is not None and not 0 <= label <= 1:
         raise UserError(
-            f"{where}: {names[0]} is {values[0]!r}, and must be in [0, 1] (1: the first image is preferred); mend it, or if it names "
+            f"{where}: {names[0]} is {shown(values[0])}, and must be in [0, 1] (1: the first image is preferred); mend it, or if it names "
             f'an image, say so with --columns \'{{"winner": "{names[0]}"}}\''
         )
     if names[1] is not None and (
@@ -341,7 +361,7 @@ def _votes(layout: Layout, values: list[Any], where: str) -> tuple[Answer, ...]:
 def _count(value: Any, where: str) -> int | None:
     found = number(value, where)
     if found is not None and (found < 0 or not found.is_integer()):
-        raise UserError(f"{where} is {value!r}, and must count people: 0, 1, 2, ...; mend it")
+        raise UserError(f"{where} is {shown(value)}, and must count people: 0, 1, 2, ...; mend it")
     return None if found is None else int(found)
 
 
@@ -359,7 +379,7 @@ def _winner(layout: Layout, value: Any, row: Mapping[str, Any], where: str) -> f
         return found[0]
     first, second, ties = (" or ".join(dict.fromkeys(legal[label])) for label in (1.0, 0.0, 0.5))
     raise UserError(
-        f"{where}: {layout.answers[0]} is {said!r}, and must be {first} (the first image), {second} (the second), {ties} (a tie), or "
+        f"{where}: {layout.answers[0]} is {shown(said)}, and must be {first} (the first image), {second} (the second), {ties} (a tie), or "
         "empty (nobody judged); mend it, or if it is the probability that the first is preferred, say so with "
         f'--columns \'{{"label_0": "{layout.answers[0]}"}}\''
     )

@@ -14,13 +14,15 @@ from dedpo_diffusion.pairs.inspection.answers import Findings, look_at_answers
 from dedpo_diffusion.pairs.inspection.near import hamming, look_alikes
 from dedpo_diffusion.pairs.inspection.scan import SIDES, Scan
 from dedpo_diffusion.pairs.pixels import crop_warning, not_square
+from dedpo_diffusion.pairs.prompt_tokens import TokenCounter
 
 TINY = 64  # pixels of a side: less than the smallest model here draws
-LONG_PROMPT = 60  # words; CLIP reads 77 tokens, and English has about 1.3 tokens a word
 SHOWN = 10  # examples of a kind
 
 
-def look(reader: PairReader, scan: Scan, *, depth: str, human: str, near: int, resamples: int, seed: int) -> Findings:
+def look(
+    reader: PairReader, scan: Scan, *, depth: str, human: str, near: int, resamples: int, seed: int, counter: TokenCounter
+) -> Findings:
     """Everything that is known of a pair dataset.
 
     Args:
@@ -30,12 +32,13 @@ def look(reader: PairReader, scan: Scan, *, depth: str, human: str, near: int, r
         human: name of the human label file.
         near: largest Hamming distance of near-duplicates.
         resamples, seed: of the bootstrap of the raters' agreement.
+        counter: of the prompts' tokens.
     """
     found = Findings()
     found.report = {"pairs": len(reader), "shards": len(reader.shards), "depth": depth}
     found.errors += [f"{reader.location(row)}, {text}" for row, _, text in scan.problems]
     unique = _pair_ids(reader, scan, found)
-    found.report["prompts"] = _prompts(reader, scan, found)
+    found.report["prompts"] = _prompts(reader, scan, found, counter)
     found.report["images"] = _images(reader, scan, found)
     found.report["duplicates"] = _duplicates(reader, scan, found)
     if depth == "decode":
@@ -88,6 +91,15 @@ def _texts(reader: PairReader, name: str, rows: Sequence[int]) -> dict[int, str]
     return texts
 
 
+def _all_texts(reader: PairReader, name: str) -> list[str]:
+    """A column of texts; empty where one is missing, which the scan has found."""
+    texts: list[str] = []
+    for path in reader.shards:
+        with open_parquet(path) as file:
+            texts += [text or "" for text in file.read(columns=[name], use_threads=False).column(0).to_pylist()]
+    return texts
+
+
 # ---- pairs
 
 
@@ -103,28 +115,28 @@ def _pair_ids(reader: PairReader, scan: Scan, found: Findings) -> bool:
     return not missing and not repeated
 
 
-def _prompts(reader: PairReader, scan: Scan, found: Findings) -> dict[str, Any]:
-    words = scan.pairs["words"].astype(int)
+def _prompts(reader: PairReader, scan: Scan, found: Findings, counter: TokenCounter) -> dict[str, Any]:
     first, kind = _kinds(scan.pairs["prompt"])
-    empty, long = np.flatnonzero(words == 0), np.flatnonzero(words > LONG_PROMPT)
+    empty = np.flatnonzero(scan.pairs["words"] == 0)
     if len(empty):
         found.warnings.append(f"empty prompts: {len(empty)} (first: {reader.location(int(empty[0]))})")
-    if len(long):
-        where = reader.location(int(long[0]))
-        found.warnings.append(
-            f"prompts of more than {LONG_PROMPT} words: {len(long)} (first: {where}); CLIP reads 77 tokens, an estimated "
-            f"{LONG_PROMPT} words, and no more"
-        )
+    prompts = _all_texts(reader, "prompt")
+    with Progress("counting tokens", len(set(prompts))) as progress:
+        tokens = np.array(counter.lengths(prompts, progress.advance))
+    cut = counter.cut(prompts, tokens.tolist(), reader.location)
+    found.warnings += [] if cut is None else [cut]
     most = [(row, count) for row, count in _common(kind, first, SHOWN) if count > 1]
     texts = _texts(reader, "prompt", [row for row, _ in most])
     return {
         "unique": len(first),
         "empty": len(empty),
-        "mean_words": float(words.mean()),
-        "least_words": int(words.min()),
-        "most_words": int(words.max()),
-        "longest": reader.location(int(words.argmax())),
-        f"over_{LONG_PROMPT}_words": len(long),
+        "tokens_of": counter.name,
+        "tokens_read": counter.limit,
+        "mean_tokens": float(tokens.mean()),
+        "least_tokens": int(tokens.min()),
+        "most_tokens": int(tokens.max()),
+        "longest": reader.location(int(tokens.argmax())),
+        "cut": int((tokens > counter.limit).sum()),
         "most_repeated": [{"prompt": texts[row], "pairs": count} for row, count in most],
     }
 

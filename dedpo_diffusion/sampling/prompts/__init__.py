@@ -20,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.texts import misfit
 from dedpo_diffusion.sampling.sampler import Prompt
 
 CARRIED = {"parti": "parti.tsv", "geneval": "geneval.jsonl"}
@@ -107,7 +108,7 @@ def _lines(path: Path) -> list[str]:
     except OSError as error:
         named = f"a file, a folder, or one of the sets {', '.join((*CARRIED, HPSV2))}"
         raise UserError(f"{path}: cannot be read ({error.strerror}); give {named}") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [_text(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _strings(path: Path) -> list[str] | None:
@@ -152,6 +153,9 @@ def _text(value: object, where: str) -> str:
         raise UserError(f"{where}: a prompt is text, and this is {type(value).__name__}; mend it")
     if not value.strip():
         raise UserError(f"{where}: the prompt is empty; fill it in, or remove the row")
+    wrong = misfit(value)
+    if wrong is not None:
+        raise UserError(f"{where}: the prompt {wrong}; mend it, and save the file as UTF-8")
     return value.strip()
 
 

@@ -55,7 +55,7 @@ class Source:
 def fingerprint(files: Iterable[Path], root: Path, *, contents: bool = False) -> str:
     """Digest of the files' names below `root` and their sizes; of small tables also of what they hold."""
     lines = [f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0{file_digest(path) if contents else ''}" for path in files]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
 
 
 def listed(folder: Path, endings: Sequence[str]) -> list[Path]:

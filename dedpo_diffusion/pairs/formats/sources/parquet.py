@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.pairs.formats.sources.base import Located, Source, fingerprint
+from dedpo_diffusion.pairs.formats.sources.base import Located, Row, Source, fingerprint
 
 BATCH = 32  # rows in memory
 BUFFER = 1 << 20  # bytes read at once of each column; else whole row groups are read (a page is always read whole)
@@ -60,7 +60,7 @@ class ParquetSource(Source):
             batches = opened.iter_batches(batch_size=BATCH, row_groups=groups, use_threads=False)
             while (batch := _next(batches, file, number)) is not None:
                 skip = min(max(0, start - number), batch.num_rows)
-                for i, row in enumerate(batch.slice(skip).to_pylist(), number + skip):
+                for i, row in enumerate(_rows(batch.slice(skip), file, number + skip), number + skip):
                     yield f"{file} row {i}", row, self.folder
                 number += batch.num_rows
 
@@ -70,6 +70,22 @@ def _open(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({error}); download or write it again") from error
+
+
+def _rows(batch: pa.RecordBatch, file: Path, number: int) -> list[Row]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:  # parquet does not look into its texts
+        row, name = next((i, name) for i in range(batch.num_rows) for name in batch.schema.names if not _is_text(batch.column(name)[i]))
+        raise UserError(f"{file} row {number + row}: {name} is not UTF-8 text; write the file again") from error
+
+
+def _is_text(value: pa.Scalar) -> bool:
+    try:
+        value.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _next(batches: Iterator[pa.RecordBatch], file: Path, number: int) -> pa.RecordBatch | None:

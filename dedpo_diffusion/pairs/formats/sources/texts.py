@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.texts import misfit
 from dedpo_diffusion.pairs.formats.sources.base import Located, Row, Source, fingerprint
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+LONGEST_FIELD = 1 << 30  # characters of a CSV's value, which may be a whole picture; Python's own limit is 131072
 NOT_UTF8 = "is not UTF-8 text; save it again as UTF-8"
 
 
@@ -79,9 +81,11 @@ class JsonLinesSource(Source):
 
     def _parse(self, number: int, line: str) -> Any:
         try:
-            return _loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.file} line {number} is no JSON ({error}); each line must be one object: mend it") from error
+        _check_characters(line, [(f"{self.file} line {number}", value)])
+        return value
 
 
 class CsvSource(Source):
@@ -128,6 +132,7 @@ class CsvSource(Source):
         """Number of its first line, and values, of every record, the header's included."""
         try:
             with open(self.file, encoding="utf-8-sig", newline="") as text:
+                csv.field_size_limit(LONGEST_FIELD)
                 reader = csv.reader(text, delimiter=self.delimiter, strict=True)
                 while True:
                     line = reader.line_num + 1
@@ -143,17 +148,20 @@ class CsvSource(Source):
             raise UserError(f"{self.file} {NOT_UTF8}") from error
 
 
-def _loads(text: str) -> Any:
-    value = json.loads(text)
-    if re.search(r"\\u[dD]", text):  # maybe half a character, which JSON can say and no file can hold
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
+def _check_characters(text: str, rows: Iterable[tuple[str, Any]]) -> None:
+    """No half characters, which JSON can say and no file can hold; `text` is the JSON of all rows, each of which has a place."""
+    if re.search(r"\\u[dD]", text):
+        for where, row in rows:
+            wrong = misfit(json.dumps(row, ensure_ascii=False))
+            if wrong is not None:
+                raise UserError(f"{where} {wrong}; mend it")
 
 
 def _objects(file: Path) -> list[Any]:
     """The rows of a JSON file."""
     try:
-        value = _loads(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        value = json.loads(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{file} {NOT_UTF8}") from error
     except (ValueError, RecursionError) as error:
@@ -165,9 +173,10 @@ def _objects(file: Path) -> list[Any]:
                 f"{file} is an object with {len(lists)} lists ({', '.join([*value][:10])}), and must be a list of rows, or hold one; "
                 'write it as [{"prompt": ..., ...}, ...]'
             )
-        return value[lists[0]]
+        value = value[lists[0]]
     if not isinstance(value, list):
         raise UserError(f"{file} holds {type(value).__name__}, and must hold a list of objects")
+    _check_characters(text, ((f"{file} row {i}", row) for i, row in enumerate(value)))
     return value
 
 
