@@ -118,7 +118,8 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
         objective = dataclasses.replace(objective, power="fixed")
     cache = None if data.cache is None else folder / "cache"
     return dataclasses.replace(
-        settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",
+        settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, model_prediction=None,
+        out=folder / "run",
         data=dataclasses.replace(data, pairs=write_pairs(folder / "pairs", data.targets), size=SIDE, cache=cache),
         optim=dataclasses.replace(optim, steps=3, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)),
         objective=objective, lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
@@ -146,7 +147,9 @@ def prepare(
     data = settings.data
     reader = PairReader(data.pairs)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
-    model = Backbone(settings.model, device=accelerator.device, dtype=dtype, config=settings.model_config)
+    model = Backbone(
+        settings.model, device=accelerator.device, dtype=dtype, config=settings.model_config, prediction=settings.model_prediction
+    )
     if slow_on_cpu(model.unet):
         tell_cpu(settings.model)
     size = data.size or model.size
