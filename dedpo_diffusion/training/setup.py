@@ -118,8 +118,8 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
         objective = dataclasses.replace(objective, power="fixed")
     cache = None if data.cache is None else folder / "cache"
     return dataclasses.replace(
-        settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, model_prediction=None,
-        out=folder / "run",
+        settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",
+        model_prediction="v" if kind == "sd21" else "epsilon",
         data=dataclasses.replace(data, pairs=write_pairs(folder / "pairs", data.targets), size=SIDE, cache=cache),
         optim=dataclasses.replace(optim, steps=3, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)),
         objective=objective, lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
@@ -142,6 +142,7 @@ def prepare(
     from dedpo_diffusion.models.memory import slow_on_cpu, tell_cpu
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.training.data import PairLoader, open_source
+    from dedpo_diffusion.training.prediction_check import check_prediction
     from dedpo_diffusion.training.validation import open_validation
 
     data = settings.data
@@ -183,6 +184,8 @@ def prepare(
     if settings.weights == "full":
         asked = needs_reference(settings.objective.kind, settings.objective.balance or "none")
         model.train_all(reference=loader.grid is None and asked)
+    overruled, speaks = settings.model_prediction is not None, accelerator.is_main_process
+    check_prediction(model, settings.model, source, int(loader.rows[0]), overruled=overruled, tell=speaks)
     if settings.gradient_checkpointing:
         model.checkpoint(selective=settings.gradient_checkpointing == "selective")
     targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
