@@ -50,7 +50,7 @@ def theirs(file: Path, config: Path, told: dict) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", list(FILES))
-def test_single_files_train_at_the_last_timestep_and_sample_as_in_diffusers(folders, pairs, tmp_path, what):
+def test_single_files_train_at_the_last_timestep_and_sample_alike(folders, pairs, tmp_path, what):
     names, options, told = FILES[what]
     plain = tiny.single_file(folders["sdxl"], tmp_path / "plain.safetensors")
     file = tmp_path / "base.safetensors"
