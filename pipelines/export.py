@@ -209,7 +209,7 @@ def base_of_lora(settings: ExportSettings, source: Source, lora: Lora) -> Base:
     told = None if source.lora is None or settings.model else told_base(source.lora.metadata)
     if told is None and source.model is not None:
         try:
-            told = look_up(source.model, source.model_config)
+            told = look_up(source.model, source.model_config, source.model_prediction)
         except UserError as error:
             given = "" if settings.model or "--model," in str(error) else "; give --model, where the base model is now"
             if settings.model or shown is None:

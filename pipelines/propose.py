@@ -46,7 +46,7 @@ def run(settings: ProposeSettings) -> Path:
     fit, settings = settings.batch == "auto", resolved(settings, most=MOST)
     recipe = Recipe(
         settings.model, settings.steps, settings.guidance, int(settings.batch), settings.size, config=settings.model_config,
-        dtype=settings.dtype, fit=fit,
+        dtype=settings.dtype, fit=fit, prediction=settings.model_prediction,
     )  # fmt: skip
     sample_folder(images, work, settings, recipe, device=settings.device)
     source = {"model": settings.model, "steps": settings.steps, "guidance": settings.guidance}

@@ -56,6 +56,7 @@ def run(settings: SampleSettings) -> Path:
     recipe = Recipe(
         settings.model, settings.steps, settings.guidance, int(settings.batch), image_size(settings), settings.negative, settings.lora,
         settings.strength, settings.scheduler, settings.model_config, settings.dtype, fit,
+        settings.model_prediction,
     )  # fmt: skip
     targets = [Target(settings.out, settings, recipe)]
     if is_sweep(settings.lora, settings.strength):

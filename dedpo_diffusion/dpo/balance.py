@@ -29,6 +29,7 @@ def balance_coefficients(
         mode: "none": a = 1. "output": u = (ln e_1 - ln e_0) / 2, equal output-space gradient norms.
             "relative": u = [ln(e_1 / r_1) - ln(e_0 / r_0)] / 2, which equals "none" while policy = reference.
             "probability": u = scale (e_1 - e_0) / 2, the difference of the two reverse steps' log-probabilities, tempered.
+            Errors of 0 count as the least float32 in the logarithms, so that two of them balance, and one alone gives the clip.
         clip: bound of |u|.
         scale: (B,), of `probability_scale`; needed by "probability" alone.
 
@@ -54,10 +55,17 @@ def _log_ratio(errors: Tensor, reference_errors: Tensor | None, mode: str, scale
     if mode == "relative":
         if reference_errors is None:
             raise ValueError('mode "relative" needs the reference errors')
-        errors = errors / reference_errors.detach()
-    elif mode != "output":
+        logs = _logs(errors) - _logs(reference_errors.detach())
+    elif mode == "output":
+        logs = _logs(errors)
+    else:
         raise ValueError(f"unknown balance mode {mode!r}; known: none, output, relative, probability")
-    return 0.5 * (errors[:, 1].log() - errors[:, 0].log())
+    return 0.5 * (logs[:, 1] - logs[:, 0])
+
+
+def _logs(errors: Tensor) -> Tensor:
+    """ln e, finite at 0: at zero SNR a model that gives back x_t predicts the noise without error."""
+    return errors.clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 def probability_scale(alphas_cumprod: Tensor, timesteps: Tensor, elements: int, *, tempering: float, prediction: str = "epsilon") -> Tensor:
@@ -66,8 +74,12 @@ def probability_scale(alphas_cumprod: Tensor, timesteps: Tensor, elements: int, 
     The reverse step at t is a Gaussian of variance s_t^2 whose mean is off by beta_t / sqrt(alpha_t (1 - abar_t)) times the
     error of eps. Its log-probability is therefore -kappa_t D e / 2 up to a constant, kappa_t = beta_t^2 / (s_t^2 alpha_t
     (1 - abar_t)), D the number of elements and e the mean squared error. s_t^2 is the posterior variance
-    beta_t (1 - abar_{t-1}) / (1 - abar_t). At t = 0 that is 0 and kappa infinite; there the variance of t = 1 is used, as DDPM
-    samplers do.
+    beta_t (1 - abar_{t-1}) / (1 - abar_t), so that kappa_t = beta_t / (alpha_t (1 - abar_{t-1})). At t = 0 the variance is 0 and kappa
+    infinite; there the variance of t = 1 is used, as DDPM samplers do.
+
+    At zero terminal SNR, abar_t = alpha_t = 0: an error of v has the finite kappa_t abar_t = beta_t abar_{t-1} / (1 - abar_{t-1}). For
+    one of eps kappa is infinite, as x_0 = (x_t - sigma_t eps) / alpha_t is; the largest float32 stands for it, with which a clipped u has
+    its limit: the clip with the sign of the gap, and 0 where there is none.
 
     Args:
         alphas_cumprod: abar (T,), T >= 2.
@@ -89,13 +101,11 @@ def probability_scale(alphas_cumprod: Tensor, timesteps: Tensor, elements: int, 
         raise ValueError(f"prediction type {prediction!r} is not supported; supported: epsilon, v_prediction")
     now = alphas_cumprod.double()
     before = torch.cat([torch.ones_like(now[:1]), now[:-1]])
-    alpha = now / before
-    variance = (1 - alpha) * (1 - before) / (1 - now)
-    variance[0] = variance[1]
-    kappa = (1 - alpha).square() / (variance * alpha * (1 - now))
-    if prediction == "v_prediction":
-        kappa = kappa * now
-    return (tempering * elements * kappa).float().to(timesteps.device)[timesteps]
+    beta = (before - now) / before
+    kappa = beta / (1 - before)  # of eps, times alpha_t
+    kappa[0] = beta[0] * (1 - now[1]) / (beta[1] * (1 - now[0]))
+    kappa = kappa * before if prediction == "v_prediction" else kappa * before / now
+    return (tempering * elements * kappa).clamp(max=torch.finfo(torch.float32).max).float().to(timesteps.device)[timesteps]
 
 
 def scale_gradients(errors: Tensor, factors: Tensor) -> Tensor:

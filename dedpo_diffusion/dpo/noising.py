@@ -24,8 +24,10 @@ class ForwardProcess:
         alphas_cumprod: (T,) cumulated alphas; alpha_t is the square root.
         prediction: "epsilon", or "v_prediction" (Salimans & Ho, arXiv 2202.00512: v = alpha_t eps - sigma_t x_0).
 
+    A schedule of zero terminal SNR (Lin et al., arXiv 2305.08891) ends at alphas_cumprod 0: x_T is the noise alone.
+
     Raises:
-        ValueError: another prediction type.
+        ValueError: another prediction type, or a schedule that is no schedule of a forward process.
     """
 
     alphas_cumprod: Tensor
@@ -34,6 +36,8 @@ class ForwardProcess:
     def __post_init__(self) -> None:
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction type {self.prediction!r} is not supported; supported: epsilon, v_prediction")
+        if not ((self.alphas_cumprod >= 0) & (self.alphas_cumprod <= 1)).all():  # NaN is neither
+            raise ValueError("its noise schedule is broken: a cumulated alpha is not between 0 and 1")
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
@@ -60,7 +64,10 @@ class ForwardProcess:
         return alpha * noise - sigma * clean
 
     def clean(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """x_0 implied by a prediction at x_t; the inverse of `add_noise` when the prediction is exact."""
+        """x_0 implied by a prediction at x_t; the inverse of `add_noise` when the prediction is exact.
+
+        At alpha_t = 0 a prediction of the noise implies none: x_t is the noise, whatever x_0 was. The result is then not finite.
+        """
         alpha, sigma = self.scales(timesteps, noisy)
         if self.prediction == "epsilon":
             return (noisy - sigma * prediction) / alpha
@@ -97,7 +104,8 @@ class TimestepDraw:
             (Esser et al., arXiv 2403.03206, section 3.1).
         location, spread: of the logit-normal; 0 and 1 favour the middle of the range.
         weighting: "none"; "equal_noise", whose weights `timestep_moments` knows; or "min_snr":
-            min(SNR, gamma) / SNR for eps, over SNR + 1 for v (Hang et al., arXiv 2303.09556, section 3.4).
+            min(SNR, gamma) / SNR for eps, over SNR + 1 for v (Hang et al., arXiv 2303.09556, section 3.4). At SNR 0 their limits: 1 for
+            eps, 0 for v.
         gamma: of min-SNR.
         strata: draw n timesteps one from each n-th of their distribution, in random order, rather than independently. Each one by itself is
             distributed as without, so every mean over draws is the same; their spread over a step is even.
@@ -153,8 +161,9 @@ class TimestepDraw:
         if self.weighting != "min_snr":
             return torch.ones(timesteps.shape, device=timesteps.device)
         cumulated = process.alphas_cumprod.to(timesteps.device)[timesteps].double()
-        snr = cumulated / (1 - cumulated)
-        return (snr.clamp(max=self.gamma) / (snr if process.prediction == "epsilon" else snr + 1)).float()
+        if process.prediction == "epsilon":  # min(SNR, gamma) / SNR = min(1, gamma / SNR), with SNR = abar / (1 - abar)
+            return (self.gamma * (1 - cumulated) / cumulated).clamp(max=1).float()
+        return torch.minimum(cumulated, self.gamma * (1 - cumulated)).float()  # SNR + 1 = 1 / (1 - abar)
 
 
 def in_strata(order: Tensor, within: Tensor) -> Tensor:

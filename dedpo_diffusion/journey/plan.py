@@ -96,9 +96,10 @@ class Route:
         return [] if self.settings.device is None else ["--device", self.settings.device]
 
     def model(self) -> list[str]:
-        """--model, and the architecture of a single file."""
-        config = [] if self.settings.model_config is None else ["--model_config", self.settings.model_config]
-        return ["--model", self.settings.model, *config]
+        """--model, the architecture of a single file, and what it predicts."""
+        s = self.settings
+        told = {"model": s.model, "model_config": s.model_config, "model_prediction": s.model_prediction}
+        return [part for name, value in told.items() if value is not None for part in (f"--{name}", value)]
 
     def sampler(self) -> list[str]:
         """How images are sampled: what the settings say, and else what the stages take by themselves."""

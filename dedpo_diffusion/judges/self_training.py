@@ -166,6 +166,7 @@ class PolicyRewards:
             first.trained["model"],
             device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
             config=first.trained.get("model_config"),
+            prediction=first.trained.get("model_prediction"),
         )
         if self.model.fingerprint != first.identity["base_model"]:
             raise UserError(f"{first.run}: the base model {first.trained['model']} is not the one it was trained from; put that one back")

@@ -44,9 +44,17 @@ class Backbone:
         size: pixels of the side it was made for.
     """
 
-    def __init__(self, name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, config: str | None = None) -> None:
-        """Load and freeze; `dtype` is the compute precision of the UNet. Raises as `load_pipeline`."""
-        pipe = load_pipeline(name, config=config)
+    def __init__(
+        self,
+        name: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        config: str | None = None,
+        prediction: str | None = None,
+    ) -> None:
+        """Load and freeze; `dtype` is the compute precision of the UNet. The others, and Raises, as `load_pipeline`."""
+        pipe = load_pipeline(name, config=config, prediction=prediction)
         self.device, self.dtype = device, dtype
         self.pipeline, self.scheduler = type(pipe), pipe.scheduler  # of what samples from it
         self.scale, self.channels, self.factor = (

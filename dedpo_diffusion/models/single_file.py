@@ -230,6 +230,7 @@ def _open_clip(encoder: nn.Module, what: str, prefix: str, *, layers: int | None
     return tensors
 
 
+_UNQUANTISED = "give the same model in float16, bfloat16 or float32"
 _FOREIGN = (  # what a file's names show it to be, and what to give instead
     (
         r"(^|\.)lora_(unet|te\d?|transformer)_|[._]lora[._]|\.hada_w|\.lokr_w|\.oft_",
@@ -244,6 +245,13 @@ _FOREIGN = (  # what a file's names show it to be, and what to give instead
     (r"^conditioner\.embedders\.0\.model\.", "an SDXL refiner", "give the SDXL base model"),
     (r"^(encoder|decoder)\.mid\.", "a VAE alone", "give the checkpoint of a whole model"),
     (r"^edm_(mean|std)$", "a Playground v2.5, which has its own preconditioning", "give an SD1.x, SD2.x or SDXL"),
+    (r"^edm_vpred\.", "an EDM model of v-prediction, whose noise levels follow no schedule of betas", "give an SD1.x, SD2.x or SDXL"),
+    (
+        r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale(_2)?|input_scale|comfy_quant|absmax|nested_absmax|quant_map"
+        r"|nested_quant_map|quant_state(\..+)?|SCB|weight_format|qweight|qzeros)$",
+        "a quantised checkpoint, whose weights mean nothing without their scales",
+        _UNQUANTISED,
+    ),
     (
         r"^(unet\.)?(down_blocks|mid_block|up_blocks)\.|^(encoder|decoder)\.mid_block\.|^(text_model\.)?(encoder\.layers|embeddings)\.",
         "a part of a diffusers folder",
@@ -273,7 +281,7 @@ def family(path: Path) -> str:
     keys, channels = _read_names(path)
     other = foreign(keys)
     if other is not None:
-        raise UserError(f"{path}: it seems to be {other[0]}; {other[1]}")
+        raise UserError(f"{path}: it seems to be {other[0]} (it has the tensor {_shown_by(keys)}); {other[1]}")
     kinds = [
         kind
         for kind in ("sd1", "sd2", "sdxl")
@@ -289,6 +297,7 @@ def family(path: Path) -> str:
     if channels != 4:
         seems = f"it seems to be {_OTHER_INPUTS[channels]}" if channels in _OTHER_INPUTS else "it is none of the base models"
         raise UserError(f"{path}: its UNet takes {channels} input channels instead of 4, so {seems}; give the base model")
+    _refuse_whole_numbers(path)
     if _holds(keys, UNET + "label_emb.") != (kinds == ["sdxl"]):
         fault = "lacks the size conditioning of SDXL" if kinds == ["sdxl"] else "has a class or image embedding, as unCLIP and upscalers do"
         raise UserError(f"{path}: its UNet {fault}; give the base model")
@@ -299,6 +308,21 @@ def foreign(keys: Iterable[str]) -> tuple[str, str] | None:
     """What a file with these names holds instead of a checkpoint, as "a LoRA", and what to give instead; None if no name tells."""
     names = list(keys)
     return next(((what, remedy) for pattern, what, remedy in _FOREIGN if any(re.search(pattern, key) for key in names)), None)
+
+
+def _shown_by(keys: Iterable[str]) -> str:
+    """The first name that `foreign` tells by."""
+    names = list(keys)
+    return next(key for pattern, _, _ in _FOREIGN for key in names if re.search(pattern, key))
+
+
+def _refuse_whole_numbers(path: Path) -> None:
+    """Raises UserError where weights are stored as whole numbers, as some quantised files have them."""
+    with opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            kind = file.get_slice(name).get_dtype()
+            if name.startswith((UNET, VAE)) and kind.startswith(("I", "U", "F4", "F6")):
+                raise UserError(f"{path}: the tensor {name} is stored as {kind}, so it is a quantised checkpoint; {_UNQUANTISED}")
 
 
 def _holds(keys: Iterable[str], prefix: str) -> bool:

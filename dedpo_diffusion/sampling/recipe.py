@@ -33,7 +33,7 @@ class Recipe:
     """How images are sampled, prompts and seeds aside.
 
     Attributes:
-        model, config, dtype: what `load_pipeline` takes.
+        model, config, prediction, dtype: what `load_pipeline` takes.
         steps: sampler steps.
         guidance: classifier-free guidance scale.
         batch: images whose company is fixed, sampled at once where memory allows.
@@ -56,6 +56,7 @@ class Recipe:
     config: str | None = None
     dtype: str = "float32"
     fit: bool = False
+    prediction: str | None = None
 
     def check(self) -> None:
         """Refuse what cannot be sampled, before anything is loaded.

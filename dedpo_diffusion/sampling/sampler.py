@@ -31,6 +31,7 @@ from dedpo_diffusion.core.locks import share_tasks
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.models.backbone import Backbone, fingerprint
 from dedpo_diffusion.models.loading import LEFT_OUT, UNLOADABLE, load_pipeline
+from dedpo_diffusion.models.marks import settle
 from dedpo_diffusion.models.memory import BatchLimit
 from dedpo_diffusion.models.pretrained import in_one_line
 from dedpo_diffusion.sampling.claims import LOCKS, claimed, lock_folder, open_samples
@@ -46,7 +47,7 @@ from dedpo_diffusion.weights.run_folder import began, has_begun, open_run
 
 def load_sampler(
     model: str, *, config: str | None = None, lora: Path | Sequence[Path] | None = None, strength: Sequence[float] = (),
-    scheduler: str | None = None, device: str | None = None, dtype: str = "float32",
+    scheduler: str | None = None, device: str | None = None, dtype: str = "float32", prediction: str | None = None,
 ) -> Any:  # fmt: skip
     """A Stable Diffusion pipeline ready to sample; arguments as in `Recipe`, and the device, None for a GPU if there is one.
 
@@ -57,11 +58,12 @@ def load_sampler(
     """
     import diffusers
 
-    pipe = load_pipeline(model, config=config, dtype=getattr(torch, dtype))
+    pipe = load_pipeline(model, config=config, dtype=getattr(torch, dtype), prediction=prediction)
     encoders = [part for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if part is not None]
     pipe.base_fingerprint = fingerprint(pipe.unet, pipe.vae, *encoders, facts=_schedule(pipe))
     if scheduler is not None:
         pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
+        settle(pipe, model)
     add_loras(pipe, model, [lora] if isinstance(lora, Path) else lora or (), strength)
     pipe.set_progress_bar_config(disable=True)
     with in_one_line(f"{model} does not fit on the device in {dtype}", "give --dtype bfloat16, or --device cpu"):
@@ -345,7 +347,7 @@ def _fill(targets: Sequence[Target], work: Sequence[Job], device: str | None) ->
     if len(finished) < len(targets):
         pipe = load_sampler(
             recipe.model, config=recipe.config, lora=recipe.lora, strength=recipe.strength, scheduler=recipe.scheduler, device=device,
-            dtype=recipe.dtype,
+            dtype=recipe.dtype, prediction=recipe.prediction,
         )  # fmt: skip
         size = image_size(pipe, recipe.size)
         for target in targets:
@@ -445,6 +447,7 @@ def _facts(pipe: Any, recipe: Recipe, size: tuple[int, int]) -> dict[str, Any]:
     """What is the same of all images, LoRAs aside; with an image's own prompt and seed it says how to make the image again."""
     return {
         "model": recipe.model, "model_config": recipe.config, "model_fingerprint": pipe.base_fingerprint, "negative": recipe.negative,
+        **({} if recipe.prediction is None else {"model_prediction": recipe.prediction}),
         "steps": recipe.steps, "guidance": recipe.guidance, "height": size[0], "width": size[1], "scheduler": _schedule(pipe),
         "dtype": recipe.dtype, "device": pipe.device.type, "batch": recipe.batch,
         "versions": {name: version(name) for name in ("dedpo_diffusion", "torch", "diffusers", "transformers", "peft")},

@@ -42,6 +42,8 @@ class AlignSettings:
         dtype: precision in which images are sampled; None takes the stages' own.
         device: torch device of every stage; None takes a GPU if there is one.
         model_config: for a .safetensors model, the diffusers folder or hub id of its architecture.
+        model_prediction: what the model predicts, where its files are wrong or silent: epsilon, v, or v_zero_snr, whose noise
+            schedule ends in pure noise; None takes what they say.
         seed: seed of every draw.
         dry_run: print the commands and what each will cost, and do nothing.
         memory: with dry_run: also compute the GPU memory of training by the carried recipes, which takes a minute or two.
@@ -75,6 +77,7 @@ class AlignSettings:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
     model_config: str | None = None
+    model_prediction: Literal["epsilon", "v", "v_zero_snr"] | None = None
     seed: int = 0
     dry_run: bool = False
     memory: bool = False

@@ -142,6 +142,8 @@ class ProposeSettings:
     Args:
         model: diffusers folder, .safetensors file or hub id; "shapes" is the embedded model.
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
+        model_prediction: what the model predicts, where its files are wrong or silent: epsilon, v, or v_zero_snr, whose noise
+            schedule ends in pure noise; None takes what they say.
         prompts: as in `dedpo sample`: a set's name, a table with prompts and categories, or a text file, one prompt per line.
         out: the pair dataset to write; must not exist yet.
         categories: the categories of prompts to take; none takes all.
@@ -174,6 +176,7 @@ class ProposeSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     shard_pairs: int = 1000
     model_config: str | None = None
+    model_prediction: Literal["epsilon", "v", "v_zero_snr"] | None = None
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what the images are made with": "model prompts steps guidance size",
         "what is written": "out images_per_prompt",

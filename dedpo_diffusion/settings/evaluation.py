@@ -14,6 +14,8 @@ class SampleSettings:
     Args:
         model: diffusers folder, .safetensors file or hub id; "shapes" is the embedded model.
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
+        model_prediction: what the model predicts, where its files are wrong or silent: epsilon, v, or v_zero_snr, whose noise
+            schedule ends in pure noise; None takes what they say.
         prompts: parti, geneval or hpsv2; a folder with HPSv2's four lists; a .json, .jsonl, .csv, .tsv or .parquet file with prompts
             and, if they are there, categories; or a text file, one prompt per line.
         out: folder for the images and index.parquet; of several strengths of one LoRA, for a folder each (strength-0.5, ...).
@@ -56,6 +58,7 @@ class SampleSettings:
     device: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     model_config: str | None = None
+    model_prediction: Literal["epsilon", "v", "v_zero_snr"] | None = None
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what the images are made with": "model lora strength prompts seeds steps guidance",
         "what is written": "out",

@@ -224,6 +224,8 @@ class TrainSettings:
         optim: how it is minimised.
         validation: what is measured in the course of training.
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
+        model_prediction: what the model predicts, where its files are wrong or silent: epsilon, v, or v_zero_snr, whose noise
+            schedule ends in pure noise; None takes what they say.
         seed: seed of every draw.
         mixed_precision: compute precision; trained weights, errors and losses stay float32.
         gradient_checkpointing: trade compute for memory; selective computes less again and saves less.
@@ -247,6 +249,7 @@ class TrainSettings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     model_config: str | None = None
+    model_prediction: Literal["epsilon", "v", "v_zero_snr"] | None = None
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool | Literal["selective"] = False
@@ -283,6 +286,8 @@ class ExportSettings:
         add: other LoRA files to add to it, each with its strength, as "other.safetensors=0.5".
         model: the base model; None takes that of the run, or of the settings in the LoRA file.
         model_config: for a .safetensors model, the diffusers folder or hub id of its architecture.
+        model_prediction: what the model predicts, where its files are wrong or silent: epsilon, v, or v_zero_snr, whose noise
+            schedule ends in pure noise; None takes what they say.
         card: of a run, write a model card (README.md) beside what is written.
         results: the results.json of `dedpo compare`, whose figures and pictures the card shows; of a run it implies the card.
         arm: which arm of the results this model is, or which LoRA where strength is "best"; None finds it by the files that its samples
@@ -300,6 +305,7 @@ class ExportSettings:
     add: list[str] = field(default_factory=list)
     model: str | None = None
     model_config: str | None = None
+    model_prediction: Literal["epsilon", "v", "v_zero_snr"] | None = None
     card: bool = False
     results: Path | None = None
     arm: str | None = None

@@ -70,6 +70,7 @@ def summarise(pairs: dict[str, Tensor], *, schedule: int) -> dict[str, Any]:
     decided = target != 0.5
     winner = (target < 0.5).long()[:, None]  # the column of the preferred image
     drift = pairs["policy"] - pairs["reference"]
+    errors = pairs["policy"].clamp(min=torch.finfo(torch.float32).tiny)  # one of 0 has a finite ratio, two of them 1
     towards = pairs["margin"] * torch.where(target > 0.5, 1.0, -1.0)
 
     def of(values: Tensor, column: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def summarise(pairs: dict[str, Tensor], *, schedule: int) -> dict[str, Any]:
         "winner_drift": of(drift, winner), "loser_drift": of(drift, 1 - winner),
         "winner_coefficient": of(pairs["coefficients"], winner), "loser_coefficient": of(pairs["coefficients"], 1 - winner),
         "cosine": pairs["cosine"],
-        "error_ratio": (of(pairs["policy"], 1 - winner) / of(pairs["policy"], winner)).sqrt(),
+        "error_ratio": (of(errors, 1 - winner) / of(errors, winner)).sqrt(),
     }  # fmt: skip
     decided_mean = {name: _mean(values[decided]) for name, values in columns.items()}
     buckets = []

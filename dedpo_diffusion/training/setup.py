@@ -139,6 +139,7 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     cache = None if data.cache is None else folder / "cache"
     return dataclasses.replace(
         settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",
+        model_prediction="v" if kind == "sd21" else "epsilon",
         data=dataclasses.replace(data, pairs=write_pairs(folder / "pairs", data.targets), size=SIDE, cache=cache),
         optim=dataclasses.replace(optim, steps=3, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)),
         objective=objective, lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
@@ -163,12 +164,15 @@ def prepare(
     from dedpo_diffusion.training.cache import cache_folder
     from dedpo_diffusion.training.data import PairLoader, cache_identity, open_source
     from dedpo_diffusion.training.groups import image_numbers
+    from dedpo_diffusion.training.prediction_check import check_prediction
     from dedpo_diffusion.training.validation import open_validation
 
     data = settings.data
     reader = PairReader(data.pairs)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
-    model = Backbone(settings.model, device=accelerator.device, dtype=dtype, config=settings.model_config)
+    model = Backbone(
+        settings.model, device=accelerator.device, dtype=dtype, config=settings.model_config, prediction=settings.model_prediction
+    )
     if slow_on_cpu(model.unet):
         tell_cpu(settings.model)
     size = data.size or model.size
@@ -209,6 +213,8 @@ def prepare(
     if settings.weights == "full":
         asked = needs_reference(settings.objective.kind, settings.objective.balance or "none")
         model.train_all(reference=loader.grid is None and asked)
+    overruled, speaks = settings.model_prediction is not None, accelerator.is_main_process
+    check_prediction(model, settings.model, source, int(loader.rows[0]), overruled=overruled, tell=speaks)
     if settings.gradient_checkpointing:
         model.checkpoint(selective=settings.gradient_checkpointing == "selective")
     targets_file = data.pairs / "targets" / f"{data.targets}.parquet"

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.loading import UNLOADABLE, resolve_model
+from dedpo_diffusion.models.marks import Marks, chosen, read_marks
 from dedpo_diffusion.models.single_file import family as family_of_file
 from dedpo_diffusion.weights.header import DIGEST
 from dedpo_diffusion.weights.kohya import Family
@@ -123,25 +122,25 @@ class Base:
         return "stable-diffusion-v1" if self.family == "sd1" else "stable-diffusion-xl-v1-base"
 
 
-def look_up(name: str, config: str | None = None) -> Base:
+def look_up(name: str, config: str | None = None, prediction: str | None = None) -> Base:
     """What the configuration of a model says; no weight is read.
 
     Args:
         name: as `load_pipeline` takes it.
         config: likewise, for a .safetensors file.
+        prediction: likewise, in the place of what the model's files say.
 
     Raises:
         UserError: the model cannot be found, or is of another kind.
     """
-    place = resolve_model(name)
+    place, marks = resolve_model(name), chosen(prediction)
     if Path(place).is_file():
         kind: Family = family_of_file(Path(place))  # type: ignore[assignment]
         if config is None and kind == "sd2":
             raise UserError(f"{name}: Stable Diffusion 2.x files differ in prediction and size; give --model_config")
+        marks = marks or read_marks(Path(place))
         if config is None:
-            with safe_open(place, "pt") as file:
-                marks = set(file.keys()) & {"v_pred", "ztsnr"}
-            return Base(kind, "v_prediction" if "v_pred" in marks else "epsilon", SIZES[kind], "ztsnr" in marks)
+            return _marked(Base(kind, "epsilon", SIZES[kind]), marks)
         place = config
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig
@@ -154,7 +153,15 @@ def look_up(name: str, config: str | None = None) -> Base:
     except UNLOADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: its configuration cannot be read ({reason}); give --model, where the base model is now") from error
-    return _base(unet, act, schedule, 2 ** (len(vae["block_out_channels"]) - 1))
+    return _marked(_base(unet, act, schedule, 2 ** (len(vae["block_out_channels"]) - 1)), marks)
+
+
+def _marked(base: Base, marks: Marks | None) -> Base:
+    """What marks say of a base wins over its configuration."""
+    if marks is None:
+        return base
+    zero = base.zero_snr if marks.zero_snr is None else marks.zero_snr
+    return replace(base, prediction=marks.prediction or base.prediction, zero_snr=zero)
 
 
 def base_of(pipe: Any) -> Base:

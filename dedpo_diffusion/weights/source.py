@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from dedpo_diffusion.weights import Lora
 
+BASE = ("model", "model_config", "model_prediction")  # the settings that name a base
+
 
 @dataclass(frozen=True)
 class Source:
@@ -26,7 +28,7 @@ class Source:
         title: its name.
         lora: the LoRA; None where the whole UNet was trained.
         weights: the whole UNet's weights; None where a LoRA was trained.
-        model, model_config: the base, None where nothing names it.
+        model, model_config, model_prediction: the base, None where nothing names it.
         settings: of the run, with "step"; empty where they are not known.
         sources: digests of what the run was trained with, by name.
         before: how it came to be, where it is a file.
@@ -40,6 +42,7 @@ class Source:
     settings: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     before: Mapping[str, Any] = field(default_factory=dict)
+    model_prediction: str | None = None
 
     @property
     def at(self) -> str:
@@ -72,7 +75,7 @@ class Source:
             raise UserError(f"{self.title}: nothing in it names its base model, which is needed here; give --model")
         if self.model != "shapes" and not is_hub_id(self.model) and not Path(self.model).exists():
             raise UserError(f"{self.title}: its base model, {self.model!r}, is needed here and is not there; give --model, where it is now")
-        return load_pipeline(self.model, config=self.model_config)
+        return load_pipeline(self.model, config=self.model_config, prediction=self.model_prediction)
 
     def apply(self, pipe: Any, strength: float, others: Sequence[tuple[Lora, float]]) -> None:
         """Work this, and other LoRAs, into a pipeline's weights, in float32 and in place."""
@@ -113,6 +116,13 @@ def open_source(settings: ExportSettings) -> Source:
     return _open_file(settings)
 
 
+def base_named(settings: ExportSettings, trained: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
+    """The base model, its configuration and what it predicts: as given, or else as in the settings that something was trained with."""
+    if settings.model:
+        return settings.model, settings.model_config, settings.model_prediction
+    return trained.get("model"), trained.get("model_config"), settings.model_prediction or trained.get("model_prediction")
+
+
 def _open_file(settings: ExportSettings) -> Source:
     from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.weights import read_lora_file
@@ -124,15 +134,15 @@ def _open_file(settings: ExportSettings) -> Source:
     lora = read_lora_file(settings.source)
     told = {name: json_dictionary(settings.source, lora.metadata, f"dedpo_{name}") for name in ("settings", "sources", "made")}
     trained = told["settings"]
-    for name in ("model", "model_config"):
+    for name in BASE:
         if settings.model is None and not isinstance(trained.get(name), str | None):
             raise UserError(f"{settings.source}: its dedpo_settings name {trained[name]!r} as {name}; give --model")
     before: dict[str, Any] = {"from": {"file": settings.source.name, "sha256": file_digest(settings.source)}}
     if told["made"]:
         before["from"]["made"] = told["made"]
     title = lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or settings.source.stem
-    model, config = (settings.model, settings.model_config) if settings.model else (trained.get("model"), trained.get("model_config"))
-    return Source(title, lora, None, model, config, trained, told["sources"], before)
+    model, config, prediction = base_named(settings, trained)
+    return Source(title, lora, None, model, config, trained, told["sources"], before, prediction)
 
 
 def _open_run(settings: ExportSettings) -> Source:
@@ -155,10 +165,12 @@ def _open_run(settings: ExportSettings) -> Source:
     lora = None
     if trained.get("weights", "lora") == "lora":
         lora = from_parameters(parameters, alpha=trained["lora"]["alpha"], rslora=trained["lora"].get("rslora", False))
-    model, config = (settings.model, settings.model_config) if settings.model else (trained["model"], trained.get("model_config"))
+    model, config, prediction = base_named(settings, trained)
     title = Path(trained.get("out", run)).name
     told = {**trained, "step": step, **measured_facts(run, trained)}
-    return Source(title, lora, parameters if lora is None else None, model, config, told, digests(run, trained))
+    return Source(
+        title, lora, parameters if lora is None else None, model, config, told, digests(run, trained), model_prediction=prediction
+    )
 
 
 def measured_facts(run: Path, trained: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from dedpo_diffusion.evaluation.comparison.numbers import Found
     from dedpo_diffusion.evaluation.comparison.preferences import Judged
 
-ALIKE = ("model_config", "steps", "guidance", "negative", "scheduler", "dtype", "size", "height", "width")  # of arms of one LoRA
+ALIKE = (  # of arms of one LoRA
+    "model_config", "model_prediction", "steps", "guidance", "negative", "scheduler", "dtype", "size", "height", "width",
+)  # fmt: skip
 DIGITS = 8  # of a digest that tells two LoRAs of one name apart
 
 

@@ -30,7 +30,8 @@ from dedpo_diffusion.evaluation.comparison.preferences import NAME as PEOPLE
 Results = dict[str, Any]
 # sampling settings that arms may differ in: what is compared, what pairing by prompt and seed has checked, what changes no image
 FREE_SETTINGS = (
-    "lora", "strength", "model", "model_config", "prompts", "limit", "categories", "seeds", "seed", "size", "height", "width", "out",
+    "lora", "strength", "model", "model_config", "model_prediction", "prompts", "limit",
+    "categories", "seeds", "seed", "size", "height", "width", "out",
     "batch", "device",
 )  # fmt: skip
 LEVEL = 0.05

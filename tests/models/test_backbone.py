@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from dedpo_diffusion.core.console import UserError
@@ -245,7 +245,7 @@ def test_models_of_other_kinds_are_refused_by_name(folders, tmp_path):
     weights = pickled / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="pickled file, which is not opened"):
         load_pipeline(str(pickled))
     (tmp_path / "old.ckpt").write_bytes(b"x")
     with pytest.raises(UserError, match=r"only \.safetensors"):
@@ -272,8 +272,5 @@ def test_models_of_other_kinds_are_refused_by_name(folders, tmp_path):
     with pytest.raises(UserError, match="give --model_config"):
         load_pipeline(str(file))
     file = tiny.single_file(folders["sdxl"], tmp_path / "xl.safetensors")
-    save_file(load_file(file) | {"v_pred": torch.tensor([])}, tmp_path / "v.safetensors")
-    with pytest.raises(UserError, match="marked as a v-prediction"):
-        load_pipeline(str(tmp_path / "v.safetensors"), config=str(folders["sdxl"]))
     with pytest.raises(UserError, match="its own architecture"):
         load_pipeline(str(file), config=str(folders["sd15"]))
