@@ -27,7 +27,7 @@ class ForwardProcess:
     A schedule of zero terminal SNR (Lin et al., arXiv 2305.08891) ends at alphas_cumprod 0: x_T is the noise alone.
 
     Raises:
-        ValueError: another prediction type, or a schedule that is no schedule of a forward process.
+        ValueError: another prediction type.
     """
 
     alphas_cumprod: Tensor
@@ -36,8 +36,6 @@ class ForwardProcess:
     def __post_init__(self) -> None:
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction type {self.prediction!r} is not supported; supported: epsilon, v_prediction")
-        if not ((self.alphas_cumprod >= 0) & (self.alphas_cumprod <= 1)).all():  # NaN is neither
-            raise ValueError("its noise schedule is broken: a cumulated alpha is not between 0 and 1")
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
@@ -72,6 +70,12 @@ class ForwardProcess:
         if self.prediction == "epsilon":
             return (noisy - sigma * prediction) / alpha
         return alpha * noisy - sigma * prediction
+
+
+def check_betas(betas: Sequence[float]) -> None:
+    """Raises ValueError unless all betas of a schedule, or both ends of it, lie between 0 and 1; then so do the cumulated alphas."""
+    if not all(0 <= beta <= 1 for beta in betas):  # NaN is neither
+        raise ValueError("its noise schedule is broken: a beta is not between 0 and 1")
 
 
 def image_errors(prediction: Tensor, target: Tensor) -> Tensor:

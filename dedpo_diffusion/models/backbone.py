@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning
-from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors
+from dedpo_diffusion.dpo.noising import ForwardProcess, check_betas, image_errors
 from dedpo_diffusion.models.loading import load_pipeline
 from dedpo_diffusion.models.sharded_tensors import reshard
 from dedpo_diffusion.models.text_encoders import TextEncoders, chunks
@@ -411,6 +411,7 @@ def _process(pipe: Any, name: str) -> ForwardProcess:
     if pipe.vae.config.get("latents_mean") is not None:
         raise UserError(f"{name}: its latents are shifted by a mean, which is not supported; give a model with the family's own VAE")
     try:
+        check_betas(known.get("trained_betas") or [known["beta_start"], known["beta_end"]])
         return ForwardProcess(DDPMScheduler.from_config(known).alphas_cumprod, known["prediction_type"])
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error

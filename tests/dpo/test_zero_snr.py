@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning, PairBatch
 from dedpo_diffusion.dpo.balance import balance_coefficients, probability_scale
-from dedpo_diffusion.dpo.noising import ForwardProcess, TimestepDraw
+from dedpo_diffusion.dpo.noising import ForwardProcess, TimestepDraw, check_betas
 from dedpo_diffusion.dpo.objectives import OBJECTIVES
 from dedpo_diffusion.dpo.step import preference_step
+from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.training.metrics import step_metrics, summarise
+from support.pictures import build_tiny_model
 
 PREDICTIONS = ("epsilon", "v_prediction")
 LAST = torch.tensor([999])
@@ -147,7 +151,15 @@ def test_a_step_at_the_last_timestep_is_finite(prediction, share, kind, balance)
     assert all(bucket["error_ratio"] is not None for bucket in told["buckets"])
 
 
-@pytest.mark.parametrize("broken", [[0.9, float("nan")], [1.1, 0.5], [0.9, -0.1], [0.9, float("inf")]])
+@pytest.mark.parametrize("broken", [[0.1, float("nan")], [1.1, 0.5], [0.1, -0.1], [0.1, float("inf")]])
 def test_a_schedule_that_is_none_is_refused(broken):
     with pytest.raises(ValueError, match="noise schedule is broken"):
-        ForwardProcess(torch.tensor(broken), "epsilon")
+        check_betas(broken)
+
+
+def test_a_model_of_a_broken_schedule_is_refused_by_name(tmp_path):
+    model = build_tiny_model(tmp_path / "model")
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 1.5}))
+    with pytest.raises(UserError, match=r"model: its noise schedule is broken: a beta is not between 0 and 1"):
+        Backbone(str(model), device=torch.device("cpu"))
