@@ -58,7 +58,8 @@ def test_single_files_train_at_the_last_timestep_and_sample_alike(folders, pairs
     given = {"model_config": str(folders["sdxl"]), **options}
     changes = {
         "optim.steps": STEPS, "optim.batch": 2, "optim.learning_rate": 1e-4, "objective.timesteps": "[999,1000]", "log_every": 1,
-        "objective.timestep_weighting": "min_snr", "objective.balance": "probability", "data.targets": "tuned", "data.size": 64, "lora.rank": 2,
+        "objective.timestep_weighting": "min_snr", "objective.balance": "probability", "data.targets": "tuned", "data.size": 64,
+        "lora.rank": 2,
     }  # fmt: skip
     assert train.main(arguments(file, pairs, tmp_path / "run", **changes, **given)) == 0
     lines = metrics(tmp_path / "run")
