@@ -151,7 +151,7 @@ class OptimSettings:
     Args:
         optimizer: adamw; adamw_8bit (bitsandbytes, CUDA) keeps less in memory.
         learning_rate: peak learning rate; it should scale like 1 / beta.
-        steps: optimizer steps.
+        steps: optimizer steps; a finished run goes on where they are raised, if its schedule is constant.
         batch: pairs in one forward pass of one process.
         accumulation: forward passes per optimizer step.
         warmup: steps of linear warm-up.
