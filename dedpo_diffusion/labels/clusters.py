@@ -12,12 +12,30 @@ and the interval is Wilson's at the number of independent cases that would tell 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dedpo_diffusion.debias import agreement, wilson_interval
+
+Node = TypeVar("Node", bound=Hashable)
+
+
+def joined(edges: Iterable[tuple[Node, Node]]) -> dict[Node, Node]:
+    """Of each node that an edge names, the one node that stands for all that hang together with it (union-find)."""
+    parent: dict[Node, Node] = {}
+
+    def root(node: Node) -> Node:
+        parent.setdefault(node, node)
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for first, second in edges:
+        parent[root(second)] = root(first)
+    return {node: root(node) for node in list(parent)}
 
 
 def components(pairs: Sequence[str], rankings: Sequence[str | None]) -> np.ndarray:
@@ -30,22 +48,10 @@ def components(pairs: Sequence[str], rankings: Sequence[str | None]) -> np.ndarr
     Returns:
         (N,) int64 numbers of clusters.
     """
-    parent: dict[tuple[str, str], tuple[str, str]] = {}
-
-    def root(node: tuple[str, str]) -> tuple[str, str]:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for pair, ranking in zip(pairs, rankings, strict=True):
-        a = root(("pair", pair))
-        if ranking is not None:
-            parent[root(("ranking", ranking))] = a
-    roots = [root(("pair", pair)) for pair in pairs]
+    tied = zip(pairs, rankings, strict=True)
+    found = joined((("pair", pair), ("pair", pair) if ranking is None else ("ranking", ranking)) for pair, ranking in tied)
     number: dict[tuple[str, str], int] = {}
-    return np.array([number.setdefault(found, len(number)) for found in roots], dtype=np.int64)
+    return np.array([number.setdefault(found["pair", pair], len(number)) for pair in pairs], dtype=np.int64)
 
 
 def effective_number(hits: np.ndarray, clusters: np.ndarray) -> float:

@@ -21,6 +21,7 @@ import numpy as np
 from dedpo_diffusion.core.console import Progress
 from dedpo_diffusion.core.files import write_text
 from dedpo_diffusion.core.records import Votes
+from dedpo_diffusion.labels.clusters import joined
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.voting.plan import Plan, uniform
 from dedpo_diffusion.voting.queue import SKIP, Asked, Event
@@ -83,20 +84,10 @@ def find_groups(reader: PairReader) -> tuple[list[Group], list[str]]:
 
 def group_pairs(pairs: Sequence[Row]) -> list[Group]:
     """Groups of (pair_id, prompt, image 0, image 1); images are equal where their bytes (or digests) are, under one prompt."""
-    parent: dict[tuple[str, bytes], tuple[str, bytes]] = {}
-
-    def root(node: tuple[str, bytes]) -> tuple[str, bytes]:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for _, prompt, first, second in pairs:
-        parent[root((prompt, second))] = root((prompt, first))
+    stands = joined(((prompt, first), (prompt, second)) for _, prompt, first, second in pairs)
     rows: dict[tuple[str, bytes], list[int]] = {}
     for row, (_, prompt, first, _) in enumerate(pairs):
-        rows.setdefault(root((prompt, first)), []).append(row)
+        rows.setdefault(stands[prompt, first], []).append(row)
     return [_group(pairs, members) for members in rows.values()]
 
 
