@@ -112,6 +112,10 @@ class Run:
 
         return shard_path(self.folder.parent, self.judge.name, shard)
 
+    def journal(self, shard: int) -> Path:
+        """The answers to one shard that is not finished."""
+        return self.parts / f"answers-{shard:06d}.jsonl"
+
     def lock(self, shard: int) -> Path:
         """The lock of one shard."""
         return self.parts / f"shard-{shard:06d}.lock"
@@ -225,7 +229,8 @@ def take_up(run: Run) -> None:
     else:
         write_json(run.mark, run.stamp)
     tables = {path: read_part(path, run.stamp) for path in sorted(run.parts.glob("shard-*.parquet"))}
-    run.retried = {path: path.stat().st_mtime_ns for path, table in tables.items() if count_missing(table)}
+    missing = {path: count_missing(table, failed_only=not run.path.is_file()) for path, table in tables.items()}
+    run.retried = {path: path.stat().st_mtime_ns for path, count in missing.items() if count}
 
 
 def shard_rows(settings: LabelSettings, pairs: int) -> list[range]:
@@ -297,6 +302,7 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
     """Judge every shard that is not done, sharing them with other processes."""
     from dedpo_diffusion.core.locks import share_tasks
     from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+    from dedpo_diffusion.judges.journal import Journal
     from dedpo_diffusion.judges.work import ImageWork, PairWork, read_part, write_part
     from dedpo_diffusion.labels.embedding_files import write_shard
     from dedpo_diffusion.models.memory import slow_on_cpu, tell_cpu
@@ -312,7 +318,9 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
             assert first is not None
             return ImageWork(run.judge, first.mask(rows[shard]), 2 * int(settings.batch), embed=run.embed)
         part = run.part(shard)
-        return PairWork(run.judge, int(settings.batch), read_part(part, run.stamp) if part.is_file() else None)
+        known = read_part(part, run.stamp) if part.is_file() else None
+        journal = Journal(run.journal(shard)) if run.judge.keeps_answers else None
+        return PairWork(run.judge, int(settings.batch), known, journal=journal, failed_only=not run.path.is_file())
 
     def work(shard: int, names: list[str]) -> None:
         mine = [by_name[name] for name in names]
@@ -322,6 +330,8 @@ def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run]
             if run.embed and isinstance(done, ImageWork):  # first, so that no shard counts as done without them
                 write_shard(run.embedded(shard), done.embeddings())
             write_part(run.part(shard), table, run.stamp)
+            if isinstance(done, PairWork):
+                done.journal.remove()
         progress.advance(len(rows[shard]))
 
     todo = [shard for shard in range(len(rows)) if pending(shard)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, held_already, say, say_next, say_replaced, stage
-from dedpo_diffusion.labels.answers import Answers, choose_judges, read_human, read_judge
+from dedpo_diffusion.labels.answers import Answers, choose_judges, read_clusters, read_human, read_judge
 from dedpo_diffusion.settings import MergeSettings
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
     too_many = [
         SOURCE + name for name, column in columns.items() if sources and SOURCE + name not in sources and str(column.type) != "null"
     ]
-    return Answers(human, given, judges, propensity, sources, too_many, features_of(settings, reader, ids, judges))
+    features, clusters = features_of(settings, reader, ids, judges), read_clusters(settings.pairs, settings.human, ids)
+    return Answers(human, given, judges, propensity, sources, too_many, features, clusters)
 
 
 def features_of(settings: MergeSettings, reader: PairReader, ids: list[str], judges: list[str]) -> np.ndarray | None:

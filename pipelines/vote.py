@@ -2,6 +2,7 @@
 
     dedpo vote pairs
     dedpo vote pairs --order disagreement --share true --host 0.0.0.0
+    dedpo vote pairs --rank true
     dedpo vote samples/base samples/tuned
 
 Each answer is kept in `PAIRS/votes/NAME.sqlite` before the page shows the next pair. When the server stops, and whenever
@@ -41,6 +42,8 @@ def check_settings(settings: VoteSettings) -> None:
         raise UserError(f"{len(settings.folders)} folders are given; voting takes a pair dataset, or two sample folders, the base's first")
     if len(settings.folders) == 2 and settings.order != "random":
         raise UserError(f"--order {settings.order} is for a pair dataset; leave it out to vote on two sample folders")
+    if len(settings.folders) == 2 and settings.rank:
+        raise UserError("--rank is for a pair dataset; leave it out to vote on two sample folders")
     for name, low in (("repeats", 0), ("overlap", 0), ("floor", 0.001)):
         if not low <= getattr(settings, name) <= 1:
             raise UserError(f"--{name} is {getattr(settings, name)}; it must be from {low} to 1")

@@ -16,6 +16,8 @@ from dedpo_diffusion.core.console import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dedpo_diffusion.judges.journal import Journal
+
 
 @dataclass(frozen=True)
 class Question:
@@ -54,12 +56,14 @@ class Judge(ABC):
         version: changes whenever the same pair could get another label; covers the temperature.
         temperature: in units of the scores, positive.
         parallel: pairs that it likes to be asked about at once; None takes the stage's batch.
+        keeps_answers: whether `answer_with` keeps each answer as it comes, since answers cost money.
 
     Raises:
         UserError: the temperature is no positive number.
     """
 
     parallel: int | None = None
+    keeps_answers = False
 
     def __init__(self, name: str, version: str, temperature: float) -> None:
         if not (temperature > 0 and math.isfinite(temperature)):
@@ -74,6 +78,10 @@ class Judge(ABC):
         Raises:
             UserError: no further pair can be judged either; these N are lost, earlier ones are not.
         """
+
+    def answer_with(self, questions: Sequence[Question], journal: Journal | None) -> Answers:
+        """As `answer`; a judge that keeps its answers takes those in the journal, and puts new ones there at once."""
+        return self.answer(questions)
 
     def cost(self, prompt_tokens: int, answer_tokens: int) -> float:
         """The price of these tokens; nothing for a judge that runs here."""

@@ -70,7 +70,8 @@ class OrderAnswer:
     """A model's answer to one pair in one order.
 
     `logit` is its log-odds of "the first image"; `validity` the probability of both allowed answers together; `missing` says
-    why there is no answer ("" where there is one); tokens are counted where the model tells.
+    why there is no answer ("" where there is one), `failed` whether that is a server's fault, `unread` whether an answer came
+    that says neither; tokens are counted where the model tells.
     """
 
     logit: float = np.nan
@@ -78,6 +79,8 @@ class OrderAnswer:
     missing: str = ""
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    failed: bool = False
+    unread: bool = False
 
 
 def both_orders(shown: list[OrderAnswer], swapped: list[OrderAnswer], *, min_validity: float) -> Answers:

@@ -10,14 +10,38 @@ Every judge answers with two raw scores a pair, kept with the label, so that cal
 
 from __future__ import annotations
 
+import io
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
 from dedpo_diffusion.core import plugins
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.judges.judge import Judge
 from dedpo_diffusion.models.memory import resolved
 from dedpo_diffusion.settings import LabelSettings
 
+LOOKED_AT = 64  # pairs whose images' sizes are looked at before the first contact with a server
 MOST = 64  # pairs, or images, at once that `--batch auto` stands for
 JUDGES = ("vlm", "openai", "self")  # every scorer is a judge too
+
+
+def largest_side(pairs: Path, least: int) -> int:
+    """The longer side, in pixels, of the largest of a dataset's first images; `least` where there are none, or smaller ones.
+
+    A look at all of them would read the whole dataset.
+    """
+    from PIL import Image
+
+    from dedpo_diffusion.pairs.dataset import PairReader
+
+    sides = [least]
+    if (pairs / "pairs").is_dir():
+        for pair in islice(PairReader(pairs).iter_pairs(), LOOKED_AT):
+            for data in (pair.image_0, pair.image_1):
+                with suppress(OSError), Image.open(io.BytesIO(data)) as image:  # what cannot be read is told of when it is its turn
+                    sides.append(max(image.size))
+    return max(sides)
 
 
 def load_judge(spec: str, settings: LabelSettings) -> Judge:
@@ -48,9 +72,10 @@ def load_judge(spec: str, settings: LabelSettings) -> Judge:
             location, settings.vlm, device=settings.device, batch=settings.vlm.batch, dtype=settings.dtype, temperature=settings.temperature
         )
     if name == "openai":
-        from dedpo_diffusion.judges.openai_client import ServerJudge
+        from dedpo_diffusion.judges.openai_client import PROBE, ServerJudge
 
-        return ServerJudge(location, settings.vlm, settings.server, temperature=settings.temperature)
+        largest = largest_side(settings.pairs, PROBE)
+        return ServerJudge(location, settings.vlm, settings.server, temperature=settings.temperature, largest=largest)
     if name == "self":
         from dedpo_diffusion.judges.self_training import SelfTrainedJudge
 

@@ -21,12 +21,20 @@ from dedpo_diffusion.core.files import atomic_file
 from dedpo_diffusion.core.records import Pair
 from dedpo_diffusion.core.tables import open_parquet
 from dedpo_diffusion.judges.bradley_terry import BradleyTerry
+from dedpo_diffusion.judges.journal import Journal
 from dedpo_diffusion.judges.judge import Answers, Judge, Question
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PART_COLUMNS = ("score", "pair_id", "score_0", "score_1", "missing")  # whatever else a judge tells goes into the label file as it is
+PART_COLUMNS = (
+    "score",
+    "pair_id",
+    "score_0",
+    "score_1",
+    "missing",
+    "failed",
+)  # whatever else a judge tells goes into the label file as it is
 TOKENS = ("prompt_tokens", "answer_tokens")
 KEY = "S32"  # an image under a prompt: 32 hexadecimal digits
 
@@ -152,12 +160,16 @@ class PairWork:
         judge: is asked.
         batch: pairs asked about at once.
         known: the table of an earlier run, whose missing answers alone are asked for again.
+        journal: where a judge whose answers cost money keeps them until the shard is done.
+        failed_only: of missing answers, ask only for those that a server failed to give.
     """
 
-    def __init__(self, judge: Judge, batch: int, known: pa.Table | None = None) -> None:
-        self.judge, self.batch = judge, judge.parallel or batch
+    def __init__(
+        self, judge: Judge, batch: int, known: pa.Table | None = None, *, journal: Journal | None = None, failed_only: bool = False
+    ) -> None:
+        self.judge, self.batch, self.journal = judge, judge.parallel or batch, journal or Journal()
         self._rows: list[dict[str, Any]] = [] if known is None else known.to_pylist()
-        self._asked = None if known is None else {place for place, row in enumerate(self._rows) if row["missing"]}
+        self._asked = None if known is None else {place for place, row in enumerate(self._rows) if _is_open(row, failed_only)}
         self._waiting: list[tuple[int, Question]] = []
 
     def wants(self, place: int) -> tuple[bool, bool]:
@@ -175,7 +187,7 @@ class PairWork:
             self._ask()
 
     def _ask(self) -> None:
-        answers = self.judge.answer([question for _, question in self._waiting])
+        answers = self.judge.answer_with([question for _, question in self._waiting], self.journal)
         for k, (place, question) in enumerate(self._waiting):
             earlier, self._rows[place] = self._rows[place], _row(question.pair_id, answers, k)
             for count in TOKENS:  # those of earlier attempts were paid for too
@@ -231,9 +243,17 @@ def check_stamp(folder: Path, held: dict[str, str], stamp: dict[str, str]) -> No
             )
 
 
-def count_missing(table: pa.Table) -> int:
+def _is_open(row: dict[str, Any], failed_only: bool) -> bool:
+    """Whether an answer is missing; `failed_only`: because a server failed, as far as its judge tells such from refusals."""
+    return bool(row["missing"]) and not (failed_only and row.get("failed") is False)
+
+
+def count_missing(table: pa.Table, *, failed_only: bool = False) -> int:
     """Pairs of a shard without an answer."""
-    return sum(bool(why) for why in table["missing"].to_pylist()) if "missing" in table.column_names else 0
+    if "missing" not in table.column_names:
+        return 0
+    names = [name for name in ("missing", "failed") if name in table.column_names]
+    return sum(_is_open(row, failed_only) for row in table.select(names).to_pylist())
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:

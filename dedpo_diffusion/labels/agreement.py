@@ -2,7 +2,8 @@
 
 Answers fall into three categories: image 0, tie, image 1 (a soft answer counts for the side it leans to). A statistic is
 {"value", "ci", "n"}: the number or None where it does not exist, its 95 % interval or None, and how many cases it rests on.
-Of several answers of one person to the same pair the first counts, unless it is a hidden repetition of it.
+Of several answers of one person to the same pair the first counts, unless it is a hidden repetition of it. The comparisons of one
+ranking (the votes' column `ranking`) depend on each other: intervals then count clusters, see clusters.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.core.records import Votes
-from dedpo_diffusion.debias import agreement, judge_bias, wilson_interval
+from dedpo_diffusion.debias import judge_bias, wilson_interval
+from dedpo_diffusion.labels.clusters import clustered_agreement, components, effective_number
 
 CATEGORIES = 3  # image 1, tie, image 0
 MIN_RESAMPLED = 20  # pairs that a bootstrap needs: with 10, a 95 % interval holds the truth in as few as 79 % of simulations
@@ -57,18 +59,19 @@ def vote_summary(votes: Votes, *, resamples: int = 2000, seed: int = 0) -> dict[
     return report | {"sentences": [*_rater_sentences(raters), *_between_sentences(between), *_count_sentences(report)]}
 
 
-def judge_agreement(human: np.ndarray, judge: np.ndarray) -> dict[str, Any]:
+def judge_agreement(human: np.ndarray, judge: np.ndarray, clusters: np.ndarray | None = None) -> dict[str, Any]:
     """How often a judge names the same image as people.
 
     Args:
         human, judge: (N,) label_0, NaN where there is none.
+        clusters: (N,) of the human labels, where they depend on each other.
 
     Returns:
         A statistic over the pairs where both name an image, `ties` (pairs left out since either says 0.5) and `bias`, the
         judge's lean to image 0 relative to people (mean of judge - human).
     """
     both = ~(np.isnan(human) | np.isnan(judge))
-    found = agreement(human[both], judge[both])
+    found = clustered_agreement(human[both], judge[both], None if clusters is None else clusters[both])
     return found | {"ties": int(both.sum()) - found["n"], "bias": judge_bias(human[both], judge[both])}
 
 
@@ -80,7 +83,8 @@ class _Answers:
     """N answers, (N,) each.
 
     `pair` and `rater` are numbers, -1 for an anonymous rater; `category` 0 image 1, 1 tie, 2 image 0; `count` people; `asked`
-    is False for hidden repetitions; `first` marks anonymous answers and each person's first one to a pair.
+    is False for hidden repetitions; `first` marks anonymous answers and each person's first one to a pair; `cluster` is what an
+    answer depends on, None where each pair is a cluster of its own.
     """
 
     pair: np.ndarray
@@ -89,6 +93,7 @@ class _Answers:
     count: np.ndarray
     asked: np.ndarray
     first: np.ndarray
+    cluster: np.ndarray | None
 
 
 def _answers(votes: Votes) -> tuple[_Answers, list[str]]:
@@ -105,15 +110,21 @@ def _answers(votes: Votes) -> tuple[_Answers, list[str]]:
     named = np.flatnonzero(asked & (rater >= 0))
     first[named[np.unique(pair[named] * len(names) + rater[named], return_index=True)[1]]] = True
     category = np.where(label_0 > 0.5, 2, np.where(label_0 < 0.5, 0, 1))
-    return _Answers(pair, rater, category, np.asarray(votes.votes, dtype=np.int64), asked, first), names
+    rankings = votes.extra.get("ranking")
+    cluster = components(votes.pair_id, rankings) if rankings and any(ranking is not None for ranking in rankings) else None
+    return _Answers(pair, rater, category, np.asarray(votes.votes, dtype=np.int64), asked, first, cluster), names
 
 
 # ---- one rater
 
 
-def share(hits: np.ndarray) -> dict[str, Any]:
-    """A statistic: the share of (n,) true cases, with Wilson's interval."""
+def share(hits: np.ndarray, clusters: np.ndarray | None = None) -> dict[str, Any]:
+    """A statistic: the share of (n,) true cases, with Wilson's interval; `clusters` (n,) where cases depend on each other."""
     n = len(hits)
+    if n and clusters is not None:
+        effective = effective_number(hits, clusters)
+        interval = wilson_interval(float(hits.mean()) * effective, effective)  # type: ignore[arg-type]
+        return {"value": float(hits.mean()), "ci": interval, "n": n}
     return {"value": float(hits.mean()), "ci": wilson_interval(int(hits.sum()), n), "n": n} if n else _nothing()
 
 
@@ -130,26 +141,29 @@ def _rater(votes: Votes, answers: _Answers, rows: np.ndarray, name: str) -> dict
         "rater": name,
         "votes": int(asked.sum()),
         "ties": int((asked & (answers.category[rows] == 1)).sum()),
-        "left": _left(votes, answers.category, rows),
+        "left": _left(votes, answers, rows),
         "repeats": _repeats(answers, rows),
         "seconds": float(np.median(times)) if times else None,
     }
 
 
-def _left(votes: Votes, category: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
+def _left(votes: Votes, answers: _Answers, rows: np.ndarray) -> dict[str, Any]:
     """Share of decided answers, repetitions included, for the image on the left: 0.5 without a habit, sides being random."""
     swapped = votes.extra.get("swapped")
     if swapped is None:
         return _nothing()
+    category = answers.category
     known = [row for row in rows if category[row] != 1 and swapped[row] is not None]
-    return share(np.array([(category[row] == 2) != swapped[row] for row in known], dtype=bool))
+    hits = np.array([(category[row] == 2) != swapped[row] for row in known], dtype=bool)
+    return share(hits, None if answers.cluster is None else answers.cluster[known])
 
 
 def _repeats(answers: _Answers, rows: np.ndarray) -> dict[str, Any]:
     """Share of hidden repetitions answered as the first time, in terms of images; sides were swapped in between."""
     earlier = {int(answers.pair[row]): answers.category[row] for row in rows if answers.first[row]}
     again = [row for row in rows if not answers.asked[row] and int(answers.pair[row]) in earlier]
-    return share(np.array([answers.category[row] == earlier[int(answers.pair[row])] for row in again], dtype=bool))
+    hits = np.array([answers.category[row] == earlier[int(answers.pair[row])] for row in again], dtype=bool)
+    return share(hits, None if answers.cluster is None else answers.cluster[again])
 
 
 # ---- between raters
@@ -158,10 +172,14 @@ def _repeats(answers: _Answers, rows: np.ndarray) -> dict[str, Any]:
 def _between(answers: _Answers, rng: np.random.Generator, resamples: int) -> dict[str, Any]:
     table = np.zeros((int(answers.pair.max(initial=-1)) + 1, CATEGORIES), dtype=np.int64)
     np.add.at(table, (answers.pair[answers.first], answers.category[answers.first]), answers.count[answers.first])
-    table = table[table.sum(axis=1) >= 2]
-    n = len(table)
+    several = table.sum(axis=1) >= 2
+    table, n = table[several], int(several.sum())
     if not n:
         return {"pairs": 0, "raw": _nothing(), "alpha": _nothing()}
+    if answers.cluster is not None:
+        of = np.zeros(len(several), dtype=np.int64)
+        of[answers.pair] = answers.cluster
+        return _between_clusters(table, of[several], rng, resamples)
     patterns, counts = np.unique(table, axis=0, return_counts=True)  # kinds of pairs are few
     raw, alpha = float(_raw(patterns, counts)), _alpha_value(table)
 
@@ -176,6 +194,40 @@ def _between(answers: _Answers, rng: np.random.Generator, resamples: int) -> dic
         "raw": {"value": raw, "ci": interval(_raw) or wilson_interval(round(raw * n), n), "n": n},
         "alpha": {"value": alpha, "ci": interval(_alpha), "n": n} if math.isfinite(alpha) else _nothing(n),
     }
+
+
+def _between_clusters(table: np.ndarray, of: np.ndarray, rng: np.random.Generator, resamples: int) -> dict[str, Any]:
+    """`_between` of (n, 3) pairs in clusters `of` (n,): whole clusters are resampled."""
+    n, (names, place) = len(table), np.unique(of, return_inverse=True)
+    sums = np.zeros((len(names), 6))
+    np.add.at(sums, place, _sums(table))
+    raw, alpha = float(_raw_of(sums.sum(axis=0))), _alpha_value(table)
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples) @ sums
+
+    def interval(statistic: Callable[[np.ndarray], np.ndarray]) -> list[float] | None:
+        with np.errstate(invalid="ignore", divide="ignore"):  # a resample without disagreement has no alpha
+            return _percentiles(len(names), statistic(drawn))
+
+    known = {"value": raw, "ci": interval(_raw_of) or wilson_interval(raw * len(names), len(names)), "n": n}
+    beyond = {"value": alpha, "ci": interval(_alpha_of), "n": n} if math.isfinite(alpha) else _nothing(n)
+    return {"pairs": n, "clusters": len(names), "raw": known, "alpha": beyond}
+
+
+def _sums(table: np.ndarray) -> np.ndarray:
+    """(n, 6) of (n, 3) answers per category: equal and possible pairs of answers, alpha's observed disagreement, the answers."""
+    total = table.sum(axis=1)
+    equal = (table * (table - 1)).sum(axis=1)
+    return np.column_stack([equal, total * (total - 1), total - equal / (total - 1), table])
+
+
+def _raw_of(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
+
+
+def _alpha_of(sums: np.ndarray) -> np.ndarray:
+    of_category = sums[..., 3:]
+    n = of_category.sum(axis=-1)
+    return 1 - sums[..., 2] * (n - 1) / (n**2 - (of_category**2).sum(axis=-1))
 
 
 def _percentiles(n: int, drawn: np.ndarray) -> list[float] | None:
@@ -242,14 +294,15 @@ def _between_sentences(between: dict[str, Any]) -> list[str]:
     pairs, alpha = between["pairs"], between["alpha"]
     if not pairs:
         return ["No pair was answered by two people, so their agreement is unknown."]
-    on = f"{pairs} pair" + "s" * (pairs > 1)
+    on = f"{pairs} pair" + "s" * (pairs > 1) + (f" of {between['clusters']} ranked prompts" if "clusters" in between else "")
     texts = [f"Two people's answers to the same pair are equal in {_percent(between['raw'])} of cases, on {on}."]
     if alpha["value"] is None:
         return [*texts, "All of these answers are the same, so agreement beyond chance (alpha) does not exist."]
     interval = f" ({alpha['ci'][0]:.2f} to {alpha['ci'][1]:.2f})" if alpha["ci"] else ""
     texts.append(f"Beyond chance: Krippendorff's alpha {alpha['value']:.2f}{interval}; 0 is chance, 1 is full agreement.")
     if alpha["ci"] is None:
-        texts.append(f"No interval is given for fewer than {MIN_RESAMPLED} pairs, or where answers differ too little from pair to pair.")
+        what = "ranked prompts" if "clusters" in between else "pairs"
+        texts.append(f"No interval is given for fewer than {MIN_RESAMPLED} {what}, or where answers differ too little from pair to pair.")
     return texts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
@@ -84,13 +85,29 @@ def read_human(settings: MergeSettings, ids: list[str]) -> tuple[np.ndarray, np.
     return human, propensity
 
 
+def read_clusters(folder: Path, name: str, ids: list[str]) -> np.ndarray | None:
+    """(N,) the cluster of each label of a file, -1 where there is none; None where its labels do not depend on each other."""
+    import numpy as np
+
+    from dedpo_diffusion.labels.files import label_names, read_labels, row_of
+
+    labels = read_labels(folder, name, extras=("cluster",)) if name in label_names(folder) else None
+    if labels is None or "cluster" not in labels.extra:
+        return None
+    number: dict[Any, int] = {}
+    clusters = np.full(len(ids), -1)
+    clusters[row_of(labels.pair_id, ids)] = [number.setdefault(cluster, len(number)) for cluster in labels.extra["cluster"]]
+    return clusters
+
+
 @dataclass(frozen=True)
 class Answers:
     """The labels of N pairs, NaN where there is none, and what else is known of the pairs.
 
     `human` (N,); `judges` (N, K) of the K judges in `names`; `propensity` (N,) of a human label, None for labels taken at random;
     `sources` each (N,): the source columns, but for those of texts with `too_many` values.
-    `features` (N, F): differences of what is known of the images before training.
+    `features` (N, F): differences of what is known of the images before training. `clusters` (N,): of human labels that depend on each
+    other, -1 where there is none; None where they do not.
     """
 
     human: np.ndarray
@@ -100,12 +117,13 @@ class Answers:
     sources: dict[str, np.ndarray]
     too_many: list[str]
     features: np.ndarray | None = None
+    clusters: np.ndarray | None = None
 
     def part(self, rows: np.ndarray) -> Answers:
         """Those of some pairs."""
         if rows.all():
             return self
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("human", "judges", "propensity", "features")}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("human", "judges", "propensity", "features", "clusters")}
         chosen: dict[str, Any] = {name: None if values is None else values[rows] for name, values in arrays.items()}
         return dataclasses.replace(self, sources={name: values[rows] for name, values in self.sources.items()}, **chosen)
 

@@ -29,11 +29,11 @@ from dedpo_diffusion.core.tables import check_columns, check_no_nulls, check_typ
 LABEL_COLUMNS = ("pair_id", "label_0")
 LABEL_EXTRAS = (
     "rater", "votes", "propensity", "score_0", "score_1", "judge_version", "order_consistent", "validity", "prompt_tokens", "answer_tokens",
-    "seconds",
+    "seconds", "cluster",
 )  # fmt: skip
 CALIBRATED = "dedpo calibrate"  # origin of label files that repeat a judge's answers with what people said worked in
 VOTE_COLUMNS = ("pair_id", "label_0", "votes", "rater")
-VOTE_EXTRAS = {"swapped": "true or false", "repeat": "true or false", "seconds": "a number", "time": "text"}
+VOTE_EXTRAS = {"swapped": "true or false", "repeat": "true or false", "seconds": "a number", "time": "text", "ranking": "text"}
 TARGET_COLUMNS = ("pair_id", "target", "weight")
 TARGET_EXTRAS = ("human", "judge", "inverse", "power")  # what the targets were merged from
 

@@ -95,6 +95,8 @@ class VoteSettings:
         order: which pairs come first: random, or those that judges disagree on or are unsure of; then each label carries
             the probability with which its pair came up, and merging stays unbiased. Of two sample folders, every prompt comes once,
             in random order, before any comes again.
+        rank: rank all images of a prompt at once, 2 to 9, in place of one pair after another; of a pair dataset whose pairs share
+            images, as `dedpo propose --pairing all` makes them.
         judges: label files that the disagreement order looks at; empty takes all but the votes' own.
         floor: in the disagreement order, the least pull of a pair on which judges agree, relative to the greatest.
         repeats: share of hidden repetitions with swapped sides, which measure the rater and make no label.
@@ -113,6 +115,7 @@ class VoteSettings:
     folders: list[Path]
     name: str | None = None
     order: Literal["random", "disagreement"] = "random"
+    rank: bool = False
     judges: list[str] = field(default_factory=list)
     floor: float = 0.5
     repeats: float = 0.05
@@ -127,7 +130,7 @@ class VoteSettings:
     until: int | None = None
     open: bool = False
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
-        "what is asked": "folders order judges",
+        "what is asked": "folders rank order judges",
         "whose answers": "name overlap repeats",
         "where the page is": "host port share",
         "when it ends": "until",

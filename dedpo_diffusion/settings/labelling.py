@@ -35,6 +35,8 @@ class ServerSettings:
         key_variable: the environment variable that holds the key, if the server wants one; the key itself is never stored.
         logprobs: ask for token probabilities; auto falls back to sampled text where the server has none.
         samples: how often a pair is asked in each order where there are no token probabilities.
+        answer_tokens: tokens that a written answer may have, thinking included; None is 16, and more where the first contact shows that
+            the model writes sentences (256) or thinks (4096).
         concurrency: requests under way at once, of each process.
         per_minute: requests begun in a minute, at most, of each process; None has no limit.
         retries: further attempts after a timeout, a lost connection, a busy or a failing server.
@@ -42,12 +44,14 @@ class ServerSettings:
         failures: consecutive pairs that may fail for the server's sake before the run stops.
         price_in: price of a million prompt tokens, for the summary.
         price_out: price of a million answer tokens.
+        budget: the run stops, and keeps what it has, once its answers cost this much, of each process; None has no limit.
     """
 
     model: str | None = None
     key_variable: str = "OPENAI_API_KEY"
     logprobs: Literal["auto", "yes", "no"] = "auto"
     samples: int = 5
+    answer_tokens: int | None = None
     concurrency: int = 8
     per_minute: float | None = None
     retries: int = 5
@@ -55,6 +59,7 @@ class ServerSettings:
     failures: int = 20
     price_in: float = 0.0
     price_out: float = 0.0
+    budget: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import numpy as np
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Labels, Votes
-from dedpo_diffusion.labels.files import aggregate, align, label_names, label_origin, read_labels, write_labels, write_votes
-from dedpo_diffusion.voting.plan import Plan
+from dedpo_diffusion.labels.files import aggregate, align, label_names, label_origin, read_labels, row_of, write_labels, write_votes
 from dedpo_diffusion.voting.queue import SKIP, Event
+from dedpo_diffusion.voting.rankings import RankService
 from dedpo_diffusion.voting.service import VoteService
 
 LEFT_WINS = {"left": 1.0, "tie": 0.5, "right": 0.0}
@@ -68,24 +68,34 @@ def to_votes(events: Sequence[Event]) -> Votes:
     )
 
 
-def to_labels(plan: Plan, events: Sequence[Event], votes: Votes) -> tuple[Labels, list[str]]:
+def votes_of(service: VoteService, events: Sequence[Event]) -> Votes:
+    """`to_votes`, or the comparisons of rankings."""
+    return service.rankings_to_votes(events) if isinstance(service, RankService) else to_votes(events)
+
+
+def to_labels(service: VoteService, events: Sequence[Event], votes: Votes) -> tuple[Labels, list[str]]:
     """One label per pair with its propensity, and what to say of pairs asked in vain.
 
     Args:
+        service: of pairs or of rankings.
         events: the answers that stand, skips included.
-        votes: the same as `to_votes` gives them.
+        votes: the same as `votes_of` gives them.
     """
-    labels = aggregate(votes)
-    number = {pair_id: i for i, pair_id in enumerate(plan.ids)}
+    plan, labels, what = service.plan, aggregate(votes), "Pairs"
+    asked_as = labels.pair_id  # what each label was asked as
+    if isinstance(service, RankService):
+        asked_as, what = service.cluster_of(labels.pair_id), "Prompts"
+        labels.extra["cluster"] = asked_as
+    number = {name: i for i, name in enumerate(plan.ids)}
     end = max(plan.place[number[event.pair_id]] + 1 for event in events)
-    propensity = plan.propensity([number[pair_id] for pair_id in labels.pair_id], end)
-    skipped = {event.pair_id for event in events} - set(labels.pair_id)
-    sentences = [f"Pairs skipped by everyone they were shown to, which stay without a label: {len(skipped)}."] if skipped else []
+    propensity = plan.propensity([number[name] for name in asked_as], end)
+    skipped = {event.pair_id for event in events} - set(asked_as)
+    sentences = [f"{what} skipped by everyone they were shown to, which stay without a label: {len(skipped)}."] if skipped else []
     if propensity is not None:
         labels.extra["propensity"] = propensity.tolist()
         sentences.append(
-            f"Pairs came by disagreement of the judges: propensities {propensity.min():.2g} to {propensity.max():.2g} are stored; "
-            f"{end - len(labels.pair_id)} of the first {end} pairs have no label."
+            f"{what} came by disagreement of the judges: propensities {propensity.min():.2g} to {propensity.max():.2g} are stored; "
+            f"{end - len(set(asked_as))} of the first {end} {what.lower()} have no label."
         )
     return labels, sentences
 
@@ -94,15 +104,17 @@ def _counts(votes: Votes, labels: Labels, events: Sequence[Event], undone: int) 
     repeats, raters = sum(votes.extra["repeat"]), len(set(votes.rater))
     ties = int((votes.label_0 == 0.5).sum())
     skips = sum(event.answer == SKIP for event in events)
+    rankings = len(set(votes.extra.get("ranking", [])))
+    what = f"{rankings} rankings ({len(votes.pair_id)} comparisons)" if rankings else f"{len(votes.pair_id)} answers"
     return (
-        f"{len(votes.pair_id)} answers by {raters} {'person' if raters == 1 else 'people'} give {len(labels.pair_id)} labels "
+        f"{what} by {raters} {'person' if raters == 1 else 'people'} give {len(labels.pair_id)} labels "
         f"({ties} ties, {repeats} hidden repetitions that make no label); left out: {skips} skips, {undone} undone."
     )
 
 
 def _votes_so_far(service: VoteService) -> tuple[list[Event], int, Votes]:
     events, undone = service.snapshot()
-    return events, undone, to_votes(events)
+    return events, undone, votes_of(service, events)
 
 
 def export(service: VoteService, name: str) -> Export:
@@ -117,8 +129,10 @@ def export(service: VoteService, name: str) -> Export:
     if not votes.pair_id:
         raise UserError("there is no vote yet, so there are no labels to write")
     check_name(folder, name, service.store.session)
-    labels, sentences = to_labels(service.plan, events, votes)
+    labels, sentences = to_labels(service, events, votes)
     write_votes(folder, name, votes)
+    if isinstance(service, RankService):
+        service.write_rankings(folder / "votes" / f"{name}.rankings.jsonl", events)
     path = write_labels(folder, name, labels, origin=_origin(service.store.session))
     return Export(path, len(labels.pair_id), [_counts(votes, labels, events, undone), *sentences, *vote_summary(votes)["sentences"]])
 
@@ -131,6 +145,8 @@ def summary(service: VoteService, name: str) -> dict[str, Any]:
     if not votes.pair_id:
         return {"votes": 0, "sentences": ["There is no vote yet."], "raters": [], "between": {}, "judges": []}
     found, labels = vote_summary(votes), aggregate(votes)
+    if isinstance(service, RankService):
+        labels.extra["cluster"] = service.cluster_of(labels.pair_id)
     judges, sentences = _judges(service, name, labels)
     sentences = [_counts(votes, labels, events, undone), *found.pop("sentences"), *sentences]
     return {"votes": len(votes.pair_id), "sentences": sentences, **found, "judges": judges}
@@ -140,15 +156,15 @@ def _judges(service: VoteService, name: str, labels: Labels) -> tuple[list[dict[
     """Agreement of every other label file with people; a file that cannot be used is told, and stops nobody."""
     from dedpo_diffusion.labels.agreement import judge_agreement
 
-    folder, judges, sentences = service.reader.folder, [], []
-    place = {pair_id: i for i, pair_id in enumerate(service.plan.ids)}
-    rows = [place[pair_id] for pair_id in labels.pair_id]
+    folder, ids, judges, sentences = service.reader.folder, service.pair_ids, [], []
+    rows, given = row_of(labels.pair_id, ids), labels.extra.get("cluster")
+    clusters = None if given is None else np.unique(given, return_inverse=True)[1]
     for judge in label_names(folder):
         if judge == name:
             continue
         try:
-            known = align(read_labels(folder, judge), service.plan.ids, folder=folder, name=judge)[rows]
-            judges.append({"name": judge, **judge_agreement(labels.label_0, known)})
+            known = align(read_labels(folder, judge), ids, folder=folder, name=judge)[rows]
+            judges.append({"name": judge, **judge_agreement(labels.label_0, known, clusters)})
         except UserError as error:
             sentences.append(f"{error}.")
     if judges and service.plan.weights is not None:

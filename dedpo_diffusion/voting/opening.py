@@ -14,8 +14,10 @@ from dedpo_diffusion.settings import VoteSettings
 if TYPE_CHECKING:
     import numpy as np
 
+    from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.voting.server import PageHooks
     from dedpo_diffusion.voting.service import VoteService
+    from dedpo_diffusion.voting.store import Store
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,37 @@ def open_service(settings: VoteSettings) -> Iterator[VoteService]:
     if settings.order == "disagreement":
         labels, judges = judge_labels(settings, ids)
         weights = pull(disagreement(labels), settings.floor)
-    kept = {key: getattr(settings, key) for key in ("seed", "order", "floor", "repeats", "overlap")}
+    kept = {key: getattr(settings, key) for key in ("seed", "order", "floor", "repeats", "overlap", "rank")}
     design: dict[str, Any] = {"dataset": reader.fingerprint(), **kept, "judges": judges}
     with closing(Store(folder, name, design)) as store:
         check_name(folder, name, store.session)
+        if settings.rank:
+            yield open_ranking(settings, reader, store, weights)
+            return
         plan = Plan(ids, seed=settings.seed, weights=weights, repeats=settings.repeats, overlap=settings.overlap)
         yield VoteService(reader, plan, store)
+
+
+def open_ranking(settings: VoteSettings, reader: PairReader, store: Store, weights: np.ndarray | None) -> VoteService:
+    """The voting on all images of a prompt at once; what cannot be ranked is told.
+
+    Raises:
+        UserError: nothing can be ranked.
+    """
+    from dedpo_diffusion.voting.plan import Plan
+    from dedpo_diffusion.voting.rankings import RankService, find_groups, group_weights
+
+    groups, left_out = find_groups(reader)
+    for sentence in left_out:
+        say(sentence)
+    if not any(group.size > 2 for group in groups):
+        raise UserError(
+            f"no prompt of {settings.folders[0]} has three images or more whose pairs hang together, so there is nothing to rank; "
+            "leave out --rank, or make pairs with `dedpo propose --images_per_prompt 4 --pairing all`"
+        )
+    pulls = None if weights is None else group_weights(groups, weights)
+    plan = Plan([group.name for group in groups], seed=settings.seed, weights=pulls, repeats=settings.repeats, overlap=settings.overlap)
+    return RankService(reader, plan, store, groups)
 
 
 def is_new(settings: VoteSettings) -> bool:
@@ -114,11 +141,13 @@ def open_pairs(settings: VoteSettings) -> Iterator[Voting]:
         hooks = PageHooks(
             {"dataset": folder.resolve().name, "name": name, "order": settings.order},
             lambda: export.summary(service, name), lambda: export.export(service, name),
+            "rank.html" if settings.rank else "index.html",
         )  # fmt: skip
         now = service.session()
         greeting = (
-            f"{now['pairs']} pairs in {settings.order} order; {now['votes']} votes by {len(now['raters'])} people so far, kept in "
-            f"{service.store.path}", f"Ctrl-C stops and writes {folder / 'labels' / name}.parquet; each answer is saved at once",
+            f"{now['pairs']} {'prompts' if settings.rank else 'pairs'} in {settings.order} order; {now['votes']} votes by "
+            f"{len(now['raters'])} people so far, kept in {service.store.path}",
+            f"Ctrl-C stops and writes {folder / 'labels' / name}.parquet; each answer is saved at once",
         )  # fmt: skip
         yield Voting(service, hooks, greeting, lambda: write_labels(settings, service))
 

@@ -35,10 +35,17 @@ from dedpo_diffusion.voting.service import Refusal, VoteService
 
 T = TypeVar("T")
 MAX_BODY = 16 << 10
-ANSWERS = ("left", "right", "tie", "skip")
 COOKIE = "dedpo_token"
 PAGE = Path(__file__).parent / "page"
-STATIC = {"vote.js": "text/javascript", "vote.css": "text/css"}
+STATIC = {
+    "vote.js": "text/javascript",
+    "vote.css": "text/css",
+    "link.js": "text/javascript",
+    "figures.js": "text/javascript",
+    "rank.js": "text/javascript",
+    "rank.css": "text/css",
+}
+PAGES = ("index.html", "rank.html")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'; "
     "frame-ancestors 'none'; base-uri 'none'"
@@ -185,13 +192,11 @@ def check_rater(name: Any) -> str:
     return name
 
 
-def check_vote(body: dict[str, Any]) -> tuple[str, str, str, float]:
-    """Rater, ticket, answer and seconds of a vote; Refusal where one is not what it must be."""
+def check_vote(body: dict[str, Any]) -> tuple[str, str, Any, float]:
+    """Rater, ticket, answer and seconds of a vote; Refusal where one is not what it must be. The service knows what an answer is."""
     ticket, answer, seconds = body.get("ticket"), body.get("answer"), body.get("seconds")
     if not isinstance(ticket, str):
         raise Refusal(400, "ticket must be text")
-    if answer not in ANSWERS:
-        raise Refusal(400, f"answer must be one of {', '.join(ANSWERS)}")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 1e9:
         raise Refusal(400, "seconds must be a number, and at least 0")
     return check_rater(body.get("rater")), ticket, answer, float(seconds)
@@ -208,11 +213,13 @@ class PageHooks:
         about: what the page is told at the start: `dataset`, its heading; `blind`, if nobody may learn which model is which.
         summary: what the votes so far are worth, see export.summary.
         export: writes the votes so far.
+        page: its HTML file.
     """
 
     about: dict[str, Any]
     summary: Callable[[], dict[str, Any]]
     export: Callable[[], Export]
+    page: str = "index.html"
 
 
 class Api:
@@ -221,10 +228,10 @@ class Api:
     def __init__(self, service: VoteService, hooks: PageHooks) -> None:
         self.service, self.hooks = service, hooks
         self.votes, self.images, self.statistics = CapacityLimiter(16), CapacityLimiter(4), CapacityLimiter(1)
-        self.page = {name: (PAGE / name).read_bytes() for name in ("index.html", *STATIC) if (PAGE / name).is_file()}
+        self.page = {name: (PAGE / name).read_bytes() for name in (*PAGES, *STATIC) if (PAGE / name).is_file()}
 
     async def index(self, request: Request) -> Response:
-        return self._file("index.html", "text/html")
+        return self._file(self.hooks.page, "text/html")
 
     async def static(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -251,7 +258,7 @@ class Api:
 
     async def image(self, request: Request) -> Response:
         ticket, side = request.path_params["ticket"], request.path_params["side"]
-        if side not in ("left", "right"):
+        if not self.service.has_place(side):
             raise Refusal(404, "there is no such image")
         data, kind = await self._run(self.images, self.service.image, ticket, side)
         return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})

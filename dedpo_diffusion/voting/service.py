@@ -26,6 +26,7 @@ SHOWN = {  # what every browser shows as it is
     "PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "AVIF": "image/avif",
     "BMP": "image/bmp",
 }  # fmt: skip
+ANSWERS = ("left", "right", "tie", "skip")
 NEAR = 1000  # places searched for a ticket that was handed out before a restart
 
 
@@ -52,7 +53,7 @@ class VoteService:
 
     def __init__(self, reader: PairReader | SamplePairs, plan: Plan, store: Store, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.reader, self.plan, self.store = reader, plan, store
-        self.prompts = reader.prompts()
+        self.prompts, self.pair_ids = reader.prompts(), plan.ids
         self.queue = VoteQueue(plan, clock)
         self.queue_lock, self.writing, self.image_lock = threading.Lock(), threading.Lock(), threading.Lock()
         self._tickets: dict[str, tuple[str, Asked]] = {}
@@ -98,28 +99,42 @@ class VoteService:
             can_undo = self.queue.last(rater) is not None
             return {"rater": rater, "progress": self.queue.progress(rater), "item": item, "following": following, "can_undo": can_undo}
 
-    def _item(self, rater: str, asked: Asked) -> dict[str, str]:
+    def _item(self, rater: str, asked: Asked) -> dict[str, Any]:
         ticket = self._ticket(rater, asked)
         left, right = f"/image/{ticket}/left", f"/image/{ticket}/right"
         return {"ticket": ticket, "prompt": self.prompts[asked.pair], "left": left, "right": right}
 
-    def vote(self, rater: str, ticket: str, answer: str, seconds: float) -> dict[str, Any]:
+    def check_answer(self, answer: Any) -> None:
+        """Refusal unless this may be an answer, whatever it is to."""
+        if answer not in ANSWERS:
+            raise Refusal(400, f"answer must be one of {', '.join(ANSWERS)}")
+
+    def _stored(self, rater: str, asked: Asked, answer: Any) -> str:
+        """An answer as the store keeps it."""
+        return str(answer)
+
+    def _side(self, rater: str, asked: Asked) -> bool | None:
+        """Whether image 1 stands on the left."""
+        return self.plan.swapped(rater, asked.pair, again=asked.again)
+
+    def vote(self, rater: str, ticket: str, answer: Any, seconds: float) -> dict[str, Any]:
         """Store an answer and return the state; the same answer to the same ticket again changes nothing.
 
         Raises:
-            Refusal: an unknown ticket, or one that was answered otherwise.
+            Refusal: an unknown ticket, one that was answered otherwise, or something that is no answer.
         """
+        self.check_answer(answer)
         with self.writing:
             with self.queue_lock:
                 asked = self._find(ticket, rater)[1]
+                answer = self._stored(rater, asked, answer)
                 held, fits = self.queue.standing(rater, asked), self.queue.may_answer(rater, asked)
             if held is not None and held.answer != answer:
                 raise Refusal(409, f"this pair was answered already, with {held.answer}; undo that first")
             if held is None:
                 if not fits:
                     raise Refusal(409, "this pair is not asked any more; load the next one")
-                swapped = self.plan.swapped(rater, asked.pair, again=asked.again)
-                self._append(rater, asked, kind="vote", answer=answer, swapped=swapped, seconds=seconds)
+                self._append(rater, asked, kind="vote", answer=answer, swapped=self._side(rater, asked), seconds=seconds)
         return self.state(rater)
 
     def undo(self, rater: str) -> dict[str, Any]:
@@ -144,8 +159,16 @@ class VoteService:
 
     # ---- images
 
-    def image(self, ticket: str, side: str) -> tuple[bytes, str]:
-        """Bytes and content type of the image on the left or right of a handed-out ticket.
+    def has_place(self, place: str) -> bool:
+        """Whether an image of a ticket may be asked for by this name."""
+        return place in ("left", "right")
+
+    def _shown(self, rater: str, asked: Asked, place: str) -> tuple[int, int]:
+        """The pair and the number in it, 0 or 1, of the image that stands at a place."""
+        return asked.pair, int((place == "right") != self.plan.swapped(rater, asked.pair, again=asked.again))
+
+    def image(self, ticket: str, place: str) -> tuple[bytes, str]:
+        """Bytes and content type of the image at a place, left or right, of a handed-out ticket.
 
         Files that browsers cannot show (TIFF, for one) become PNG, by the rules of decoding.py.
 
@@ -153,8 +176,8 @@ class VoteService:
             Refusal: an unknown ticket, or a file that is no image.
         """
         with self.queue_lock:
-            rater, (pair, again) = self._find(ticket)
-        k = int((side == "right") != self.plan.swapped(rater, pair, again=again))
+            rater, asked = self._find(ticket)
+        pair, k = self._shown(rater, asked, place)
         where = f"{self.reader.location(pair)} image_{k}"
         try:
             with self.image_lock:

@@ -40,6 +40,7 @@ CREATE TABLE events (
 CREATE TRIGGER no_change BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events are only ever appended'); END;
 CREATE TRIGGER no_removal BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events are only ever appended'); END;
 """
+RANKED = TABLES.replace("answer TEXT CHECK (answer IN ('left', 'right', 'tie', 'skip'))", "answer TEXT")  # rankings.py writes them
 COLUMNS = [column.name for column in fields(Event)]
 
 
@@ -124,7 +125,7 @@ class Store:
 
     def _begin(self, design: dict[str, Any]) -> None:
         """Tables and meta in one transaction: a killed process leaves all of it or nothing."""
-        self._writer.executescript(TABLES)
+        self._writer.executescript(RANKED if design.get("rank") else TABLES)
         meta = {"schema": SCHEMA, "session": secrets.token_hex(8), "secret": secrets.token_hex(32), **design}
         self._writer.executemany("INSERT INTO meta VALUES (?, ?)", [(key, json.dumps(value)) for key, value in meta.items()])
         self._writer.commit()
@@ -132,7 +133,8 @@ class Store:
     def _check_design(self, meta: dict[str, Any], design: dict[str, Any]) -> None:
         changed = []
         for key, now in design.items():
-            if meta[key] == now:
+            then = meta.get(key, False)  # votings that are older than --rank do not say
+            if then == now:
                 continue
             if key == "dataset":
                 changed.append("other pairs than the dataset holds now")
@@ -143,7 +145,9 @@ class Store:
             elif key == "judges":
                 changed.append(f"judges {' '.join(sorted(meta[key])) or 'none'} (now {' '.join(sorted(now)) or 'none'})")
             else:
-                changed.append(f"{key} {meta[key]} (now {now})")
+                changed.append(f"{key} {then} (now {now})")
+        if changed and "rank" in design and meta.get("rank", False) != design["rank"]:  # the tables differ
+            raise UserError(f"{self.path} was begun with {', '.join(changed)}; continue with the same, or give another --name")
         if changed and not self._writer.execute("SELECT 1 FROM events LIMIT 1").fetchone():  # nothing hangs on the old one yet
             with self._writer:
                 self._writer.executemany("REPLACE INTO meta VALUES (?, ?)", [(key, json.dumps(value)) for key, value in design.items()])

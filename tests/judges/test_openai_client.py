@@ -95,7 +95,7 @@ def test_a_pair_whose_answer_is_neither_or_improbable_is_missing(server):
     judge = judge_of(server, vlm=VlmSettings(min_validity=0.5))
     server.answer = lambda request: completion(logprob_choice({"The": 0.6, "A": 0.3}))
     found = judge.answer(questions((9, 0)))
-    assert found.missing == ["neither 1 nor 2 is among the reported tokens"] and np.isnan(found.scores).all()
+    assert found.missing == ["neither 1 nor 2 is among the reported tokens (it said 'The')"] and np.isnan(found.scores).all()
     server.answer = Model(validity=0.4)
     found = judge.answer(questions((9, 0)))
     assert "probability of 0.40" in found.missing[0] and np.isnan(found.scores).all()
@@ -135,7 +135,7 @@ def test_text_is_read_strictly(text_server, text, finish, meant):
     if meant:
         np.testing.assert_allclose(found.scores, [[{1: math.log(3), 2: -math.log(3)}[meant]] * 2], atol=1e-12)
     else:
-        assert found.missing == ["none of 1 answers was 1 or 2"] and np.isnan(found.scores).all()
+        assert found.missing == [f"none of 1 answers was 1 or 2 (it said {text!r})"] and np.isnan(found.scores).all()
 
 
 def test_a_request_holds_both_images_without_loss_and_the_question(server):
@@ -191,7 +191,7 @@ def test_a_server_that_refuses_logprobs_is_asked_for_text(refusal, capsys):
     model = TextModel()
     with serve(lambda request: refusal if "logprobs" in (request.body or {}) else model(request)) as server:
         judge = judge_of(server, samples=2)
-        assert f"the server at {server.url} gives no token probabilities (status {refusal.status}" in capsys.readouterr().out
+        assert f"the server at {server.url}: it gives no token probabilities (status {refusal.status}" in capsys.readouterr().out
         np.testing.assert_allclose(probabilities(judge, questions((9, 0), (0, 9))), [5 / 6, 1 / 6], atol=1e-12)
         assert len(server.requests) == 3 + 8
         with pytest.raises(UserError, match=r"give --server\.logprobs auto or no"):

@@ -176,9 +176,10 @@ SETTINGS = ServerSettings(retries=2, concurrency=1, failures=1000, key_variable=
 VLM = VlmSettings(min_validity=0.0)
 
 
-def judge_of(server: Server, *, naps: list[float] | None = None, vlm: VlmSettings = VLM, **settings: Any) -> ServerJudge:
+def judge_of(server: Server, *, naps: list[float] | None = None, vlm: VlmSettings = VLM, largest: int = 64, **settings: Any) -> ServerJudge:
     """A judge that notes in `naps` how long it would have slept."""
-    return ServerJudge(server.url, vlm, replace(SETTINGS, **settings), sleep=[].append if naps is None else naps.append)
+    asked = replace(SETTINGS, **settings)
+    return ServerJudge(server.url, vlm, asked, largest=largest, sleep=[].append if naps is None else naps.append)
 
 
 def grey(level: int) -> Image.Image:

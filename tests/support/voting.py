@@ -115,3 +115,20 @@ def post(client, path, **body):
 def connect(url):
     host, port = re.fullmatch(r"http://(.+):(\d+)/.*", url).groups()
     return socket.create_connection((host, int(port)), timeout=20)
+
+
+def make_ranked(folder, prompts=4, images=4, size=(8, 8), *, keep=lambda prompt, a, b: True):
+    """All pairs of so many images to each prompt, as `dedpo propose --pairing all` leaves them, but for those not kept."""
+    with PairWriter(folder) as writer:
+        for p in range(prompts):
+            held = [picture(100 * p + k, size) for k in range(images)]
+            for a in range(images):
+                for b in range(a + 1, images):
+                    if keep(p, a, b):
+                        writer.add(Pair(f"p{p}-{a}{b}", f"prompt {p}", held[a], held[b]))
+    return folder
+
+
+def image_numbers(prompts=4, images=4, size=(8, 8)):
+    """Which image a file is: (prompt, number) by its bytes."""
+    return {picture(100 * p + k, size): (p, k) for p in range(prompts) for k in range(images)}

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between attempts; doubled every time
 LONGEST_WAIT = 300.0  # a server that asks for more patience than this many seconds counts as failed
 BUSY = (408, 409, 425, 429)  # and 5xx: worth another attempt
+NEVER = re.compile(r"not support|unsupported|content.?(policy|filter)", re.I)  # in a failing server's words: it would fail again
 MOST_CHARACTERS = 1 << 25  # of images in one request, so that large images do not fill the memory
 
 MEND = "mend the server (its contract: dedpo_diffusion/judges/scorers/http.py)"
@@ -56,11 +57,12 @@ class ServerFailure(Exception):
             do), "refused" (it will not answer this request), "nonsense" (it answered, but not what was agreed).
         status: the HTTP status; None where no answer came.
         wait: seconds that the server asked to be left alone.
+        said: the body of its answer, to look words up in; it may hold the key, so it is never shown.
     """
 
-    def __init__(self, text: str, kind: Kind, *, status: int | None = None, wait: float = 0.0) -> None:
+    def __init__(self, text: str, kind: Kind, *, status: int | None = None, wait: float = 0.0, said: str = "") -> None:
         super().__init__(text)
-        self.kind, self.status, self.wait = kind, status, wait
+        self.kind, self.status, self.wait, self.said = kind, status, wait, said
 
 
 class Connection:
@@ -88,7 +90,7 @@ class Connection:
         at_once: int = 1,
         key: str = "",
         before: Callable[[], None] = lambda: None,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         import httpx
 
@@ -123,7 +125,7 @@ class Connection:
                     raise
                 if attempt == self.retries:
                     tried = f"{failure} (the last of {attempt + 1} attempts)" if attempt else str(failure)
-                    raise ServerFailure(tried, failure.kind, status=failure.status) from failure
+                    raise ServerFailure(tried, failure.kind, status=failure.status, said=failure.said) from failure
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)  # so that clients do not return in step
                 self.sleep(max(pause, failure.wait))
         raise AssertionError("unreachable")
@@ -157,11 +159,14 @@ class Connection:
     def _failure(self, response: httpx.Response, answer: bytes) -> ServerFailure:
         status = response.status_code
         said = self.excerpt(_message(answer) or response.headers.get("location", "") or response.reason_phrase)
-        if status not in BUSY and status < 500:
-            return ServerFailure(f"status {status}: {said}", "refused", status=status)
-        wait = seconds_asked(response.headers.get("retry-after", ""))
+        body = answer.decode(errors="replace")
+        if status == 429 and "insufficient_quota" in body:  # an empty account, which no patience fills
+            return ServerFailure(f"status {status}: {said}", "refused", status=402, said=body)
+        if (status not in BUSY and status < 500) or (status >= 500 and NEVER.search(body)):
+            return ServerFailure(f"status {status}: {said}", "refused", status=status, said=body)
+        wait = seconds_asked(response.headers.get("retry-after", "")) or milliseconds_asked(response.headers.get("retry-after-ms", ""))
         text = f"status {status}: {said}" + (f" (come back in {wait:.0f} seconds)" if wait else "")
-        return ServerFailure(text, "busy", status=status, wait=wait)
+        return ServerFailure(text, "busy", status=status, wait=wait, said=body)
 
     def excerpt(self, text: str) -> str:
         """The first line of what a server said, at most 200 printable characters, without the key."""
@@ -228,6 +233,15 @@ def seconds_asked(header: str) -> float:
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
+def milliseconds_asked(header: str) -> float:
+    """The seconds that a retry-after-ms header asks for; 0 where it cannot be read."""
+    try:
+        seconds = float(header) / 1000
+    except ValueError:
+        return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+
+
 def png_base64(image: Image) -> str:
     """The image's RGB pixels as a PNG file without profile and notes, in base64."""
     buffer = io.BytesIO()
@@ -269,7 +283,7 @@ class HttpScore:
         dtype: str = "float32",
         timeout: float = 300.0,
         retries: int = 5,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         if location is None:
             raise UserError("scorer http needs the address of its server: http=URL")

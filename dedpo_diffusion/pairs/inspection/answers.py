@@ -11,6 +11,7 @@ import numpy as np
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.tables import open_parquet
 from dedpo_diffusion.labels.agreement import judge_agreement, share, vote_summary
+from dedpo_diffusion.labels.answers import read_clusters
 from dedpo_diffusion.labels.files import align, label_names, read_labels, read_targets, read_votes, target_names, vote_names
 
 
@@ -39,7 +40,9 @@ def look_at_answers(folder: Path, ids: list[str], human: str, found: Findings, *
     votes = {name: _votes(folder, name, known, found, resamples, seed) for name in vote_names(folder)}
     found.report["votes"] = {name: summary for name, summary in votes.items() if summary is not None}
     people = aligned.pop(human, None)
-    found.report["judges"] = {} if people is None else {name: judge_agreement(people, label_0) for name, label_0 in aligned.items()}
+    clusters = None if people is None else read_clusters(folder, human, ids)
+    told = {} if people is None else {name: judge_agreement(people, label_0, clusters) for name, label_0 in aligned.items()}
+    found.report["judges"] = told
     found.report["targets"] = [name for name in target_names(folder) if _fits(folder, name, ids, found)]
 
 

@@ -1,13 +1,11 @@
 // The page of `dedpo vote`: shows one pair at a time and sends what the person prefers.
 // Texts from the server are not trusted (prompts come from anywhere): they are only ever set as textContent.
 
-const SETTLE_MS = 250; // an answer sooner than this after a pair appears was meant for the pair before it
-const RETRY_MS = 2000;
-const LONGEST_RETRY_MS = 15000;
-const TIMEOUT_MS = 30000; // a tunnel may hang without an error
-const TINY = 128; // images smaller than this keep hard pixels when enlarged
-const TOKEN_NEEDED = "The server asks for its token: open the address that dedpo vote printed once more.";
+import { figures } from "./figures.js";
+import { $, Refused, hideBanner, list, post, reach, showBanner } from "./link.js";
 
+const SETTLE_MS = 250; // an answer sooner than this after a pair appears was meant for the pair before it
+const TINY = 128; // images smaller than this keep hard pixels when enlarged
 const KEYS = {
   arrowleft: "left", a: "left", 1: "left", arrowright: "right", d: "right", 2: "right", arrowdown: "tie", t: "tie", " ": "tie",
   s: "skip", u: "undo", backspace: "undo", z: "zoom", "?": "keys",
@@ -16,7 +14,6 @@ const KEYS = {
 const LABELS = { one: "a label", many: "labels", give: "label", given: "labelled" };
 const ANSWERS = { one: "an answer", many: "answers", give: "answer", given: "answered" };
 
-const $ = (id) => document.getElementById(id);
 const stacked = matchMedia("(max-aspect-ratio: 7/10)"); // the same as in vote.css
 
 let rater = "";
@@ -25,50 +22,6 @@ let state = null; // the server's latest word: progress, item, following, can_un
 let ready = false; // both images of state.item are on the screen: only then an answer counts
 let broken = false; // its images cannot be shown: it can be skipped
 let busy = false; // a request is on its way
-let retryNow = () => {};
-
-// ---- talking to the server
-
-class Refused extends Error {
-  constructor(status, text) {
-    super(text);
-    this.status = status;
-  }
-}
-
-/** Fetch until an answer comes. Asking again is safe: the server stores an answer to a ticket once. */
-async function reach(path, options = {}, read = (response) => response.json()) {
-  for (let wait = RETRY_MS; ; wait = Math.min(1.5 * wait, LONGEST_RETRY_MS)) {
-    let trouble = "Connection lost. Your answers are safe; trying again every few seconds.";
-    try {
-      const response = await fetch(path, { ...options, signal: AbortSignal.timeout(TIMEOUT_MS) });
-      if (response.ok) {
-        const answer = await read(response);
-        hideBanner();
-        return answer;
-      }
-      if (response.status < 500) throw new Refused(response.status, await refusal(response));
-      trouble = `The server has a problem (${response.status}). Your answers are safe; trying again every few seconds.`;
-    } catch (error) {
-      if (error instanceof Refused) throw error;
-    }
-    showBanner(trouble, "Try now", () => retryNow());
-    await new Promise((resolve) => {
-      retryNow = resolve;
-      setTimeout(resolve, wait);
-    });
-  }
-}
-
-async function refusal(response) {
-  if (response.status === 401) return TOKEN_NEEDED;
-  const answer = await response.json().catch(() => null);
-  return answer?.error ?? `${response.status} ${response.statusText}`;
-}
-
-function post(path, body) {
-  return reach(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
-}
 
 /** One request of the person's at a time; what the server refuses is said. */
 async function act(work) {
@@ -97,20 +50,6 @@ async function explain(error) {
   }
   showBanner(text, "Close", hideBanner);
   if (!(error instanceof Refused)) throw error; // a mistake of this page belongs on the console
-}
-
-function showBanner(text, button, action) {
-  const [words, knob] = $("banner").children;
-  if (words.textContent !== text) words.textContent = text; // said aloud once, not with every retry
-  knob.textContent = button;
-  knob.onclick = action;
-  (document.querySelector("dialog[open]") ?? document.body).prepend($("banner")); // what is outside an open dialog cannot be reached
-  $("banner").hidden = false;
-}
-
-function hideBanner() {
-  $("banner").hidden = true;
-  $("banner").firstChild.textContent = "";
 }
 
 const nextPath = () => `/api/next?rater=${encodeURIComponent(rater)}`;
@@ -308,17 +247,6 @@ function zoom() {
   openDialog($("zoom"));
 }
 
-function list(element, lines) {
-  element.replaceChildren(...lines.map((line) => make("li", line)));
-}
-
-function make(tag, text, className = "") {
-  const element = document.createElement(tag);
-  element.textContent = text;
-  element.className = className;
-  return element;
-}
-
 function save() {
   act(async () => {
     const written = await post("/api/export", {});
@@ -327,66 +255,14 @@ function save() {
   });
 }
 
-// ---- the summary: a statistic is {value, ci: [low, high], n}; value and ci are null where they do not exist
-
-const percent = (x) => `${Math.round(100 * x)}%`;
-const decimal = (x) => x.toFixed(2).replace("-", "−");
-
 function summary() {
   act(async () => {
     const found = await reach("/api/summary");
     const sentences = document.createElement("ul");
     list(sentences, found.sentences);
-    $("figures").replaceChildren(sentences, ...[raters(found.raters), between(found.between), judges(found.judges)].filter(Boolean));
+    $("figures").replaceChildren(sentences, ...figures(found));
     openDialog($("summary"));
   });
-}
-
-function raters(people) {
-  const columns = ["Rater", "Answers", "Ties", "Chose left", "Repeated alike", "Median time"];
-  return table(columns, people, (one) => [
-    one.rater, one.votes, one.ties, figure(one.left, percent), figure(one.repeats, percent),
-    one.seconds === null ? "–" : `${one.seconds.toFixed(1)} s`,
-  ]);
-}
-
-function between({ raw, alpha }) {
-  const rows = [
-    ["Equal answers", raw, percent],
-    ["Krippendorff's alpha", alpha, decimal],
-  ];
-  const known = rows.filter(([, statistic]) => statistic?.n);
-  const columns = ["Between raters", "Agreement", "Pairs"];
-  return table(columns, known, ([name, statistic, format]) => [name, figure(statistic, format), statistic.n]);
-}
-
-function judges(found) {
-  const columns = ["Judge", "Agrees with people", "Pairs", "Lean to image 0"];
-  return table(columns, found, (judge) => [judge.name, figure(judge, percent), judge.n, figure(judge.bias, decimal)]);
-}
-
-function figure(statistic, format) {
-  if (typeof statistic?.value !== "number") return "–";
-  const { value, ci } = statistic;
-  return ci ? [format(value), ` ${format(ci[0])} to ${format(ci[1])}`] : format(value);
-}
-
-/** A table in a box that scrolls sideways; nothing without rows. A cell is text, or text and what stands quietly behind it. */
-function table(columns, items, cells) {
-  if (!items.length) return null;
-  const box = document.createElement("div");
-  const element = box.appendChild(document.createElement("table"));
-  element.append(row("th", columns), ...items.map((item) => row("td", cells(item))));
-  return box;
-}
-
-function row(tag, cells) {
-  const element = document.createElement("tr");
-  for (const [text, behind] of cells.map((cell) => [cell].flat())) {
-    const cell = element.appendChild(make(tag, text));
-    if (behind) cell.append(make("span", behind, "quiet"));
-  }
-  return element;
 }
 
 // ---- the start, and what the person does
@@ -421,7 +297,6 @@ document.addEventListener("keydown", (event) => {
 
 document.addEventListener("visibilitychange", () => watch.look());
 stacked.addEventListener("change", nameSides);
-addEventListener("online", () => retryNow());
 for (const dialog of document.querySelectorAll("dialog")) {
   dialog.addEventListener("close", () => {
     if (dialog.contains($("banner"))) document.body.prepend($("banner"));
@@ -499,12 +374,6 @@ function introduce(session) {
   $("raters").replaceChildren(...session.raters.map((name) => new Option("", name)));
   $("so-far").textContent = `${session.pairs} pairs, ${session.votes} answers so far. Give the same name again to continue.`;
 }
-
-// what the banner covers is left free, so that progress and buttons stay in sight
-new ResizeObserver(() => {
-  const covered = $("banner").hidden ? 0 : $("banner").offsetHeight;
-  document.documentElement.style.setProperty("--banner", `${covered}px`);
-}).observe($("banner"));
 
 nameSides();
 const given = new URLSearchParams(location.search).get("rater");
