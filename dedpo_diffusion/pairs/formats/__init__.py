@@ -10,6 +10,8 @@ and, where it needs more, `open(source, settings) -> Source` (rows that `sources
 `NEEDS` (what a source must have, in words, for the message when it has not). Your own tables, whose columns settings may
 name, have `bind(source, settings) -> (why, reader)` instead: a reader made for one source stands in for the module.
 
+A format of which several rows may be about one pair has `regroup(source) -> Source`, which makes one row of them.
+
 Formats of other packages (core.plugins) are used when they are named; `auto` does not try them.
 """
 
@@ -24,7 +26,7 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pairs.formats.sources import Source, open_source
 from dedpo_diffusion.settings import IngestSettings
 
-PUBLISHED = ("pickapic", "hpdv2", "hpdv3", "imagereward", "open_image_preferences", "rapidata")
+PUBLISHED = ("pickapic", "hpdv2", "hpdv3", "imagereward", "open_image_preferences", "rapidata", "exported", "labelstudio", "argilla")
 FORMATS = {name: f"{__name__}.{name}" for name in (*PUBLISHED, "table", "imagefolder")} | {"datasets": f"{__name__}.saved_datasets"}
 AUTO = "auto"
 
@@ -69,12 +71,12 @@ def choose(settings: IngestSettings) -> Chosen:
     if foreign:
         raise UserError(f"--columns is for your own tables, and {name} has columns of its own; leave it out, or give the format table")
     if name == AUTO:
-        return recognise(settings.source, settings)
+        return _regrouped(recognise(settings.source, settings))
     opener = getattr(load(name), "open", open_source)
     source = opener(settings.source, settings)
     if name == "datasets":
-        return recognise_rows(source, settings)
-    return _bound(name, source, settings)
+        return _regrouped(recognise_rows(source, settings))
+    return _regrouped(_bound(name, source, settings))
 
 
 def recognise(source: str, settings: IngestSettings) -> Chosen:
@@ -151,3 +153,9 @@ def _bound(name: str, source: Source, settings: IngestSettings) -> Chosen:
         needs = f", and {name} needs {module.NEEDS}" if hasattr(module, "NEEDS") else ""
         raise UserError(f"{source.path} is not {name}: it has the columns {', '.join(source.columns) or '(none)'}{needs}")
     return Chosen(name, _why(why, source), module, source)
+
+
+def _regrouped(chosen: Chosen) -> Chosen:
+    """The same, with rows that are about one pair as one row, where the format says which those are."""
+    regroup = getattr(chosen.module, "regroup", None)
+    return chosen if regroup is None else Chosen(chosen.name, chosen.why, chosen.module, regroup(chosen.source))
