@@ -22,7 +22,8 @@ from dedpo_diffusion.settings import PairsSettings
 
 LARGEST = 5 << 20  # bytes of an image, of which Argilla's guide says that they should be fewer
 HTML = "pair"  # the field of HTML
-SHOWN = '  <figure style="flex: 1; margin: 0"><img style="width: 100%" src="{{{{record.fields.{0}.{1}}}}}"><figcaption>{1}</figcaption></figure>'
+IMAGE = '<img style="width: 100%" src="{{{{record.fields.{0}.{1}}}}}">'
+SHOWN = '  <figure style="flex: 1; margin: 0">' + IMAGE + "<figcaption>{1}</figcaption></figure>"
 TEMPLATE = "\n".join(['<div style="display: flex; gap: 1em">', *(SHOWN.format(HTML, place) for place in (LEFT, RIGHT)), "</div>"])
 
 

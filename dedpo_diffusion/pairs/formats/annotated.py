@@ -232,7 +232,9 @@ def find_image(value: Any, folder: Path | None, where: str, noted: Counter[str])
         return image_source(value, folder, where)
     path = (served if served is not None else value).lstrip("/")
     image_source(path, folder, where)  # refuses what leaves the folder
-    noted["images whose path is an absolute or served one, looked for in the folder of images"] += 1
+    if "/data/local-files" in value and (folder / path).is_file():
+        return folder / path
+    noted["images with an absolute path or an upload's, looked for in the folder of images"] += 1
     found = _by_its_end(path, folder)
     if found is None:
         return folder / path

@@ -93,11 +93,12 @@ def entries(row: dict[str, Any], where: str, folder: Path | None, settings: Inge
     values = _held(first)
     names = [name for name, value in values.items() if name not in (ANSWERS, LEFT_IS, PAIR_ID) and value is not None]
     roles = find_roles(names, settings.columns, where)
+    left_is = which_is_left(values, where)
     answers = earlier_answers(values.get(ANSWERS), where)
     fresh = _fresh_answers(records, roles, settings.columns, noted)
     count_again(fresh, noted)
     shown = [find_image(values.get(name), folder, f"{where}, {name}", noted) for name in (roles.left, roles.right)]
-    image_0, image_1 = shown if which_is_left(values, where) == "image_0" else shown[::-1]
+    image_0, image_1 = shown if left_is == "image_0" else shown[::-1]
     noted["records that came again, read together with the first"] += len(records) - 1
     ours = values.get(LEFT_IS) is not None and values.get(PAIR_ID) is not None
     yield Comparison(

@@ -90,11 +90,12 @@ def entries(row: dict[str, Any], where: str, folder: Path | None, settings: Inge
     data = first["data"]
     names = [name for name in data if name not in (ANSWERS, LEFT_IS, PAIR_ID)]
     roles = find_roles(names, settings.columns, where)
+    left_is = which_is_left(data, where)
     answers = earlier_answers(data.get(ANSWERS), where)
     fresh = _fresh_answers(tasks, roles, settings.columns, noted)
     count_again(fresh, noted)
     shown = [find_image(data.get(name), folder, f"{where}, {name}", noted) for name in (roles.left, roles.right)]
-    image_0, image_1 = shown if which_is_left(data, where) == "image_0" else shown[::-1]
+    image_0, image_1 = shown if left_is == "image_0" else shown[::-1]
     again = len({one["id"] for _, one in tasks}) - 1 if first["minimal"] else len(tasks) - 1
     noted["tasks that came again, read together with the first"] += again
     yield Comparison(
