@@ -6,14 +6,15 @@ import csv
 import io
 import json
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 from PIL import Image
 
-from dedpo_diffusion.core.records import Pair
-from dedpo_diffusion.labels.files import read_labels, write_labels
+from dedpo_diffusion.core.records import Labels, Pair, Votes
+from dedpo_diffusion.labels.files import read_labels, read_votes, write_labels, write_votes
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.pairs.exporting.rows import Item
 from dedpo_diffusion.pairs.formats.annotated import earlier_answers, written_answers
@@ -156,6 +157,41 @@ def test_any_dataset_survives_any_table(tmp_path_factory, data):
     for to in TABLES:
         ingest(export(folder / "P", to, folder / to), folder / f"{to}-back")
         assert state(folder / f"{to}-back") == state(folder / "P")
+
+
+@pytest.mark.parametrize(("to", "format"), [("imagefolder", "imagefolder"), ("csv", "table")])
+def test_the_layouts_own_name_reads_it_too(tmp_path, to, format):
+    ingest(export(make_pairs(tmp_path / "P"), to, tmp_path / "out"), tmp_path / "Q", format=format)
+    assert state(tmp_path / "Q") == state(tmp_path / "P")
+
+
+def test_hidden_repetitions_and_propensities_stay_behind_and_are_told(tmp_path, capsys):
+    pairs = make_pairs(tmp_path / "P")
+    votes = read_votes(pairs, "human")
+    again = Votes(
+        [*votes.pair_id, votes.pair_id[0]],
+        np.append(votes.label_0, 0.0),
+        np.append(votes.votes, 1),
+        [*votes.rater, "bob"],
+        {"repeat": [False] * len(votes.pair_id) + [True]},
+    )
+    write_votes(pairs, "human", again)
+    found = read_labels(pairs, "human")
+    write_labels(pairs, "human", Labels(found.pair_id, found.label_0, found.extra | {"propensity": [0.5] * len(found.pair_id)}))
+    before = state(make_pairs(tmp_path / "without"))
+    ingest(export(pairs, "csv", tmp_path / "out"), tmp_path / "Q")
+    assert state(tmp_path / "Q") == before
+    said = capsys.readouterr().out
+    assert "hidden repetitions, which make no label: 1 left out" in said and "(propensity) stay behind" in said
+
+
+def test_labels_without_votes_go_along(tmp_path):
+    pairs = make_pairs(tmp_path / "P", answers=False)
+    write_labels(pairs, "human", Labels(["own-1 ü", "own-2 ü"], np.array([0.3, 1.0]), {"votes": [3, 1], "rater": [None, "ann"]}))
+    for to in EVERY[1:]:
+        ingest(export(pairs, to, tmp_path / to), tmp_path / f"Q-{to}")
+        assert labels(tmp_path / f"Q-{to}") == {"own-1 ü": pytest.approx(0.3), "own-2 ü": 1.0}
+        assert read_labels(tmp_path / f"Q-{to}", "human").extra == {"votes": [3, 1], "rater": [None, "ann"]}
 
 
 # ---- what is refused

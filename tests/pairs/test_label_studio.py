@@ -148,6 +148,17 @@ def test_json_and_json_min_give_the_same(tmp_path, pairs):
     assert state(tmp_path / "Q") == state(tmp_path / "R")
 
 
+def test_json_min_of_ones_own_project(tmp_path, capsys):
+    row = {"caption": "a fox", "image_1": "a.png", "image_2": "b.png", "id": 5, "pick": "image_2", "annotator": 4, "annotation_id": 9}
+    said = refusal(capsys, save(tmp_path / "export.json", [row]))
+    assert "row 0: which value is the answer cannot be told from caption, image_1, image_2, pick; say it with --columns" in said
+    pair, answers, _ = own(tmp_path, row, "--columns", '{"answer": "pick"}')
+    assert answers == [(0.0, 1, "4")] and pair.pair_id == "labelstudio-5"
+    pairwise = row | {"pick": [{"type": "Pairwise", "selected": "left"}]}
+    (tmp_path / "again").mkdir()
+    assert own(tmp_path / "again", pairwise)[1] == [(1.0, 1, "4")]
+
+
 # ---- oddities, counted and not dropped
 
 
@@ -209,6 +220,7 @@ def test_a_task_imported_twice_with_sides_the_other_way_round(tmp_path):
         "http://localhost:8080/data/upload/3/1a2b3c4d-{name}",
         "/data/local-files/?d=srv/pictures/{name}",
         "/label-studio/data/local-files/?d=srv/pictures/{name}",
+        "data/local-files/?d=srv/pictures/{name}",
         "/home/somebody/pictures/{name}",
     ],
 )

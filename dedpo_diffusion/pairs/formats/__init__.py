@@ -76,6 +76,8 @@ def choose(settings: IngestSettings) -> Chosen:
     source = opener(settings.source, settings)
     if name == "datasets":
         return _regrouped(recognise_rows(source, settings))
+    if name in ("table", "imagefolder") and not settings.columns and load("exported").recognise(source.columns, None):
+        name = "exported"  # which knows more of such a table
     return _regrouped(_bound(name, source, settings))
 
 

@@ -255,7 +255,7 @@ def data_of(value: str) -> bytes:
 def _served(value: str) -> str | None:
     """The path behind an address of Label Studio's own; None for anything else."""
     parts = urlsplit(value)
-    if parts.path.rstrip("/").endswith("/data/local-files") and parts.query.startswith("d="):
+    if parts.path.rstrip("/").endswith("data/local-files") and parts.query.startswith("d="):
         return unquote(parts.query.removeprefix("d="))
     if "/data/upload/" in parts.path:
         return unquote(parts.path[parts.path.index("/data/upload/") + len("/data/") :])
@@ -307,6 +307,12 @@ class Grouped(Source):
         for number, (where, row, folder) in enumerate(self.source.rows()):
             if number not in self.followers:
                 yield where, {**row, MORE: self.more.get(number, [])}, folder
+
+
+def grouped(source: Source, key: Callable[[Row], str | None]) -> Source:
+    """The source with rows about one pair together; a stream is read twice only where its first row names a pair."""
+    first = source.first()
+    return source if first is None or (source.kind == "hub" and key(first) is None) else Grouped(source, key)
 
 
 def together(row: Row, where: str) -> list[tuple[str, Row]]:

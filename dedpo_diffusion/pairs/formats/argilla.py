@@ -28,7 +28,6 @@ from dedpo_diffusion.pairs.formats.annotated import (
     LEFT_IS,
     OPTIONS,
     PAIR_ID,
-    Grouped,
     Roles,
     Said,
     about_image_0,
@@ -38,6 +37,7 @@ from dedpo_diffusion.pairs.formats.annotated import (
     earlier_answers,
     find_image,
     find_roles,
+    grouped,
     kept_values,
     only,
     read_choice,
@@ -72,7 +72,7 @@ def recognise(columns: Collection[str], row: Mapping[str, Any] | None) -> str | 
 
 def regroup(source: Source) -> Source:
     """The records of one pair together."""
-    return Grouped(source, _key)
+    return grouped(source, _key)
 
 
 def _key(row: Row) -> str | None:

@@ -5,6 +5,7 @@
 
 Traps of the format:
 * A skipped task is an annotation with was_cancelled, and no answer. JSON-MIN leaves it out: export JSON where that matters.
+* The export of the page leaves out tasks that nobody annotated, unless all tasks are asked for (download_all_tasks=true).
 * completed_by is a number, or an object with the address of the person; so is annotator. The address counts where it is there.
 * Drafts and predictions of models are no answers. They are counted.
 * A person may annotate a task several times, and a task may be imported twice. All answers are kept, and both are counted;
@@ -27,7 +28,6 @@ from dedpo_diffusion.pairs.formats.annotated import (
     LEFT_IS,
     OPTIONS,
     PAIR_ID,
-    Grouped,
     Roles,
     Said,
     about_image_0,
@@ -37,6 +37,7 @@ from dedpo_diffusion.pairs.formats.annotated import (
     earlier_answers,
     find_image,
     find_roles,
+    grouped,
     kept_values,
     only,
     read_choice,
@@ -67,7 +68,7 @@ def recognise(columns: Collection[str], row: Mapping[str, Any] | None) -> str | 
 
 def regroup(source: Source) -> Source:
     """The rows of one pair together: a task that was imported twice, and the annotations of JSON-MIN."""
-    return Grouped(source, _key)
+    return grouped(source, _key)
 
 
 def _key(row: Row) -> str | None:
@@ -125,8 +126,12 @@ def _task(row: Mapping[str, Any], where: str, options: Mapping[str, str]) -> dic
 def _minimal(row: Mapping[str, Any], where: str, options: Mapping[str, str]) -> dict[str, Any]:
     """A row of JSON-MIN: the name of the answer's column is found as that of a control is."""
     data = {name: value for name, value in row.items() if name not in MINIMAL and value is not None}
-    told = [name for name in (options.get("answer"), "choice", *WINNER, "chosen") if name in row]
+    told = [name for name in (options.get("answer"), "choice", *WINNER, "chosen") if name is not None and name in row]
     answer = told[0] if told else next((name for name, value in data.items() if _is_pairwise(value)), None)
+    if answer is None and row.get("annotation_id") is not None:
+        raise UserError(
+            f"""{where}: which value is the answer cannot be told from {", ".join(data)}; say it with --columns '{{"answer": "..."}}'"""
+        )
     value = data.pop(answer, None) if answer is not None else None
     annotations = []
     if row.get("annotation_id") is not None or value is not None:
