@@ -185,6 +185,18 @@ def test_hidden_repetitions_and_propensities_stay_behind_and_are_told(tmp_path, 
     assert "hidden repetitions, which make no label: 1 left out" in said and "(propensity) stay behind" in said
 
 
+def test_pairs_that_are_there_twice_come_back_twice_where_that_is_asked_for(tmp_path):
+    with PairWriter(tmp_path / "P") as writer:
+        for k, name in enumerate(("a", "b", "same")):
+            writer.add(Pair(name, "x", picture(1), picture(1 if name == "same" else 2), {"k": k}))
+    for to in EVERY[1:]:
+        out = export(tmp_path / "P", to, tmp_path / to)
+        counts = ingest(out, tmp_path / f"Q-{to}", "--duplicates", "keep", "--identical", "keep")
+        assert state(tmp_path / f"Q-{to}") == state(tmp_path / "P") and counts["duplicates_kept"] == 1
+        counts = ingest(out, tmp_path / f"R-{to}")
+        assert (counts["kept"], counts["duplicates_merged"], counts["identical_dropped"]) == (1, 1, 1)
+
+
 def test_labels_without_votes_go_along(tmp_path):
     pairs = make_pairs(tmp_path / "P", answers=False)
     write_labels(pairs, "human", Labels(["own-1 ü", "own-2 ü"], np.array([0.3, 1.0]), {"votes": [3, 1], "rater": [None, "ann"]}))
