@@ -15,6 +15,7 @@ STAGES = {
     "ingest": ("pipelines.ingest", "a public preference format, or your own table -> a pair dataset"),
     "propose": ("pipelines.propose", "pairs from a model's own images"),
     "validate": ("pipelines.validate", "what a pair dataset holds, and what is wrong with it"),
+    "pairs": ("pipelines.pairs", "a pair dataset for annotation tools, and for other programs"),
     "vote": ("pipelines.vote", "people label pairs in a web page"),
     "label": ("pipelines.label", "machine labels for every pair, by one or several judges"),
     "calibrate": ("pipelines.calibrate", "judges' labels calibrated on the human ones, or stacked into one"),
@@ -29,7 +30,7 @@ STAGES = {
 
 
 JOURNEY = {
-    "make pairs": ("ingest", "propose", "validate"),
+    "make pairs": ("ingest", "propose", "validate", "pairs"),
     "label": ("vote", "label", "calibrate", "merge"),
     "train": ("train", "export"),
     "look": ("sample", "score", "compare", "inspect"),

@@ -9,7 +9,7 @@ May import: core.
 from __future__ import annotations
 
 from dedpo_diffusion.settings.align import AlignSettings, QuickstartSettings
-from dedpo_diffusion.settings.data import IngestSettings, ProposeSettings, ValidateSettings, VoteSettings
+from dedpo_diffusion.settings.data import IngestSettings, PairsSettings, ProposeSettings, ValidateSettings, VoteSettings
 from dedpo_diffusion.settings.evaluation import CompareSettings, SampleSettings, ScoreSettings
 from dedpo_diffusion.settings.labelling import (
     CalibrateSettings,
@@ -43,6 +43,7 @@ __all__ = [
     "MergeSettings",
     "ObjectiveSettings",
     "OptimSettings",
+    "PairsSettings",
     "ProposeSettings",
     "QuickstartSettings",
     "SampleSettings",

@@ -185,3 +185,37 @@ class ProposeSettings:
         "what is written": "out images_per_prompt",
         "memory and speed": "batch dtype device",
     }
+
+
+@dataclass(frozen=True)
+class PairsSettings:
+    """Write a pair dataset for annotation tools and other programs.
+
+    Args:
+        action: what to do: export writes the pairs.
+        pairs: the pair dataset.
+        to: labelstudio and argilla are annotation tools; datasets is parquet that the `datasets` library reads; imagefolder
+            is images with metadata.jsonl; csv is images with a table.
+        out: the folder to write; must not exist yet.
+        human: name of the label and vote files whose answers go along; null leaves them out.
+        images: how labelstudio gets images: as files, which it serves from this machine's disk, or as data inside the
+            tasks; auto takes files for labelstudio. argilla always takes data.
+        root: for labelstudio, the folder that it serves files from, which must hold OUT; None takes OUT itself.
+        fields: for argilla, two image fields, or html: one field that shows both side by side.
+        seed: seed of the shuffle of sides, for annotation tools.
+    """
+
+    action: Literal["export"]
+    pairs: Path
+    to: Literal["labelstudio", "argilla", "datasets", "imagefolder", "csv"]
+    out: Path
+    human: str | None = "human"
+    images: Literal["auto", "files", "data"] = "auto"
+    root: Path | None = None
+    fields: Literal["image", "html"] = "image"
+    seed: int = 0
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is written": "action pairs to human",
+        "where": "out",
+        "for annotation tools": "images root fields seed",
+    }

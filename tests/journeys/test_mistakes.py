@@ -25,6 +25,8 @@ FILES = {
     "plain.yaml": "seed: twelve\n",
 }
 WHOLE = "does not fit; it takes a whole number"
+TO = "labelstudio, argilla, datasets, imagefolder or csv"
+NO_PAIRS = "holds no parquet files; make a pair dataset with `dedpo ingest` or `dedpo propose`"
 BOOL = "does not fit; it takes true or false"
 MISTAKES = {
     "ingest": [
@@ -50,6 +52,19 @@ MISTAKES = {
         ("--model m --prompts p --out o --device gpu", "--device gpu: there is no such device; it takes cpu, cuda or cuda:0"),
         ("--model m --prompts p --out o extra", "nothing takes 'extra'; the options of this stage have names, such as --out"),
         ("--config typo.yaml", "typo.yaml line 3: there is no option sed; did you mean seed?"),
+    ],
+    "pairs": [
+        ("", "ACTION, PAIRS, --to and --out are missing"),
+        ("export P --to csv", "--out is missing: <out>"),
+        ("import P --to csv --out o", "ACTION: 'import' does not fit; it takes export; did you mean export?"),
+        ("export P --to excel --out o", f"--to: 'excel' does not fit; it takes one of {TO}"),
+        ("export P --to labelstudo --out o", f"--to: 'labelstudo' does not fit; it takes one of {TO}; did you mean labelstudio?"),
+        ("export P --format csv --out o", "there is no option --format"),
+        ("export P --to csv --out o --fields htm", "--fields: 'htm' does not fit; it takes one of image or html; did you mean html?"),
+        ("export P --to csv --out o --seed one", f"--seed: 'one' {WHOLE}"),
+        ("export P Q --to csv --out o", "nothing takes 'Q'; it takes ACTION, PAIRS, then options"),
+        ("export P --to csv --out o --images data", "--images is for labelstudio, and csv has one way to hold images; leave it out"),
+        ("export nowhere --to csv --out o", f"nowhere/pairs {NO_PAIRS}"),
     ],
     "validate": [
         ("", "PAIRS is missing: <pairs>"),

@@ -425,7 +425,8 @@ def test_nothing_known_is_said_with_what_was_seen(tmp_path):
     said = refusal(tmp_path / "t.parquet")
     assert "t.parquet: no column is the prompt (called prompt, caption, text); the columns are url, score" in said
     assert said.endswith(
-        "(and no published format has these columns: pickapic, hpdv2, hpdv3, imagereward, open_image_preferences, rapidata)"
+        "(and no published format has these columns: pickapic, hpdv2, hpdv3, imagereward, open_image_preferences, rapidata, exported, "
+        "labelstudio, argilla)"
     )
 
 

@@ -15,6 +15,8 @@ and, where it needs more, `open(source, settings) -> Source` (rows that `sources
 `NEEDS` (what a source must have, in words, for the message when it has not). Your own tables, whose columns settings may
 name, have `bind(source, settings) -> (why, reader)` instead: a reader made for one source stands in for the module.
 
+A format of which several rows may be about one pair has `regroup(source) -> Source`, which makes one row of them.
+
 Formats of other packages (core.plugins) are used when they are named; `auto` does not try them.
 """
 
@@ -31,7 +33,7 @@ from dedpo_diffusion.pairs.formats.sources import Source, open_source
 from dedpo_diffusion.pairs.formats.table import answer_columns, has_two_images
 from dedpo_diffusion.settings import IngestSettings
 
-PUBLISHED = ("pickapic", "hpdv2", "hpdv3", "imagereward", "open_image_preferences", "rapidata")
+PUBLISHED = ("pickapic", "hpdv2", "hpdv3", "imagereward", "open_image_preferences", "rapidata", "exported", "labelstudio", "argilla")
 OWN_FORMATS = {name: f"{__name__}.{name}" for name in ("table", "ranked", "imagefolder", "folders")}
 FORMATS = {name: f"{__name__}.{name}" for name in PUBLISHED} | OWN_FORMATS | {"datasets": f"{__name__}.saved_datasets"}
 AUTO = "auto"
@@ -77,12 +79,14 @@ def choose(settings: IngestSettings) -> Chosen:
     if foreign:
         raise UserError(f"--columns is for your own tables, and {name} has columns of its own; leave it out, or give the format table")
     if name == AUTO:
-        return recognise(settings.source, settings)
+        return _regrouped(recognise(settings.source, settings))
     opener = getattr(load(name), "open", open_source)
     source = opener(settings.source, settings)
     if name == "datasets":
-        return recognise_rows(source, settings)
-    return _bound(name, source, settings)
+        return _regrouped(recognise_rows(source, settings))
+    if name in ("table", "imagefolder") and not settings.columns and load("exported").recognise(source.columns, None):
+        name = "exported"  # which knows more of such a table
+    return _regrouped(_bound(name, source, settings))
 
 
 def recognise(source: str, settings: IngestSettings) -> Chosen:
@@ -182,3 +186,9 @@ def _bound(name: str, source: Source, settings: IngestSettings) -> Chosen:
             f"{source.path} has answers in {answers}, which {name} does not read; give the format table, or leave these columns out"
         )
     return Chosen(name, _why(why, source), module, source)
+
+
+def _regrouped(chosen: Chosen) -> Chosen:
+    """The same, with rows that are about one pair as one row, where the format says which those are."""
+    regroup = getattr(chosen.module, "regroup", None)
+    return chosen if regroup is None else Chosen(chosen.name, chosen.why, chosen.module, regroup(chosen.source))

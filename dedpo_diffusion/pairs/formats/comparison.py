@@ -37,6 +37,8 @@ class Comparison:
         key: the source's own name of this comparison, of which the pair_id is made; None where it has none.
         same: the source says that this is one image twice.
         source: what else to keep with the pair, as source_* columns.
+        pair_id: the id that the pair had in the dataset it was exported from, which it keeps; None for pairs from elsewhere.
+        noted: what is odd about it, in words, and how often: it is counted and said.
     """
 
     where: str
@@ -46,6 +48,8 @@ class Comparison:
     key: str | None = None
     same: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
+    pair_id: str | None = None
+    noted: Mapping[str, int] = field(default_factory=dict)
 
 
 def counted(image_0: int, image_1: int, ties: int = 0) -> tuple[Answer, ...]:

@@ -42,6 +42,7 @@ RECENT = 64  # images known to decode: a ranking's images come in several compar
 MOST_VOTES = 10**9  # more than any crowd, and sums of them fit 64 bits
 NAMED = 5  # rows that are named of those dropped for one reason
 IN_FLIGHT = 4  # comparisons in flight for each thread
+NOTED = "noted: "  # what a count is called that a format's own words tell of
 SWAPPED = "swapped"  # source column of pairs whose sides were shuffled
 SEEN = {
     "ties": "comparisons that every answer calls a tie",
@@ -200,6 +201,7 @@ class Importer:
             why.insert(0, "identical")
         counts["comparisons"] += 1
         counts.update(why)
+        counts.update({NOTED + words: number for words, number in comparison.noted.items()})
         counts["tie_answers"] += sum(answer.votes for answer in comparison.answers if answer.label_0 == 0.5)
         reason = dropped_for(why, settings)
         if reason is None and images.error is not None:
@@ -236,7 +238,7 @@ class Importer:
     def _free_id(self, comparison: Comparison) -> str:
         """The pair's id, after the source's own name where it has one; a name that comes again gets a number."""
         number = self.ledger.counts["comparisons"] - 1
-        pair_id = f"{self.name}-{number if comparison.key is None else comparison.key}"
+        pair_id = comparison.pair_id or f"{self.name}-{number if comparison.key is None else comparison.key}"
         if pair_id not in self.writer:
             return pair_id
         self.ledger.counts["renamed"] += 1
@@ -394,6 +396,7 @@ def count_lines(counts: Counter[str], dropped: Mapping[str, Sequence[str]] = Map
     yield f"comparisons read: {counts['comparisons']}"
     if counts["empty_rows"]:
         yield f"rows without a comparison, as of a single image: {counts['empty_rows']}"
+    yield from (f"{name.removeprefix(NOTED)}: {number}" for name, number in counts.items() if name.startswith(NOTED))
     for kind, words in SEEN.items():
         yield f"{words}: {counts[kind]} (dropped {counts[f'{kind}_dropped']})"
         yield from rows(kind, counts[f"{kind}_dropped"])
