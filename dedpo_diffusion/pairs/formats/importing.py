@@ -232,7 +232,7 @@ class Importer:
         self.ledger.counts["sides_swapped"] += swap
         self._answer(pair_id, comparison.answers, flip=swap)
         image_0, image_1 = images.data[::-1] if swap else images.data
-        source = dict(comparison.source) | ({SWAPPED: swap} if self.winner_first else {})
+        source = dict(comparison.source) | {SWAPPED: swap}
         return self.writer.add(Pair(pair_id, comparison.prompt, image_0, image_1, source))
 
     def _free_id(self, comparison: Comparison) -> str:
