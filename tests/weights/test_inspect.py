@@ -184,7 +184,7 @@ def test_dora_is_named(tmp_path):
     )  # fmt: skip
     save_lora(tmp_path / "d.safetensors", tensors, config, {})
     report = inspect_path(tmp_path / "d.safetensors")
-    assert (report["what"], report["layout"], report["scales"]) == ("DoRA", "diffusers", [0.5])
+    assert (report["what"], report["layout"], report["scales"]) == ("DoRA", "diffusers", [1.0])  # its scale is worked into the weights
 
 
 @pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (32, None)])
