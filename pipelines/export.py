@@ -257,12 +257,13 @@ def write_model(settings: ExportSettings, source: Source) -> None:
 
 
 def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: Mapping[str, Any], dtype: str) -> None:
-    """The whole model as one file in the original layout; a v-prediction is marked by a tensor, as ComfyUI and A1111 look for it."""
+    """The whole model as one file in the original layout; a v-prediction is marked by a tensor, for which some programs look."""
     import torch
 
     from dedpo_diffusion.models.single_file import to_single_file
     from dedpo_diffusion.weights.base_model import base_of, modelspec
     from dedpo_diffusion.weights.header import save_tensors
+    from dedpo_diffusion.weights.v_prediction import who_sees
 
     base = base_of(pipe)
     second = getattr(pipe, "text_encoder_2", None)
@@ -276,6 +277,10 @@ def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: 
     save_tensors(settings.out, tensors, source.told(made) | modelspec(base, source.title, lora=False))
     what = f"the whole model as one file, {base.family}"
     say(f"wrote {settings.out}: {what}, {len(tensors)} tensors, {dtype}, {_size(settings.out)}{source.at}")
+    if base.prediction == "v_prediction":
+        say(f"Warning: {who_sees(base.family, base.zero_snr)}")
+    if base.family == "sd2":
+        say('ComfyUI logs "clip missing" of the text encoder\'s last layer: it is not in the file, since an SD2.x makes no use of it')
 
 
 def write_card(settings: ExportSettings) -> None:

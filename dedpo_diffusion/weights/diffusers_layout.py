@@ -116,10 +116,10 @@ def _place(path: Path, key: str) -> tuple[str, str]:
     if match is None or name is None:
         if key.endswith((".diff", ".diff_b")):
             raise UserError(
-                f"{path}: it holds changes of biases or norms ({key!r}), which are not read; save it again without them (ComfyUI: bias_diff "
-                "off), or merge it with the program it was made for, and give that model"
+                f"{path}: it holds changes of biases or norms ({key!r}), which are not read; save it again without them (in ComfyUI with "
+                "bias_diff off), or merge it with the program it was made for, and give that model"
             )
-        raise UserError(f"{path}: {key!r} is no part of an adapter in the layout of diffusers; give a LoRA of a UNet and text encoders")
+        raise UserError(f"{path}: {key!r} is no part of an adapter of a UNet or its text encoders; give a LoRA of an SD1.x, SD2.x or SDXL")
     return name, match[2]
 
 

@@ -1,8 +1,8 @@
 """A diffusers folder that older programs load too, and that tells nothing of the machine it was written on.
 
-transformers since 5.6 writes CLIPTextModel's tensors without the `text_model.` that earlier versions look for (these load none of them, and
-go on with random weights), and since 5.0 a tokenizer as tokenizer.json alone, without the vocabulary and merges that 4.x needs. All versions
-read what is written here.
+transformers since 5.6 writes CLIPTextModel's tensors without the `text_model.` that earlier versions look for (these load none of them,
+and go on with random weights), and since 5.0 a tokenizer as tokenizer.json alone, without the vocabulary and merges that 4.x needs. All
+versions read what is written here.
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ def prediction16(unet) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("zero", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_v_prediction_is_marked(folders, tiny_pairs, tmp_path, zero):
+def test_a_v_prediction_is_marked(folders, tiny_pairs, tmp_path, capsys, zero):
     import shutil
 
     base = shutil.copytree(folders["sd21"], tmp_path / "base")
@@ -250,6 +250,10 @@ def test_a_v_prediction_is_marked(folders, tiny_pairs, tmp_path, zero):
         assert {"v_pred", "ztsnr"} & set(opened.keys()) == ({"v_pred", "ztsnr"} if zero else {"v_pred"})
         told = opened.metadata()
     assert (told["modelspec.architecture"], told["modelspec.prediction_type"]) == ("stable-diffusion-v2-768-v", "v")
+    said = capsys.readouterr().out
+    assert "predicts v" in said and "Forge takes it for noise" in said and "clip missing" in said and ("zero terminal SNR" in said) == zero
+    folder = exported(run, tmp_path / "advised", "--format", "merged")  # what is advised for diffusers
+    assert pipeline(folder).scheduler.config.prediction_type == "v_prediction"
     if zero:
         read = type(pipeline(base)).from_single_file(str(file), config=str(base), local_files_only=True, dtype=torch.bfloat16)
         merged = pipeline(exported(run, tmp_path / "m", "--format", "merged", "--dtype", "bfloat16")).unet.state_dict()
