@@ -49,9 +49,9 @@ def trainings() -> dict[str, dict]:
     blocks = ["to_q", "to_k", "to_v", "to_out.0", *(name for name in CONV if name not in ends | {"to_q"})]
     return {
         "attention and text encoders": {"text": True},
-        "attention alone, alpha 16 of rank 4": {"rank": 4, "alpha": 16.0},
-        "and convolutions": {"targets": blocks, "text": True},
-        "and first and last layers, embeddings": {"targets": [*blocks, *ends, "linear_1", "linear_2"], "text": True},
+        "attention, alpha 16 of rank 4": {"rank": 4, "alpha": 16.0},
+        "attention, convolutions, text encoders": {"targets": blocks, "text": True},
+        "all layers, text encoders": {"targets": [*blocks, *ends, "linear_1", "linear_2"], "text": True},
         "rsLoRA": {"text": True, "rslora": True},
         "DoRA": {"text": True, "dora": True},
     }
@@ -92,10 +92,10 @@ def write(folder: Path) -> None:
             for layout in ("diffusers", "kohya"):
                 if (name, layout) != ("DoRA", "kohya"):  # which no two programs read alike, and export says so
                     out(run, f"{number}.{layout}.safetensors", "--format", layout)
-            if name.startswith(("and first", "DoRA")):
+            if name.startswith(("all layers", "DoRA")):
                 out(run, f"{number}.merged", "--format", "merged")
                 out(run, f"{number}.checkpoint.safetensors", "--format", "checkpoint", "--dtype", "float32")
-        (one, first), (_, second) = made["attention and text encoders"], made["and convolutions"]
+        (one, first), (_, second) = made["attention and text encoders"], made["attention, convolutions, text encoders"]
         number, other = len(options), folder / kind / f"{second}.kohya.safetensors"
         truths = [load_file(folder / kind / f"{k}.truth") for k in (first, second)]
         save_file({key: truths[0][key] + 0.5 * (truths[1][key] - before[key]) for key in before}, folder / kind / f"{number}.truth")
@@ -163,6 +163,7 @@ def read(folder: Path, result: Path) -> bool:
         print(f"cannot be imported together: {(str(error).splitlines() or ['?'])[0]}")
         result.write_text(json.dumps({"import": str(error)}))
         return True
+    early = tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 39)  # knows no first and last layers in the kohya layout
     good = True
     for kind in KINDS:
         names = json.loads((folder / kind / "names.json").read_text())
@@ -171,9 +172,10 @@ def read(folder: Path, result: Path) -> bool:
             one = measured(file, folder / kind)
             found[f"{kind}|{names[int(number)]}|{layout}"] = one
             right = "refused" not in one and one["error"] < TOLERANCE and one.get("tokens", True)
+            known = (layout, names[int(number)].partition(",")[0]) == ("kohya", "all layers") and early
             if not right:
-                print(f"{kind}, {names[int(number)]}, {layout}: {one}")
-                good = False
+                print(f"{'known: ' if known else ''}{kind}, {names[int(number)]}, {layout}: {one}")
+                good = good and known
     errors = [one["error"] for one in found.values() if isinstance(one, dict) and "error" in one and one["error"] < TOLERANCE]
     print(f"{len(errors)} of {len(found) - 1} files right, largest relative error {max(errors, default=0):.1e}", flush=True)
     result.write_text(json.dumps(found, indent=1))
