@@ -49,4 +49,5 @@ ARCHITECTURES: dict[str, str] = {"sd1": "stable-diffusion-v1", "sd2": "stable-di
 def _seen(adapter: Adapter) -> Family:
     """The family by all that shows, SD1.x where nothing does."""
     found = find_base({name: adapter.shape(layer) for name, layer in adapter.layers.items()}, adapter.header.metadata).family
-    return found if found in ("sd2", "sdxl") else "sd1"  # type: ignore[return-value]
+    others: dict[str, Family] = {"sd2": "sd2", "sdxl": "sdxl"}
+    return others.get(found or "", "sd1")

@@ -246,11 +246,11 @@ def _checkpoint(header: Header, known: Report, base: Evidence, warnings: list[st
         facts["predicts"] = "v"
         lacking = "it predicts v without the tensor v_pred, by which programs would know; they assume noise unless they are told"
         told = marked or kind == "sd2"
-        warnings = [*warnings, who_sees(kind, "ztsnr" in header.shapes) if told else lacking]  # type: ignore[arg-type]
+        warnings = [*warnings, who_sees(kind, "ztsnr" in header.shapes) if told else lacking]
     known = {"family": kind, "name": FAMILIES[kind], "evidence": ["its text encoders", *base.evidence]}
     return {
         "what": "checkpoint", "layout": "single files", "base": known, "parts": held, "warnings": warnings,
-        "readers": single_file_readers(kind, predicts_v=predicts_v),  # type: ignore[arg-type]
+        "readers": single_file_readers(kind, predicts_v=predicts_v),
         "facts": facts,
     }  # fmt: skip
 
