@@ -131,12 +131,13 @@ def to_add(text: str) -> tuple[Path, float]:
 def write_lora(settings: ExportSettings, source: Source) -> None:
     """A LoRA as one file, in the layout of diffusers or of kohya."""
     from dedpo_diffusion.weights import to_diffusers, to_kohya
-    from dedpo_diffusion.weights.algebra import one_alpha
+    from dedpo_diffusion.weights.algebra import folded, one_alpha
     from dedpo_diffusion.weights.base_model import KEPT, modelspec, network
     from dedpo_diffusion.weights.diffusers_layout import CONFIG
     from dedpo_diffusion.weights.header import save_tensors
 
     lora, made = changed_lora(settings, source)
+    ranks = lora.ranks()
     others = source.lora.metadata if source.lora is not None else {}
     told, dtype = source.told(made) | {key: others[key] for key in KEPT if key in others}, settings.dtype or "float32"
     if settings.format == "kohya":
@@ -146,12 +147,14 @@ def write_lora(settings: ExportSettings, source: Source) -> None:
         told |= modelspec(base, source.title, lora=True) | network(lora, base, source.title)
         what = f"a kohya LoRA for {base.family}"
     else:
+        lora = folded(lora)
         tensors, config = to_diffusers(_rounded(lora, dtype))
         told |= {CONFIG: json.dumps(config, sort_keys=True)}
         what = "a diffusers LoRA"
     save_tensors(settings.out, tensors, told)
     alphas = sorted({layer.alpha for layer in lora.layers.values()})
-    numbers = f"rank {_range(lora.ranks())}, alpha {_range(alphas)}"
+    filled = f" (layers of rank {_range(ranks)}, filled up with zeros)" if len(ranks) > 1 else ""
+    numbers = f"rank {_range(lora.ranks())}{filled}, alpha {_range(alphas)}"
     say(f"wrote {settings.out}: {what}, {len(tensors)} tensors, {numbers}, {dtype}, {_size(settings.out)}{source.at}")
 
 
@@ -233,6 +236,7 @@ def write_model(settings: ExportSettings, source: Source) -> None:
 
     from dedpo_diffusion.core.files import atomic_folder, write_json
     from dedpo_diffusion.weights.fusing import cast
+    from dedpo_diffusion.weights.portable_folder import make_portable
 
     others, made = added(settings)
     pipe = source.load_base()
@@ -246,18 +250,20 @@ def write_model(settings: ExportSettings, source: Source) -> None:
         return
     with atomic_folder(settings.out) as temporary:
         pipe.save_pretrained(temporary)
+        make_portable(temporary)
         write_json(temporary / "dedpo_settings.json", source.told_in_folder(made))
     size, count = _size(settings.out), sum(len(part.state_dict()) for part in parts)
     say(f"wrote {settings.out}: the whole model as a diffusers folder, {count} tensors, {dtype}, {size}{source.at}")
 
 
 def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: Mapping[str, Any], dtype: str) -> None:
-    """The whole model as one file in the original layout; a v-prediction is marked by a tensor, as ComfyUI and A1111 look for it."""
+    """The whole model as one file in the original layout; a v-prediction is marked by a tensor, for which some programs look."""
     import torch
 
     from dedpo_diffusion.models.single_file import to_single_file
     from dedpo_diffusion.weights.base_model import base_of, modelspec
     from dedpo_diffusion.weights.header import save_tensors
+    from dedpo_diffusion.weights.v_prediction import who_sees
 
     base = base_of(pipe)
     second = getattr(pipe, "text_encoder_2", None)
@@ -271,6 +277,10 @@ def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: 
     save_tensors(settings.out, tensors, source.told(made) | modelspec(base, source.title, lora=False))
     what = f"the whole model as one file, {base.family}"
     say(f"wrote {settings.out}: {what}, {len(tensors)} tensors, {dtype}, {_size(settings.out)}{source.at}")
+    if base.prediction == "v_prediction":
+        say(f"Warning: {who_sees(base.family, base.zero_snr)}")
+    if base.family == "sd2":
+        say('ComfyUI logs "clip missing" of the text encoder\'s last layer: it is not in the file, since an SD2.x makes no use of it')
 
 
 def write_card(settings: ExportSettings) -> None:

@@ -19,6 +19,7 @@ from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.dpo.noising import ForwardProcess, check_betas, image_errors
 from dedpo_diffusion.models.loading import load_pipeline
 from dedpo_diffusion.models.sharded_tensors import reshard
+from dedpo_diffusion.models.text_encoders import ATTENTION as TEXT_ATTENTION
 from dedpo_diffusion.models.text_encoders import TextEncoders, chunks
 from dedpo_diffusion.pairs.pixels import bucket_shapes
 
@@ -184,8 +185,7 @@ class Backbone:
     def _begin(self, start: Mapping[str, Tensor]) -> None:
         live = self.trainable()
         if set(start) != set(live):
-            odd = sorted(set(start) ^ set(live))[0]
-            raise UserError(f"lora.start: its layers are not those that lora.targets and lora.dora ask for (first difference: {odd})")
+            raise UserError(f"lora.start: {_difference(set(start), set(live))}")
         for name, parameter in live.items():
             if parameter.shape != start[name].shape:
                 raise UserError(
@@ -432,3 +432,18 @@ def fingerprint(*parts: nn.Module | Mapping[str, Tensor], facts: Any = None) -> 
             digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _difference(start: set[str], live: set[str]) -> str:
+    """What of an adapter to go on from is not what is trained, and what to do."""
+    never = sorted(name for name in start - live if name.startswith("text_") and not any(f".{layer}." in name for layer in TEXT_ATTENTION))
+    last = sorted(name for name in start - live if name.startswith("text_encoder.") and name not in never)
+    merge = "merge it into its base (dedpo export FILE --model BASE --format merged --out FOLDER) and give that folder as --model"
+    if never:
+        place = never[0].partition(".lora_")[0]
+        return f"it changes {place}, and of the text encoders attention alone is trained here, so that no setting fits it; {merge}"
+    if last and any(name.startswith("text_") for name in live):
+        place = last[0].partition(".lora_")[0]
+        return f"it changes {place}, a layer of SDXL's first text encoder that is not trained here, so that no setting fits it; {merge}"
+    odd = sorted(start ^ live)[0]
+    return f"its layers are not those that lora.targets, lora.text_encoders and lora.dora ask for (first difference: {odd})"

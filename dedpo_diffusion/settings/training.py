@@ -273,7 +273,7 @@ class ExportSettings:
     """Write what a run trained, or another LoRA, so that other programs load it.
 
     Args:
-        source: a run folder, or a LoRA as a .safetensors file in the layout of diffusers or kohya.
+        source: a run folder, or a LoRA as a .safetensors file of diffusers, kohya's scripts, ComfyUI or OneTrainer.
         out: the file to write, or the folder.
         format: diffusers and kohya are a LoRA file of that layout (kohya is what ComfyUI and A1111 load); merged is a diffusers folder of
             the whole model; checkpoint is the whole model as one file in the original layout.

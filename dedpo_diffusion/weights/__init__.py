@@ -8,12 +8,14 @@ May import: core, models, settings.
 | lora.py | a LoRA in memory: of a file's tensors, of the adapter that is being trained |
 | algebra.py | another strength, another rank, several in one, the LoRA of a whole fine-tune |
 | diffusers_layout.py, kohya.py | the two layouts of LoRA files |
-| reading.py | a LoRA file of either layout, read |
+| names.py | what a layer is called in diffusers and in the original code |
+| reading.py | a LoRA file of these and other programs' layouts, read |
 | run_folder.py, checkpoints.py, source.py | a run and what it keeps; what of it is exported |
 | fusing.py | changes worked into a model's weights |
+| portable_folder.py | a merged folder made fit for older programs |
 | base_model.py | the base model that weights are for |
 | header.py | the header of a file; files whose bytes depend on nothing but what is in them |
-| inspection.py | what a file or a folder is; adapters.py, compatibility.py, provenance.py serve it |
+| inspection.py | what a file or a folder is; adapters.py, compatibility.py, conversion.py, v_prediction.py, provenance.py serve it |
 | card.py | the model card; card_text.py says what is in it |
 """
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.weights.diffusers_layout import CONFIG, PARTS, config_alpha
+from dedpo_diffusion.weights.diffusers_layout import COMFY_TEXT, CONFIG, PARTS, config_alpha, with_part
 from dedpo_diffusion.weights.header import Header
+from dedpo_diffusion.weights.names import ORIGINAL
 
 _END = re.compile(
     r"(?P<layer>.+?)(?:"
@@ -71,7 +72,8 @@ class Adapter:
 
     Attributes:
         header: of the file.
-        layout: diffusers, old diffusers (named after attention processors), peft, kohya, or run (a run's own parameters).
+        layout: diffusers, old diffusers (named after attention processors), peft, kohya, ComfyUI (its own), the original code, or run (a
+            run's own parameters).
         layers: by name.
         strange: tensors that belong to no layer.
         config: what diffusers or peft store of ranks and alphas, as "unet.lora_alpha"; None where nothing is stored.
@@ -194,7 +196,7 @@ def find_adapter(header: Header, config: Mapping[str, Any] | None = None) -> Ada
         layouts.add(layout)
     if not layers or len(strange) > len(header.shapes) / 2 or all(layer.kind == "incomplete" for layer in layers.values()):
         return None
-    order = ("run", "kohya", "old diffusers", "diffusers", "peft")
+    order = ("run", "kohya", "ComfyUI", "the original code", "old diffusers", "diffusers", "peft")
     layout = next(name for name in order if name in layouts)
     return Adapter(header, layout, layers, strange, header.stored_json(CONFIG) if config is None else config)
 
@@ -214,11 +216,15 @@ def _place(layer: str, found: Mapping[str, str]) -> tuple[str, str, str]:
         return layer, KOHYA[prefix], "kohya"
     if layer.startswith("lora_"):
         return layer, "", "kohya"
-    bare = layer.removeprefix("base_model.model.")
+    bare = with_part(layer.removeprefix("base_model.model."))
     first = bare.partition(".")[0]
     part = first if first in PARTS else "unet" if _BARE.match(bare) else ""
     if "adapter" in found:
         return layer, part, "run"
+    if layer.startswith((*COMFY_TEXT, "diffusion_model.")) and part:
+        return layer, part, "ComfyUI"
+    if part == "unet" and ORIGINAL.match(bare.removeprefix("unet.")):
+        return layer, part, "the original code"
     if "old" in found:
         return layer, part, "old diffusers"
-    return layer, part, "diffusers" if first in PARTS else "peft"
+    return layer, part, "diffusers" if layer.partition(".")[0] in PARTS else "peft"

@@ -72,18 +72,46 @@ def _stacked(name: str, parts: Sequence[LoraLayer]) -> LoraLayer:
 
 
 def one_alpha(lora: Lora) -> Lora:
-    """The same changes with one alpha in all layers, and none scaled by its square root of r: what every reader takes.
+    """The same changes with one rank and one alpha in all layers, and none scaled by its square root of r: what every reader takes.
 
-    Readers of the kohya layout take no rslora, and diffusers (0.42) takes the alphas of layers that differ for one.
+    Readers of the kohya layout take no rslora, diffusers (0.42) takes the alphas of layers that differ for one, diffusers 0.32 takes alpha
+    for the rank where ranks differ, and others refuse several ranks.
     """
+    lora = one_rank(lora)
     wanted = {name: layer.scale * layer.rank for name, layer in lora.layers.items()}
     counts = sorted(alpha for alpha in wanted.values() if alpha != 0)  # a layer of 0 is 0 at any alpha
-    common = max(counts, key=counts.count) if counts else 1.0
+    return _with_alpha(lora, max(counts, key=counts.count) if counts else 1.0)
+
+
+def folded(lora: Lora) -> Lora:
+    """The same changes with one rank in all layers and alpha = rank: what a reader computes that knows nothing of alpha."""
+    lora = one_rank(lora)
+    return _with_alpha(lora, float(max(lora.ranks(), default=1)))
+
+
+def _with_alpha(lora: Lora, alpha: float) -> Lora:
+    """The same changes with this alpha; what it leaves of a layer's scale is worked into up."""
     layers = {}
     for name, layer in lora.layers.items():
-        up = layer.up if wanted[name] == common else layer.up.float() * (wanted[name] / common)
-        layers[name] = replace(layer, up=up, alpha=common, rslora=False)
+        share = layer.scale * layer.rank / alpha
+        up = layer.up if share == 1 else (layer.up.float() * share).to(layer.up.dtype)
+        layers[name] = replace(layer, up=up, alpha=alpha, rslora=False)
     return replace(lora, layers=layers)
+
+
+def one_rank(lora: Lora) -> Lora:
+    """The same changes with the largest rank in all layers: the others are filled up with zeros."""
+    rank = max(lora.ranks(), default=0)
+    return replace(lora, layers={name: _filled_up(layer, rank) for name, layer in lora.layers.items()})
+
+
+def _filled_up(layer: LoraLayer, rank: int) -> LoraLayer:
+    missing = rank - layer.rank
+    if not missing:
+        return layer
+    down = torch.cat([layer.down, layer.down.new_zeros(missing, *layer.down.shape[1:])])
+    up = torch.cat([layer.up, layer.up.new_zeros(len(layer.up), missing, *layer.up.shape[2:])], dim=1)
+    return replace(layer, down=down, up=up, alpha=layer.scale * rank, rslora=False)
 
 
 def resized(lora: Lora, rank: int) -> tuple[Lora, Loss]:

@@ -1,9 +1,8 @@
-"""LoRA weights as one safetensors file in the layout of diffusers, with alpha and settings in the metadata."""
+"""LoRA weights as one safetensors file in the layout of diffusers, with the configuration of the adapter in the metadata."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,45 @@ from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.text_encoders import NAMES
+from dedpo_diffusion.weights.algebra import folded
 from dedpo_diffusion.weights.header import json_dictionary
-from dedpo_diffusion.weights.lora import Lora, LoraLayer, collect, full_name, read_layer
+from dedpo_diffusion.weights.lora import Lora, LoraLayer, collect, full_name, read_layer, rows
+from dedpo_diffusion.weights.names import ORIGINAL, unet_path
 
 PARTS = ("unet", *NAMES)
 CONFIG = "lora_adapter_metadata"  # where diffusers looks for the configuration of the adapters
-# the last part of a name, which versions of diffusers wrote differently, and what it is
-_ENDS = {
+_ENDS = {  # the last part of a name, which programs and versions of diffusers wrote differently, and what it is
     "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down", "lora.up.weight": "up",
     "lora_linear_layer.down.weight": "down", "lora_linear_layer.up.weight": "up", "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude", "alpha": "alpha",
+    "lora_magnitude_vector.weight": "magnitude", "alpha": "alpha", "lora_down.weight": "down", "lora_up.weight": "up",
+    "dora_scale": "magnitude",
 }  # fmt: skip
-_NAME = re.compile(rf"({'|'.join(PARTS)})\.(.+)\.({'|'.join(map(re.escape, _ENDS))})")
+_NAME = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _ENDS))})")
+COMFY_TEXT = {  # what ComfyUI calls the text encoders
+    "text_encoders.clip_l.transformer.": "text_encoder", "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}  # fmt: skip
+UNET_BARE = re.compile(  # how the path of a UNet's layer begins that has no "unet." before it
+    rf"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.|{ORIGINAL.pattern}"
+)
+DOTTED = re.compile(  # how a name begins that is read here
+    rf"({'|'.join(PARTS)})\.|{'|'.join(map(re.escape, COMFY_TEXT))}|(diffusion_model\.)?({UNET_BARE.pattern})"
+)
 
 
 def to_diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors under the names that `load_lora_weights` reads, and the configuration of each part's adapter.
 
+    All layers have one rank, and what they are scaled by is worked into their lora_B: diffusers before 0.34 and others read no
+    configuration and take alpha = r. The patterns are written though they are empty: diffusers 0.34 to 0.39 refuse a file without them.
+
     Returns:
-        "unet.<layer>.lora_A.weight" (r, in) and so on, contiguous, and {"unet.r": ..., "unet.lora_alpha": ...}: without lora_alpha a
-        reader takes alpha = r, and the LoRA loads at another strength.
+        "unet.<layer>.lora_A.weight" (r, in) and so on, contiguous, and {"unet.r": r, "unet.lora_alpha": r, ...}.
 
     Raises:
         UserError: a part of which some layers alone are DoRAs, which diffusers has no configuration for.
     """
+    lora = folded(lora)
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for part in PARTS:
@@ -53,26 +67,20 @@ def to_diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _adapter_config(part: str, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    """Of layers of one rank and alpha = rank."""
     dora = {layer.magnitude is not None for layer in layers.values()}
     if len(dora) > 1:
         raise UserError(f"{part}: some of its layers are DoRAs and others are not, which diffusers cannot load; merge it into the model")
-    rslora = all(layer.rslora for layer in layers.values())
-    # what each layer's alpha is if all are scaled by the same rule
-    alphas = {name: layer.alpha if layer.rslora == rslora else layer.scale * layer.rank for name, layer in layers.items()}
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    rank, alpha = (Counter(sorted(values.values())).most_common(1)[0][0] for values in (ranks, alphas))
-    names = {name: name.removeprefix("text_model.") for name in layers}  # versions of transformers differ in it; peft compares the ends
-    config: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "use_dora": dora.pop(), "use_rslora": rslora}
-    config["target_modules"] = sorted(names.values())
-    for kind, values, common in (("rank_pattern", ranks, rank), ("alpha_pattern", alphas, alpha)):
-        others = {names[name]: value for name, value in sorted(values.items()) if value != common}
-        if others:
-            config[kind] = others
-    return config
+    rank = next(iter(layers.values())).rank
+    names = sorted(name.removeprefix("text_model.") for name in layers)  # versions of transformers differ in it; peft compares the ends
+    return {
+        "r": rank, "lora_alpha": rank, "use_dora": dora.pop(), "use_rslora": False, "target_modules": names,
+        "rank_pattern": {}, "alpha_pattern": {},
+    }  # fmt: skip
 
 
 def from_diffusers(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Lora:
-    """The LoRA in tensors under the names of diffusers, of this version or an earlier one.
+    """The LoRA in tensors whose names are paths with dots: of diffusers, of this version or an earlier one, of ComfyUI, of OneTrainer.
 
     Args:
         path: the file, for messages.
@@ -83,16 +91,15 @@ def from_diffusers(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
         UserError: a tensor that is no part of an adapter of UNet or text encoders.
     """
     config = json_dictionary(path, metadata, CONFIG)
+    bare = not any(key.startswith(tuple(f"{part}." for part in PARTS)) for key in config)  # of a UNet that was saved by itself
     held: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        match = _NAME.fullmatch(_modern(key))
-        if match is None:
-            raise UserError(f"{path}: {key!r} is no part of an adapter in the layout of diffusers; give a LoRA of a UNet and text encoders")
-        collect(held, path, full_name(match[1], match[2]), _ENDS[match[3]], value)
+        name, end = _place(path, key)
+        collect(held, path, name, _ENDS[end], rows(path, name, value) if end == "dora_scale" else value)
     layers = {}
     for name, found in held.items():
         part, _, inside = name.partition(".")
-        own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+        own = {key.removeprefix(f"{part}."): value for key, value in config.items() if bare or key.startswith(f"{part}.")}
         used = {role: value for role, value in found.items() if role != "alpha"} if config else found  # a configuration overrules it
         try:
             alpha = config_alpha(own, inside)
@@ -100,6 +107,39 @@ def from_diffusers(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
             raise UserError(f"{path}: its {CONFIG} says of {name}: {error}; export it again with the program that wrote it") from error
         layers[name] = read_layer(path, name, used, alpha, rslora=bool(own.get("use_rslora")))
     return Lora(layers, dict(metadata))
+
+
+def _place(path: Path, key: str) -> tuple[str, str]:
+    """The name in diffusers of the layer that a tensor belongs to, and the end of its name."""
+    match = _NAME.fullmatch(_modern(with_part(key)))
+    name = None if match is None else _named(match[1])
+    if match is None or name is None:
+        if key.endswith((".diff", ".diff_b")):
+            raise UserError(
+                f"{path}: it holds changes of biases or norms ({key!r}), which are not read; save it again without them (in ComfyUI with "
+                "bias_diff off), or merge it with the program it was made for, and give that model"
+            )
+        raise UserError(f"{path}: {key!r} is no part of an adapter of a UNet or its text encoders; give a LoRA of an SD1.x, SD2.x or SDXL")
+    return name, match[2]
+
+
+def with_part(key: str) -> str:
+    """A name as a pipeline's, from one of ComfyUI or one of a UNet by itself."""
+    for start, part in COMFY_TEXT.items():
+        if key.startswith(start):
+            return f"{part}.{key.removeprefix(start)}"
+    return f"unet.{key.removeprefix('diffusion_model.')}" if re.match(rf"diffusion_model\.|{UNET_BARE.pattern}", key) else key
+
+
+def _named(place: str) -> str | None:
+    """A layer's name in diffusers; None if it is of no UNet or text encoder."""
+    part, _, inside = place.partition(".")
+    if part not in PARTS or not inside:
+        return None
+    if part == "unet" and ORIGINAL.match(inside):
+        found = unet_path(inside.replace(".", "_"))
+        return None if found is None else f"unet.{found}"
+    return full_name(part, inside)
 
 
 def _modern(key: str) -> str:

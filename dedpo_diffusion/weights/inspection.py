@@ -24,6 +24,8 @@ from dedpo_diffusion.weights.diffusers_layout import CONFIG
 from dedpo_diffusion.weights.header import Header, read_header
 from dedpo_diffusion.weights.provenance import in_short, others_facts, own_facts
 from dedpo_diffusion.weights.run_folder import best_folder, checkpoints
+from dedpo_diffusion.weights.v_prediction import readers as single_file_readers
+from dedpo_diffusion.weights.v_prediction import who_sees
 
 HASHED = 2**30  # bytes; the digest of a larger file is told when it is asked for
 BESIDE = ("sources", "made")  # what `dedpo export` stores beside the settings
@@ -238,18 +240,17 @@ def _checkpoint(header: Header, known: Report, base: Evidence, warnings: list[st
     if base.family not in (kind, None):
         warnings = [*warnings, f"its text encoders are those of {FAMILIES[kind]}, its UNet that of {base.words()}"]
     facts = {"base": Evidence(kind, ["its text encoders", *base.evidence]).words()}
-    marked = "v_pred" in header.shapes  # ComfyUI and A1111 look for this tensor
-    if marked or header.metadata.get("modelspec.prediction_type") == "v":
+    marked = "v_pred" in header.shapes
+    predicts_v = marked or header.metadata.get("modelspec.prediction_type") == "v"
+    if predicts_v:
         facts["predicts"] = "v"
-        if not marked and kind != "sd2":
-            warnings = [
-                *warnings,
-                "it predicts v without the tensor v_pred, which programs look for; they assume noise unless they are told",
-            ]
+        lacking = "it predicts v without the tensor v_pred, by which programs would know; they assume noise unless they are told"
+        told = marked or kind == "sd2"
+        warnings = [*warnings, who_sees(kind, "ztsnr" in header.shapes) if told else lacking]
     known = {"family": kind, "name": FAMILIES[kind], "evidence": ["its text encoders", *base.evidence]}
     return {
         "what": "checkpoint", "layout": "single files", "base": known, "parts": held, "warnings": warnings,
-        "readers": {DIFFUSERS: "yes, with from_single_file", COMFY: "yes", A1111: "yes"},
+        "readers": single_file_readers(kind, predicts_v=predicts_v),
         "facts": facts,
     }  # fmt: skip
 

@@ -109,6 +109,20 @@ def collect(held: dict[str, dict[str, Tensor]], path: Path, name: str, role: str
     found[role] = value
 
 
+def rows(path: Path, name: str, magnitude: Tensor) -> Tensor:
+    """A stored dora_scale, (out, 1) or (out, 1, 1, 1), which is of the weight's rows.
+
+    Raises:
+        UserError: it is of the columns.
+    """
+    if magnitude.ndim and magnitude.numel() != len(magnitude):
+        raise UserError(
+            f"{path}: {name} is a DoRA with magnitudes of the weight's columns (LyCORIS' wd_on_output=False, OneTrainer without its output "
+            "axis), which is not read; merge it with the program it was made for, and give that model"
+        )
+    return magnitude
+
+
 def read_layer(path: Path, name: str, found: Mapping[str, Tensor], alpha: Any = None, *, rslora: bool = False) -> LoraLayer:
     """The layer in float32.
 

@@ -1,16 +1,18 @@
-"""LoRA files of every layout that is written here, told apart by what is in them."""
+"""LoRA files of every layout that is written here, and of others, told apart by what is in them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.single_file import opened
 from dedpo_diffusion.weights.base_model import DECLARED, REFINER
-from dedpo_diffusion.weights.diffusers_layout import PARTS, from_diffusers
+from dedpo_diffusion.weights.diffusers_layout import DOTTED, from_diffusers
 from dedpo_diffusion.weights.kohya import from_kohya
 from dedpo_diffusion.weights.lora import Lora
 
@@ -33,30 +35,49 @@ def layout(names: list[str]) -> str | None:
     """Which layout a LoRA file has by the names of its tensors: "diffusers" or "kohya", None if it is no LoRA file."""
     if any(re.match(r"lora_(unet|te\d?)_", name) for name in names):
         return "kohya"
-    wanted = rf"({'|'.join(PARTS)})\.(?!.*\.default).*lora"
+    wanted = rf"({DOTTED.pattern})(?!.*\.default).*lora"
     return "diffusers" if any(re.match(wanted, name) for name in names) else None
 
 
-def read_lora_file(path: Path) -> Lora:
-    """The LoRA of a file, its tensors in float32, its metadata as they are.
+def from_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Lora:
+    """The LoRA in a file's tensors.
 
     Args:
-        path: a .safetensors file in the layout of diffusers or of kohya-ss/sd-scripts.
+        path: the file, for messages.
+        tensors: as in the file; all but alphas may be on torch's device "meta".
+        metadata: of the file.
 
     Raises:
-        UserError: it cannot be read, it holds something else, or numbers that are not finite.
+        UserError: it holds something else.
     """
-    with opened(path, wanted="a LoRA as a .safetensors file, as `dedpo export` writes it") as file:
-        names, metadata = list(file.keys()), dict(file.metadata() or {})
-        found = layout(names)
-        tensors = {name: file.get_tensor(name) for name in names} if found else {}
+    names = list(tensors)
+    found = layout(names)
     if found is None:
         told = (f"it seems to be {what}; {remedy}" for pattern, what, remedy in _FOREIGN if any(re.search(pattern, name) for name in names))
         unknown = "its tensors' names are those of no LoRA; give a LoRA as `dedpo export` writes it"
         raise UserError(f"{path}: {next(told, unknown) if names else 'there is nothing in it; give another file'}")
     if any(REFINER.match(metadata.get(key, "").lower()) for key in DECLARED):
         raise UserError(f"{path}: it is a LoRA of SDXL's refiner, as its metadata say; give one of an SD1.x, SD2.x or SDXL")
+    bundled = next((name for name in names if name.startswith("bundle_emb.")), None)
+    if bundled is not None:
+        raise UserError(f"{path}: there is a textual inversion in it beside the LoRA ({bundled}), which is not read; save the LoRA alone")
+    return (from_kohya if found == "kohya" else from_diffusers)(path, tensors, metadata)
+
+
+def read_lora_file(path: Path) -> Lora:
+    """The LoRA of a file, its tensors in float32, its metadata as they are.
+
+    Args:
+        path: a .safetensors file in the layout of diffusers, kohya-ss/sd-scripts, ComfyUI or OneTrainer.
+
+    Raises:
+        UserError: it cannot be read, it holds something else, or numbers that are not finite.
+    """
+    with opened(path, wanted="a LoRA as a .safetensors file, as `dedpo export` writes it") as file:
+        names, metadata = list(file.keys()), dict(file.metadata() or {})
+        whole = layout(names) is not None  # of others the names are enough, and they can be large
+        tensors = {name: file.get_tensor(name) if whole else torch.empty(0) for name in names}
     for name, value in tensors.items():
         if not torch.isfinite(value.float()).all():
             raise UserError(f"{path}: {name} is not finite, so the training of this LoRA had failed; give another")
-    return (from_kohya if found == "kohya" else from_diffusers)(path, tensors, metadata)
+    return from_tensors(path, tensors, metadata)

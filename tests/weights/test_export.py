@@ -16,6 +16,7 @@ from dedpo_diffusion.models.loading import own_memory
 from dedpo_diffusion.pipelines import export
 from dedpo_diffusion.weights import from_parameters, read_lora_file
 from support.adapters import adapted, as_run, embeddings, image, live_embeddings, pipeline, prediction, whole_run
+from support.original_names import original_names
 
 
 def exported(source, out, *options) -> str:
@@ -46,13 +47,15 @@ def runs(folders, tiny_pairs, tmp_path_factory):
 def by_hand(file, base) -> dict[str, torch.Tensor]:
     """W + alpha / rank * up @ down, from a kohya file's own numbers, by the names of the parts' state dictionaries."""
     tensors, weights = load_file(file), {}
+    names = original_names("sdxl") if base.unet.config.addition_embed_type else {}  # sd-scripts names SDXL by the original code
+    original = {ours: theirs.replace(".", "_") for ours, theirs in names.items()}
     for part, prefixes in (("unet", ["lora_unet_"]), ("text_encoder", ["lora_te_", "lora_te1_"]), ("text_encoder_2", ["lora_te2_"])):
         module = getattr(base, part, None)
         for name, value in module.state_dict().items() if module is not None else ():
             path = name.removesuffix(".weight").replace(".", "_")
             text = "" if part == "unet" or path.startswith("text_model_") else "text_model_"
             for prefix in prefixes:
-                key = f"{prefix}{text}{path}"
+                key = f"{prefix}{text}{original.get(name.removesuffix('.weight'), path)}"
                 if name.endswith(".weight") and f"{key}.alpha" in tensors:
                     down, up = tensors.pop(f"{key}.lora_down.weight"), tensors.pop(f"{key}.lora_up.weight")
                     change = (up.flatten(1) @ down.flatten(1)).view(value.shape)
@@ -125,7 +128,11 @@ def test_a_file_becomes_the_other_layout_and_back(runs, tmp_path):
     for name, layer in it.lora.layers.items():
         torch.testing.assert_close(lora.layers[name].delta(), layer.delta(), atol=1e-7, rtol=1e-6)
     direct = load_file(exported(it.run, tmp_path / "l.safetensors", "--format", "kohya"))
-    assert all(torch.equal(value, direct[name]) for name, value in load_file(kohya).items())
+    assert {name: value.shape for name, value in load_file(kohya).items()} == {name: value.shape for name, value in direct.items()}
+    for layout in ("kohya", "diffusers"):  # what a file has become stays as it is
+        files = [exported(source, tmp_path / f"{name}.safetensors", "--format", layout) for source, name in ((again, "f"), (kohya, "g"))]
+        one, other = map(load_file, files)
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
     made = json.loads(lora.metadata["dedpo_made"])
     assert made["from"]["sha256"] == file_digest(kohya) and made["from"]["made"]["from"]["sha256"] == file_digest(first)
     assert json.loads(lora.metadata["dedpo_settings"])["step"] == 7
@@ -150,7 +157,7 @@ def test_strength_rank_and_others_added(runs, tmp_path, capsys):
     uneven = exported(it.run, tmp_path / "u.safetensors", "--add", f"{part}=3", "--format", "kohya")
     assert len({value.item() for name, value in load_file(uneven).items() if name.endswith(".alpha")}) == 1  # diffusers takes one alone
     lora = read_lora_file(uneven)
-    assert lora.ranks() == [8, 16]
+    assert lora.ranks() == [16]  # filled up with zeros: readers take several ranks for one, or refuse them
     for name, layer in it.lora.layers.items():
         torch.testing.assert_close(lora.layers[name].delta(), (-0.5 if "conv1" in name else 1) * layer.delta(), atol=1e-6, rtol=1e-5)
     capsys.readouterr()
@@ -231,7 +238,7 @@ def prediction16(unet) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("zero", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_v_prediction_is_marked(folders, tiny_pairs, tmp_path, zero):
+def test_a_v_prediction_is_marked(folders, tiny_pairs, tmp_path, capsys, zero):
     import shutil
 
     base = shutil.copytree(folders["sd21"], tmp_path / "base")
@@ -243,6 +250,10 @@ def test_a_v_prediction_is_marked(folders, tiny_pairs, tmp_path, zero):
         assert {"v_pred", "ztsnr"} & set(opened.keys()) == ({"v_pred", "ztsnr"} if zero else {"v_pred"})
         told = opened.metadata()
     assert (told["modelspec.architecture"], told["modelspec.prediction_type"]) == ("stable-diffusion-v2-768-v", "v")
+    said = capsys.readouterr().out
+    assert "predicts v" in said and "Forge takes it for noise" in said and "clip missing" in said and ("zero terminal SNR" in said) == zero
+    folder = exported(run, tmp_path / "advised", "--format", "merged")  # what is advised for diffusers
+    assert pipeline(folder).scheduler.config.prediction_type == "v_prediction"
     if zero:
         read = type(pipeline(base)).from_single_file(str(file), config=str(base), local_files_only=True, dtype=torch.bfloat16)
         merged = pipeline(exported(run, tmp_path / "m", "--format", "merged", "--dtype", "bfloat16")).unet.state_dict()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 
 import pytest
 import torch
@@ -14,12 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.weights import Lora, LoraLayer, from_parameters, read_lora_file, to_diffusers, to_kohya, to_parameters
-from dedpo_diffusion.weights.algebra import one_alpha
+from dedpo_diffusion.weights.algebra import folded, one_alpha
 from dedpo_diffusion.weights.base_model import Base, look_up, modelspec, network, told_base
 from dedpo_diffusion.weights.diffusers_layout import CONFIG
 from dedpo_diffusion.weights.header import DIGEST, save_tensors
 from dedpo_diffusion.weights.kohya import family_of
 from support.adapters import CONV, adapted, embeddings, live_embeddings, pipeline, prediction
+from support.original_names import a1111, original_names
 
 FAMILY = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 
@@ -99,69 +99,6 @@ def test_plain_diffusers_reads_layers_of_several_ranks_and_alphas(folders, tmp_p
 
 # ---- the names that ComfyUI and A1111 look for, from their sources, not from ours
 
-DEPTHS = {
-    "sd15": {"down": {0: 1, 1: 1, 2: 1}, "mid": 1, "up": {1: 1, 2: 1, 3: 1}},
-    "sdxl": {"down": {1: 2, 2: 3}, "mid": 3, "up": {0: 3, 1: 2}},
-}
-LEVELS = {"sd15": 4, "sdxl": 3}
-RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-BLOCK = [f"attn{k}.{name}" for k in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")] + ["ff.net.0.proj", "ff.net.2"]
-
-
-def original_names(kind: str) -> dict[str, str]:
-    """ComfyUI's unet_to_diffusers: path in diffusers -> path in the original code, of every layer with a matrix."""
-    depths, found = DEPTHS[kind], {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
-    found |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"} if kind == "sdxl" else {}
-    found |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-
-    def add(resnet, attention, to_resnet, to_attention, depth):
-        found.update({f"{resnet}.{ours}": f"{to_resnet}.{theirs}" for ours, theirs in RESNET.items()})
-        inside = [f"transformer_blocks.{d}.{name}" for d in range(depth) for name in BLOCK] + (["proj_in", "proj_out"] if depth else [])
-        found.update({f"{attention}.{name}": f"{to_attention}.{name}" for name in inside})
-
-    for b in range(LEVELS[kind]):
-        for j in range(2):
-            place, depth = f"input_blocks.{1 + 3 * b + j}", depths["down"].get(b, 0)
-            add(f"down_blocks.{b}.resnets.{j}", f"down_blocks.{b}.attentions.{j}", f"{place}.0", f"{place}.1", depth)
-        for j in range(3):
-            place, depth = f"output_blocks.{3 * b + j}", depths["up"].get(b, 0)
-            add(f"up_blocks.{b}.resnets.{j}", f"up_blocks.{b}.attentions.{j}", f"{place}.0", f"{place}.1", depth)
-        if b + 1 < LEVELS[kind]:
-            found[f"down_blocks.{b}.downsamplers.0.conv"] = f"input_blocks.{3 + 3 * b}.0.op"
-            found[f"up_blocks.{b}.upsamplers.0.conv"] = f"output_blocks.{3 * b + 2}.{2 if depths['up'].get(b) else 1}.conv"
-    add("mid_block.resnets.0", "mid_block.attentions.0", "middle_block.0", "middle_block.1", depths["mid"])
-    add("mid_block.resnets.1", "", "middle_block.2", "", 0)
-    return found
-
-
-def a1111(key: str) -> str:
-    """A1111's convert_diffusers_name_to_compvis, and what it tries for SDXL where that finds nothing."""
-    rules = [
-        (r"lora_unet_conv_in", lambda m: "input_blocks_0_0"), (r"lora_unet_conv_out", lambda m: "out_2"),
-        (r"lora_unet_time_embedding_linear_(\d+)", lambda m: f"time_embed_{int(m[1]) * 2 - 2}"),
-        (
-            r"lora_unet_down_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)",
-            lambda m: f"input_blocks_{1 + int(m[1]) * 3 + int(m[3])}_{int(m[2] == 'attentions')}_{_suffix(m[2], m[4])}",
-        ),
-        (
-            r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)",
-            lambda m: f"middle_block_{1 if m[1] == 'attentions' else int(m[2]) * 2}_{_suffix(m[1], m[3])}",
-        ),
-        (
-            r"lora_unet_up_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)",
-            lambda m: f"output_blocks_{int(m[1]) * 3 + int(m[3])}_{int(m[2] == 'attentions')}_{_suffix(m[2], m[4])}",
-        ),
-        (r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv", lambda m: f"input_blocks_{3 + int(m[1]) * 3}_0_op"),
-        (r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv", lambda m: f"output_blocks_{2 + int(m[1]) * 3}_{2 if int(m[1]) else 1}_conv"),
-        (r"lora_unet_(.+)", lambda m: m[1]),
-    ]  # fmt: skip
-    return next(build(match) for pattern, build in rules if (match := re.fullmatch(pattern, key)))
-
-
-def _suffix(kind: str, rest: str) -> str:
-    return RESNET[rest].replace(".", "_") if kind == "resnets" else rest
-
-
 # LORA_CLIP_MAP of ComfyUI, by encoder: prefix and number of layers; the last layer of SDXL's first encoder is not trained
 TEXT = {"sd15": {"lora_te_": 3}, "sdxl": {"lora_te1_": 2, "lora_te2_": 3}}
 SELF_ATTENTION = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj")
@@ -174,8 +111,8 @@ def test_names_and_shapes_are_those_that_comfyui_and_a1111_match(folders, kind):
     tensors = to_kohya(from_parameters(model.trainable(), alpha=4.0), FAMILY[kind])
     names = original_names(kind)
     has = {name for name, module in model.unet.named_modules() if hasattr(module, "base_layer")}
-    label = {path: original for path, original in names.items() if path.startswith("add_embedding")}  # A1111 and diffusers know these alone
-    table = {"lora_unet_" + label.get(path, path).replace(".", "_"): model.unet.get_submodule(path).base_layer.weight.shape for path in has}
+    said = names if kind == "sdxl" else dict(zip(names, names, strict=True))  # sd-scripts names SDXL by the original code
+    table = {"lora_unet_" + said[path].replace(".", "_"): model.unet.get_submodule(path).base_layer.weight.shape for path in has}
     comfyui = {"lora_unet_" + path.replace(".", "_") for path in (*names, *names.values())}
     assert set(table) <= comfyui
     assert len(table) > 0.9 * len(names)  # not every resnet has a shortcut
@@ -193,7 +130,7 @@ def test_names_and_shapes_are_those_that_comfyui_and_a1111_match(folders, kind):
 
     original = {path.replace(".", "_") for path in names.values()}
     unmatched = [key for key in table if key.startswith("lora_unet_") and a1111(key) not in original]
-    assert unmatched == ([] if kind == "sd15" else ["lora_unet_up_blocks_0_upsamplers_0_conv"])  # its rule is of SD1.x alone
+    assert unmatched == []
 
 
 # ---- what is written is read
@@ -234,14 +171,16 @@ def assert_same(mine: Lora, other: Lora, *, exact: bool = True):
 @pytest.mark.parametrize("changes", [{}, {"one": True}, {"rslora": True}, {"dora": True}])
 def test_what_is_written_is_read(tmp_path, changes):
     lora = random_lora(**changes)
-    read = read_lora_file(write(tmp_path / "d.safetensors", lora, "diffusers"))
-    assert_same(lora, read)
-    again = read_lora_file(write(tmp_path / "k.safetensors", read, "kohya", "sdxl"))
-    assert_same(lora, again, exact="rslora" not in changes)  # which that layout has no word for
-    assert_same(lora, read_lora_file(write(tmp_path / "d.safetensors", again, "diffusers")), exact="rslora" not in changes)
-    one = one_alpha(lora)
-    assert_same(lora, one, exact=False)
-    assert len({layer.alpha for layer in one.layers.values()}) == 1 and not any(layer.rslora for layer in one.layers.values())
+    kohya = read_lora_file(write(tmp_path / "k.safetensors", lora, "kohya", "sdxl"))
+    assert_same(lora, kohya, exact="rslora" not in changes)  # which that layout has no word for
+    read = read_lora_file(write(tmp_path / "d.safetensors", kohya, "diffusers"))
+    assert_same(lora, read, exact=False)
+    assert_same(read, read_lora_file(write(tmp_path / "e.safetensors", read, "diffusers")))
+    for one in (one_alpha(lora), folded(lora), read):
+        assert_same(lora, one, exact=False)
+        assert len({layer.alpha for layer in one.layers.values()}) == 1 and not any(layer.rslora for layer in one.layers.values())
+        assert one.ranks() == [3]
+    assert {layer.scale for layer in read.layers.values()} == {1.0}
 
 
 def test_an_adapter_takes_what_is_read(tiny_model):
