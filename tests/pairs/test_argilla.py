@@ -122,7 +122,7 @@ def test_records_of_ones_own(tmp_path):
     record = {"id": "r1", "fields": {"text": "a fox", "image_1": "a.png", "image_2": "b.png"}, "metadata": {"seed": 3}, "responses": said}
     ingest(save(tmp_path / "records.json", [record]), tmp_path / "Q")
     (pair,) = PairReader(tmp_path / "Q").iter_pairs()
-    assert (pair.pair_id, pair.prompt, pair.source) == ("argilla-r1", "a fox", {"record": "r1", "seed": 3})
+    assert (pair.pair_id, pair.prompt, pair.source) == ("argilla-r1", "a fox", {"record": "r1", "seed": 3, "swapped": False})
     assert labels(tmp_path / "Q") == {"argilla-r1": 0.0}
 
 

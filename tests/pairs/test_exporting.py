@@ -57,7 +57,7 @@ def test_tables_keep_what_else_is_known(tmp_path, to):
     ingest(export(pairs, to, tmp_path / "out"), tmp_path / "back")
     kind = str if to == "csv" else lambda value: value
     assert [p.source for p in PairReader(tmp_path / "back").iter_pairs()] == [
-        {name: kind(value) for name, value in p.source.items()} for p in PairReader(pairs).iter_pairs()
+        {name: kind(value) for name, value in p.source.items()} | {"swapped": False} for p in PairReader(pairs).iter_pairs()
     ]
 
 

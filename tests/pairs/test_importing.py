@@ -83,7 +83,7 @@ def test_what_is_kept_arrives_with_its_images_labels_and_source(tmp_path):
     pairs = list(PairReader(tmp_path).iter_pairs())
     assert [pair.pair_id for pair in pairs] == ["mine-a", "mine-1", "mine-2", "mine-3"]
     assert (pairs[2].prompt, pairs[2].image_0, pairs[2].image_1) == ("a ring", PICTURES[4], PICTURES[5])
-    assert pairs[0].source == {"model": "m"}
+    assert pairs[0].source == {"model": "m", "swapped": False}
     assert labels_of(tmp_path) == {"mine-a": 1.0, "mine-1": 0.0, "mine-2": 0.5}
     assert label_origin(tmp_path, "human") == "dedpo ingest" and vote_names(tmp_path) == []
     counts = ledger.counts

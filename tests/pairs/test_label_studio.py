@@ -279,7 +279,7 @@ def own(tmp_path, task, *options):
 def test_a_project_of_ones_own(tmp_path):
     pair, said, _ = own(tmp_path, own_task())
     assert (pair.pair_id, pair.prompt, pair.image_0) == ("labelstudio-5", "a fox", picture(0)) and said == [(1.0, 1, "4")]
-    assert pair.source == {"task": "5", "batch": 3}
+    assert pair.source == {"task": "5", "batch": 3, "swapped": False}
 
 
 def test_the_pairwise_control(tmp_path):
