@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.training.data import PairLoader, ReferenceGrid, Source
     from dedpo_diffusion.training.measured_power import MeasuredPower, ScalableTargets
     from dedpo_diffusion.training.optimizers import Average
+    from dedpo_diffusion.training.trackers import Trackers
     from dedpo_diffusion.training.validation import Validation
 
 
@@ -46,6 +47,7 @@ class Session:
     adaptive: AdaptivePower | None
     validation: Validation | None
     hosts: ProcessGroup | None
+    trackers: Trackers
     measured: MeasuredPower | None = None
 
 
@@ -61,6 +63,7 @@ def set_up(settings: TrainSettings) -> Session:
     from dedpo_diffusion.training.optimizers import Average, build_optimizer
     from dedpo_diffusion.training.sharding import build_accelerator, hand_over
     from dedpo_diffusion.training.sharpness import sharpen
+    from dedpo_diffusion.training.trackers import Trackers
     from dedpo_diffusion.weights.run_folder import open_run
 
     settings = resolve(settings)
@@ -79,13 +82,14 @@ def set_up(settings: TrainSettings) -> Session:
         identity["pairs_of_a_step"] = str(loader.together)
         if sharpened is not settings:
             identity["beta"] = repr(sharpened.objective.beta)  # what it is trained with; the settings keep what was given
-        open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"))
+        open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation", "tracker", "tracker_project"))
         if measured is not None:
             measured.keep(settings.out)
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
-    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, measured)
+    trackers = Trackers(settings, active=accelerator.is_main_process)
+    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, trackers, measured)
     if validation is not None:
         validation.begin(session)
     return session
@@ -94,8 +98,10 @@ def set_up(settings: TrainSettings) -> Session:
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     """The same settings, for three steps on a tiny random model and random pairs in a folder, on the CPU."""
     from dedpo_diffusion.models.tiny import SIDE, build, write_pairs
+    from dedpo_diffusion.training.trackers import check_trackers
     from dedpo_diffusion.training.validation import shrink_validation
 
+    check_trackers(settings)  # none is told of a trial
     kind, optim, data = str(settings.smoke), settings.optim, settings.data
     say(f"trying the settings on a tiny random {kind}: size {SIDE}, 3 steps, on the CPU")
     if optim.optimizer == "adamw_8bit":
@@ -122,6 +128,7 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
         data=dataclasses.replace(data, pairs=write_pairs(folder / "pairs", data.targets), size=SIDE, cache=cache),
         optim=dataclasses.replace(optim, steps=3, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)),
         objective=objective, lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
+        tracker=["tensorboard"],
         validation=shrink_validation(settings.validation, folder),
     )  # fmt: skip
 
@@ -235,6 +242,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     from dedpo_diffusion.dpo.objectives import find_objective
     from dedpo_diffusion.training.measured_power import check_measurable
     from dedpo_diffusion.training.sharpness import check_sharpness
+    from dedpo_diffusion.training.trackers import check_trackers
     from dedpo_diffusion.training.validation import check_validation
 
     objective, optim = settings.objective, settings.optim
@@ -243,6 +251,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     except ValueError as error:
         raise UserError(f"objective.kind: {error}") from error
     check_validation(settings)
+    check_trackers(settings)
     check_measurable(objective)
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap", "sharpness"):
         value = getattr(objective, name)
