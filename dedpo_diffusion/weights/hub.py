@@ -215,8 +215,8 @@ def push(repository: str, parcels: Sequence[Parcel], *, private: bool, title: st
             commit_message=f"Add {title}",
         )
         there = arrived(api, repository, parcels)
-    except Exception as error:  # of the network, the hub's client, or the hub
-        raise UserError(_broken(api, repository, parcels, error)) from error
+    except Exception as error:  # of the network, the hub's client, or the hub; its answer may be all that was lost
+        there = _arrived_in_spite(api, repository, parcels, error)
     if len(there) < len(parcels):
         raise UserError(f"{address}: {_arrived_words(parcels, there)}; give the same command again")
     say(f"sent: all {len(parcels)} files are at {address}")
@@ -248,14 +248,17 @@ def arrived(api: HfApi, repository: str, parcels: Sequence[Parcel]) -> list[str]
     return [parcel.name for parcel in parcels if parcel.name in held and parcel.is_held(held[parcel.name])]
 
 
-def _broken(api: HfApi, repository: str, parcels: Sequence[Parcel], error: Exception) -> str:
-    """What is to be said of an upload that broke off."""
+def _arrived_in_spite(api: HfApi, repository: str, parcels: Sequence[Parcel], error: Exception) -> list[str]:
+    """The files of an upload that broke off, where all of them arrived. Raises UserError where they did not, or nobody knows."""
     try:
-        there = _arrived_words(parcels, arrived(api, repository, parcels))
+        there = arrived(api, repository, parcels)
+        said = _arrived_words(parcels, there)
     except Exception:  # the hub is out of reach, or there is no repository yet
-        there = "the hub could not be asked what arrived, which is all of it or nothing"
+        there, said = [], "the hub could not be asked what arrived, which is all of it or nothing"
+    if len(there) == len(parcels):
+        return there
     again = "The model is written here; the same command sends it again, and leaves out what the hub has stored already"
-    return f"{api.endpoint}/{repository}: the upload broke off ({_line(error)}); {there}. {again}"
+    raise UserError(f"{api.endpoint}/{repository}: the upload broke off ({_line(error)}); {said}. {again}") from error
 
 
 def _arrived_words(parcels: Sequence[Parcel], there: Sequence[str]) -> str:

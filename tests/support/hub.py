@@ -90,7 +90,7 @@ class Hub:
             ]
             return 200, {"files": files}
         if what[0] == "commit":
-            return self._commit(repository, [json.loads(line) for line in body.splitlines()])
+            return self._commit(repository, name, [json.loads(line) for line in body.splitlines()])
         assert what[0] == "paths-info", what
         paths = parse_qs(body.decode()).get("paths", []) if not body.startswith(b"{") else json.loads(body)["paths"]
         return 200, [entry for path in paths if (entry := self._entry(repository, path))]
@@ -104,7 +104,7 @@ class Hub:
             entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
         return entry
 
-    def _commit(self, repository: Repository, lines: list[dict[str, Any]]) -> tuple[int, Any]:
+    def _commit(self, repository: Repository, name: str, lines: list[dict[str, Any]]) -> tuple[int, Any]:
         for line in lines:
             told = line["value"]
             if line["key"] == "header":
@@ -114,7 +114,7 @@ class Hub:
             else:
                 repository.files[told["path"]] = self.store[told["oid"]]
                 repository.lfs.add(told["path"])
-        return 200, {"commitUrl": f"{self.url}/commit/{SHA}", "commitOid": SHA}
+        return 200, {"commitUrl": f"{self.url}/{name}/commit/{SHA}", "commitOid": SHA}
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -52,6 +52,9 @@ def run(tiny_model, tiny_pairs, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its chunks go to servers of another kind
     with model_hub(TOKEN) as found:
         monkeypatch.setenv("HF_ENDPOINT", found.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -86,7 +89,8 @@ def test_just_what_was_announced_arrives(hub, run, report, tmp_path, capfd):
     assert announced(shown.out) == {name: size_words(len(data)) for name, data in held.files.items()}
     assert held.private and held.commits == ["Add tuned.safetensors"]
     assert held.files["tuned.safetensors"] == out.read_bytes() and held.lfs == {"tuned.safetensors"}
-    assert held.files["README.md"] == (out.parent / "README.md").read_bytes() and f"({sheet})".encode() in held.files["README.md"]
+    card = (out.parent / "README.md").read_text()
+    assert held.files["README.md"].decode() == card.replace(f"{tmp_path}/samples/", "") != card and f"({sheet})" in card
     assert shown.out.index("results.json  ") < shown.out.index("sent: all 4 files")
     assert hub.tokens == {f"Bearer {TOKEN}"} and TOKEN not in shown.out + shown.err
 
@@ -123,7 +127,7 @@ def test_a_whole_model_is_sent_as_its_folder(hub, run, tmp_path, capfd):
 
 def test_a_lora_file_goes_without_a_card(hub, run, tmp_path, capfd):
     assert export.main([str(run), "--out", str(tmp_path / "one.safetensors")]) == 0
-    assert push(tmp_path / "one.safetensors", tmp_path / "two.safetensors", "--format", "kohya") == 0
+    assert push(tmp_path / "one.safetensors", tmp_path / "two.safetensors") == 0
     assert set(hub.repositories[NAME].files) == {"two.safetensors"}
     assert "no model card" in capfd.readouterr().out
 
@@ -157,7 +161,6 @@ def test_a_picture_with_a_path_in_it_is_not_sent(hub, run, report, tmp_path, cap
         ("POST", r".*/preupload/main", (403, "you may not write here"), "you may not write here", "none of the 2 files arrived"),
         ("POST", r".*/commit/main", (400, "closed"), "broke off", "none of the 2 files arrived"),
         ("POST", r".*/commit/main", "hang up", "broke off", "none of the 2 files arrived"),
-        ("POST", r".*/commit/main", "after", "broke off", "2 of 2 files arrived (tuned.safetensors, README.md)"),
         ("POST", r"/api/repos/create", (403, "you may not"), "broke off", "could not be asked"),
     ],
 )
@@ -172,6 +175,14 @@ def test_a_broken_upload_says_what_arrived_and_is_taken_up(method, path, said, s
     assert set(hub.repositories[NAME].files) == {"tuned.safetensors", "README.md"}
     assert len(hub.puts) == 1  # what was stored before the break is not sent again
     assert len(hub.repositories[NAME].commits) == 1
+
+
+def test_an_answer_that_is_lost_is_no_failure(hub, run, tmp_path, capfd):
+    """The commit is made, and the hub hangs up before it says so."""
+    hub.refuse = lambda asked, where: "after" if where.endswith("/commit/main") else None
+    assert push(run, tmp_path / "tuned.safetensors") == 0
+    assert "sent: all 2 files" in capfd.readouterr().out
+    assert set(hub.repositories[NAME].files) == {"tuned.safetensors", "README.md"}
 
 
 def test_a_token_in_the_hubs_own_words_is_not_repeated(hub, run, tmp_path, capfd):
@@ -220,6 +231,7 @@ def test_without_a_login_nothing_is_made(hub, run, tmp_path, capfd, monkeypatch)
 WORDS = st.text("abcXYZ019-_.", min_size=1, max_size=8).filter(lambda word: word.strip("."))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(WORDS, min_size=2, max_size=5), st.sampled_from(["{}", "see {} there", '"{}"', "({})", "file={}", "a\n{}\nb", "{}, {}"]))
 def test_every_absolute_path_is_found_and_cut(parts, around):
     for path in ("/" + "/".join(parts), "~/" + "/".join(parts), "C:\\" + "\\".join(parts), "D:/" + "/".join(parts)):
