@@ -85,7 +85,7 @@ class Hub:
         if what[0] == "preupload":
             files = [
                 {"path": file["path"], "shouldIgnore": False, "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
-                | ({"oid": entry["oid"]} if (entry := self._entry(repository, file["path"])) else {})
+                | ({"oid": entry.get("lfs", entry)["oid"]} if (entry := self._entry(repository, file["path"])) else {})
                 for file in json.loads(body)["files"]
             ]
             return 200, {"files": files}
