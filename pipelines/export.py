@@ -6,6 +6,7 @@
     dedpo export runs/tuned --format checkpoint --out tuned.safetensors               the whole model as one file
     dedpo export runs/tuned --out share/tuned.safetensors --results report/results.json   with a model card
     dedpo export runs/tuned --out best.safetensors --strength best --results report/results.json   at the strength found best
+    dedpo export runs/tuned --out share/tuned.safetensors --push OWNER/NAME           and send it to a model hub
     dedpo export one.safetensors --add other.safetensors=0.5 --rank 16 --format kohya --out both.safetensors
 
 Of a run the newest checkpoint is taken, or with --checkpoint best what was trained at the best validation. The same export gives the same
@@ -39,6 +40,10 @@ def run(settings: ExportSettings) -> Path:
     from dedpo_diffusion.weights.source import open_source
 
     check(settings)
+    if settings.push is not None:
+        from dedpo_diffusion.weights.hub import check_target
+
+        check_target(settings.push)
     held = held_already(settings.out)
     settings, chosen = with_strength(settings)
     source = open_source(settings)
@@ -48,9 +53,11 @@ def run(settings: ExportSettings) -> Path:
         write_lora(settings, source)
     else:
         write_model(settings, source)
-    if settings.source.is_dir() and (settings.card or settings.results is not None):
-        write_card(settings)
+    wanted = settings.card or settings.results is not None or settings.push is not None
+    card = write_card(settings) if settings.source.is_dir() and wanted else None
     say_replaced(held)
+    if settings.push is not None:
+        send(settings, card)
     made = ["--model", source.model or "MODEL", "--lora", settings.out] if settings.format in LORAS else ["--model", settings.out]
     prompts = "prompts.txt" if source.model == "shapes" else "parti"
     say_next("sample", *made, "--prompts", prompts, "--limit", 100, "--out", f"samples/{settings.out.stem}")
@@ -84,6 +91,8 @@ def check(settings: ExportSettings) -> None:
         raise UserError("--strength best takes the strength from a comparison; give its --results, the results.json of `dedpo compare`")
     if (settings.card or (settings.results is not None and not best)) and settings.source.is_file():
         raise UserError(f"{settings.source}: a model card is written from a run folder, and this is a file; leave --card and --results out")
+    if settings.private and settings.push is None:
+        raise UserError("--private is of what --push sends; give --push OWNER/NAME, or leave it out")
     if settings.arm is not None and settings.results is None:
         raise UserError("--arm names one of the models in --results; give both")
     if settings.results is not None and not settings.results.is_file():
@@ -283,7 +292,17 @@ def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: 
         say('ComfyUI logs "clip missing" of the text encoder\'s last layer: it is not in the file, since an SD2.x makes no use of it')
 
 
-def write_card(settings: ExportSettings) -> None:
+def send(settings: ExportSettings, card: Path | None) -> None:
+    """Send what was written to the hub."""
+    from dedpo_diffusion.weights.hub import collect, push
+
+    assert settings.push is not None
+    if card is None:
+        say(f"{settings.source} is no run folder, so no model card is written or sent")
+    push(settings.push, collect(settings.out, card, settings.results), private=settings.private, title=settings.out.name)
+
+
+def write_card(settings: ExportSettings) -> Path:
     """The model card beside what was written."""
     from dedpo_diffusion.weights.card import add_card
 
@@ -292,6 +311,7 @@ def write_card(settings: ExportSettings) -> None:
     except UserError as error:
         raise UserError(f"{error} (the model itself is written; only its card is not)") from error
     say(f"wrote {path}: the model card; fill in its license before you share the model")
+    return path
 
 
 def _rounded(lora: Lora, dtype: str) -> Lora:

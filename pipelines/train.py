@@ -295,13 +295,15 @@ def steps(session: Session) -> None:
     if accelerator.is_main_process:
         describe(session)
     watch = Watch(read_metrics(settings.out, done))
-    log = MetricsLog(settings.out, done) if accelerator.is_main_process else None
+    trackers = session.trackers
+    trackers.open(settings)
+    log = MetricsLog(settings.out, done, board=trackers.board, also=trackers.log) if accelerator.is_main_process else None
     missed = None if session.validation is None else session.validation.go_on(session, done)
     if session.validation is not None and missed is not None:
         attend(session.validation, missed, session)
     schedule, loads, note = len(model.process), micro_batches(session, done), ""
 
-    with StopSignal() as stop, Progress("training", optim.steps, start=done) as progress:
+    with StopSignal() as stop, trackers, Progress("training", optim.steps, start=done) as progress:
         for step in range(done, optim.steps):
             rate = learning_rate(optim, step)
             for group in optimizer.param_groups:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from dedpo_diffusion.core.defaults import DEFAULT_METHOD
 
 Kind = Literal["sigmoid", "ipo", "cdpo", "dr_dpo", "kto", "mapo", "sft"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,10 @@ class TrainSettings:
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of the newest checkpoints are kept.
         log_every: steps between lines of metrics.jsonl.
+        tracker: where the curves are shown: tensorboard in the run folder, wandb, mlflow or trackio, or several of them; the latter three
+            are packages to be installed, and get settings, sampled images and the label report too. none keeps metrics.jsonl alone.
+        tracker_project: the project, in MLflow the experiment, that the run belongs to; None takes that of WANDB_PROJECT,
+            MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT, else "dedpo".
         health: warn when the curves show a symptom (both errors rise, margins are wide, nothing moves, preferences are reversed, held-out
             loss rises), or stop the run there; the last checkpoint is kept.
         device: cpu forces the CPU, cuda refuses to train without a GPU; None lets accelerate choose.
@@ -258,6 +263,8 @@ class TrainSettings:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 10
+    tracker: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
+    tracker_project: str | None = None
     health: Literal["warn", "stop", "off"] = "warn"
     device: Literal["cpu", "cuda"] | None = None
     smoke: Literal["sd15", "sd21", "sdxl"] | None = None
@@ -292,6 +299,8 @@ class ExportSettings:
         results: the results.json of `dedpo compare`, whose figures and pictures the card shows; of a run it implies the card.
         arm: which arm of the results this model is, or which LoRA where strength is "best"; None finds it by the files that its samples
             were made with.
+        push: OWNER/NAME on the model hub to send what is written to, with its card and the results; what goes is said first.
+        private: whether a repository that is made for it can be seen by its owners alone.
     """
 
     source: Path
@@ -309,10 +318,13 @@ class ExportSettings:
     card: bool = False
     results: Path | None = None
     arm: str | None = None
+    push: str | None = None
+    private: bool = False
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what is exported": "source checkpoint strength rank add",
         "what is written": "out format dtype",
         "the model card": "card results",
+        "the model hub": "push private",
     }
 
 

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from dedpo_diffusion.training.data import PairLoader, Source
     from dedpo_diffusion.training.measured_power import MeasuredPower, ScalableTargets
     from dedpo_diffusion.training.optimizers import Average
+<<<<<<< HEAD
     from dedpo_diffusion.training.reference_grid import ReferenceGrid
+=======
+    from dedpo_diffusion.training.trackers import Trackers
+>>>>>>> trackers
     from dedpo_diffusion.training.validation import Validation
 
 
@@ -48,6 +52,7 @@ class Session:
     adaptive: AdaptivePower | None
     validation: Validation | None
     hosts: ProcessGroup | None
+    trackers: Trackers
     measured: MeasuredPower | None = None
     moments: TimestepMoments | None = None
 
@@ -65,6 +70,7 @@ def set_up(settings: TrainSettings) -> Session:
     from dedpo_diffusion.training.optimizers import Average, build_optimizer
     from dedpo_diffusion.training.sharding import build_accelerator, hand_over
     from dedpo_diffusion.training.sharpness import sharpen
+    from dedpo_diffusion.training.trackers import Trackers
     from dedpo_diffusion.weights.run_folder import open_run
 
     settings = resolve(settings)
@@ -84,8 +90,12 @@ def set_up(settings: TrainSettings) -> Session:
         identity["pairs_of_a_step"] = str(loader.together)
         if sharpened is not settings:
             identity["beta"] = repr(sharpened.objective.beta)  # what it is trained with; the settings keep what was given
+<<<<<<< HEAD
         grows = {"optim.steps": never_longer(settings)}
         open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"), grows=grows)
+=======
+        open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation", "tracker", "tracker_project"))
+>>>>>>> trackers
         if measured is not None:
             measured.keep(settings.out)
         if kept is not None:
@@ -93,7 +103,12 @@ def set_up(settings: TrainSettings) -> Session:
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
+<<<<<<< HEAD
     session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, measured, moments)
+=======
+    trackers = Trackers(settings, active=accelerator.is_main_process)
+    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, trackers, measured)
+>>>>>>> trackers
     if validation is not None:
         validation.begin(session)
     return session
@@ -114,8 +129,10 @@ def never_longer(settings: TrainSettings) -> str | None:
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     """The same settings, for three steps on a tiny random model and random pairs in a folder, on the CPU."""
     from dedpo_diffusion.models.tiny import SIDE, build, write_pairs
+    from dedpo_diffusion.training.trackers import check_trackers
     from dedpo_diffusion.training.validation import shrink_validation
 
+    check_trackers(settings)  # none is told of a trial
     kind, optim, data = str(settings.smoke), settings.optim, settings.data
     say(f"trying the settings on a tiny random {kind}: size {SIDE}, 3 steps, on the CPU")
     if optim.optimizer == "adamw_8bit":
@@ -143,6 +160,7 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
         data=dataclasses.replace(data, pairs=write_pairs(folder / "pairs", data.targets), size=SIDE, cache=cache),
         optim=dataclasses.replace(optim, steps=3, batch=small, accumulation=min(optim.accumulation, 2), warmup=min(optim.warmup, 1)),
         objective=objective, lora=dataclasses.replace(settings.lora, start=None), attention="sdpa", checkpoint_every=2, log_every=1,
+        tracker=["tensorboard"],
         validation=shrink_validation(settings.validation, folder),
     )  # fmt: skip
 
@@ -283,6 +301,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     from dedpo_diffusion.training.measured_power import check_measurable
     from dedpo_diffusion.training.measured_timesteps import check_timesteps
     from dedpo_diffusion.training.sharpness import check_sharpness
+    from dedpo_diffusion.training.trackers import check_trackers
     from dedpo_diffusion.training.validation import check_validation
 
     objective, optim = settings.objective, settings.optim
@@ -291,6 +310,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     except ValueError as error:
         raise UserError(f"objective.kind: {error}") from error
     check_validation(settings)
+    check_trackers(settings)
     check_measurable(objective)
     check_timesteps(settings)
     check_groups(settings)

@@ -385,7 +385,7 @@ class Validation:
         self.lines = list(read_metrics(self.settings.out, done, LOG))
         session.accelerator.wait_for_everyone()
         if session.accelerator.is_main_process:
-            self.log = MetricsLog(self.settings.out, done, LOG)
+            self.log = MetricsLog(self.settings.out, done, LOG, board=session.trackers.board, also=session.trackers.log)
             best = best_folder(self.settings.out)
             if best.is_dir() and json.loads((best / "state.json").read_text(encoding="utf-8"))["step"] > done:
                 say(f"{best} is of a later step, which will be taken again; removed")
@@ -411,6 +411,7 @@ class Validation:
         if self.grid is not None and images is not None:
             scores = self.grid.score(images)
             self.grid.write(step, images, scores)
+            session.trackers.grid(self.grid.folder(step) / "grid.png", step)
             line |= {"scores": self.grid.summary(scores)} if scores else {}
         self.lines.append(line)
         if self.log is not None:

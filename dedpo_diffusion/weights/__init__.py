@@ -1,6 +1,7 @@
 """What was trained, and the files that other programs load: run folders, checkpoints, LoRAs in every layout, model cards.
 
-Public: run_folder.open_run, checkpoints.save_checkpoint, source, lora.Lora, algebra, kohya, diffusers_layout, inspection, card.
+Public: run_folder.open_run, checkpoints.save_checkpoint, source, lora.Lora, algebra, kohya, diffusers_layout, inspection, card,
+    hub.
 May import: core, models, settings.
 
 | file | what it is |
@@ -17,6 +18,7 @@ May import: core, models, settings.
 | header.py | the header of a file; files whose bytes depend on nothing but what is in them |
 | inspection.py | what a file or a folder is; adapters.py, compatibility.py, conversion.py, v_prediction.py, provenance.py serve it |
 | card.py | the model card; card_text.py says what is in it |
+| hub.py | what goes to a model hub, and what arrived there |
 """
 
 from dedpo_diffusion.weights.diffusers_layout import to_diffusers

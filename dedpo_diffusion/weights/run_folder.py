@@ -6,12 +6,19 @@ import copy
 import dataclasses
 import itertools
 import json
+<<<<<<< HEAD
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+=======
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+>>>>>>> trackers
 
 import yaml
 
@@ -19,7 +26,13 @@ from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import is_leftover, remove_folder, remove_leftovers, temporary_name, write_text, writing
 from dedpo_diffusion.weights.checkpoints import check_checkpoint
 
+<<<<<<< HEAD
 TIMESTEPS_FILE = "timesteps.json"  # the gradients' second moments by timestep, see `training.measured_timesteps`
+=======
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+>>>>>>> trackers
 POWER_FILE = "power.json"  # of a run that measured its power
 MARK = "starting"  # of the file that says, by its name, which process claimed a folder and has done no step yet
 CLAIMED = ("settings.yaml", "identity.json", POWER_FILE, "metrics.jsonl", "validation.jsonl", "tensorboard", "samples")  # by a start
@@ -281,24 +294,31 @@ def best_line(lines: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one JSON object a line, and the same numbers for TensorBoard.
+    """`metrics.jsonl`, one JSON object a line, and the same numbers for TensorBoard and other trackers.
 
     Args:
         run: the run folder.
         done: steps that the resumed run has behind it; later lines are removed, they will be written again.
         name: of another log, whose numbers TensorBoard shows as a run of its own.
+        board: whether TensorBoard's files are written.
+        also: what else takes the numbers, by name, and their step; those of another log are "NAME/number".
     """
 
-    def __init__(self, run: Path, done: int, name: str = "metrics") -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path, board = run / f"{name}.jsonl", run / "tensorboard"
+    def __init__(
+        self,
+        run: Path,
+        done: int,
+        name: str = "metrics",
+        *,
+        board: bool = True,
+        also: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:
+        self.path, self.also, self.prefix = run / f"{name}.jsonl", also, "" if name == "metrics" else f"{name}/"
         if self.path.is_file():
             write_text(self.path, "".join(_kept_lines(self.path, done)))
         with writing(self.path):
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
-        with writing(board):
-            self.board = SummaryWriter(str(board if name == "metrics" else board / name), purge_step=done + 1)
+        self.board = _board(run / "tensorboard" / self.prefix, done) if board else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; lists go to the file alone. Raises NoSpace where the disk is full."""
@@ -310,16 +330,28 @@ class MetricsLog:
                 with suppress(OSError):  # else it tries, and complains, once more when it is collected
                     self.file.close()
                 raise
-        with writing(self.path.with_name("tensorboard")):
-            for name, value in _numbers(record):
-                if name != "step":
+        numbers = {name: value for name, value in _numbers(record) if name != "step"}
+        if self.board is not None:
+            with writing(self.path.with_name("tensorboard")):
+                for name, value in numbers.items():
                     self.board.add_scalar(name, value, record["step"])
+        if self.also is not None:
+            self.also({self.prefix + name: value for name, value in numbers.items()}, record["step"])
 
     def close(self) -> None:
         """Flush and close both."""
         self.file.close()
-        with writing(self.path.with_name("tensorboard")):
-            self.board.close()
+        if self.board is not None:
+            with writing(self.path.with_name("tensorboard")):
+                self.board.close()
+
+
+def _board(folder: Path, done: int) -> SummaryWriter:
+    """TensorBoard's writer; what it shows of later steps is hidden, they will be taken again."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with writing(folder):
+        return SummaryWriter(str(folder), purge_step=done + 1)
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -209,6 +209,7 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     from dedpo_diffusion.training.data import CachedSource, LiveSource, PairLoader, open_cache
     from dedpo_diffusion.training.optimizers import build_optimizer
     from dedpo_diffusion.training.setup import Session, add_lora, open_grid, timestep_draw
+    from dedpo_diffusion.training.trackers import Trackers
 
     size = model.size
     reader = PairReader(write_dataset(folder / "pairs", settings.dataset, size))
@@ -241,7 +242,7 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     model.policy, prepared = accelerator.prepare(model.network, optimizer)
     common: dict[str, Any] = {"settings": told, "accelerator": accelerator, "model": model, "optimizer": prepared}
     common |= {"timesteps": timestep_draw(told.objective, len(model.process)), "average": None, "adaptive": None}
-    common |= {"validation": None, "hosts": None}
+    common |= {"validation": None, "hosts": None, "trackers": Trackers(told, active=False)}
     sessions = {name: Session(loader=loader, **common) for name, loader in loaders.items()}
 
     def held(name: str) -> list[torch.Tensor]:
