@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     from dedpo_diffusion.training.data import PairLoader, Source
     from dedpo_diffusion.training.measured_power import MeasuredPower, ScalableTargets
     from dedpo_diffusion.training.optimizers import Average
-<<<<<<< HEAD
     from dedpo_diffusion.training.reference_grid import ReferenceGrid
-=======
     from dedpo_diffusion.training.trackers import Trackers
->>>>>>> trackers
     from dedpo_diffusion.training.validation import Validation
 
 
@@ -90,12 +87,8 @@ def set_up(settings: TrainSettings) -> Session:
         identity["pairs_of_a_step"] = str(loader.together)
         if sharpened is not settings:
             identity["beta"] = repr(sharpened.objective.beta)  # what it is trained with; the settings keep what was given
-<<<<<<< HEAD
-        grows = {"optim.steps": never_longer(settings)}
-        open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation"), grows=grows)
-=======
-        open_run(settings.out, settings, identity, free=("optim.batch", "optim.accumulation", "tracker", "tracker_project"))
->>>>>>> trackers
+        grows, free = {"optim.steps": never_longer(settings)}, ("optim.batch", "optim.accumulation", "tracker", "tracker_project")
+        open_run(settings.out, settings, identity, free=free, grows=grows)
         if measured is not None:
             measured.keep(settings.out)
         if kept is not None:
@@ -103,12 +96,10 @@ def set_up(settings: TrainSettings) -> Session:
     accelerator.wait_for_everyone()
     prepared = hand_over(accelerator, model, optimizer)
     average = None if optim.average is None else Average(model.trainable(), optim.average)
-<<<<<<< HEAD
-    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, measured, moments)
-=======
     trackers = Trackers(settings, active=accelerator.is_main_process)
-    session = Session(sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, trackers, measured)
->>>>>>> trackers
+    session = Session(
+        sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, trackers, measured, moments
+    )
     if validation is not None:
         validation.begin(session)
     return session

@@ -6,19 +6,12 @@ import copy
 import dataclasses
 import itertools
 import json
-<<<<<<< HEAD
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-=======
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
->>>>>>> trackers
 
 import yaml
 
@@ -26,13 +19,10 @@ from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import is_leftover, remove_folder, remove_leftovers, temporary_name, write_text, writing
 from dedpo_diffusion.weights.checkpoints import check_checkpoint
 
-<<<<<<< HEAD
-TIMESTEPS_FILE = "timesteps.json"  # the gradients' second moments by timestep, see `training.measured_timesteps`
-=======
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
->>>>>>> trackers
+TIMESTEPS_FILE = "timesteps.json"  # the gradients' second moments by timestep, see `training.measured_timesteps`
 POWER_FILE = "power.json"  # of a run that measured its power
 MARK = "starting"  # of the file that says, by its name, which process claimed a folder and has done no step yet
 CLAIMED = ("settings.yaml", "identity.json", POWER_FILE, "metrics.jsonl", "validation.jsonl", "tensorboard", "samples")  # by a start
