@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The parts of .ci/readers: `write FOLDER` exports, `read FOLDER RESULT` loads with whatever diffusers is there, `table FOLDER` sums up.
 
 Truth is the live adapter as peft merges it, with no code of the exporting. An error is |theirs - truth| / |truth - base| over all weights.

@@ -107,5 +107,5 @@ def near(name: str, options: Mapping[str, Option], settings: type) -> list[str]:
     found = difflib.get_close_matches(meant, known, n=1, cutoff=0.6)
     if found:
         return found
-    lasts = difflib.get_close_matches(last, [other.rpartition(".")[2] for other in known], n=1, cutoff=0.6)
+    lasts = difflib.get_close_matches(last, [other.rpartition(".")[2] for other in known], n=1, cutoff=0.75)
     return sorted((other for other in known if other.rpartition(".")[2] in lasts), key=lambda other: other not in used_first)[:1]

@@ -131,7 +131,7 @@ class VoteSettings:
     open: bool = False
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what is asked": "folders rank order judges",
-        "whose answers": "name overlap repeats",
+        "whose answers": "name overlap",
         "where the page is": "host port share",
         "when it ends": "until",
         "without the page": "export_only",

@@ -321,7 +321,7 @@ class ExportSettings:
     push: str | None = None
     private: bool = False
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
-        "what is exported": "source checkpoint strength rank add",
+        "what is exported": "source checkpoint strength add",
         "what is written": "out format dtype",
         "the model card": "card results",
         "the model hub": "push private",

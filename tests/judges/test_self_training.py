@@ -198,7 +198,7 @@ def test_each_labelled_pair_is_judged_only_by_the_policy_that_did_not_train_on_i
         seen = [bool(read_targets(pairs, f"human_only-fold-{k}").weight[row]) for k in (0, 1)]
         assert seen.count(True) == (pair_id in HUMAN)
         if pair_id in HUMAN:
-            np.testing.assert_allclose(scores[row], apart[seen.index(False), row], atol=2e-5)
+            np.testing.assert_allclose(scores[row], apart[seen.index(False), row], atol=1e-4)  # of 0.1, in float32, other batches
             judged_by.add(seen.index(False))
     assert judged_by == {0, 1}
 

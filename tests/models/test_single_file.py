@@ -343,9 +343,10 @@ REFUSED = [
 @pytest.mark.parametrize(("keys", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_other_files_are_told_by_name(tmp_path, keys, message):
     file = write(tmp_path / "other.safetensors", keys.split())
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
+    with pytest.raises(UserError) as caught:
         family(file)
     assert str(caught.value).startswith(f"{file}: ")
+    assert all(part in str(caught.value) for part in message.split("; "))
 
 
 @pytest.mark.parametrize("rest", [[CLIP], [OPEN_CLIP], [XL_CLIP, XL_OPEN_CLIP, LABEL]])

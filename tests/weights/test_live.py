@@ -72,8 +72,8 @@ def test_alpha_and_settings_are_in_the_metadata(trained, tmp_path):
     _, run = trained()
     assert export.main([str(run), "--out", str(tmp_path / "lora.safetensors")]) == 0
     stored = read_metadata(tmp_path / "lora.safetensors")
-    assert stored["lora_adapter_metadata"]["unet.lora_alpha"] == 10.0
-    assert stored["lora_adapter_metadata"]["unet.r"] == 4
+    assert stored["lora_adapter_metadata"]["unet.lora_alpha"] == stored["lora_adapter_metadata"]["unet.r"] == 4  # the scale is worked in
+    assert stored["dedpo_settings"]["lora"]["alpha"] == 10.0
     assert stored["dedpo_settings"]["objective"]["beta"] == 2000.0
     assert stored["dedpo_settings"]["step"] == 7
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
@@ -82,13 +82,13 @@ def test_alpha_and_settings_are_in_the_metadata(trained, tmp_path):
 
 
 def test_merged_by_hand_without_peft(trained, tiny_model, tmp_path):
-    """W + alpha / r * B A with the file's own numbers gives the adapted layer."""
+    """W + B A with the file's own numbers gives the adapted layer: alpha / r is worked into B."""
     model, run = trained()
     assert export.main([str(run), "--out", str(tmp_path / "lora.safetensors")]) == 0
     tensors = load_file(tmp_path / "lora.safetensors")
     name = next(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("to_k.lora_A.weight"))
     layer = model.unet.get_submodule(name.removeprefix("unet."))
-    by_hand = layer.base_layer.weight + 10 / 4 * tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+    by_hand = layer.base_layer.weight + tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
     x = torch.randn(3, by_hand.shape[1], generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(layer(x), x @ by_hand.T, atol=1e-5, rtol=1e-5)
 
