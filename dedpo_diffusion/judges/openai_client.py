@@ -228,6 +228,7 @@ class ServerJudge(Judge):
         """The pairs' answers in order, asked in `concurrency` threads. Stopped early, answers under way are waited for a while."""
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         done: list[Future[Pair]] = [Future() for _ in questions]
+        failed: list[BaseException] = []
 
         def work() -> None:
             while not self.stopping.is_set():
@@ -238,6 +239,8 @@ class ServerJudge(Judge):
                 try:
                     done[place].set_result(self._ask_pair(questions[place], journal))
                 except BaseException as error:
+                    if not isinstance(error, Stopped):
+                        failed.append(error)
                     self.stopping.set()  # earlier pairs are under way already, and later ones in vain
                     done[place].set_exception(error)
 
@@ -248,7 +251,10 @@ class ServerJudge(Judge):
             thread.start()  # daemons: a second Ctrl-C does not wait for a slow server
         try:
             for future in done:
-                yield future.result()
+                try:
+                    yield future.result()
+                except Stopped:  # by a later pair, which knows why
+                    raise failed[0] if failed else Stopped from None
         finally:
             self.stopping.set()
             until = time.monotonic() + PATIENCE

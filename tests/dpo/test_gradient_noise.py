@@ -71,6 +71,7 @@ def test_two_draws_have_no_more_in_common_than_their_squares(values):
     assert draw_moments([list(one[:, None]), list(other[:, None])]) == pytest.approx((inner, square), abs=1e-9 * square)
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_as_they_come_and_stay_as_they_are():
     """Never more than one beside their sum, as the next is asked for once the last is let go."""
     import gc

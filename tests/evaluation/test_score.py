@@ -214,6 +214,7 @@ score.main([FOLDER, "--with", "brightness", "--batch", "5"])
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_outright_costs_what_it_had_not_saved(folder, tmp_path):
     whole = write_samples(tmp_path / "whole")
     assert run(whole, "brightness") == 0

@@ -106,6 +106,7 @@ TROUBLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TROUBLE)
 def test_a_server_that_fails_half_way_costs_no_answer(pairs, kind, capsys):
     reply, words = TROUBLE[kind]

@@ -115,6 +115,7 @@ def troubled(tmp_path_factory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -127,6 +127,7 @@ def test_a_judge_repeats_the_answer_as_often_as_its_name_says(judge, right):
         assert (labels[wrong] == (gap[wrong] > 0)).all()
 
 
+@pytest.mark.slow
 def test_adapted_targets_learn_from_people_what_the_judge_does_not_see():
     world = pool()
     sample = draw_sample(world, seed=0, pairs=400, people="quickstart")
@@ -220,6 +221,7 @@ def test_a_very_small_study_runs_resumes_and_reports(tmp_path, capsys):
     assert study.main([*command, "--steps", "3"]) == 2  # another study would lose these cells
 
 
+@pytest.mark.slow
 def test_teaching_is_measured_on_pairs_that_nobody_answered(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study.world, "make_pool", lambda work, pairs: pool(pairs))
     monkeypatch.setattr(adaptation, "INNER", 5)

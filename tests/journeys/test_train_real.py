@@ -270,6 +270,7 @@ def test_compilation_rounds_and_does_no_more(folders, pairs, tmp_path):
     assert metrics(tmp_path / "fast")[-1]["margin_abs_max"] > 0
 
 
+@pytest.mark.slow
 def test_stored_reference_errors_are_not_those_of_another_batch(folders, pairs, tmp_path):
     """At margin 0 the policy is computed just as what was stored was."""
     stored = {"data__cache": tmp_path / "cache", "data__reference_draws": 1, "mixed_precision": "bf16", "optim__steps": 1}

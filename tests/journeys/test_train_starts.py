@@ -96,6 +96,7 @@ def test_too_little_memory_is_said_with_what_helps_and_leaves_no_folder(tiny_mod
 # ---- more steps
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_and_equals_one_that_was_longer_from_the_start(tiny_model, tiny_pairs, tmp_path, capsys):
     for steps in (5, 8):
         assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "run", optim__steps=steps)) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.judges.judge import Question, probability
-from dedpo_diffusion.judges.openai_client import ServerJudge
+from dedpo_diffusion.judges.openai_client import ServerJudge, Stopped
 from dedpo_diffusion.judges.question import fitted, read_template
 from dedpo_diffusion.judges.registry import load_judge
 from dedpo_diffusion.settings import LabelSettings, VlmSettings
@@ -238,3 +239,19 @@ def test_a_proxy_in_the_environment_does_not_matter_on_this_machine(server, monk
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     assert judge_of(server).model == "tiny-vl"
+
+
+def test_a_pair_cut_short_by_a_later_one_tells_that_ones_reason():
+    """The first pair is still under way when the second learns that the server will answer no more."""
+    judge = object.__new__(ServerJudge)
+    judge.stopping, judge.server = threading.Event(), replace(SETTINGS, concurrency=2)
+
+    def ask(question, journal):
+        if question == "second":
+            raise UserError("the account is empty")
+        assert judge.stopping.wait(10)
+        raise Stopped
+
+    judge._ask_pair = ask
+    with pytest.raises(UserError, match="the account is empty"):
+        list(judge._spread(["first", "second"], None))

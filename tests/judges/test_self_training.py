@@ -141,6 +141,7 @@ def test_an_untrained_adapter_is_undecided(trained, tiny_model, tmp_path):
     assert (probability(pool(rewards, np.ones((1, 16), dtype=bool), 1.0), 1.0) == 0.5).all()
 
 
+@pytest.mark.slow
 def test_batch_1_equals_batch_n_and_swapped_images_give_one_minus_p(trained):
     judge, asked = judge_of(trained), questions(trained[0])
     together = probability(judge.answer(asked).scores, 1.0)
@@ -152,6 +153,7 @@ def test_batch_1_equals_batch_n_and_swapped_images_give_one_minus_p(trained):
     assert (judge.answer(asked).scores == judge.answer(asked).scores).all()
 
 
+@pytest.mark.slow
 def test_little_memory_halves_the_batch_and_leaves_the_rewards(trained, capsys):
     judge, asked = judge_of(trained), questions(trained[0])[:8]
     whole, most = probability(judge.answer(asked).scores, 1.0), judge.parallel

@@ -77,6 +77,7 @@ def test_each_judge_gets_a_json_and_a_picture(pairs, capsys):
     assert not list((pairs / "labels").glob(".*"))
 
 
+@pytest.mark.slow
 def test_more_pairs_than_wanted_are_drawn_at_random_by_seed(pairs, capsys):
     few = summarise(pairs, ["light"], human="human", most=30, resamples=20)["light"]
     assert few["n"] == 30 and few["pairs"]["looked_at"] == 30 and few["pairs"]["labelled"] == 160

@@ -213,6 +213,7 @@ def test_only_groups_that_help_are_admitted(taught):
     np.testing.assert_array_equal(found.log_odds[np.isnan(human)], before.log_odds[np.isnan(human)])
 
 
+@pytest.mark.slow
 def test_ratios_tell_how_much_more_people_mind_than_the_judge():
     """People mind detail by -1 where content moves them by 1; the judge by -.5: 2.0 times as much. And the words for it."""
     rng = np.random.default_rng(3)
@@ -244,6 +245,7 @@ def test_an_adversarial_judge_is_turned_round_and_a_silent_one_left_out():
     assert adapt_sentences(found.report)[0].startswith("silent gives both images of every pair the same score")
 
 
+@pytest.mark.slow
 def test_soft_labels_count_as_both_outcomes_and_propensities_reach_the_fit(taught):
     scores, others, human, prompts, _, before = taught
     soft = np.where(np.arange(N) % 2 == 0, human, 0.8 * human + 0.1)

@@ -95,6 +95,7 @@ def test_more_labels_are_never_worth_less_and_a_judge_never_costs_any(seed, accu
     assert (np.diff(curve["value"]) > -1e-9).all() and (np.array(curve["value"]) >= np.array(curve["n"]) - 1e-9).all()
 
 
+@pytest.mark.slow
 def test_the_curve_foretells_what_further_labels_are_worth():
     """Over 30 data sets: 200 labels say what 400 are worth, against what they turn out to be worth; within 4 standard errors."""
     gaps = []

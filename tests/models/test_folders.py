@@ -223,6 +223,7 @@ def file_without(source: Path, to: Path, change) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_what_a_single_file_lacks_is_named(folders, tmp_path):
     whole = tiny.single_file(folders["sdxl"], tmp_path / "whole.safetensors")
     names = list(load_file(whole))

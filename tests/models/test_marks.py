@@ -51,6 +51,7 @@ def says(pipe) -> tuple[str, bool]:
 V, ZERO, NOISE = ("v_prediction", False), ("v_prediction", True), ("epsilon", False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "metadata", "config", "expected", "said"),
     [
@@ -104,6 +105,7 @@ def test_the_option_is_right_for_files_and_folders(files, tmp_path, capsys, opti
         load_pipeline(str(file), prediction="vpred")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("half", [False, True])
 def test_a_stored_schedule_is_that_of_the_configuration_or_decides_about_zero_snr(files, tmp_path, zero, half):
@@ -146,6 +148,7 @@ def test_weights_as_whole_numbers_are_refused(files, tmp_path):
     assert name in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_an_export_is_told_of_its_base_is_what_is_loaded(files, tmp_path):
     for names, config in ((("v_pred", "ztsnr"), "epsilon"), (("v_pred",), "v_zero_snr"), ((), "v")):
         file = marked(files, tmp_path / "m.safetensors", *names)
@@ -167,6 +170,7 @@ def test_training_takes_the_schedule_of_the_marks(files, tmp_path):
     assert by_mark.fingerprint == by_folder.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [None, "ddim", "euler", "euler_a", "dpmpp_2m", "unipc"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_sampling_from_zero_snr_is_finite(files, tmp_path, scheduler, prediction):

@@ -358,6 +358,7 @@ def test_other_input_channels(tmp_path, rest, channels, what):
         family(write(tmp_path / "other.safetensors", keys, channels))
 
 
+@pytest.mark.slow
 def test_the_command_that_a_pickled_file_is_answered_with_converts_it(tmp_path):
     """Shared and transposed tensors, which safetensors refuses, and what is no tensor."""
     weight = torch.randn(3, 4)

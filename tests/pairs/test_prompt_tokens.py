@@ -42,6 +42,7 @@ def test_tokens_are_those_that_open_clip_finds(prompt, tokens):
     assert found == len(SimpleTokenizer().encode(prompt)) and tokens in (None, found)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.text(alphabet=st.characters(codec="ascii", exclude_categories=["Cc"], exclude_characters="&<>"), max_size=60), max_size=5)

@@ -204,6 +204,7 @@ def test_an_image_that_is_too_large_is_decoded_in_tiles(folders, prompts, tmp_pa
     assert all(one["vae"] == "tiled" for one in told(tmp_path / "tiled").values())
 
 
+@pytest.mark.slow
 def test_no_room_for_a_tile_stops_with_a_remedy(folders, prompts, tmp_path, monkeypatch, capsys):
     give(monkeypatch, vae_with_room_for(0))
     assert sample.main(arguments(folders["sdxl"], prompts, tmp_path / "a")) == 2

@@ -192,6 +192,7 @@ def test_of_many_pairs_without_a_cache_the_first_are_looked_at(folders, mixed, t
     assert "of the first pairs, " in (out := capsys.readouterr().out) and " of 12 images are not square" in out
 
 
+@pytest.mark.slow
 def test_squares_and_buckets_need_no_word(folders, tiny_pairs, mixed, tmp_path, capsys):
     given = SHORT | {"optim__steps": 1}
     assert train.main(arguments(folders["sd15"], tiny_pairs, tmp_path / "square", **given)) == 0

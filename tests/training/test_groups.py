@@ -190,6 +190,7 @@ def run(model, pairs, out, cache, **changes) -> list[str]:
     return arguments(model, pairs, out, data__cache=cache, **(USUAL | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"data__reference_draws": 2}, {"objective__timestep_sampling": "measured"}], ids=["", "stored", "measured"]
 )

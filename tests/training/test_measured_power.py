@@ -246,6 +246,7 @@ def test_a_stopped_run_goes_on_with_the_ratio_it_measured(finished, base, pairs,
     assert told(tmp_path / "run")["power"] == pytest.approx(kept["run"]["endless_power"], abs=1e-6) != kept["power"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{", "{}", '{"measured": {"value": 3}}'])
 def test_a_damaged_measurement_is_named(finished, base, pairs, tmp_path, capsys, text):
     (tmp_path / "run").mkdir()

@@ -29,6 +29,7 @@ def told(run):
     return json.loads((run / "timesteps.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [MEASURED, EQUAL], ids=["measured", "equal_noise"])
 def test_moments_are_kept_logged_move_and_survive_a_stop(tiny_model, tiny_pairs, tmp_path, monkeypatch, capsys, asked):
     assert train.main(options(tiny_model, tiny_pairs, tmp_path / "whole", **asked)) == 0

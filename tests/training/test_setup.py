@@ -85,6 +85,7 @@ def test_stored_reference_errors_are_those_of_the_same_draws(tiny_model, merged_
 # ---- a power that follows
 
 
+@pytest.mark.slow
 def test_a_power_that_follows_is_logged_moves_and_survives_a_stop(tiny_model, merged_pairs, tmp_path, monkeypatch):
     changes = {"objective__power": "adaptive", "objective__power_decay": 0.5, "checkpoint_every": 2}
     assert train.main(options(tiny_model, merged_pairs, tmp_path / "whole", **changes)) == 0
@@ -110,6 +111,7 @@ def test_a_power_that_stays_equals_the_fixed_one(tiny_model, merged_pairs, tmp_p
 # ---- an adapter to go on from
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_an_adapter_survives_a_stop_bit_for_bit(tiny_model, merged_pairs, tmp_path, monkeypatch):
     """The reference is the base with that adapter, whichever checkpoint training resumes at."""
     assert train.main(options(tiny_model, merged_pairs, tmp_path / "first")) == 0

@@ -67,6 +67,7 @@ def test_the_sharpness_that_targets_have_changes_no_bit(plain, tiny_model, pairs
     assert (plain / "metrics.jsonl").read_bytes() == (tmp_path / "run" / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_at_its_sharpness_and_refuses_another(tiny_model, pairs, tmp_path, monkeypatch, capsys):
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert train.main(options(tiny_model, pairs, whole, objective__sharpness=3)) == 0

@@ -243,6 +243,7 @@ def test_bytes_counted_on_fake_tensors_are_those_of_a_real_run(kind, options):
     assert 2 * real["trained_weights"] <= real["moments"] <= 2 * real["trained_weights"] + 4 * 1000  # and a count for each tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_bytes_of_sampling_on_fake_tensors_are_those_of_a_real_run(kind):
     """The UNet's grow with the number of images; those of decoding, which takes one after the other, by the images that are done alone."""
@@ -286,6 +287,7 @@ def test_count_against_the_allocator():
     assert counter.peak == pytest.approx(peak, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype"), [("sdxl", torch.bfloat16), ("sd15", torch.float32)])
 def test_rules_of_cuda_are_kept_on_the_processor(kind, dtype):
     """A forward pass with its graph under autocast, on fake tensors of both devices."""

@@ -156,6 +156,7 @@ def finished(tiny_model, tiny_pairs, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_whose_newest_checkpoint_is_cut_goes_on_from_the_one_before(finished, tiny_model, tiny_pairs, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run)

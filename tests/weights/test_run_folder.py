@@ -83,6 +83,7 @@ def test_a_refused_command_takes_nothing_of_the_run_that_is_there(tmp_path):
     assert files(run) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "identity"), [({"name": "b"}, {"model": "x"}), ({"name": "a"}, {"model": "y"})])
 def test_the_claim_of_a_killed_start_is_taken_over(tmp_path, capsys, settings, identity):
     killed_start(tmp_path / "run")
@@ -99,6 +100,7 @@ def test_the_claim_of_a_running_process_stands(tmp_path):
     assert "holds another run (name is 'a' there, 'b' now)" in done.stderr and held(tmp_path / "run") == {"name": "a"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["notes.txt", "0001.png", "checkpoints/step-00000001/state.json", "index.parquet", ".hidden"])
 def test_what_is_not_a_bare_claim_is_never_removed(tmp_path, other):
     run = tmp_path / "run"
