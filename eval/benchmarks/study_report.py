@@ -125,7 +125,9 @@ def tables(found: Line) -> str:
     first, second = (
         "".join(f"| {' | '.join(line)} |\n" for line in [part[0], ["---"] * len(part[0]), *part[1:]]) for part in (gains, regret)
     )
-    return f"{title}\n\n{first}\nRegret (default by the rule: {found['default']}):\n\n{second}"
+    whole = sum(row["regret"] is not None for row in found["cells"])
+    told = f"Regret in the {whole} cells that have every method; by these alone the rule would name {found['default']}:"
+    return f"{title}\n\n{first}\n{told}\n\n{second}"
 
 
 def draw(lines: Sequence[Line], path: Path, main: tuple[str, float, str]) -> None:
