@@ -126,7 +126,7 @@ def tables(found: Line) -> str:
         "".join(f"| {' | '.join(line)} |\n" for line in [part[0], ["---"] * len(part[0]), *part[1:]]) for part in (gains, regret)
     )
     whole = sum(row["regret"] is not None for row in found["cells"])
-    told = f"Regret in the {whole} cells that have every method; by these alone the rule would name {found['default']}:"
+    told = f"Regret where every method was trained ({whole} of these cells); by these alone the rule would name {found['default']}:"
     return f"{title}\n\n{first}\n{told}\n\n{second}"
 
 
@@ -148,7 +148,8 @@ def draw(lines: Sequence[Line], path: Path, main: tuple[str, float, str]) -> Non
             elif points:
                 x, ends = [line["strength"] for line in seeds[0]], [point["ci"] or [point["mean"]] * 2 for point in points]
                 axes.plot(x, [point["mean"] for point in points], "o-", color=COLOURS[arm], label=f"{arm} ({len(seeds)} seeds)")
-                axes.fill_between(x, *np.transpose(ends), color=COLOURS[arm], alpha=0.12, linewidth=0)
+                if len(seeds) > 2:  # of two, Student's interval is wider than the picture
+                    axes.fill_between(x, *np.transpose(ends), color=COLOURS[arm], alpha=0.12, linewidth=0)
         axes.set(xlabel="strength of the LoRA", ylabel="true reward", title=f"judge {judge}, {share:.0%} human labels, {people} people")
         axes.legend(frameon=False)
         with atomic_file(path) as temporary:
