@@ -82,7 +82,7 @@ def test_each_is_told_once_also_after_a_resume():
 
 @pytest.mark.slow
 def test_a_run_that_falls_apart_warns_or_stops_and_keeps_its_checkpoint(tiny_model, tiny_pairs, tmp_path, capsys):
-    changes = {"optim__learning_rate": 3, "optim__steps": 24, "optim__warmup": 1, "objective__beta": 20000}
+    changes = {"optim__learning_rate": 1, "optim__steps": 24, "optim__warmup": 1, "objective__beta": 20000}
     assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "warned", **changes)) == 0
     assert "Warning: step" in capsys.readouterr().out
     assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "stopped", **changes, health="stop")) == 2

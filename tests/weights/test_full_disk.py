@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from dedpo_diffusion.core import console, files
 from dedpo_diffusion.pipelines import export, train
-from dedpo_diffusion.training import cache, data
+from dedpo_diffusion.training import cache, reference_grid
 from dedpo_diffusion.weights import checkpoints
 from dedpo_diffusion.weights import run_folder as runs
 from support.pictures import write_pairs
@@ -32,7 +32,7 @@ class Full:
         self.seen: set[str] = set()
         self.error, self.sync = error, files._sync_file
         monkeypatch.setattr(files, "_sync_file", self.flush)
-        for module in (data, cache, checkpoints):
+        for module in (reference_grid, cache, checkpoints):
             monkeypatch.setattr(module, "save_file", self.save)
 
     def meet(self, path: Path) -> None:

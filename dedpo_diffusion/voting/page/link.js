@@ -1,4 +1,4 @@
-// What the pages of `dedpo vote` share: asking the server until it answers, and what is said when it does not.
+// What the pages of `dedpo vote` share: asking the server until it answers, and what is said when it does not, and what is noted.
 
 const RETRY_MS = 2000;
 const LONGEST_RETRY_MS = 15000;
@@ -85,3 +85,35 @@ new ResizeObserver(() => {
   const covered = $("banner").hidden ? 0 : $("banner").offsetHeight;
   document.documentElement.style.setProperty("--banner", `${covered}px`);
 }).observe($("banner"));
+
+// ---- what is noted while people look
+
+export function mark(text) {
+  $("saved").textContent = text; // emptied before each answer, so that the same words twice are said twice
+  if (text && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
+    $("saved").animate([{ opacity: 1 }, { opacity: 1, offset: 0.7 }, { opacity: 0 }], { duration: 2500, fill: "forwards" });
+  }
+}
+
+export const panelOpen = () => document.querySelector("dialog.panel[open]") !== null;
+
+/** Seconds that a pair or a ranking was looked at: hidden tabs and open panels do not count. */
+export const watch = {
+  spent: 0,
+  since: null,
+  started: false,
+  seconds() {
+    return (this.spent + (this.since === null ? 0 : performance.now() - this.since)) / 1000;
+  },
+  reset() {
+    Object.assign(this, { spent: 0, since: null, started: false });
+  },
+  start() {
+    this.started = true;
+    this.look();
+  },
+  look() {
+    this.spent = 1000 * this.seconds();
+    this.since = this.started && !document.hidden && !panelOpen() ? performance.now() : null;
+  },
+};

@@ -2,7 +2,7 @@
 // Texts from the server are not trusted (prompts come from anywhere): they are only ever set as textContent.
 
 import { figures } from "./figures.js";
-import { $, Refused, hideBanner, list, post, reach, showBanner } from "./link.js";
+import { $, hideBanner, list, mark, panelOpen, post, reach, Refused, showBanner, watch } from "./link.js";
 
 const SETTLE_MS = 250; // an answer sooner than this after a pair appears was meant for the pair before it
 const TINY = 128; // images smaller than this keep hard pixels when enlarged
@@ -179,34 +179,6 @@ function undo() {
   });
 }
 
-function mark(text) {
-  $("saved").textContent = text; // emptied before each answer, so that the same words twice are said twice
-  if (text && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
-    $("saved").animate([{ opacity: 1 }, { opacity: 1, offset: 0.7 }, { opacity: 0 }], { duration: 2500, fill: "forwards" });
-  }
-}
-
-/** Seconds that a pair was looked at: hidden tabs and open panels do not count. */
-const watch = {
-  spent: 0,
-  since: null,
-  started: false,
-  seconds() {
-    return (this.spent + (this.since === null ? 0 : performance.now() - this.since)) / 1000;
-  },
-  reset() {
-    Object.assign(this, { spent: 0, since: null, started: false });
-  },
-  start() {
-    this.started = true;
-    this.look();
-  },
-  look() {
-    this.spent = 1000 * this.seconds();
-    this.since = this.started && !document.hidden && !panelOpen() ? performance.now() : null;
-  },
-};
-
 // ---- screens and panels
 
 function screen(name) {
@@ -228,8 +200,6 @@ function showEnd({ answered, skipped, total, labelled, pairs }) {
     ...(held ? [`Other people are looking at the last ones (${held}).`] : []),
   ]);
 }
-
-const panelOpen = () => document.querySelector("dialog.panel[open]") !== null;
 
 function openDialog(dialog) {
   dialog.showModal();
