@@ -71,6 +71,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(finished, tiny_mode
     assert log.read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_interrupted_between_log_lines_and_resumed(tiny_model, tiny_pairs, tmp_path, monkeypatch):
     """The first step after a resume need not be one that is logged."""
     changes = {"log_every": 5, "checkpoint_every": 3}

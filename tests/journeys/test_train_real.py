@@ -121,6 +121,7 @@ ADAPTERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
@@ -233,6 +234,7 @@ def test_samples_of_a_single_file_are_those_of_its_folder(folders, tmp_path):
 RECIPES = sorted(file for file in (Path(train.__file__).parents[1] / "configs").glob("sd*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [pytest.param(file, id=file.stem, marks=() if file.stem == "sd15_full" else pytest.mark.slow) for file in RECIPES],

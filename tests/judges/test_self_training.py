@@ -169,6 +169,7 @@ def test_little_memory_halves_the_batch_and_leaves_the_rewards(trained, capsys):
     assert capsys.readouterr().out.endswith("".join(words.format(half, half // 2) for half in halves))
 
 
+@pytest.mark.slow
 def test_the_version_follows_everything_that_the_labels_depend_on(trained):
     pairs, runs = trained
     same, names = judge_of(trained), [str(run) for run in runs]

@@ -341,7 +341,6 @@ def test_an_answer_that_is_no_number_is_missing(load):
     assert np.isnan(found.scores).all() and set(found.missing) == {"the model's answer is no number in float32"}
 
 
-@pytest.mark.slow
 def test_little_memory_halves_the_batch_and_too_little_stops_the_run(load, capsys):
     judge, whole, room = load(batch=4), load(batch=4).answer(questions()), [4, 4, 4, 0, 0]  # rows; two pairs in both orders are four
 

@@ -99,6 +99,7 @@ def test_weights_are_the_least_of_the_penalised_loss():
 # ---- cross-fitting
 
 
+@pytest.mark.slow
 def test_an_answer_never_moves_its_own_pair_nor_its_fold(taught):
     scores, others, human, prompts, _, before = taught
     labelled = np.flatnonzero(~np.isnan(human))

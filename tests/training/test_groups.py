@@ -202,6 +202,7 @@ def test_groups_of_two_equal_pairs_to_the_bit(tiny_model, tiny_pairs, tmp_path, 
     assert metrics(tmp_path / "pairs")[-1]["margin_abs_max"] > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -87,6 +87,7 @@ def test_the_average_is_the_exponential_one():
         Average({}, 1.0)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_resumes_and_exports_its_average(tiny_model, tiny_pairs, tmp_path, monkeypatch):
     changes = {"optim__average": 0.7, "weights": "full", "optim__steps": 6}
     assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "whole", **changes)) == 0

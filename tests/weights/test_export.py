@@ -64,6 +64,7 @@ def by_hand(file, base) -> dict[str, torch.Tensor]:
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_everything_that_is_written_is_the_trained_model(runs, tmp_path, kind, capsys):
     """Plain arithmetic on the LoRA file gives the merged weights; folder and single file sample the same image."""

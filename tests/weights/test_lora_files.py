@@ -44,6 +44,7 @@ GRID = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [pytest.param(*case, marks=[] if k < 2 else pytest.mark.slow) for k, case in enumerate(GRID)])
 def test_plain_diffusers_computes_what_was_trained(folders, tmp_path, kind, options):
     """UNet and text encoders, rank 8 with alpha 4. Of a DoRA in the kohya layout, diffusers 0.42 leaves out the magnitudes, and says so."""

@@ -93,6 +93,7 @@ def test_the_claim_of_a_killed_start_is_taken_over(tmp_path, capsys, settings, i
     assert "samples" not in files(tmp_path / "run") and "is taken over" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_claim_of_a_running_process_stands(tmp_path):
     open_run(tmp_path / "run", {"name": "a"}, {"model": "x"})  # by this process, which is at its first step
     command = CLAIM + "open_run(Path(sys.argv[1]), {'name': 'b'}, {'model': 'x'})"
