@@ -42,6 +42,7 @@ STATIC = {
     "vote.css": "text/css",
     "link.js": "text/javascript",
     "figures.js": "text/javascript",
+    "screens.js": "text/javascript",
     "rank.js": "text/javascript",
     "rank.css": "text/css",
 }

@@ -1,4 +1,4 @@
-// What the pages of `dedpo vote` share: asking the server until it answers, and what is said when it does not, and what is noted.
+// What the pages of `dedpo vote` share: asking the server until it answers, and what is said when it does not.
 
 const RETRY_MS = 2000;
 const LONGEST_RETRY_MS = 15000;
@@ -69,6 +69,52 @@ export function hideBanner() {
 
 addEventListener("online", () => retryNow());
 
+// ---- the requests of one person
+
+/** One request at a time; what the server refuses is said. `rater` gives the name, and `take` takes over the server's state. */
+export function requests({ rater, take }) {
+  let busy = false; // a request is on its way
+  const next = () => reach(`/api/next?rater=${encodeURIComponent(rater())}`);
+
+  async function act(work) {
+    if (busy) return;
+    busy = true;
+    document.body.toggleAttribute("data-busy", true);
+    try {
+      await work();
+    } catch (error) {
+      await explain(error);
+    } finally {
+      busy = false;
+      document.body.removeAttribute("data-busy");
+    }
+  }
+
+  async function explain(error) {
+    let text = error.message;
+    if (rater() && (error.status === 404 || error.status === 409)) {
+      try {
+        take(await next());
+        text = `That was not saved: ${text}. Here is where you are now.`;
+      } catch (again) {
+        text = again.message;
+      }
+    }
+    showBanner(text, "Close", hideBanner);
+    if (!(error instanceof Refused)) throw error; // a mistake of this page belongs on the console
+  }
+
+  const refresh = () => act(async () => take(await next()));
+
+  const takeBack = () =>
+    act(async () => {
+      const state = await post("/api/undo", { rater: rater() });
+      take(state, state.undone ? "undone" : "nothing to undo");
+    });
+
+  return { act, explain, next, refresh, takeBack, isBusy: () => busy };
+}
+
 export function list(element, lines) {
   element.replaceChildren(...lines.map((line) => make("li", line)));
 }
@@ -85,35 +131,3 @@ new ResizeObserver(() => {
   const covered = $("banner").hidden ? 0 : $("banner").offsetHeight;
   document.documentElement.style.setProperty("--banner", `${covered}px`);
 }).observe($("banner"));
-
-// ---- what is noted while people look
-
-export function mark(text) {
-  $("saved").textContent = text; // emptied before each answer, so that the same words twice are said twice
-  if (text && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
-    $("saved").animate([{ opacity: 1 }, { opacity: 1, offset: 0.7 }, { opacity: 0 }], { duration: 2500, fill: "forwards" });
-  }
-}
-
-export const panelOpen = () => document.querySelector("dialog.panel[open]") !== null;
-
-/** Seconds that a pair or a ranking was looked at: hidden tabs and open panels do not count. */
-export const watch = {
-  spent: 0,
-  since: null,
-  started: false,
-  seconds() {
-    return (this.spent + (this.since === null ? 0 : performance.now() - this.since)) / 1000;
-  },
-  reset() {
-    Object.assign(this, { spent: 0, since: null, started: false });
-  },
-  start() {
-    this.started = true;
-    this.look();
-  },
-  look() {
-    this.spent = 1000 * this.seconds();
-    this.since = this.started && !document.hidden && !panelOpen() ? performance.now() : null;
-  },
-};

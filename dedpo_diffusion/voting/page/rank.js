@@ -1,12 +1,14 @@
 // The page of `dedpo vote --rank`: shows all images of a prompt and sends their order.
 // Texts from the server are not trusted (prompts come from anywhere): they are only ever set as textContent.
 
-import { figures } from "./figures.js";
-import { $, hideBanner, list, make, mark, panelOpen, post, reach, Refused, showBanner, watch } from "./link.js";
+import { $, list, make, post, reach, Refused, requests, showBanner } from "./link.js";
+import {
+  asked, begin, closeDialogs, forget, kept, mark, nameDataset, nameWho, openDialog, painted, panelOpen, pictures, remember, screen,
+  showProgress, showPrompt, showSummary, watch, watchDialogs,
+} from "./screens.js";
 
 const SETTLE_MS = 250; // a step sooner than this after the images appear was meant for those before
 const FAR = 8; // pixels that a pointer moves before it drags
-const TINY = 128; // images smaller than this keep hard pixels when enlarged
 
 const KEYS = { t: "tie", "=": "tie", enter: "done", s: "skip", u: "undo", backspace: "undo", z: "zoom", "?": "keys" };
 
@@ -14,54 +16,16 @@ let rater = "";
 let state = null; // the server's latest word: progress, item, following, can_undo
 let ready = false; // all images of state.item are on the screen: only then a step counts
 let broken = false; // an image cannot be shown: the prompt can be skipped
-let busy = false; // a request is on its way
 let tiers = []; // places on the page, best first, those that tie together
 let past = []; // what `tiers` was before each step
 
 const size = () => state?.item?.images.length ?? 0;
 const ranked = () => tiers.flat();
-const nextPath = () => `/api/next?rater=${encodeURIComponent(rater)}`;
-const refresh = () => act(async () => take(await reach(nextPath())));
 
-/** One request of the person's at a time; what the server refuses is said. */
-async function act(work) {
-  if (busy) return;
-  busy = true;
-  document.body.toggleAttribute("data-busy", true);
-  try {
-    await work();
-  } catch (error) {
-    await explain(error);
-  } finally {
-    busy = false;
-    document.body.removeAttribute("data-busy");
-  }
-}
-
-async function explain(error) {
-  let text = error.message;
-  if (rater && (error.status === 404 || error.status === 409)) {
-    try {
-      take(await reach(nextPath()));
-      text = `That was not saved: ${text}. Here is where you are now.`;
-    } catch (again) {
-      text = again.message;
-    }
-  }
-  showBanner(text, "Close", hideBanner);
-  if (!(error instanceof Refused)) throw error; // a mistake of this page belongs on the console
-}
+const { act, explain, next, refresh, takeBack, isBusy } = requests({ rater: () => rater, take });
+const { load, loadAgain, forgetAllBut } = pictures((item) => item.images);
 
 // ---- what is kept in this tab until it is sent: a reload loses no step
-
-function kept(key, value) {
-  try {
-    if (value === undefined) return sessionStorage.getItem(key) ?? "";
-    if (value === "") sessionStorage.removeItem(key);
-    else sessionStorage.setItem(key, value);
-  } catch {} // a browser may forbid the storage
-  return "";
-}
 
 const keepDraft = () => kept("draft", JSON.stringify({ ticket: state.item.ticket, tiers, past }));
 
@@ -85,27 +49,18 @@ function take(next, said = "") {
   $("tiles").replaceChildren(); // the last images are never under the new prompt
   delete $("tiles").dataset.ready;
   ({ tiers, past } = state.item ? draft(state.item) : { tiers: [], past: [] });
-  const { progress } = state;
-  const done = progress.answered + progress.skipped;
-  $("bar").max = Math.max(progress.total, 1);
-  $("bar").value = done;
-  $("count").textContent = `${done} of ${progress.total}`;
-  $("everyone").textContent = `ranked by anyone: ${progress.labelled} of ${progress.pairs}`;
+  showProgress(state.progress, "ranked");
   mark(said);
   showOrder();
-  if (state.item) showPrompt(state);
-  else showEnd(progress);
+  if (state.item) showImages(state);
+  else showEnd(state.progress);
 }
 
-async function showPrompt(shown) {
+async function showImages(shown) {
   const { item, following } = shown;
   screen("vote");
-  $("prompt").textContent = item.prompt;
-  $("prompt").scrollTop = 0;
-  const long = $("prompt").scrollHeight > $("prompt").clientHeight + 1;
-  $("prompt").classList.toggle("long", long);
-  $("prompt").tabIndex = long ? 0 : -1; // so that keys can scroll it
-  for (const ticket of loading.keys()) if (![item.ticket, following?.ticket].includes(ticket)) loading.delete(ticket);
+  showPrompt(item.prompt);
+  forgetAllBut(item, following);
   let images;
   try {
     images = await load(item).catch(() => loadAgain(item));
@@ -122,7 +77,7 @@ async function showPrompt(shown) {
   $("tiles").replaceChildren(...images.map(tile));
   showOrder();
   if (following) load(following).catch(() => {}); // shown at once when its turn comes
-  await new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve))); // on the screen
+  await painted();
   if (state !== shown) return;
   watch.start();
   setTimeout(() => {
@@ -136,39 +91,15 @@ function tile(image, place) {
   const button = make("button", "", "tile");
   button.type = "button";
   button.dataset.place = place;
+  Object.assign(image, { alt: "", draggable: false });
   button.append(image, make("span", "", "badge"), make("kbd", place + 1));
   return button;
-}
-
-const loading = new Map(); // ticket -> promise of its decoded images
-
-function load(item) {
-  if (!loading.has(item.ticket)) loading.set(item.ticket, Promise.all(item.images.map(picture)));
-  return loading.get(item.ticket);
-}
-
-/** An image does not say why it failed: ask for the files, which waits for a lost connection, and decode once more. */
-async function loadAgain(item) {
-  for (const url of item.images) await reach(url, {}, (response) => response.blob());
-  loading.delete(item.ticket);
-  return load(item);
-}
-
-async function picture(url) {
-  const image = new Image();
-  image.src = url;
-  image.alt = "";
-  image.draggable = false;
-  await image.decode();
-  image.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
-  image.classList.toggle("tiny", Math.max(image.naturalWidth, image.naturalHeight) < TINY);
-  return image;
 }
 
 // ---- the order
 
 function step(change) {
-  if (!ready || busy) return;
+  if (!ready || isBusy()) return;
   past.push(structuredClone(tiers));
   change();
   tiers = tiers.filter((tier) => tier.length);
@@ -235,9 +166,9 @@ function send(answer, said) {
   act(async () => {
     const vote = { rater, ticket: state.item.ticket, answer, seconds: watch.seconds() };
     mark("");
-    const next = await post("/api/vote", vote);
+    const after = await post("/api/vote", vote);
     kept("draft", "");
-    take(next, said);
+    take(after, said);
   });
 }
 
@@ -255,20 +186,10 @@ function undo() {
     keepDraft();
     return showOrder();
   }
-  if (past.length || !state?.can_undo) return;
-  act(async () => {
-    const next = await post("/api/undo", { rater });
-    take(next, next.undone ? "undone" : "nothing to undo");
-  });
+  if (!past.length && state?.can_undo) takeBack();
 }
 
 // ---- screens and panels
-
-function screen(name) {
-  if (!$(name).hidden) return;
-  for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== name;
-  $(name).focus(); // the focused button may be gone with its screen
-}
 
 function showEnd({ answered, skipped, total, labelled, pairs }) {
   screen("end");
@@ -282,15 +203,6 @@ function showEnd({ answered, skipped, total, labelled, pairs }) {
     `${labelled} of ${pairs} prompts have a ranking.`,
     ...(held ? [`Other people are looking at the last ones (${held}).`] : []),
   ]);
-}
-
-function openDialog(dialog) {
-  dialog.showModal();
-  watch.look();
-}
-
-function closeDialogs() {
-  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
 }
 
 function zoom() {
@@ -313,13 +225,7 @@ function save() {
 }
 
 function summary() {
-  act(async () => {
-    const found = await reach("/api/summary");
-    const sentences = document.createElement("ul");
-    list(sentences, found.sentences);
-    $("figures").replaceChildren(sentences, ...figures(found));
-    openDialog($("summary"));
-  });
+  act(async () => showSummary(await reach("/api/summary")));
 }
 
 // ---- what the person does
@@ -388,36 +294,25 @@ document.addEventListener("keydown", (event) => {
   const focused = event.target.closest("button, input, #prompt");
   if (panelOpen() || focused?.matches("input")) return;
   if (focused?.matches("button") && (key === " " || key === "Enter")) return; // presses the button
-  const undoes = (event.ctrlKey || event.metaKey) && key === "z";
-  if (event.altKey || ((event.ctrlKey || event.metaKey) && !undoes)) return; // the browser's own
-  const place = key > "~" ? event.code.replace("Key", "") : key; // alphabets without these letters: where they stand
-  const what = undoes ? "undo" : KEYS[place.toLowerCase()];
-  const here = !$("vote").hidden || (what === "undo" && !$("end").hidden);
+  const wish = asked(event, KEYS);
+  if (!wish) return;
+  const { what, here } = wish;
   if (what && here) event.preventDefault();
   if (event.repeat || !here) return; // a key held down is one step
   if (what) ACTIONS[what]();
   else if (/^[1-9]$/.test(key)) pick(Number(key) - 1);
 });
 
-document.addEventListener("visibilitychange", () => watch.look());
-for (const dialog of document.querySelectorAll("dialog")) {
-  dialog.addEventListener("close", () => {
-    if (dialog.contains($("banner"))) document.body.prepend($("banner"));
-    watch.look();
-  });
-}
+watchDialogs();
 
-// ---- who ranks: a reload is the same person; a new tab may be another one, and is asked
+// ---- who ranks
 
 function start(name) {
   act(async () => {
     rater = name.trim();
-    nameWho();
-    take(await reach(nextPath()));
-    kept("rater", rater);
-    try {
-      localStorage.setItem("rater", rater);
-    } catch {}
+    nameWho(rater);
+    take(await next());
+    remember(rater);
   });
 }
 
@@ -425,8 +320,8 @@ function start(name) {
 function leave() {
   act(async () => {
     closeDialogs();
-    for (const key of ["rater", "draft"]) kept(key, "");
-    history.replaceState(null, "", "/"); // a name in the address would vote again after a reload
+    forget();
+    kept("draft", "");
     rater = "";
     introduce(await reach("/api/session"));
     screen("start");
@@ -435,34 +330,10 @@ function leave() {
   });
 }
 
-function nameWho() {
-  $("who").textContent = `${$("dataset").textContent} · ${rater}`;
-}
-
-function lastName() {
-  try {
-    return localStorage.getItem("rater") ?? "";
-  } catch {
-    return "";
-  }
-}
-
-$("enter").addEventListener("submit", (event) => {
-  event.preventDefault();
-  start($("name").value);
-});
-
 function introduce(session) {
-  document.title = `${session.dataset} · dedpo vote`;
-  $("dataset").textContent = session.dataset;
-  nameWho();
-  $("raters").replaceChildren(...session.raters.map((name) => new Option("", name)));
+  nameDataset(session);
+  nameWho(rater);
   $("so-far").textContent = `${session.pairs} prompts, ${session.votes} rankings so far. Give the same name again to continue.`;
 }
 
-const given = new URLSearchParams(location.search).get("rater");
-$("name").value = given ?? lastName();
-$("name").select();
-await reach("/api/session").then(introduce).catch(explain);
-const known = given?.trim() ? given : kept("rater");
-if (known) start(known);
+await begin({ introduce, explain, start });

@@ -1,11 +1,13 @@
 // The page of `dedpo vote`: shows one pair at a time and sends what the person prefers.
 // Texts from the server are not trusted (prompts come from anywhere): they are only ever set as textContent.
 
-import { figures } from "./figures.js";
-import { $, hideBanner, list, mark, panelOpen, post, reach, Refused, showBanner, watch } from "./link.js";
+import { $, list, post, reach, Refused, requests, showBanner } from "./link.js";
+import {
+  asked, begin, closeDialogs, forget, mark, nameDataset, nameWho, openDialog, painted, panelOpen, pictures, remember, screen, showProgress,
+  showPrompt, showSummary, watch, watchDialogs,
+} from "./screens.js";
 
 const SETTLE_MS = 250; // an answer sooner than this after a pair appears was meant for the pair before it
-const TINY = 128; // images smaller than this keep hard pixels when enlarged
 const KEYS = {
   arrowleft: "left", a: "left", 1: "left", arrowright: "right", d: "right", 2: "right", arrowdown: "tie", t: "tie", " ": "tie",
   s: "skip", u: "undo", backspace: "undo", z: "zoom", "?": "keys",
@@ -21,40 +23,9 @@ let words = LABELS; // what this voting makes
 let state = null; // the server's latest word: progress, item, following, can_undo
 let ready = false; // both images of state.item are on the screen: only then an answer counts
 let broken = false; // its images cannot be shown: it can be skipped
-let busy = false; // a request is on its way
 
-/** One request of the person's at a time; what the server refuses is said. */
-async function act(work) {
-  if (busy) return;
-  busy = true;
-  document.body.toggleAttribute("data-busy", true);
-  try {
-    await work();
-  } catch (error) {
-    await explain(error);
-  } finally {
-    busy = false;
-    document.body.removeAttribute("data-busy");
-  }
-}
-
-async function explain(error) {
-  let text = error.message;
-  if (rater && (error.status === 404 || error.status === 409)) {
-    try {
-      take(await reach(nextPath()));
-      text = `That was not saved: ${text}. Here is where you are now.`;
-    } catch (again) {
-      text = again.message;
-    }
-  }
-  showBanner(text, "Close", hideBanner);
-  if (!(error instanceof Refused)) throw error; // a mistake of this page belongs on the console
-}
-
-const nextPath = () => `/api/next?rater=${encodeURIComponent(rater)}`;
-
-const refresh = () => act(async () => take(await reach(nextPath())));
+const { act, explain, next, refresh, takeBack } = requests({ rater: () => rater, take });
+const { load, loadAgain, forgetAllBut } = pictures((item) => [item.left, item.right]);
 
 // ---- one pair
 
@@ -66,16 +37,11 @@ function take(next, said = "") {
   closeDialogs();
   $("images").replaceChildren(); // the last pair is never under the new prompt
   delete $("images").dataset.ready;
-  const { progress } = state;
-  const done = progress.answered + progress.skipped;
-  $("bar").max = Math.max(progress.total, 1);
-  $("bar").value = done;
-  $("count").textContent = `${done} of ${progress.total}`;
-  $("everyone").textContent = `${words.given} by anyone: ${progress.labelled} of ${progress.pairs}`;
+  showProgress(state.progress, words.given);
   mark(said);
   for (const button of document.querySelectorAll("[data-do=undo]")) button.setAttribute("aria-disabled", !state.can_undo);
   if (state.item) showPair(state);
-  else showEnd(progress);
+  else showEnd(state.progress);
 }
 
 async function showPair(shown) {
@@ -106,48 +72,6 @@ async function showPair(shown) {
   }, SETTLE_MS);
 }
 
-function showPrompt(text) {
-  const prompt = $("prompt");
-  prompt.textContent = text;
-  prompt.scrollTop = 0;
-  const long = prompt.scrollHeight > prompt.clientHeight + 1;
-  prompt.classList.toggle("long", long);
-  prompt.tabIndex = long ? 0 : -1; // so that keys can scroll it
-}
-
-const loading = new Map(); // ticket -> promise of its two decoded images
-
-function load(item) {
-  if (!loading.has(item.ticket)) loading.set(item.ticket, Promise.all([picture(item.left), picture(item.right)]));
-  return loading.get(item.ticket);
-}
-
-/** An image does not say why it failed: ask for the files, which waits for a lost connection, and decode once more. */
-async function loadAgain(item) {
-  for (const url of [item.left, item.right]) await reach(url, {}, (response) => response.blob());
-  loading.delete(item.ticket);
-  return load(item);
-}
-
-function forgetAllBut(...items) {
-  const kept = new Set(items.map((item) => item?.ticket));
-  for (const ticket of loading.keys()) if (!kept.has(ticket)) loading.delete(ticket);
-}
-
-async function picture(url) {
-  const image = new Image();
-  image.src = url;
-  await image.decode();
-  image.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
-  image.classList.toggle("tiny", Math.max(image.naturalWidth, image.naturalHeight) < TINY);
-  return image;
-}
-
-/** Waits until what is in the page has been on the screen; in a hidden tab, until it is looked at. */
-function painted() {
-  return new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));
-}
-
 /** Stacked images have no left and right: the page then says top and bottom. */
 const word = (answer) => (stacked.matches ? { left: "top", right: "bottom" }[answer] : undefined) ?? answer;
 
@@ -165,27 +89,17 @@ function answer(what) {
     const vote = { rater, ticket: state.item.ticket, answer: what, seconds: watch.seconds() };
     mark("");
     const before = state.progress.total;
-    const next = await post("/api/vote", vote);
-    const fewer = next.progress.total < before ? "; others answered some of your pairs, so fewer are left for you" : "";
-    take(next, `saved: ${word(what)}${fewer}`);
+    const after = await post("/api/vote", vote);
+    const fewer = after.progress.total < before ? "; others answered some of your pairs, so fewer are left for you" : "";
+    take(after, `saved: ${word(what)}${fewer}`);
   });
 }
 
 function undo() {
-  if (!state?.can_undo) return;
-  act(async () => {
-    const next = await post("/api/undo", { rater });
-    take(next, next.undone ? "undone" : "nothing to undo");
-  });
+  if (state?.can_undo) takeBack();
 }
 
 // ---- screens and panels
-
-function screen(name) {
-  if (!$(name).hidden) return;
-  for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== name;
-  $(name).focus(); // the focused button may be gone with its screen
-}
 
 function showEnd({ answered, skipped, total, labelled, pairs }) {
   screen("end");
@@ -199,15 +113,6 @@ function showEnd({ answered, skipped, total, labelled, pairs }) {
     `${labelled} of ${pairs} pairs have ${words.one}.`,
     ...(held ? [`Other people are looking at the last ones (${held}).`] : []),
   ]);
-}
-
-function openDialog(dialog) {
-  dialog.showModal();
-  watch.look();
-}
-
-function closeDialogs() {
-  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
 }
 
 function zoom() {
@@ -226,13 +131,7 @@ function save() {
 }
 
 function summary() {
-  act(async () => {
-    const found = await reach("/api/summary");
-    const sentences = document.createElement("ul");
-    list(sentences, found.sentences);
-    $("figures").replaceChildren(sentences, ...figures(found));
-    openDialog($("summary"));
-  });
+  act(async () => showSummary(await reach("/api/summary")));
 }
 
 // ---- the start, and what the person does
@@ -256,30 +155,23 @@ document.addEventListener("keydown", (event) => {
   const focused = event.target.closest("button, input, #prompt");
   if (panelOpen() || focused?.matches("input")) return;
   if (focused && (key === " " || (key === "ArrowDown" && focused.id === "prompt"))) return; // presses the button, scrolls the prompt
-  const undoes = (event.ctrlKey || event.metaKey) && key === "z";
-  if (event.altKey || ((event.ctrlKey || event.metaKey) && !undoes)) return; // the browser's own
-  const place = key > "~" ? event.code.replace("Key", "") : key; // alphabets without these letters: where they stand
-  const what = undoes ? "undo" : KEYS[place.toLowerCase()];
-  const here = !$("vote").hidden || (what === "undo" && !$("end").hidden);
+  const wish = asked(event, KEYS);
+  if (!wish) return;
+  const { what, here } = wish;
   if ((what && here) || (event.repeat && key === "Enter")) event.preventDefault();
   if (what && here && !event.repeat) ACTIONS[what](); // a key held down is one answer
 });
 
-document.addEventListener("visibilitychange", () => watch.look());
 stacked.addEventListener("change", nameSides);
-for (const dialog of document.querySelectorAll("dialog")) {
-  dialog.addEventListener("close", () => {
-    if (dialog.contains($("banner"))) document.body.prepend($("banner"));
-    if (dialog.contains($("images"))) $("prompt").after($("images"));
-    watch.look();
-  });
-}
+watchDialogs((dialog) => {
+  if (dialog.contains($("images"))) $("prompt").after($("images"));
+});
 
 function start(name) {
   act(async () => {
     rater = name.trim();
-    nameWho();
-    take(await reach(nextPath()));
+    nameWho(rater);
+    take(await next());
     remember(rater);
   });
 }
@@ -297,58 +189,13 @@ function leave() {
   });
 }
 
-function nameWho() {
-  $("who").textContent = `${$("dataset").textContent} · ${rater}`;
-}
-
-/** The name last used here; a browser may forbid the storage. */
-function remember(name) {
-  try {
-    if (name) {
-      localStorage.setItem("rater", name);
-      sessionStorage.setItem("rater", name);
-    }
-    return localStorage.getItem("rater") ?? "";
-  } catch {
-    return "";
-  }
-}
-
-/** Who votes in this tab. A reload is the same person; a new tab may be another one, and is asked. */
-function inThisTab() {
-  try {
-    return sessionStorage.getItem("rater") ?? "";
-  } catch {
-    return "";
-  }
-}
-
-function forget() {
-  try {
-    sessionStorage.removeItem("rater");
-  } catch {} // nothing was kept either
-  history.replaceState(null, "", "/"); // a name in the address would vote again after a reload
-}
-
-$("enter").addEventListener("submit", (event) => {
-  event.preventDefault();
-  start($("name").value);
-});
-
 function introduce(session) {
   if (session.blind) words = ANSWERS;
   document.querySelector("[data-do=save]").textContent = `Save ${words.many}`;
-  document.title = `${session.dataset} · dedpo vote`;
-  $("dataset").textContent = session.dataset;
-  nameWho();
-  $("raters").replaceChildren(...session.raters.map((name) => new Option("", name)));
+  nameDataset(session);
+  nameWho(rater);
   $("so-far").textContent = `${session.pairs} pairs, ${session.votes} answers so far. Give the same name again to continue.`;
 }
 
 nameSides();
-const given = new URLSearchParams(location.search).get("rater");
-$("name").value = given ?? remember();
-$("name").select();
-await reach("/api/session").then(introduce).catch(explain);
-const known = given?.trim() ? given : inThisTab();
-if (known) start(known);
+await begin({ introduce, explain, start });
