@@ -22,20 +22,18 @@ from dedpo_diffusion.debias import agreement, wilson_interval
 Node = TypeVar("Node", bound=Hashable)
 
 
-def joined(edges: Iterable[tuple[Node, Node]]) -> dict[Node, Node]:
-    """Of each node that an edge names, the one node that stands for all that hang together with it (union-find)."""
-    parent: dict[Node, Node] = {}
+def joined(edges: Iterable[tuple[Node, Node]]) -> dict[Node, int]:
+    """Of each node that an edge names, the number of the component that it is in: all that hang together have one."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
 
-    def root(node: Node) -> Node:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for first, second in edges:
-        parent[root(second)] = root(first)
-    return {node: root(node) for node in list(parent)}
+    number: dict[Node, int] = {}
+    ends = [(number.setdefault(first, len(number)), number.setdefault(second, len(number))) for first, second in edges]
+    if not ends:
+        return {}
+    graph = coo_matrix((np.ones(len(ends), dtype=bool), np.array(ends).T), shape=(len(number), len(number)))
+    component = connected_components(graph, directed=False)[1].tolist()
+    return {node: component[place] for node, place in number.items()}
 
 
 def components(pairs: Sequence[str], rankings: Sequence[str | None]) -> np.ndarray:
@@ -50,7 +48,7 @@ def components(pairs: Sequence[str], rankings: Sequence[str | None]) -> np.ndarr
     """
     tied = zip(pairs, rankings, strict=True)
     found = joined((("pair", pair), ("pair", pair) if ranking is None else ("ranking", ranking)) for pair, ranking in tied)
-    number: dict[tuple[str, str], int] = {}
+    number: dict[int, int] = {}
     return np.array([number.setdefault(found["pair", pair], len(number)) for pair in pairs], dtype=np.int64)
 
 

@@ -29,7 +29,7 @@ from dedpo_diffusion.dpo.gradient_noise import NoiseRatio, draw_moments, noise_r
 from dedpo_diffusion.dpo.noising import TimestepDraw, draw, step_generator
 from dedpo_diffusion.labels.files import read_targets, targets_path
 from dedpo_diffusion.settings import ObjectiveSettings, TrainSettings
-from dedpo_diffusion.training.visit_gradients import visit_gradient
+from dedpo_diffusion.training.visit_gradients import read_measurement, visit_gradient
 from dedpo_diffusion.weights.run_folder import POWER_FILE
 
 if TYPE_CHECKING:
@@ -325,15 +325,13 @@ def read_noise(out: Path) -> NoiseRatio | None:
     Raises:
         UserError: the file is damaged.
     """
-    file = out / POWER_FILE
-    if not file.is_file():
-        return None
-    try:
-        found = NoiseRatio(**json.loads(file.read_text(encoding="utf-8"))["measured"])
-        if not (found.value >= 1 and math.isfinite(found.value)):
-            raise ValueError(f"a noise ratio of {found.value}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: damaged ({error}); remove it, and it is measured anew") from error
+    return read_measurement(out / POWER_FILE, _noise)
+
+
+def _noise(kept: dict[str, Any]) -> NoiseRatio:
+    found = NoiseRatio(**kept["measured"])
+    if not (found.value >= 1 and math.isfinite(found.value)):
+        raise ValueError(f"a noise ratio of {found.value}")
     return found
 
 

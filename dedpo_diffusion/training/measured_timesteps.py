@@ -6,7 +6,6 @@ they went on is in its checkpoints and in each line of `metrics.jsonl`.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from dedpo_diffusion.dpo.gradient_noise import squared_norm
 from dedpo_diffusion.dpo.noising import TimestepDraw, draw, step_generator
 from dedpo_diffusion.dpo.timestep_moments import TimestepMoments, tenth_ends
 from dedpo_diffusion.settings import TrainSettings
-from dedpo_diffusion.training.visit_gradients import visit_gradient
+from dedpo_diffusion.training.visit_gradients import read_measurement, visit_gradient
 from dedpo_diffusion.weights.run_folder import TIMESTEPS_FILE
 
 if TYPE_CHECKING:
@@ -112,16 +111,13 @@ def read_measured(out: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file is damaged.
     """
-    file = out / TIMESTEPS_FILE
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        for name in NAMES:
-            if not all(math.isfinite(value) and value > 0 for value in found[name]):
-                raise ValueError(f"{name} is {found[name]}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: damaged ({error}); remove it, and it is measured anew") from error
+    return read_measurement(out / TIMESTEPS_FILE, _checked)
+
+
+def _checked(found: dict[str, Any]) -> dict[str, Any]:
+    for name in NAMES:
+        if not all(math.isfinite(value) and value > 0 for value in found[name]):
+            raise ValueError(f"{name} is {found[name]}")
     return found
 
 

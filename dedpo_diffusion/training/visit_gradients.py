@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import StepResult
 from dedpo_diffusion.dpo.gradient_noise import step_gradient
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, step_generator
@@ -19,6 +23,25 @@ if TYPE_CHECKING:
 
 DROPOUT = 1005  # stream of `step_generator` for the adapter's dropout
 LOSS_SCALE = 65536.0  # where float16's begins
+Measured = TypeVar("Measured")
+
+
+def read_measurement(file: Path, parse: Callable[[Any], Measured]) -> Measured | None:
+    """What a run folder keeps of a measurement, None where there is no such file.
+
+    Args:
+        file: JSON.
+        parse: makes of its content what is returned; ValueError, TypeError or KeyError where it holds something else.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return parse(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: damaged ({error}); remove it, and it is measured anew") from error
 
 
 def visit_gradient(

@@ -85,7 +85,7 @@ def find_groups(reader: PairReader) -> tuple[list[Group], list[str]]:
 def group_pairs(pairs: Sequence[Row]) -> list[Group]:
     """Groups of (pair_id, prompt, image 0, image 1); images are equal where their bytes (or digests) are, under one prompt."""
     stands = joined(((prompt, first), (prompt, second)) for _, prompt, first, second in pairs)
-    rows: dict[tuple[str, bytes], list[int]] = {}
+    rows: dict[int, list[int]] = {}
     for row, (_, prompt, first, _) in enumerate(pairs):
         rows.setdefault(stands[prompt, first], []).append(row)
     return [_group(pairs, members) for members in rows.values()]

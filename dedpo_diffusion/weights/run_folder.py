@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -181,7 +180,7 @@ def _clear(folder: Path) -> None:
     """Remove a claim, and what was written before a first step."""
     for path in (folder / name for name in CLAIMED):
         if path.is_dir():
-            shutil.rmtree(path)
+            remove_folder(path)
         else:
             path.unlink(missing_ok=True)
 

@@ -32,9 +32,9 @@ from dedpo_diffusion.core.files import write_json
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
 from dedpo_diffusion.evaluation.benchmarks.record import write_record
 from dedpo_diffusion.evaluation.benchmarks.study import CONFIG
+from dedpo_diffusion.evaluation.benchmarks.study_report import at_best, interval
 from dedpo_diffusion.evaluation.benchmarks.throughput import hardware
 from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
-from dedpo_diffusion.evaluation.comparison.strengths import at_chosen, cross_choose, halves
 
 OFF = {"objective.balance": "none", "objective.timestep_strata": "false", "data.sampling": "uniform"}
 CACHE = {"data.cache": "CACHE"}
@@ -145,6 +145,7 @@ class Point:
 def train_published(settings: RewardSettings, pool: world.Pool, sample: world.Sample, seed: int) -> list[Point]:
     """The published recipe's checkpoints."""
     import torch
+    from torch.utils.data import Subset
 
     from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
     from dedpo_diffusion.models.backbone import Backbone
@@ -154,10 +155,11 @@ def train_published(settings: RewardSettings, pool: world.Pool, sample: world.Sa
     torch.manual_seed(seed)
     with clock.running():
         model, reader = Backbone("shapes", device=torch.device("cpu")), PairReader(pool.folder)
-        examples = Examples(reader, (sample.answer < 0.5).astype(int), model.text.tokenizers, PIXELS, flip=False)
-        chosen = Rows(examples, sample.rows)
+        preferred = np.zeros(len(reader), dtype=int)
+        preferred[sample.rows] = sample.answer < 0.5
+        examples = Subset(Examples(reader, preferred, model.text.tokenizers, PIXELS, flip=False), sample.rows.tolist())
         step = PublishedStep(
-            model, chosen, rank=int(world.LORA["rank"]), batch=settings.batch, beta=settings.beta,  # type: ignore[arg-type]
+            model, examples, rank=int(world.LORA["rank"]), batch=settings.batch, beta=settings.beta,  # type: ignore[arg-type]
             learning_rate=settings.learning_rate, checkpointing=False,
         )  # fmt: skip
         for done in range(1, settings.steps + 1):
@@ -169,21 +171,6 @@ def train_published(settings: RewardSettings, pool: world.Pool, sample: world.Sa
                     kept = {name: value.detach().clone() for name, value in step.unet.named_parameters() if value.requires_grad}
                     points.append(Point(done, clock.seconds, clock.images, kept))
     return points
-
-
-class Rows:
-    """Some rows of a dataset, in this order; what `preferred` holds is by these places."""
-
-    def __init__(self, examples: Any, rows: np.ndarray) -> None:
-        self.examples, self.rows = examples, rows
-        examples.preferred = dict(zip(rows.tolist(), examples.preferred.tolist(), strict=True))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        found: dict[str, Any] = self.examples[int(self.rows[place])]
-        return found
 
 
 def train_ours(settings: RewardSettings, pool: world.Pool, sample: world.Sample, arm: str, seed: int) -> list[Point]:
@@ -220,17 +207,15 @@ def train_ours(settings: RewardSettings, pool: world.Pool, sample: world.Sample,
     return points
 
 
-def judged(verdict: world.Verdict, points: Sequence[Point], strengths: Sequence[float], base: np.ndarray) -> list[dict[str, Any]]:
-    """Of every checkpoint step, seconds, images, and the gain at the best strength."""
-    half, found = halves(np.arange(len(base)), seed=0), []
+def judged(verdict: world.Verdict, points: Sequence[Point], strengths: Sequence[float], base: float) -> list[dict[str, Any]]:
+    """Of every checkpoint step, seconds, images, and the gain over the base's reward at the best strength."""
+    found = []
     for point in points:
-        rewards = []
+        lines = []
         for strength in strengths:
             verdict.load(point.parameters, strength)
-            rewards.append(verdict.rewards())
-        values = np.array(rewards)
-        gain = float((at_chosen(values, cross_choose(values, strengths, half), half) - base).mean())
-        found.append({"step": point.step, "seconds": point.seconds, "images": point.images, "gain": gain})
+            lines.append({"strength": strength, "rewards": verdict.rewards()})
+        found.append({"step": point.step, "seconds": point.seconds, "images": point.images, "gain": at_best(lines) - base})
     return found
 
 
@@ -261,8 +246,7 @@ def ratios(curves: dict[str, dict[int, list[dict[str, Any]]]], arm: str, mark: f
             logs.append(float(np.log(spent["published"] / spent[arm])))
     found: dict[str, Any] = {"seeds": len(logs), "missed": missed[arm], "ratio": float(np.exp(np.mean(logs))) if logs else None, "ci": None}
     if len(logs) > 1:
-        low, high = seed_interval(logs).as_dict()["ci"]
-        found["ci"] = [float(np.exp(low)), float(np.exp(high))]
+        found["ci"] = np.exp(seed_interval(logs).as_dict()["ci"]).tolist()
     return found
 
 
@@ -273,8 +257,7 @@ def summarise(curves: dict[str, dict[int, list[dict[str, Any]]]], marks: Sequenc
         last = [curve[-1] for curve in seeds.values()]
         entry: dict[str, Any] = {"seeds": len(last)}
         for key in ("gain", "seconds", "images"):
-            values = [float(point[key]) for point in last]
-            entry[key] = seed_interval(values).as_dict() if len(values) > 1 else {"mean": values[0], "ci": None}
+            entry[key] = interval([float(point[key]) for point in last])
         for axis in ("seconds", "images") if arm != "published" else ():
             entry[f"published_{axis}_over_its"] = {f"{mark:g}": ratios(curves, arm, mark, axis) for mark in marks}
         found[arm] = entry
@@ -300,7 +283,7 @@ def run(settings: RewardSettings) -> None:
     pool = world.make_pool(settings.work, settings.pool)
     verdict = world.Verdict(settings.prompts, settings.image_seeds)
     verdict.load(None)
-    base = np.array(verdict.rewards())
+    base = float(np.mean(verdict.rewards()))
     seeds = list(range(settings.seeds[0], settings.seeds[1] + 1))
     curves: dict[str, dict[int, list[dict[str, Any]]]] = {arm: {} for arm in settings.arms}
     with Progress("trainings", len(seeds) * len(settings.arms)) as progress:
