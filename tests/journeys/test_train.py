@@ -100,6 +100,7 @@ def test_accumulation_gives_the_same_trajectory(finished, tiny_model, tiny_pairs
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_cached_and_uncached_runs_are_identical(finished, tiny_model, tiny_pairs, tmp_path):
     """Same draws, same encoder: the cache only stores what the live run computes (batched encodes round at 1e-7)."""
     assert train.main(arguments(tiny_model, tiny_pairs, tmp_path / "run", data__cache=tmp_path / "cache")) == 0

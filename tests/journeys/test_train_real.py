@@ -220,6 +220,7 @@ def test_a_whole_unet_trains_resumes_and_exports(folders, pairs, tmp_path, monke
         assert torch.equal(value, trained[name])
 
 
+@pytest.mark.slow
 def test_samples_of_a_single_file_are_those_of_its_folder(folders, tmp_path):
     file = tiny.single_file(folders["sdxl"], tmp_path / "model.safetensors")
     (tmp_path / "prompts.txt").write_text("a large cross\n")

@@ -307,6 +307,7 @@ def test_margins_of_other_objectives_are_said_to_rank_only(trained, tmp_path, ca
     assert (f"{copy}: margins of the objective {kind} need not be log-odds" in capsys.readouterr().out) == (kind != "sigmoid")
 
 
+@pytest.mark.slow
 def test_a_power_that_follows_has_visited_the_pairs_it_started_without(trained, tiny_model, tmp_path):
     """Merged at power 0: a fixed run visits the labelled pairs, one that follows all that the judge labelled; never the fold left out."""
     pairs = write_dataset(tmp_path / "data")

@@ -154,6 +154,7 @@ def test_a_judge_that_cannot_be_taught_keeps_its_temperature_labels():
     assert "so these are the labels of clip with a temperature" in adapt_sentences(found.report)[0]
 
 
+@pytest.mark.slow
 def test_forty_answers_teach(monkeypatch):
     """They rarely prove by a standard error that a group helps; over draws of the answers they help all the same."""
     monkeypatch.setattr(adaptation, "RESAMPLES", 2)  # for intervals that are not looked at

@@ -169,6 +169,7 @@ def test_folds_keep_groups_together_and_are_of_like_size():
 # ---- by simulation
 
 
+@pytest.mark.slow
 def test_merging_cross_fitted_labels_is_unbiased_and_labels_that_saw_themselves_are_not():
     """The mean of weight * target, weighted by a function of the pair, against that with a judge that learned nothing.
 

@@ -230,6 +230,7 @@ def change(folder, part: str, **values) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
+@pytest.mark.slow
 def test_models_of_other_kinds_are_refused_by_name(folders, tmp_path):
     def copied(kind: str):
         folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"

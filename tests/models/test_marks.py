@@ -76,6 +76,7 @@ def test_a_mark_wins_over_the_configuration_and_one_line_says_so(files, tmp_path
         assert pipe.scheduler.config.timestep_spacing == "trailing"  # sampling begins where the schedule ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "metadata", "words"),
     [
@@ -93,6 +94,7 @@ def test_marks_that_do_not_go_together_are_refused_and_the_option_decides(files,
     assert says(load_pipeline(str(file), config=str(files["epsilon"]), prediction="v")) == V
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "expected"), [("epsilon", NOISE), ("v", V), ("v_zero_snr", ZERO)])
 def test_the_option_is_right_for_files_and_folders(files, tmp_path, capsys, option, expected):
     file = marked(files, tmp_path / "m.safetensors", "v_pred", "ztsnr")

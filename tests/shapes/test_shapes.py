@@ -119,6 +119,7 @@ def test_base_model_is_recognisable_and_imperfect():
     assert 0.25 <= cluttered <= 0.75, cluttered
 
 
+@pytest.mark.slow
 def test_judge_is_informative_and_likes_clutter():
     """Right against wrong caption of clean renders: far above chance, far from perfect; and busy beats clean."""
     from dedpo_diffusion.judges.scorers import load_scorer

@@ -297,6 +297,7 @@ def test_other_ways_of_training_measure_too(finished, base, pairs, tmp_path, cha
         assert value == pytest.approx(told(finished)["measured"]["value"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_file_says_which_power_it_was_trained_with(finished, tmp_path, capsys):
     out, kept = tmp_path / "lora.safetensors", told(finished)
     assert export.main([str(finished), "--out", str(out)]) == 0

@@ -59,6 +59,7 @@ def world(base, pairs, out, **objective):
     return settings, model, loader, timestep_draw(settings.objective, len(model.process))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [{"timesteps": (0, 200)}, {"kind": "sft", "timestep_weighting": "min_snr"}])
 def test_the_moments_are_those_of_explicit_gradients(tiny_model, tiny_pairs, tmp_path, objective):
     settings, model, loader, timesteps = given = world(tiny_model, tiny_pairs, tmp_path, timestep_pairs=2, **objective)
@@ -126,6 +127,7 @@ def test_refusals(tiny_model, tiny_pairs, tmp_path, capsys, changes, words):
     assert words in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_measurement_is_named(tiny_model, tiny_pairs, tmp_path, capsys):
     assert train.main(options(tiny_model, tiny_pairs, tmp_path / "run", **MEASURED, optim__steps=1)) == 0
     (tmp_path / "run" / "timesteps.json").write_text('{"gradient": [1.0, NaN], "output": [1.0]}')

@@ -98,6 +98,7 @@ def test_a_power_that_follows_is_logged_moves_and_survives_a_stop(tiny_model, me
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
 
 
+@pytest.mark.slow
 def test_a_power_that_stays_equals_the_fixed_one(tiny_model, merged_pairs, tmp_path, monkeypatch):
     from dedpo_diffusion.dpo.adaptive_power import AdaptivePower
 

@@ -79,6 +79,7 @@ def settings(tmp_path):
     return ThroughputSettings(out=tmp_path / "found.json", pairs=4, dataset=4, rounds=2, warmup=0, threads=1)
 
 
+@pytest.mark.slow
 def test_arithmetic_of_the_arms(tiny_model, tmp_path):
     """What an arm leaves out is exactly what its arithmetic lacks."""
     from torch.utils.flop_counter import FlopCounterMode

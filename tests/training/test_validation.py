@@ -93,6 +93,7 @@ def test_training_does_not_feel_validation(whole, tiny_model, tiny_pairs, tmp_pa
     assert not (tmp_path / "run" / "validation.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "step", "kept", "told"),
     [

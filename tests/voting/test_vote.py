@@ -91,6 +91,7 @@ def test_two_people_label_everything_at_once(tmp_path):
     assert set(votes.extra["seconds"]) == {0.25} and all(time.endswith("+00:00") for time in votes.extra["time"])
 
 
+@pytest.mark.slow
 def test_a_restart_goes_on_where_it_stopped_and_exports_add_up(tmp_path, capsys):
     folder, expected = make_pairs(tmp_path / "data"), None
     for number, before, votes in ((signal.SIGINT, 0, 3), (signal.SIGTERM, 3, 5)):
