@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +41,16 @@ OF_THE_WHOLE = {"test_house.py", "test_habits.py"}  # tests of the whole reposit
 JUDGES_NEVER_IMPORT = {"training", "dpo", "debias"}
 
 
+def tree_of(file: Path) -> ast.Module:
+    """A file's syntax tree, which several rules look at."""
+    return parsed(file.read_text(encoding="utf-8"))
+
+
+@cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def modules(root: Path) -> dict[str, Path]:
     """Every module of the project by its whole name."""
     found = {}
@@ -57,7 +68,7 @@ def room(module: str) -> str | None:
 
 def imported(file: Path, known: dict[str, Path], *, types: bool = True) -> set[str]:
     """The project's modules that a file imports anywhere; `types` counts what is imported for type checkers alone."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = tree_of(file)
     for_types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     left_out = set() if types else {id(part) for node in for_types for part in ast.walk(node)}
     names: set[str] = set()
@@ -77,7 +88,7 @@ def imported(file: Path, known: dict[str, Path], *, types: bool = True) -> set[s
 def relative_imports(root: Path) -> Iterator[str]:
     """Imports by half a name, which the other rules would not see."""
     for module, file in modules(root).items():
-        if any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
+        if any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree_of(file))):
             yield f"{module} imports by a relative name"
 
 
@@ -124,7 +135,7 @@ def long_files(root: Path) -> Iterator[str]:
             text = file.read_text(encoding="utf-8")
             if text.count("\n") > MOST_LINES:
                 yield f"{file} has {text.count(chr(10))} lines"
-            for node in ast.walk(ast.parse(text)):
+            for node in ast.walk(tree_of(file)):
                 if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= MOST_LINES_OF_A_FUNCTION:
                     yield f"{file}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
 
@@ -136,7 +147,7 @@ def silent_rooms(root: Path) -> Iterator[str]:
         module = f"dedpo_diffusion.{name}"
         if module not in known:
             continue
-        words = " ".join((ast.get_docstring(ast.parse(known[module].read_text(encoding="utf-8"))) or "").split())
+        words = " ".join((ast.get_docstring(tree_of(known[module])) or "").split())
         said = re.match(r"\S.+? Public: (.+?)\. May import: (.+?)\.(?: |$)", words)
         if said is None:
             yield f"{module}: its docstring lacks what it is for, 'Public: ...' or 'May import: ...'"
@@ -184,7 +195,7 @@ def accelerate_elsewhere(root: Path) -> Iterator[str]:
 def undocumented(root: Path) -> Iterator[str]:
     """Public functions and classes without a docstring."""
     for module, file in modules(root).items():
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for node in tree_of(file).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
                 yield f"{module}.{node.name}"
 

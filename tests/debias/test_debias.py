@@ -246,6 +246,7 @@ def test_effective_labels_tell_the_gradients_true_variance():
     assert worth["ci"][0] < worth["value"] < worth["ci"][1]
 
 
+@pytest.mark.slow
 def test_the_interval_of_effective_labels_covers():
     """95 % nominal; 120 samples of 100 labels: within 4 binomial errors of 95 %, and neither empty nor endless."""
     rng = np.random.default_rng(6)

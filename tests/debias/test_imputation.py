@@ -104,6 +104,7 @@ def test_swapped_images_flip_targets_and_leave_the_correction():
     np.testing.assert_allclose(other.target, np.where(turn, 1 - one.target, one.target), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_systematic_error_is_corrected_and_none_is_not():
     """Over draws: without an error the factor is mostly small; with one along a known feature it is near 1; unseen features find less."""
     found = {}
@@ -138,6 +139,7 @@ def test_no_target_is_stretched_beyond_the_bound_unless_asked():
     assert any("held back" in text for text in held.report["sentences"])
 
 
+@pytest.mark.slow
 def test_c_1_is_unbiased_for_a_judge_that_errs():
     """Over labellings, the mean target of a pair is its eta whatever p, as DeDPO's; imputation keeps the map's error."""
     n, rng = 40, np.random.default_rng(5)

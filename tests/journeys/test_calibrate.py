@@ -99,6 +99,7 @@ def test_without_names_all_judges_with_raw_scores_are_taken(folder, capsys):
     assert [path.stem for path in run(CalibrateSettings(folder))] == ["clip-temperature", "vlm-temperature"]  # not of calibrated ones
 
 
+@pytest.mark.slow
 def test_other_human_labels_make_other_labels_in_its_own_file_alone(folder, capsys):
     assert main([str(folder), "--judges", "clip"]) == 0
     before = read_labels(folder, "clip-temperature")
@@ -162,6 +163,7 @@ def test_stored_propensities_reach_the_fit(folder, capsys):
     assert "calibrated on human, weighted by" in " ".join(printed.split())
 
 
+@pytest.mark.slow
 def test_a_judge_below_half_is_told_and_turned_round_only_on_request(folder, capsys):
     write_judge(folder, "contrary", -DIFFERENCES[:, 0])
     assert main([str(folder), "--judges", "contrary"]) == 0

@@ -244,6 +244,7 @@ def contents(out):
     return list(PairReader(out).iter_pairs()), labels.pair_id, labels.label_0.tolist(), counts_of(out)
 
 
+@pytest.mark.slow
 def test_a_killed_import_goes_on_and_ends_like_an_uninterrupted_one(tmp_path):
     source = save(tmp_path / "train.parquet", [row(i, float(i % 2), jpg_0=jpeg(5 * i, 256), jpg_1=jpeg(250 - i, 256)) for i in range(50)])
     options = ["--shard_pairs", "5", "--workers", "1"]

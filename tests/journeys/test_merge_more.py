@@ -210,6 +210,7 @@ def test_the_curve_starts_at_the_worth_of_the_report(made):
         assert merged(made, method, "--judge", "clip", "--method", method)[1]["curve"] is None
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn_and_an_older_one_does_not_outlive_its_targets(made):
     picture = made / "targets" / "drawn.png"
     assert main([str(made), "--name", "drawn", "--judges", "clip,vlm"]) == 0

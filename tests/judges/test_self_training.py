@@ -265,6 +265,7 @@ def test_several_policies_are_pooled_to_the_mean_of_their_probabilities():
     assert pool(np.array([[[900.0, -900.0]], [[900.0, -900.0]]]), np.ones((2, 1), dtype=bool), 1.0).tolist() == [[900.0, -900.0]]
 
 
+@pytest.mark.slow
 def test_a_persons_answer_reaches_neither_the_policy_that_judges_it_nor_its_label(trained, tiny_model, tmp_path):
     """Change the answers to all pairs of fold 0: that fold's targets stay byte for byte, so does its policy, so do their labels."""
     pairs, runs = trained

@@ -130,6 +130,7 @@ def test_pairs_of_one_prompt_share_their_fold(taught):
 # ---- never worse than temperature by a standard error of its own cross-validation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_features_that_say_nothing_change_little(seed):
     scores, others, human, prompts, _ = world(seed, clutter=0.75)  # people mind detail just as the judge does

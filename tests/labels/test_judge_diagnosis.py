@@ -135,6 +135,7 @@ def test_what_only_goes_along_is_marked(shapes):
     assert report["leans"][1]["follows"] == "brightness" and "Along with it go glow" in report["sentences"][1]
 
 
+@pytest.mark.slow
 def test_a_judge_like_people_is_rarely_accused(shapes):
     """The chance of any accusation is 5 % by Holm: more than 2 of 20 have a probability of 8 %, more than 16 of 200 one of 2 %."""
     rng = np.random.default_rng(11)
@@ -191,6 +192,7 @@ def test_a_calibrated_judge_has_hardly_any_calibration_error():
     assert bold["calibration_error"]["value"] > 0.1 and "over-confident" in " ".join(bold["sentences"])
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_calibration_error_holds_its_value_and_rarely_accuses_a_calibrated_judge():
     """An accusation has a chance of 2 to 3 %: more than 6 of 60 have one below 1 %."""
     accused = 0

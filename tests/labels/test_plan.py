@@ -58,6 +58,7 @@ def test_report_curve_and_plan_agree_whatever_the_rule_and_judges(rule, judges):
     assert curve["value"][-1] == pytest.approx(1000)
 
 
+@pytest.mark.slow
 def test_judges_that_know_nothing_are_worth_nothing_to_the_plan_either():
     """6 coins, 40 labels: fitted to the same labels they look worth 43; report and plan tell about 40."""
     worths = []

@@ -122,7 +122,7 @@ DORA = [("sdxl", True), *(pytest.param(kind, True, marks=pytest.mark.slow) for k
 
 
 @pytest.mark.parametrize(("kind", "dora"), [("sd15", False), pytest.param("sd21", False, marks=pytest.mark.slow), ("sdxl", False), *DORA])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_policy_and_reference_agree_until_the_adapter_moves_and_the_reference_never_does(folders, kind, dora, dtype):
     plain, model = (Backbone(str(folders[kind]), device=CPU, dtype=dtype) for _ in range(2))
     model.add_lora(rank=2, alpha=4, dora=dora)
@@ -213,6 +213,7 @@ def test_v_prediction_and_epsilon_agree_through_the_errors(folders):
     torch.testing.assert_close(error_eps, alpha[:, :, 0, 0, 0] ** 2 * error_v, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_weights_under_another_configuration_are_another_model(folders, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folders["sd15"], other)

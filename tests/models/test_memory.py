@@ -130,6 +130,7 @@ def small_on(limit: int):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("most", "count", "limit"), [(8, 20, 3), (8, 8, 1), (6, 13, 6), (5, 1, 1), (64, 7, 2), (4, 0, 1)])
 def test_halves_give_every_item_once_and_in_order(most, count, limit, capsys):
     """Rows are computed each by itself, to rounding: tolerance of float32 sums of six products."""

@@ -93,6 +93,7 @@ def test_every_adapted_layer_of_the_encoders_gets_a_gradient(model):
             assert value.grad is not None and value.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 def test_dropout_reaches_the_policy_alone(folders):
     """Neither the reference, with or without an adapter to begin with, nor what is validated."""
     model = Backbone(str(folders["sdxl"]), device=torch.device("cpu"))

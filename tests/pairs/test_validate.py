@@ -449,6 +449,7 @@ def test_tasks_are_small_and_cover_every_row_group(tmp_path):
     assert tasks(path) == [[0]]
 
 
+@pytest.mark.slow
 def test_no_more_than_a_few_images_are_in_memory(tmp_path):
     """Images of 64 MB in all are looked at with a quarter of that, in one row group."""
     images = [saved(Image.effect_noise((640, 640), 60 + k % 7)) for k in range(8)]

@@ -68,6 +68,7 @@ def test_each_strength_is_what_is_sampled_by_itself(tiny_model, prompts, tmp_pat
     assert min(np.abs(shown[0] - shown[1]).max(), np.abs(shown[1] - shown[2]).max()) > 10
 
 
+@pytest.mark.slow
 def test_prompts_are_encoded_once_unless_the_lora_changes_the_encoder(tiny_model, prompts, tmp_path, monkeypatch):
     """Two batches, each with its negative prompts; three strengths."""
     counts, real = [], sampling.load_sampler

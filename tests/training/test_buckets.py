@@ -186,6 +186,7 @@ def test_train_says_how_many_images_it_crops(folders, mixed, tmp_path, capsys, c
     assert capsys.readouterr().out.count(words) == 1
 
 
+@pytest.mark.slow
 def test_of_many_pairs_without_a_cache_the_first_are_looked_at(folders, mixed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(setup, "LOOKED_AT", 6)
     assert train.main(arguments(folders["sdxl"], mixed, tmp_path / "run", **SHORT | {"optim__steps": 1})) == 0

@@ -110,6 +110,7 @@ def test_answers_of_two_people_are_what_the_vote_file_holds(two, capsys):
     assert f"wombat wins {np.mean(judged):.1%} (95 %: " in told and f"of {len(judged)} pairs of 12 prompts" in told
 
 
+@pytest.mark.slow
 def test_a_killed_server_loses_nothing_and_other_images_are_refused(two, capsys):
     base, arm = two
     options = ("--repeats", "0")

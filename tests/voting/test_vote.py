@@ -58,6 +58,7 @@ def label_everything(url, rater):
     return pressed
 
 
+@pytest.mark.slow
 def test_two_people_label_everything_at_once(tmp_path):
     folder = make_pairs(tmp_path / "data")
     write_labels(folder, "clip", Labels([f"p{k}" for k in range(PAIRS)], np.linspace(0, 1, PAIRS)))
