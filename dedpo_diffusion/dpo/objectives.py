@@ -9,6 +9,7 @@ forward pass is held fixed in the gradient; each function says what.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from dedpo_diffusion.core import plugins
 from dedpo_diffusion.dpo.losses import implicit_rewards, margin, preference_loss
+
+LINEAR_SLOPE = 0.4  # of Linear-DPO's line: 0.2 beta of its code, in this convention
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,38 @@ def _softplus(values: Tensor) -> Tensor:
     return -F.logsigmoid(-values)
 
 
-def sigmoid(p: Pairs) -> Tensor:
-    """Diffusion-DPO: the cross-entropy of sigmoid(m) against t. Wallace et al., arXiv 2311.12908, eq. 14."""
-    return preference_loss(p.margin, p.target, margin_cap=p.margin_cap)
+def sigmoid(p: Pairs, *, stop: float) -> Tensor:
+    """Diffusion-DPO: the cross-entropy of sigmoid(m) against t. Wallace et al., arXiv 2311.12908, eq. 14.
+
+    `stop` is the margin beyond which a preferred image pulls no further: a hard label's loss is that at the margin clip(m, -inf, stop).
+    """
+    _require(stop > 0, f"stop must be positive; got {stop}")
+    if stop == math.inf:
+        return preference_loss(p.margin, p.target, margin_cap=p.margin_cap)
+    return _bent(p, _softplus(-p.margin.clamp(max=stop)), _softplus(p.margin.clamp(min=-stop)))
+
+
+def linear(p: Pairs, *, eta: float) -> Tensor:
+    """Linear-DPO: the slope in m is clip(1/2 + 0.4 m, eta, 1 - eta) - t, in place of sigmoid(m) - t. Li et al., arXiv 2605.21123.
+
+    Its EMA reference is not part of it here.
+    """
+    _require(0 <= eta < 0.5, f"eta must be in [0, 0.5); got {eta}")
+    edge = (0.5 - eta) / LINEAR_SLOPE
+    inner, outer = p.margin.clamp(-edge, edge), p.margin.abs() - edge
+    rise = 0.5 * inner + 0.5 * LINEAR_SLOPE * inner.square()  # the integral of the clipped line, from margin 0
+    rise = rise + outer.clamp(min=0) * (0.5 * p.margin.sign() + 0.5 - eta)  # 1 - eta above, -eta below
+    return _bent(p, rise - p.margin, rise)
+
+
+def _bent(p: Pairs, if_0: Tensor, if_1: Tensor) -> Tensor:
+    """`Pairs.mix`, with the part that a target has outside [0, 1] bent as `losses.preference_loss` does if a cap is given."""
+    if p.margin_cap is None:
+        return p.mix(if_0, if_1)
+    _require(p.margin_cap > 0, f"margin_cap must be positive; got {p.margin_cap}")
+    inside = p.target.clamp(0, 1)
+    beyond = p.margin_cap * torch.tanh((if_0 - if_1) / p.margin_cap)
+    return inside * if_0 + (1 - inside) * if_1 + (p.target - inside) * beyond
 
 
 def ipo(p: Pairs) -> Tensor:
@@ -141,9 +173,16 @@ def sft(p: Pairs) -> Tensor:
 # ---- where they stop: the margin at which the loss of a pair is least, from targets (n,); +-inf where more is always better
 
 
-def _logit(target: Tensor) -> Tensor:
-    """Of the sigmoid loss: sigmoid(m) = t. Outside [0, 1] nothing stops it, `margin_cap` or not."""
-    return torch.logit(target.clamp(0, 1))
+def _logit(target: Tensor, *, stop: float = math.inf) -> Tensor:
+    """Of the sigmoid loss: sigmoid(m) = t, at most `stop`. Outside [0, 1] nothing stops it, `margin_cap` or not."""
+    margins = torch.logit(target.clamp(0, 1))
+    return torch.where((target >= 0) & (target <= 1), margins.clamp(-stop, stop), margins)
+
+
+def _line(target: Tensor, *, eta: float) -> Tensor:
+    """Of the linear loss, whose slope is flat beyond its edges: 1/2 + 0.4 m = t."""
+    margins = (target - 0.5) / LINEAR_SLOPE
+    return torch.where((target >= eta) & (target <= 1 - eta), margins, margins.sign() * math.inf)
 
 
 def _smoothed(target: Tensor, *, flips: float) -> Tensor:
@@ -181,7 +220,8 @@ class Objective:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "sigmoid": Objective(sigmoid, stop=_logit),
+    "sigmoid": Objective(sigmoid, options={"stop": math.inf}, stop=_logit),
+    "linear": Objective(linear, options={"eta": 0.0}, stop=_line),
     "ipo": Objective(ipo, stop=_centred),
     "cdpo": Objective(cdpo, options={"flips": 0.1}, stop=_smoothed),
     "dr_dpo": Objective(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from dedpo_diffusion.core.defaults import DEFAULT_METHOD
 
-Kind = Literal["sigmoid", "ipo", "cdpo", "dr_dpo", "kto", "mapo", "sft"]
+Kind = Literal["sigmoid", "linear", "ipo", "cdpo", "dr_dpo", "kto", "mapo", "sft"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 
 

@@ -166,7 +166,7 @@ def check_measurable(objective: ObjectiveSettings) -> None:
     if not (kind.affine and kind.balanced) or "batch" in kind.needs:
         raise UserError(
             f"objective.power=measured is derived for losses of the margin that are affine in the label, which objective.kind="
-            f"{objective.kind} is not; take sigmoid, ipo or cdpo, or leave objective.power at fixed"
+            f"{objective.kind} is not; take sigmoid, linear, ipo or cdpo, or leave objective.power at fixed"
         )
     if objective.power_pairs < LEAST_PAIRS:
         raise UserError(f"objective.power_pairs is {objective.power_pairs}; a noise ratio needs at least {LEAST_PAIRS} pairs")

@@ -322,9 +322,10 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         raise UserError("weights=full trains no adapter; leave the options of lora out")
     if optim.average is not None and not 0 <= optim.average < 1:
         raise UserError(f"optim.average is {optim.average}; give a decay in [0, 1), or null for no moving average")
-    if objective.power == "adaptive" and objective.kind != "sigmoid":
+    if objective.power == "adaptive" and (objective.kind != "sigmoid" or objective.options):
+        given = f"{objective.kind} with options" if objective.options else objective.kind
         raise UserError(
-            f"objective.power=adaptive is derived for the gradient of objective.kind=sigmoid, not of {objective.kind}; "
+            f"objective.power=adaptive is derived for the gradient of objective.kind=sigmoid without options, not of {given}; "
             "leave it at fixed, which keeps the power of the merge"
         )
     if not balanced and objective.balance not in (None, "none"):

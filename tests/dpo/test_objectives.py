@@ -201,7 +201,7 @@ def test_at_the_reference_the_winner_improves(kind):
     assert (loser == signs[1]).all()
 
 
-LIMITS = {"cdpo": {"flips": 0.0}, "dr_dpo": {"temperature": 1e7}}
+LIMITS = {"sigmoid": {"stop": 1e4}, "cdpo": {"flips": 0.0}, "dr_dpo": {"temperature": 1e7}}
 
 
 @pytest.mark.parametrize("kind", list(LIMITS))
@@ -219,6 +219,30 @@ def test_sigmoid_is_the_weighted_preference_loss():
     p = pairs(13)
     m = margin(implicit_rewards(p["policy"], p["reference"], beta=BETA))
     assert torch.equal(loss("sigmoid", p, cap=5.0), p["weight"] * preference_loss(m, p["target"], margin_cap=5.0))
+
+
+def slope(kind: str, m: float, target: float, **options: float) -> float:
+    """dL/dm of a pair of weight 1: beta 2, the reference and image 1 at error 10, so that it is -dL/de of image 0."""
+    policy = torch.tensor([[10 - m, 10.0]], dtype=torch.float64, requires_grad=True)
+    one, reference = torch.ones(1, dtype=torch.float64), torch.full((1, 2), 10.0, dtype=torch.float64)
+    value = objective_loss(policy, reference, target * one, one, kind=kind, beta=2.0, options=options)
+    return -torch.autograd.grad(value.sum(), policy)[0][0, 0].item()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.1])
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0, 1.4])
+def test_the_slope_of_linear_is_the_clipped_line(eta, target):
+    for m in (-5.0, -1.2, -0.3, 0.0, 0.7, 1.3, 40.0):
+        assert slope("linear", m, target, eta=eta) == pytest.approx(min(max(0.5 + 0.4 * m, eta), 1 - eta) - target, abs=1e-12)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0, 1.4])
+def test_a_stop_changes_nothing_before_it_and_ends_the_pull_of_a_preferred_image_there(target):
+    for m in (-1.9, -0.3, 0.0, 1.9):
+        assert slope("sigmoid", m, target, stop=2.0) == pytest.approx(slope("sigmoid", m, target), abs=1e-12)
+    for m in (2.1, 30.0):
+        assert slope("sigmoid", m, target, stop=2.0) == pytest.approx((1 - target) / (1 + math.exp(-m)), abs=1e-12)
+        assert slope("sigmoid", -m, 1 - target, stop=2.0) == pytest.approx((target - 1) / (1 + math.exp(-m)), abs=1e-12)
 
 
 def test_dr_dpo_is_the_aggregate_in_value_and_gradient():
@@ -240,6 +264,10 @@ def test_ipo_is_least_at_the_label_less_one_half():
 
 KNOWN = [
     (("sigmoid", (0.5, -0.5), 0.25, {}), 1.063262),
+    (("sigmoid", (1.5, -1.5), 1.0, {"stop": 2.0}), 0.126928),
+    (("linear", (0.5, -0.5), 0.25, {}), 0.45),
+    (("linear", (1.5, -1.5), 1.0, {}), -0.3125),
+    (("linear", (1.5, -1.5), 1.0, {"eta": 0.1}), -0.5),
     (("ipo", (0.5, -0.5), 0.25, {}), 1.75),
     (("cdpo", (0.5, -0.5), 1.0, {"flips": 0.25}), 0.563262),
     (("dr_dpo", (0.5, -0.5), 0.25, {"temperature": 2.0}), 1.063262),
@@ -252,7 +280,10 @@ KNOWN = [
 def test_known_value(case, value):
     """beta 2 and r = 10, so R = 10 - e. softplus(1) = 1.313262, softplus(-1) = 0.313262, sigmoid(-1) = 0.268941.
 
-    sigmoid: m = 1: 1.313262 - 0.25. ipo: 0.25 * 0.5^2 + 0.75 * 1.5^2 = 1.75.
+    sigmoid: m = 1: 1.313262 - 0.25; m = 3 with stop 2: softplus(-2) = 0.126928.
+    linear: m = 1: 0.5 + 0.2 - 0.25. m = 3, eta 0: 0.625 + 0.3125 up to the edge 1.25, + 1.75, - 3.
+    eta 0.1: 0.5 + 0.2 up to the edge 1, + 2 * 0.9, - 3 = -0.5.
+    ipo: 0.25 * 0.5^2 + 0.75 * 1.5^2 = 1.75.
     cdpo: t' = 0.75: 1.313262 - 0.75. dr_dpo of one pair: that pair.
     kto: Q = max(0, -0.25) = 0: 0.5 (sigmoid(-0.5) + 2 sigmoid(-1)) = 0.5 (0.377541 + 0.537883) = 0.457712.
     sft: 0.25 * 9.5 + 0.75 * 10.5.
@@ -342,7 +373,7 @@ V = torch.ones(3)
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: objective_loss(E2, E2, V, V, kind="dpo", beta=1.0), "unknown objective 'dpo'; known: sigmoid, ipo"),
+        (lambda: objective_loss(E2, E2, V, V, kind="dpo", beta=1.0), "unknown objective 'dpo'; known: sigmoid, linear"),
         (lambda: objective_loss(E2, E2, V, V, kind="cdpo", beta=1.0, options={"eps": 0.1}), "no option 'eps'; its options: flips"),
         (lambda: objective_loss(E2, E2, V, V, kind="ipo", beta=1.0, options={"eps": 0.1}), "its options: none"),
         (lambda: objective_loss(E2, None, V, V, kind="ipo", beta=1.0), "needs the reference errors"),
@@ -362,6 +393,7 @@ def test_bad_arguments(call, words):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
+        ("sigmoid", {"stop": 0.0}), ("linear", {"eta": 0.5}),
         ("cdpo", {"flips": 0.6}), ("dr_dpo", {"temperature": 0.0}), ("kto", {"undesirable": -1.0}), ("mapo", {"snr": 0.0}),
     ],
 )  # fmt: skip

@@ -26,7 +26,7 @@ def loss_at(gap: float, target: float, kind: str, beta: float = BETA, cap: float
 
 
 def test_only_objectives_of_the_margin_alone_have_a_stop():
-    assert STOPPING == ["sigmoid", "ipo", "cdpo", "dr_dpo"]
+    assert STOPPING == ["sigmoid", "linear", "ipo", "cdpo", "dr_dpo"]
     assert all(stopping_margins(SOFT, kind=kind) is None and sharpness(SOFT, SOFT, kind=kind) is None for kind in ("kto", "mapo", "sft"))
 
 
