@@ -84,7 +84,7 @@ def merge(settings: MergeSettings, answers: Answers, what: str) -> Merged:
     options |= {"seed": settings.seed, "propensity": answers.propensity}
     options |= {"rule": settings.rule, "judges": answers.names or None}
     options |= {"correction": settings.correction, "features": answers.features, "rater_agreement": settings.rater_agreement}
-    options |= {"visits": settings.visits, "noise_ratio": settings.noise_ratio}
+    options |= {"visits": settings.visits, "noise_ratio": settings.noise_ratio, "clusters": answers.clusters}
     try:
         return merge_labels(answers.human, judges, **options)
     except ValueError as error:

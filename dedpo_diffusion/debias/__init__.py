@@ -18,6 +18,7 @@ unbiased up to terms of order 1 / labels. Several judges have one power each.
     compute.py     the power and the worth of the labels in a run of finite length
     powers.py      the powers that make the gradient's variance at margin 0 least
     tuning.py      the powers of a rule, of all pairs or of each fold
+    clusters.py    labels that depend on each other, such as those of one ranking
     worth.py       agreement, bias, effective human labels, with intervals
     report.py      the report and its sentences
     propensity.py  probabilities of being labelled, estimated
@@ -28,6 +29,7 @@ May import: core.
 
 from __future__ import annotations
 
+from dedpo_diffusion.debias.clusters import cluster_sums, effective_number
 from dedpo_diffusion.debias.coefficients import METHODS, RULES, inverse_propensity, mix_judges, pair_targets, pair_weights
 from dedpo_diffusion.debias.compute import Run, best_scale, hard_power, run_report, run_terms
 from dedpo_diffusion.debias.estimate import Estimate, estimate
@@ -64,6 +66,8 @@ __all__ = [
     "best_powers",
     "best_scale",
     "bootstrap_sums",
+    "cluster_sums",
+    "effective_number",
     "estimate",
     "estimate_propensity",
     "even_confidence",

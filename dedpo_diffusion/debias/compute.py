@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.debias.clusters import cluster_sums
 from dedpo_diffusion.debias.powers import judge_moments
 from dedpo_diffusion.debias.worth import bootstrap_sums
 
@@ -106,7 +107,7 @@ def hard_power(accuracy: float, share: float, labels: int, run: Run) -> float:
     return max(0.0, (2 * accuracy - 1) - 2 * rho * wrong) / (1 + 4 * rho * (1 - share) * wrong**2)
 
 
-def run_worth(terms: Terms, scale: float, run: Run, seed: int) -> dict[str, Any]:
+def run_worth(terms: Terms, scale: float, run: Run, seed: int, clusters: np.ndarray | None = None) -> dict[str, Any]:
     """How many human labels, taken at random and trained on alone in the same run, have the same variance: {value, ci, n_human}.
 
     n labels alone have J = s / n + (kappa - 1) / (S B) m^2, with s the mean of rho_z^2 and m that of |z - 1/2|.
@@ -124,15 +125,18 @@ def run_worth(terms: Terms, scale: float, run: Run, seed: int) -> dict[str, Any]
     value = float(worth(columns.sum(axis=0)))
     if not (math.isfinite(value) and value > 0):
         return {"value": None, "ci": None, "n_human": n}
-    drawn = worth(bootstrap_sums(columns, np.random.default_rng((seed, 3)))) if n > 1 else np.empty(0)
+    resampled = cluster_sums(columns, clusters)
+    drawn = worth(bootstrap_sums(resampled, np.random.default_rng((seed, 3)))) if len(resampled) > 1 else np.empty(0)
     known = drawn[np.isfinite(drawn)]
     return {"value": value, "ci": np.quantile(known, [0.025, 0.975]).tolist() if len(known) else None, "n_human": n}
 
 
-def run_report(terms: Terms, scale: float, run: Run, endless_power: float, seed: int) -> dict[str, Any]:
+def run_report(
+    terms: Terms, scale: float, run: Run, endless_power: float, seed: int, clusters: np.ndarray | None = None
+) -> dict[str, Any]:  # fmt: skip
     """What the report says of the run: its numbers, the power of endless training, and what the labels are worth in both."""
     return {
         "visits": run.visits, "noise_ratio": run.noise_ratio, "endless_power": endless_power, "scale": scale,
-        "effective_human_labels": run_worth(terms, scale, run, seed),
-        "endless": run_worth(terms, 1.0, Run(run.visits, 1.0), seed),
+        "effective_human_labels": run_worth(terms, scale, run, seed, clusters),
+        "endless": run_worth(terms, 1.0, Run(run.visits, 1.0), seed, clusters),
     }  # fmt: skip

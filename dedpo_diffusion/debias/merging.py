@@ -60,6 +60,7 @@ def merge_labels(
     rater_agreement: float | None = None,
     visits: float | None = None,
     noise_ratio: float | None = None,
+    clusters: Any = None,
 ) -> Merged:
     """Merge human and judge labels into a target and a weight per pair.
 
@@ -88,13 +89,16 @@ def merge_labels(
             as its noise allows.
         visits, noise_ratio: of `tuned` and `dedpo`: optimizer steps times pairs of a step, and the mean squared gradient of a
             visit over that of a pair. `tuned` takes the power that is best in a run of this length (`compute`).
+        clusters: (N,) numbers of human labels that depend on each other, such as the comparisons of one ranking; below 0 is a label of
+            its own, None means that all are. Intervals, standard errors and folds count clusters; targets are the same.
 
     Returns:
         Merged. The report holds counts (`n`, `n_human`, `n_ties`), `labelled_share`, `agreement`, `power`, `power_raw`,
         `power_se`, `power_cap` (the least of the folds'), `capped_share` (of the pairs whose power it holds down),
         `overshoot`, `share_outside`, `max_abs_offset` (the largest |target - 0.5|), `judge_bias` (mean of g - z),
         `effective_human_labels`, the same at power 1, `rule`, `folds` (of cross-fitting), `judges` (the figures of each, by name),
-        `sentences`, `mean_abs_offset` (how sharp the targets are: the mean of |target - 0.5| by weight),
+        `clusters` (of labels that depend on each other), `sentences`, `mean_abs_offset` (how sharp the targets are: the mean
+        of |target - 0.5| by weight),
         `labelled_weight` (labelled pairs' share of the weight), `correction` (of `adapted`: c, the factor wanted,
         |B|^2, V, ...) and `run` (of `visits`); None stands where a number does not exist. Of
         several judges, agreement and bias are those of the mixed label and powers those of all together. Agreement and bias are
@@ -112,7 +116,7 @@ def merge_labels(
     """
     options: dict[str, Any] = {"method": method, "power": power, "propensity": propensity, "max_overshoot": max_overshoot, "seed": seed}
     options |= {"correction": correction, "features": features, "rater_agreement": rater_agreement}
-    options |= {"visits": visits, "noise_ratio": noise_ratio}
+    options |= {"visits": visits, "noise_ratio": noise_ratio, "clusters": clusters}
     made = estimate(human, synthetic, **options, rule=rule, judges=judges, folds=folds)
     basis = make_basis(made, seed)
     report = make_report(made, basis, seed)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dedpo_diffusion.debias.clusters import cluster_sums
+
 MAX_JUDGES = 8  # every subset of the judges is tried
 ALIKE = 1e-10  # judges that differ by less, relatively, are one
 
@@ -105,24 +107,28 @@ def _solve(square: np.ndarray, cross: np.ndarray) -> np.ndarray:
     return cross / square[0] if len(cross) == 1 else np.linalg.lstsq(square, cross, rcond=ALIKE)[0]
 
 
-def _covariance(z: np.ndarray, g: np.ndarray, factor: np.ndarray, cross: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """Covariance (K, K) of the unconstrained powers by the delta method, NaN for fewer than 2 labels."""
-    n = len(z)
-    if n < 2:
-        return np.full(square.shape, np.nan)
+def _covariance(
+    z: np.ndarray, g: np.ndarray, factor: np.ndarray, cross: np.ndarray, square: np.ndarray, clusters: np.ndarray | None
+) -> np.ndarray:
+    """Covariance (K, K) of the unconstrained powers by the delta method, NaN for fewer than 2 labels, or clusters of them."""
     rho_g = 0.5 - g
     score = rho_g * (factor * (0.5 - z - rho_g @ _solve(square, cross)))[:, None]
+    score = cluster_sums(score, clusters)
+    n = len(score)
+    if n < 2:
+        return np.full(square.shape, np.nan)
     inverse = 1 / square if len(cross) == 1 else np.linalg.pinv(square, rcond=ALIKE, hermitian=True)
     return n / (n - 1) * inverse @ (score.T @ score) @ inverse
 
 
-def fit_powers(z: np.ndarray, g: np.ndarray, h: np.ndarray) -> Fit:
+def fit_powers(z: np.ndarray, g: np.ndarray, h: np.ndarray, clusters: np.ndarray | None = None) -> Fit:
     """Powers of K judges from n labelled pairs.
 
     Args:
         z: (n,) human labels.
         g: (n, K) judge labels.
         h: (n,) inverse propensities; equal ones drop out.
+        clusters: (n,) of labels that depend on each other, which standard errors count; None where they do not.
     """
     k = g.shape[1]
     if len(z) == 0:
@@ -135,7 +141,7 @@ def fit_powers(z: np.ndarray, g: np.ndarray, h: np.ndarray) -> Fit:
         free[heard] = _solve(square[np.ix_(heard, heard)], cross[heard])
 
         def covariance(among: np.ndarray) -> np.ndarray:
-            return _covariance(z, g[:, among], factor, cross[among], square[np.ix_(among, among)])
+            return _covariance(z, g[:, among], factor, cross[among], square[np.ix_(among, among)], clusters)
 
         used = np.flatnonzero(raw > 0)
         for j in heard:

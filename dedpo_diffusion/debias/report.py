@@ -29,6 +29,7 @@ def make_report(case: Estimate, basis: Basis, seed: int) -> dict[str, Any]:
         "n": len(case.z),
         "n_human": int(labelled.sum()),
         "n_ties": int((case.z == 0.5).sum()),
+        "clusters": None if case.clusters is None else len(np.unique(case.clusters[labelled])),
         "labelled_share": float(labelled.mean()),
         "agreement": _agreement(case, case.mixed),
         "weighted": case.uneven(),
@@ -60,7 +61,7 @@ def _run(case: Estimate, seed: int) -> dict[str, Any] | None:
     if case.run is None or case.endless is None:
         return None
     terms = run_terms(case.z, case.mixed, case.h, case.endless)
-    return run_report(terms, case.scale, case.run, _mean(case.endless), seed)
+    return run_report(terms, case.scale, case.run, _mean(case.endless), seed, _of(case, ~np.isnan(case.z)))
 
 
 def _known(value: float) -> float | None:
@@ -85,16 +86,20 @@ def _both(case: Estimate, g: np.ndarray) -> np.ndarray:
     return ~np.isnan(case.z) & ~np.isnan(g)
 
 
+def _of(case: Estimate, rows: np.ndarray) -> np.ndarray | None:
+    return None if case.clusters is None else case.clusters[rows]
+
+
 def _agreement(case: Estimate, g: np.ndarray) -> dict[str, Any]:
     """Of all pairs: each labelled one counts for those of its propensity."""
     rows = _both(case, g)
-    return agreement(case.z[rows], g[rows], case.h[rows] if case.stated else None)
+    return agreement(case.z[rows], g[rows], case.h[rows] if case.stated else None, _of(case, rows))
 
 
 def _bias(case: Estimate, g: np.ndarray) -> dict[str, Any]:
     """Of all pairs, which may have been labelled with propensities of their own."""
     rows = _both(case, g)
-    return judge_bias(case.z[rows], g[rows], case.h[rows] if case.stated else None)
+    return judge_bias(case.z[rows], g[rows], case.h[rows] if case.stated else None, _of(case, rows))
 
 
 def make_basis(case: Estimate, seed: int) -> Basis:
@@ -107,8 +112,10 @@ def make_basis(case: Estimate, seed: int) -> Basis:
     rows, made = ~np.isnan(case.z), case.powers
     z, g, h = case.z[rows], case.g[rows], case.h[rows]
     if made.pooled is not None and case.folds == 1 and g.shape[1] > 1:
-        fold = assign_folds(np.zeros(len(z), dtype=bool), HELD_OUT_FOLDS, np.random.default_rng((seed, 2)))
-        made = choose_powers(z, g, h, rule=case.rule, fold=fold, folds=HELD_OUT_FOLDS, max_overshoot=case.max_overshoot)
+        of = _of(case, rows)
+        fold = assign_folds(np.zeros(len(z), dtype=bool), HELD_OUT_FOLDS, np.random.default_rng((seed, 2)), of)
+        options: dict[str, Any] = {"fold": fold, "folds": HELD_OUT_FOLDS, "max_overshoot": case.max_overshoot, "clusters": of}
+        made = choose_powers(z, g, h, rule=case.rule, **options)
         mixed, total, at = mix_judges(g, made.table, made.cell), made.totals(), made.cell
     else:
         mixed, total, at = case.mixed[rows], case.total[rows], made.cell[rows]
@@ -117,7 +124,8 @@ def make_basis(case: Estimate, seed: int) -> Basis:
         h = np.full(len(z), len(rows) / max(len(z), 1))
     return Basis(
         z, _undecided(mixed), _undecided(even), h, total, len(rows),
-        None if made.free is None else made.free[at], None if made.back is None else made.back[at], case.max_overshoot, case.uneven(),
+        None if made.free is None else made.free[at], None if made.back is None else made.back[at], case.max_overshoot,
+        case.uneven(), _of(case, rows),
     )  # fmt: skip
 
 
@@ -143,6 +151,7 @@ def _judge_entry(case: Estimate, k: int) -> dict[str, Any]:
 def sentences(report: dict[str, Any]) -> list[str]:
     """What the numbers mean."""
     return [
+        *_cluster_sentences(report),
         *_worth_sentences(report),
         *_judge_sentences(report),
         *_power_sentences(report),
@@ -159,6 +168,15 @@ def every_pair_labelled(report: dict[str, Any]) -> bool:
 
 def _count(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _cluster_sentences(report: dict[str, Any]) -> list[str]:
+    if report["clusters"] is None:
+        return []
+    return [
+        f"Human labels that depend on each other, such as comparisons of one ranking, are counted together: the {report['n_human']} come "
+        f"from {report['clusters']} independent ones, and intervals are as wide as that makes them."
+    ]
 
 
 def _worth_sentences(report: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dedpo_diffusion.debias.clusters import cluster_sums
 from dedpo_diffusion.debias.powers import Fit, best_powers, fit_powers, power_cap
 
 
@@ -29,8 +30,10 @@ class Powers:
         return self.table.sum(axis=1)[self.cell]
 
 
-def assign_folds(dealt: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """(N,) int64 folds at random, equal in size within each value of `dealt` (N,)."""
+def assign_folds(dealt: np.ndarray, folds: int, rng: np.random.Generator, clusters: np.ndarray | None = None) -> np.ndarray:
+    """(N,) int64 folds at random, equal in size within each value of `dealt` (N,); the pairs of one of `clusters` (N,) stay together."""
+    if clusters is not None:
+        return assign_folds(cluster_sums(dealt, clusters) > 0, folds, rng)[np.unique(clusters, return_inverse=True)[1]]
     shuffled = rng.permutation(len(dealt))
     fold = np.empty(len(dealt), dtype=np.int64)
     fold[shuffled[np.argsort(dealt[shuffled], kind="stable")]] = np.arange(len(dealt)) % folds
@@ -62,7 +65,10 @@ def _nearest(wanted: np.ndarray, square: np.ndarray, bound: float) -> np.ndarray
     return wanted if wanted.sum() <= bound else best_powers(square @ wanted, square, bound)
 
 
-def choose_powers(z: np.ndarray, g: np.ndarray, h: np.ndarray, *, rule: str, fold: np.ndarray, folds: int, max_overshoot: float) -> Powers:
+def choose_powers(
+    z: np.ndarray, g: np.ndarray, h: np.ndarray, *, rule: str, fold: np.ndarray, folds: int, max_overshoot: float,
+    clusters: np.ndarray | None = None,
+) -> Powers:  # fmt: skip
     """Tuned powers.
 
     Args:
@@ -71,15 +77,17 @@ def choose_powers(z: np.ndarray, g: np.ndarray, h: np.ndarray, *, rule: str, fol
         fold: (N,) of each pair.
         folds: their number; with more than 1 the powers of a fold are fitted to the labels of the others.
         max_overshoot: bound of the stretch h / weight.
+        clusters: (N,) of labels that depend on each other; None where they do not.
     """
     largest = np.zeros(folds)
     np.maximum.at(largest, fold, h)
     caps = np.array([power_cap(largest[[k]], max_overshoot) for k in range(folds)])
     labelled = ~np.isnan(z)
-    pooled = fit_powers(z[labelled], g[labelled], h[labelled])
-    fits = [pooled]
-    if folds > 1:
-        rest = [labelled & (fold != k) for k in range(folds)]
-        fits = [fit_powers(z[rows], g[rows], h[rows]) for rows in rest]
+
+    def fit(rows: np.ndarray) -> Fit:
+        return fit_powers(z[rows], g[rows], h[rows], None if clusters is None else clusters[rows])
+
+    pooled = fit(labelled)
+    fits = [pooled] if folds == 1 else [fit(labelled & (fold != k)) for k in range(folds)]
     table, free, back = zip(*(powers_of(fit, cap, rule=rule) for fit, cap in zip(fits, caps, strict=True)), strict=True)
     return Powers(np.stack(table), fold, pooled, caps, np.array(free), np.array(back))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.debias.clusters import cluster_sums, effective_number
 from dedpo_diffusion.debias.powers import judge_moments
 
 NORMAL_975 = 1.959963984540054  # 97.5 % quantile of the standard normal
@@ -15,7 +16,7 @@ RESAMPLES = 2000
 RESAMPLED_GROUPS = 2048  # beyond this many labelled pairs, equal random groups of pairs are resampled
 
 
-def wilson_interval(hits: float, n: int) -> list[float]:
+def wilson_interval(hits: float, n: float) -> list[float]:
     """Wilson's 95 % interval of a share; a tie may be half a hit."""
     share, q = hits / n, NORMAL_975**2 / n
     centre = (share + q / 2) / (1 + q)
@@ -23,42 +24,53 @@ def wilson_interval(hits: float, n: int) -> list[float]:
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def agreement(z: np.ndarray, g: np.ndarray, weights: np.ndarray | None = None) -> dict[str, Any]:
+def agreement(
+    z: np.ndarray, g: np.ndarray, weights: np.ndarray | None = None, clusters: np.ndarray | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Share of pairs on which two labels name the same image, over the pairs where neither is 0.5.
 
     Args:
         z, g: (n,) labels.
-        weights: (n,) how many pairs each stands for, up to a factor; None takes them all alike. The interval is then Wilson's at
-            the number of equal pairs that would tell the share as precisely.
+        weights: (n,) how many pairs each stands for, up to a factor; None takes them all alike.
+        clusters: (n,) of labels that depend on each other; None where they do not.
+
+    Returns:
+        `value`, `n` and `ci`, Wilson's at the number of independent equal pairs that would tell the share as precisely. Where clusters
+        make that less than n, also how many `clusters` there are, and that number as `independent`.
     """
     decided = (z != 0.5) & (g != 0.5)
     n = int(decided.sum())
     if n == 0:
         return {"value": None, "ci": None, "n": 0}
     hits = ((z > 0.5) == (g > 0.5))[decided]
-    if weights is None or (weights[decided] == weights[decided][0]).all():
-        return {"value": int(hits.sum()) / n, "ci": wilson_interval(int(hits.sum()), n), "n": n}
-    w = weights[decided] / weights[decided].sum()
-    value = float(w @ hits)
-    error, spread = float(w**2 @ (hits - value) ** 2), value * (1 - value)
-    effective = spread / error if 0 < value < 1 else 1 / float(w @ w)
-    return {"value": value, "ci": wilson_interval(value * effective, effective), "n": n}  # type: ignore[arg-type]
+    of, w = (None if given is None else given[decided] for given in (clusters, weights))
+    effective = effective_number(hits, of, w)
+    value = int(hits.sum()) / n if w is None or (w == w[0]).all() else float(w @ hits / w.sum())
+    found = {"value": value, "ci": wilson_interval(value * effective, effective), "n": n}
+    if of is None or effective >= n:
+        return found
+    return found | {"clusters": len(np.unique(of)), "independent": effective}
 
 
-def judge_bias(z: np.ndarray, g: np.ndarray, h: np.ndarray | None = None) -> dict[str, Any]:
+def judge_bias(
+    z: np.ndarray, g: np.ndarray, h: np.ndarray | None = None, clusters: np.ndarray | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Mean of g - z over all pairs with its standard error and normal 95 % interval: a judge's lean towards image 0.
 
     Args:
         z, g: (n,) labels of the labelled pairs.
         h: (n,) inverse propensities of the labelled pairs, up to a factor; None takes them as equal.
+        clusters: (n,) of labels that depend on each other; None where they do not.
     """
-    n, off = len(z), g - z
-    nothing = {"value": None, "se": None, "ci": None}
-    if n < 2:
-        return nothing | {"value": float(off[0]) if n else None}
-    weight = np.ones(n) if h is None else h
+    off = g - z
+    if len(z) == 0:
+        return {"value": None, "se": None, "ci": None}
+    weight = np.ones(len(z)) if h is None else h
     value = float(weight @ off / weight.sum())
-    left = (weight * (off - value)) ** 2  # linearised: the weights' sum is random too
+    left = cluster_sums(weight * (off - value), clusters) ** 2  # linearised: the weights' sum is random too
+    n = len(left)
+    if n < 2:
+        return {"value": value, "se": None, "ci": None}
     se = math.sqrt(float(left.sum() / weight.sum() ** 2 * n / (n - 1)))
     return {"value": value, "se": se, "ci": [value - NORMAL_975 * se, value + NORMAL_975 * se]}
 
@@ -103,7 +115,7 @@ class Basis:
     `z`, `mixed`, `even` (n,): human labels, the judges' mixed by their powers, the judges' plain mean; `h` (n,) inverse
     propensities, N / n where labels were taken at random; `power` (n,) of all judges together, NaN for naive merging; `pairs` is N.
     A tuned power is `free` less `back`, (n,), at most what `max_overshoot` allows; a fixed one has neither. `uneven`: some pairs
-    were likelier to be labelled.
+    were likelier to be labelled. `clusters` (n,): of labels that depend on each other, None where they do not.
     """
 
     z: np.ndarray
@@ -116,6 +128,7 @@ class Basis:
     back: np.ndarray | None
     max_overshoot: float
     uneven: bool
+    clusters: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,7 @@ def worths(basis: Basis, seed: int) -> Worths:
     terms = judge_moments(basis.z, basis.mixed, basis.h) * np.stack([scale, scale**2, np.ones(n)], axis=1)
     plain = judge_moments(basis.z, basis.even, basis.h)
     first = second = None
-    if n > 1:
-        first, second = np.split(bootstrap_sums(np.concatenate([terms, plain], axis=1), np.random.default_rng(seed)), 2, axis=1)
+    drawn = cluster_sums(np.concatenate([terms, plain], axis=1), basis.clusters)
+    if len(drawn) > 1:
+        first, second = np.split(bootstrap_sums(drawn, np.random.default_rng(seed)), 2, axis=1)
     return Worths(no_worth(n) if naive else _entry(terms, first, largest), _entry(plain, second, 1.0))

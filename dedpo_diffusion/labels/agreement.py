@@ -3,7 +3,7 @@
 Answers fall into three categories: image 0, tie, image 1 (a soft answer counts for the side it leans to). A statistic is
 {"value", "ci", "n"}: the number or None where it does not exist, its 95 % interval or None, and how many cases it rests on.
 Of several answers of one person to the same pair the first counts, unless it is a hidden repetition of it. The comparisons of one
-ranking (the votes' column `ranking`) depend on each other: intervals then count clusters, see clusters.py.
+ranking (the votes' column `ranking`) depend on each other: intervals then count clusters, see debias/clusters.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.core.records import Votes
-from dedpo_diffusion.debias import judge_bias, wilson_interval
-from dedpo_diffusion.labels.clusters import clustered_agreement, components, effective_number
+from dedpo_diffusion.debias import agreement, effective_number, judge_bias, wilson_interval
+from dedpo_diffusion.labels.clusters import components
 
 CATEGORIES = 3  # image 1, tie, image 0
 MIN_RESAMPLED = 20  # pairs that a bootstrap needs: with 10, a 95 % interval holds the truth in as few as 79 % of simulations
@@ -71,8 +71,9 @@ def judge_agreement(human: np.ndarray, judge: np.ndarray, clusters: np.ndarray |
         judge's lean to image 0 relative to people (mean of judge - human).
     """
     both = ~(np.isnan(human) | np.isnan(judge))
-    found = clustered_agreement(human[both], judge[both], None if clusters is None else clusters[both])
-    return found | {"ties": int(both.sum()) - found["n"], "bias": judge_bias(human[both], judge[both])}
+    of = None if clusters is None else clusters[both]
+    found = agreement(human[both], judge[both], clusters=of)
+    return found | {"ties": int(both.sum()) - found["n"], "bias": judge_bias(human[both], judge[both], clusters=of)}
 
 
 # ---- answers as numbers
@@ -123,7 +124,7 @@ def share(hits: np.ndarray, clusters: np.ndarray | None = None) -> dict[str, Any
     n = len(hits)
     if n and clusters is not None:
         effective = effective_number(hits, clusters)
-        interval = wilson_interval(float(hits.mean()) * effective, effective)  # type: ignore[arg-type]
+        interval = wilson_interval(float(hits.mean()) * effective, effective)
         return {"value": float(hits.mean()), "ci": interval, "n": n}
     return {"value": float(hits.mean()), "ci": wilson_interval(int(hits.sum()), n), "n": n} if n else _nothing()
 

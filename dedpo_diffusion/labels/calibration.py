@@ -101,7 +101,7 @@ def score_agreement(differences: np.ndarray, human: np.ndarray, weights: np.ndar
         return {"value": None, "ci": None, "n": 0}
     w, hit = weights[decided], ((differences > 0) == (human > 0.5))[decided]
     value, effective = float(w @ hit / w.sum()), float(w.sum() ** 2 / (w @ w))
-    return {"value": value, "ci": wilson_interval(value * effective, effective), "n": len(w)}  # type: ignore[arg-type]
+    return {"value": value, "ci": wilson_interval(value * effective, effective), "n": len(w)}
 
 
 def judge_sign(differences: np.ndarray, human: np.ndarray, *, weights: np.ndarray | None = None, invert: bool = False) -> int:

@@ -54,14 +54,12 @@ def find_warnings(settings: MergeSettings, answers: Answers, merged: Merged) -> 
     import numpy as np
 
     from dedpo_diffusion.labels import warnings as look
-    from dedpo_diffusion.labels.clusters import dependent_warnings
 
     labelled = ~np.isnan(answers.human)
     found: list[dict[str, Any]] = []
     if settings.method != "naive":
         found += not_at_random(answers, labelled, merged, pairs=settings.pairs)
         found += look.few_labels_warnings(int(labelled.sum()), judged=settings.method != "human_only" and not labelled.all())
-    found += dependent_warnings(answers.human, None if answers.judges is None else answers.judges[:, 0], answers.clusters)
     if settings.method in POWERED and answers.judges is not None:
         seen = [look.seen_human_labels(answers.human, answers.judges[:, k], name=name) for k, name in enumerate(answers.names)]
         found += [entry for entry in seen if entry is not None]

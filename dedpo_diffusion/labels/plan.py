@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.debias import Basis, bootstrap_sums
+from dedpo_diffusion.debias import Basis, bootstrap_sums, cluster_sums
 
 POINTS = 24  # of a curve
 STEPS = 129  # at which the interval of a plan is looked up
@@ -30,7 +30,7 @@ class Pool:
 
     A tuned power is `free` less `back` times the root of the labels that there are over those that there will be, at most what
     `max_overshoot` allows; where `free` is None it is `fixed`. Where pairs have different powers, `terms` hold each pair's rho_g
-    times its own power over the common one. They are resampled with `seed`.
+    times its own power over the common one. They are resampled with `seed`, in `clusters` (n,) where labels depend on each other.
     """
 
     pairs: int
@@ -41,6 +41,7 @@ class Pool:
     back: float | None = None
     max_overshoot: float = 2.0
     seed: int = 0
+    clusters: np.ndarray | None = None
 
 
 def power_at(pool: Pool, labels: np.ndarray) -> np.ndarray:
@@ -71,7 +72,7 @@ def _coefficients(pool: Pool, labels: np.ndarray) -> np.ndarray:
 
 def resampled_worth(pool: Pool, labels: np.ndarray) -> np.ndarray:
     """The worth (R, G) that about 2000 resamples of the labels tell for `labels` (G,)."""
-    drawn = bootstrap_sums(pool.terms, np.random.default_rng(pool.seed)) / len(pool.terms)
+    drawn = bootstrap_sums(cluster_sums(pool.terms, pool.clusters), np.random.default_rng(pool.seed)) / len(pool.terms)
     drawn = drawn[drawn[:, 2] > 0]  # resamples of ties alone say nothing
     return drawn[:, 2:] / (drawn @ _coefficients(pool, labels).T)
 
@@ -90,7 +91,7 @@ def describe(basis: Basis, seed: int = 0) -> Pool | None:
     if len(basis.z) < 2 or (basis.z == 0.5).all() or basis.uneven or np.isnan(basis.power).any():
         return None
     labels = len(basis.z)
-    common: dict[str, Any] = {"max_overshoot": basis.max_overshoot, "seed": seed}
+    common: dict[str, Any] = {"max_overshoot": basis.max_overshoot, "seed": seed, "clusters": basis.clusters}
     if basis.free is None or basis.back is None:
         common["fixed"], own = float(basis.power[0]), np.ones(labels)
     else:

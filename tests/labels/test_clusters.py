@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dedpo_diffusion.core.records import Votes
-from dedpo_diffusion.debias import agreement
+from dedpo_diffusion.debias import agreement, effective_number, judge_bias, merge_labels
+from dedpo_diffusion.debias.tuning import assign_folds
 from dedpo_diffusion.labels.agreement import share, vote_summary
-from dedpo_diffusion.labels.clusters import clustered_agreement, components, dependent_warnings, effective_number
+from dedpo_diffusion.labels.clusters import components
 
 
 def test_what_hangs_together_through_pairs_and_rankings_is_one_cluster():
@@ -39,7 +40,8 @@ def test_copies_add_nothing():
 def test_without_clusters_agreement_is_what_it_was():
     rng = np.random.default_rng(0)
     human, judge = rng.integers(0, 2, 50).astype(float), rng.random(50)
-    assert clustered_agreement(human, judge, None) == clustered_agreement(human, judge, np.arange(50)) == agreement(human, judge)
+    assert agreement(human, judge, clusters=np.arange(50)) == agreement(human, judge)
+    assert judge_bias(human, judge, clusters=np.arange(50)) == judge_bias(human, judge)
 
 
 @pytest.mark.parametrize("same", [0.0, 0.5, 1.0])
@@ -51,7 +53,7 @@ def test_intervals_of_agreement_cover_whatever_the_dependence(same):
         alike = np.repeat(rng.random(40) < same, 6)
         hits = np.where(alike, np.repeat(rng.random(40) < 0.7, 6), rng.random(240) < 0.7)
         human = np.ones(240)
-        low, high = clustered_agreement(human, np.where(hits, 0.9, 0.1), clusters)["ci"]
+        low, high = agreement(human, np.where(hits, 0.9, 0.1), clusters=clusters)["ci"]
         covered += low <= 0.7 <= high
         low, high = agreement(human, np.where(hits, 0.9, 0.1))["ci"]
         plain += low <= 0.7 <= high
@@ -94,10 +96,52 @@ def test_agreement_between_raters_covers():
     assert covered >= 0.89 * 150
 
 
-@given(st.integers(2, 30))
-@settings(max_examples=20, deadline=None)
-def test_a_warning_only_where_labels_depend(count):
-    human, judge = np.tile([1.0, 0.0, 1.0], count), np.tile([0.9, 0.2, 0.1], count)
-    assert dependent_warnings(human, judge, None) == dependent_warnings(human, judge, np.arange(3 * count)) == []
-    [found] = dependent_warnings(human, None, np.repeat(np.arange(count), 3))
-    assert found["clusters"] == count and "too narrow" in found["text"]
+def ranked_labels(prompts: int, rng: np.random.Generator, *, labelled: int = 20):
+    """Human and judge labels of six comparisons a prompt, the human's of the first prompts alone; the judge errs on whole prompts."""
+    truth = rng.integers(0, 2, 6 * prompts).astype(float)
+    judge = np.where(np.repeat(rng.random(prompts) < 0.7, 6), truth, 1 - truth) * 0.8 + 0.1
+    clusters = np.repeat(np.arange(prompts), 6)
+    return np.where(clusters < labelled, truth, np.nan), judge, clusters
+
+
+@pytest.mark.parametrize("rule", ["plug_in", "half"])
+def test_a_merge_has_the_same_targets_and_wider_intervals(rule):
+    human, judge, clusters = ranked_labels(60, np.random.default_rng(0))
+    plain, counted = (merge_labels(human, judge, method="tuned", rule=rule, clusters=of) for of in (None, clusters))
+    np.testing.assert_array_equal(plain.target, counted.target)
+    np.testing.assert_array_equal(plain.weight, counted.weight)
+    for told in (lambda report: report["agreement"]["ci"], lambda report: report["effective_human_labels"]["ci"]):
+        assert 1.6 < np.ptp(told(counted.report)) / np.ptp(told(plain.report)) < 3  # sqrt(6) but for the judge's sides
+    assert 1.6 < counted.report["power_se"] / plain.report["power_se"] < 3
+    assert counted.report["clusters"] == 20 and plain.report["clusters"] is None
+    assert any("the 120 come from 20 independent ones" in text for text in counted.report["sentences"])
+
+
+def test_labels_of_their_own_are_merged_as_without_clusters():
+    human, judge, _ = ranked_labels(30, np.random.default_rng(1))
+    plain = merge_labels(human, judge, method="tuned").report
+    for clusters in (np.arange(len(human)), np.full(len(human), -1)):
+        assert merge_labels(human, judge, method="tuned", clusters=clusters).report == plain
+    with pytest.raises(ValueError, match="one number for each pair"):
+        merge_labels(human, judge, method="tuned", clusters=[1, 2])
+
+
+@given(st.integers(1, 30), st.integers(2, 6), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_a_cluster_is_in_one_fold(count, folds, seed):
+    """And folds differ by at most one cluster."""
+    clusters = np.repeat(np.arange(count), 3)
+    fold = assign_folds(np.zeros(3 * count, dtype=bool), folds, np.random.default_rng(seed), clusters)
+    assert all(len(set(fold[clusters == k])) == 1 for k in range(count))
+    sizes = np.bincount(fold[::3], minlength=folds)
+    assert sizes.max() - sizes.min() <= 1
+
+
+@pytest.mark.slow
+def test_the_interval_of_the_bias_covers():
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(300):
+        lean = np.repeat(rng.normal(0.05, 0.3, 40), 6)  # of each ranking, the same for its comparisons
+        low, high = judge_bias(np.full(240, 0.5), 0.5 + lean, clusters=np.repeat(np.arange(40), 6))["ci"]
+        covered += low <= 0.05 <= high
+    assert covered >= 0.91 * 300

@@ -232,9 +232,9 @@ def test_merge_says_that_comparisons_of_a_ranking_depend_on_each_other(tmp_path,
     told = Labels([ids[k] for k in np.flatnonzero(some)], human[some], {"cluster": [f"c{k // 6}" for k in np.flatnonzero(some)]})
     write_labels(folder, "human", told)
     assert merge_stage.main([str(folder), "--picture", "false"]) == 0
-    [warning] = [entry for entry in json.loads((folder / "targets" / "tuned.json").read_text())["warnings"] if entry["kind"] == "dependent"]
-    assert (warning["n"], warning["clusters"]) == (120, 20) and 2 < warning["narrow"] < 2.6  # sqrt(6) were each prompt all right or wrong
-    assert "120 human labels are comparisons of 20 rankings" in capsys.readouterr().out
+    told_of = json.loads((folder / "targets" / "tuned.json").read_text())
+    assert told_of["clusters"] == 20 and told_of["agreement"]["independent"] < 30 < told_of["agreement"]["n"] == 120
+    assert "the 120 come from 20 independent ones" in capsys.readouterr().out
     write_labels(folder, "human", Labels(told.pair_id, told.label_0, {}))
     assert merge_stage.main([str(folder), "--picture", "false"]) == 0
-    assert "comparisons of" not in capsys.readouterr().out
+    assert "independent ones" not in capsys.readouterr().out
