@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +41,10 @@ def check_settings(settings: AlignSettings) -> None:
     _check_source(settings)
     _check_people(settings)
     _check_methods(settings)
-    for name, least in (("images_per_prompt", 2), ("eval_seeds", 1), ("votes", 0), ("seed", 0)):
+    for name, least in (("images_per_prompt", 2), ("eval_seeds", 1), ("votes", 0), ("rounds", 1), ("round_votes", 0), ("seed", 0)):
         if getattr(settings, name) < least:
             raise UserError(f"{name} is {getattr(settings, name)}; give {least} or more")
+    _check_rounds(settings)
     if settings.images_per_prompt % 2:
         raise UserError(f"images_per_prompt is {settings.images_per_prompt}; give an even number, as two images make a pair")
     if not settings.strengths or min(settings.strengths) <= 0 or len(set(settings.strengths)) < len(settings.strengths):
@@ -111,6 +113,22 @@ def _check_methods(settings: AlignSettings) -> None:
         raise UserError(f"recipe {settings.recipe} trains the whole UNet, and align makes LoRAs; name a recipe of a LoRA")
 
 
+def _check_rounds(settings: AlignSettings) -> None:
+    if settings.rounds == 1:
+        if settings.round_votes:
+            raise UserError("round_votes is for rounds: 2 or more; of the first round give votes")
+        return
+    if settings.prompts is None:
+        raise UserError("rounds need prompts, for which each round's LoRA proposes pairs; give prompts in place of pairs, or rounds: 1")
+    if len(settings.methods) > 1:
+        raise UserError(f"rounds go on with one LoRA, and methods names {len(settings.methods)}; give one, such as methods: [adapted]")
+    if not settings.round_votes and settings.methods[0] not in ("adapted", "naive"):
+        raise UserError(
+            f"method {settings.methods[0]} takes human labels as a random sample of all pairs, and with round_votes 0 nobody labels those "
+            "of further rounds; give methods: [adapted], or round_votes"
+        )
+
+
 def identity_of(settings: AlignSettings) -> dict[str, Any]:
     """What may not change within one folder, as people's work hangs on it; everything else may."""
     names = ["model", "prompts", "pairs", "people"]
@@ -146,17 +164,22 @@ def perform(step: Step, settings: AlignSettings, route: Route) -> None:
     from dedpo_diffusion.pipelines import STAGES
 
     if step.stage == "human":
+        from dedpo_diffusion.pairs.dataset import PairReader
         from dedpo_diffusion.shapes.people import answer_share
 
         say("\n# the simulated people of Shapes answer")
-        answer_share(route.pairs, float(settings.human_share or 0), settings.seed)
+        *folder, what, number, _, seed = step.argv
+        pairs = Path(folder[0]) if folder else route.pairs
+        answer_share(pairs, float(number) if what == "--share" else int(number) / len(PairReader(pairs)), int(seed))
         return
     call(import_module(f"dedpo_diffusion.{STAGES[step.stage][0]}").main, step.stage, *step.argv)
     if step.stage == "vote":
-        check_votes(settings, route)
+        pairs = Path(step.argv[0])
+        wanted = int(step.argv[step.argv.index("--until") + 1])
+        check_votes(pairs, wanted, "votes" if pairs == route.pairs else "round_votes")
 
 
-def check_votes(settings: AlignSettings, route: Route) -> None:
+def check_votes(pairs: Path, wanted: int, option: str) -> None:
     """Stop where the page was closed before there were enough answers.
 
     Raises:
@@ -164,12 +187,12 @@ def check_votes(settings: AlignSettings, route: Route) -> None:
     """
     from dedpo_diffusion.voting.store import read_store, store_path
 
-    file = store_path(route.pairs, "human")
+    file = store_path(pairs, "human")
     events = read_store(file)[1] if file.is_file() else []
     answers = sum(1 if event.kind == "vote" else -1 for event in events)
-    if answers < settings.votes:
-        remedy = "the same command goes on asking" + (f"; votes: {answers} goes on with these" if answers else "")
-        raise UserError(f"{answers} of {settings.votes} answers are there; {remedy}")
+    if answers < wanted:
+        remedy = "the same command goes on asking" + (f"; {option}: {answers} goes on with these" if answers else "")
+        raise UserError(f"{answers} of {wanted} answers are there; {remedy}")
 
 
 def write_shapes_prompts(settings: AlignSettings) -> None:
@@ -194,6 +217,12 @@ def complete_results(settings: AlignSettings, route: Route, journal: Journal) ->
     results = json.loads(file.read_text(encoding="utf-8"))
     default, loras = settings.methods[0], results["loras"]
     merged = json.loads(route.targets(default).read_text(encoding="utf-8"))
+    if settings.rounds > 1:
+        from dedpo_diffusion.journey.rounds import best_round, curve, draw_curve
+
+        results["rounds"] = curve(route, results)
+        default = replace(route, number=best_round(route, file)).arm(default)
+        draw_curve(results["rounds"], settings.out / "rounds.png")
     results["default"] = default
     for name, entry in loras.items():
         if name in results["arms"]:
@@ -206,7 +235,7 @@ def complete_results(settings: AlignSettings, route: Route, journal: Journal) ->
 
 def travel(settings: AlignSettings, route: Route, known: Known, journal: Journal) -> None:
     """Every step that is due, one after the other."""
-    from dedpo_diffusion.journey.plan import steps
+    from dedpo_diffusion.journey.steps import steps
 
     for step in steps(route, known):
         found = journal.look(step)
@@ -217,7 +246,7 @@ def travel(settings: AlignSettings, route: Route, known: Known, journal: Journal
             say(f"\n{step.name}: {found.why}")
         with journal.doing(step, found):
             perform(step, settings, route)
-            if step.stage == "compare":
+            if step.name == "compare":
                 complete_results(settings, route, journal)
         if step.stage == "ingest":
             check_labels(settings, route)
@@ -238,7 +267,7 @@ def check_labels(settings: AlignSettings, route: Route) -> None:
 
 def rehearse(settings: AlignSettings, route: Route, known: Known) -> None:
     """Print every command with what it will cost, and do nothing."""
-    from dedpo_diffusion.journey.plan import steps
+    from dedpo_diffusion.journey.steps import steps
 
     for kind, given in (("proposed", settings.prompts), ("evaluation", settings.eval_prompts)):
         if given == "shapes":
@@ -273,7 +302,13 @@ def tell_end(settings: AlignSettings, journal: Journal) -> None:
     out = settings.out
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     say(f"\n{results['verdict']}\n")
-    first = settings.methods[0]
+    first = results["default"]
+    if settings.rounds > 1:
+        from dedpo_diffusion.journey.plan import Route
+        from dedpo_diffusion.journey.rounds import curve_words
+
+        for line in curve_words(Route(settings), results["rounds"]):
+            say(line)
     several = len(settings.strengths) > 1
     for file, what in (
         ("report.html", "the report: open it in a browser"),

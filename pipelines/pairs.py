@@ -1,8 +1,9 @@
-"""Write a pair dataset for annotation tools and other programs; `dedpo ingest auto` reads each of these back.
+"""Write a pair dataset for annotation tools and other programs, which `dedpo ingest auto` reads back; or join several datasets.
 
     dedpo pairs export pairs --to labelstudio --out for-label-studio
     dedpo pairs export pairs --to argilla --out for-argilla --fields html
     dedpo pairs export pairs --to datasets --out for-the-hub
+    dedpo pairs join pairs --others more-pairs --out all-pairs
 
 For annotation tools the sides are shuffled, and each task remembers which image stands on the left. What people have said so far
 goes along and comes back with the new answers; `--human null` leaves it out. OUT appears when all of it is done.
@@ -23,6 +24,12 @@ def check(settings: PairsSettings) -> None:
     """See to it that what was asked for can be meant; UserError names the option."""
     if settings.out.is_file() or (settings.out.is_dir() and any(settings.out.iterdir())):
         raise UserError(f"{settings.out} exists and is not an empty folder; choose another --out, or remove it first")
+    if settings.action == "join" and not settings.others:
+        raise UserError("join needs the datasets to join: give --others MORE [MORE ...]")
+    if settings.action == "export" and settings.to is None:
+        raise UserError("export needs a layout: give --to labelstudio, argilla, datasets, imagefolder or csv")
+    if settings.action == "export" and settings.others:
+        raise UserError("--others is for join; leave it out")
     if settings.images != "auto" and settings.to not in TOOLS:
         raise UserError(f"--images is for labelstudio, and {settings.to} has one way to hold images; leave it out")
     if settings.images == "files" and settings.to == "argilla":
@@ -63,12 +70,35 @@ def answers_for(settings: PairsSettings) -> dict[str, Any]:
 
 
 def run(settings: PairsSettings) -> None:
-    """Write a pair dataset for annotation tools and other programs."""
+    """Write a pair dataset for annotation tools and other programs, or join several."""
+    check(settings)
+    if settings.action == "join":
+        join_datasets(settings)
+    else:
+        export(settings)
+
+
+def join_datasets(settings: PairsSettings) -> None:
+    """One dataset of several."""
+    from dedpo_diffusion.core.files import atomic_folder
+    from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pairs.joining import join
+
+    with atomic_folder(settings.out) as folder:
+        told = join([settings.pairs, *settings.others], folder, human=settings.human or "human")
+    say(f"wrote {settings.out}: {len(PairReader(settings.out))} pairs of {1 + len(settings.others)} datasets")
+    for line in told:
+        say(line)
+    say_next("merge", settings.out)
+
+
+def export(settings: PairsSettings) -> None:
+    """One dataset in another layout."""
     from dedpo_diffusion.core.files import atomic_folder
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.pairs.exporting.rows import items
 
-    check(settings)
+    assert settings.to is not None
     reader = PairReader(settings.pairs)
     answers = answers_for(settings)
     unknown = sorted(answers.keys() - set(reader.ids()))
@@ -89,7 +119,7 @@ def run(settings: PairsSettings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this stage."""
-    return stage(PairsSettings, run, argv, prog="dedpo pairs", positional=("action", "pairs"))
+    return stage(PairsSettings, run, argv, prog="dedpo pairs", positional=("action", "pairs"), flags={"others": "others"})
 
 
 if __name__ == "__main__":

@@ -45,11 +45,14 @@ def run(settings: ProposeSettings) -> Path:
     images = settings.out / "proposals"
     fit, settings = settings.batch == "auto", resolved(settings, most=MOST)
     recipe = Recipe(
-        settings.model, settings.steps, settings.guidance, int(settings.batch), settings.size, config=settings.model_config,
-        dtype=settings.dtype, fit=fit, prediction=settings.model_prediction,
+        settings.model, settings.steps, settings.guidance, int(settings.batch), settings.size, lora=settings.lora,
+        strength=settings.strength, config=settings.model_config, dtype=settings.dtype, fit=fit, prediction=settings.model_prediction,
     )  # fmt: skip
     sample_folder(images, work, settings, recipe, device=settings.device)
-    source = {"model": settings.model, "steps": settings.steps, "guidance": settings.guidance}
+    source: dict[str, object] = {"model": settings.model, "steps": settings.steps, "guidance": settings.guidance}
+    if settings.lora:
+        strengths = settings.strength or [1.0] * len(settings.lora)
+        source["lora"] = " + ".join(f"{file.name} x {strength:g}" for file, strength in zip(settings.lora, strengths, strict=True))
     with PairWriter(settings.out, shard_pairs=settings.shard_pairs) as writer:
         for _, group in itertools.groupby(work, key=lambda job: job.prompt_index):
             for a, b in pairings(list(group), settings.pairing):
@@ -66,7 +69,7 @@ def run(settings: ProposeSettings) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    return stage(ProposeSettings, run, argv, prog="dedpo propose", flags={"categories": "categories"})
+    return stage(ProposeSettings, run, argv, prog="dedpo propose", flags={name: name for name in ("categories", "lora", "strength")})
 
 
 if __name__ == "__main__":

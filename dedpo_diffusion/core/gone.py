@@ -9,7 +9,7 @@ from dedpo_diffusion.core.errors import UserError
 from dedpo_diffusion.core.recipes import find_config
 
 _ROUNDS = "is gone; train, export the adapter, and train another run with it as lora.start"
-_OBJECTIVES = "is gone; objective.kind takes sigmoid, ipo, cdpo, dr_dpo, kto, mapo or sft"
+_OBJECTIVES = "is gone; objective.kind takes sigmoid, linear, ipo, cdpo, dr_dpo, kto, mapo or sft"
 GONE = {  # "option" or "option=value" -> the rest of the sentence
     "objective.power=follow": "is now objective.power=adaptive",
     "channels_last": "is gone; leave it out: it won nothing where it was measured",

@@ -89,8 +89,8 @@ def merge_labels(
             as its noise allows.
         visits, noise_ratio: of `tuned` and `dedpo`: optimizer steps times pairs of a step, and the mean squared gradient of a
             visit over that of a pair. `tuned` takes the power that is best in a run of this length (`compute`).
-        clusters: (N,) numbers of human labels that depend on each other, such as the comparisons of one ranking; below 0 is a label of
-            its own, None means that all are. Intervals, standard errors and folds count clusters; targets are the same.
+        clusters: (N,) numbers of human labels that depend on each other, as of one ranking; below 0 is a label of its own, None means that
+            all are. Intervals, standard errors and folds count clusters.
 
     Returns:
         Merged. The report holds counts (`n`, `n_human`, `n_ties`), `labelled_share`, `agreement`, `power`, `power_raw`,
@@ -115,11 +115,10 @@ def merge_labels(
     Reference: DeDPO, arXiv 2602.06195; PPI++, arXiv 2311.01453, for the power.
     """
     options: dict[str, Any] = {"method": method, "power": power, "propensity": propensity, "max_overshoot": max_overshoot, "seed": seed}
-    options |= {"correction": correction, "features": features, "rater_agreement": rater_agreement}
-    options |= {"visits": visits, "noise_ratio": noise_ratio, "clusters": clusters}
+    options |= {"correction": correction, "features": features, "rater_agreement": rater_agreement, "visits": visits}
+    options |= {"noise_ratio": noise_ratio, "clusters": clusters}
     made = estimate(human, synthetic, **options, rule=rule, judges=judges, folds=folds)
-    basis = make_basis(made, seed)
-    report = make_report(made, basis, seed)
+    report = make_report(made, basis := make_basis(made, seed), seed)
     common: dict[str, Any] = {"human": made.z, "judge": made.mixed, "basis": basis, "predicted": made.predicted}
     if method in WITHOUT_POWER:
         return Merged(made.target, made.weight, math.nan, report, **common)

@@ -1,11 +1,11 @@
-"""The steps of a journey, in order: propose or ingest, validate, label, vote, calibrate, merge, train, export, sample, score, compare.
+"""What the steps of a journey are: propose or ingest, validate, label, vote, calibrate, merge, train, export, sample, score, compare.
 
 Every step is an ordinary stage with its ordinary command line; only the simulated people of Shapes are none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,38 @@ def recipe_file(recipe: str) -> Path:
 
 @dataclass(frozen=True)
 class Route:
-    """Where everything of a journey lies, and how its settings become options."""
+    """Where everything of a journey, or of one of its rounds from the second on, lies, and how its settings become options."""
 
     settings: AlignSettings
+    number: int = 1
+
+    @property
+    def folder(self) -> Path:
+        """Where a round keeps what is its own."""
+        return self.settings.out if self.number == 1 else self.settings.out / "rounds" / str(self.number)
 
     @property
     def pairs(self) -> Path:
-        """The pair dataset."""
+        """The pair dataset: of a further round, all pairs so far."""
+        if self.number > 1:
+            return self.folder / "data"
         return Path(str(self.settings.pairs)) if taken_up(self.settings.pairs) else self.settings.out / "data"
 
     def own(self, name: str) -> str:
         """The name of a file that is made in the pair dataset; in one of the user's it bears the journey's name too."""
-        return f"{self.settings.out.resolve().name}-{name}" if taken_up(self.settings.pairs) else name
+        return f"{self.settings.out.resolve().name}-{name}" if self.number == 1 and taken_up(self.settings.pairs) else name
+
+    def arm(self, method: str) -> str:
+        """The name of a method's LoRA."""
+        return method if self.number == 1 else f"{method}-round-{self.number}"
+
+    def run(self, method: str) -> Path:
+        """The run folder of a method."""
+        return self.settings.out / "runs" / self.arm(method)
+
+    def step(self, name: str) -> str:
+        """The name of a step of this round."""
+        return name if self.number == 1 else f"{name}, round {self.number}"
 
     def label(self, name: str) -> Path:
         """A label file."""
@@ -70,7 +90,7 @@ class Route:
 
     def lora(self, method: str) -> Path:
         """The LoRA of a method."""
-        return self.settings.out / f"{method}.safetensors"
+        return self.settings.out / f"{self.arm(method)}.safetensors"
 
     def samples(self, arm: str) -> Path:
         """The sample folder of the base or a method; of several strengths it holds a folder each."""
@@ -113,18 +133,6 @@ def existing(*paths: str | Path | None) -> tuple[Path, ...]:
     return tuple(Path(path) for path in paths if path is not None and Path(path).exists())
 
 
-def steps(route: Route, known: costs.Known) -> Iterator[Step]:
-    """Every step, one after the other; `known` tells what the earlier ones have made, so take each when those before it are done."""
-    s = route.settings
-    yield from pair_steps(route, known)
-    yield from people_steps(route, known)
-    for method in s.methods:
-        yield from merge_steps(route, known, method)
-    for method in s.methods:
-        yield from train_steps(route, known, method)
-    yield from verdict_steps(route, known)
-
-
 # ---- pairs and labels
 
 
@@ -149,17 +157,23 @@ def pair_steps(route: Route, known: costs.Known) -> Iterator[Step]:
         )  # fmt: skip
     report = s.out / "validate.json"
     made = (report, report.with_suffix(".html"))
-    inputs: tuple[Path, ...] = (data / "pairs",)
+    inputs = (data / "pairs",)
     yield Step("validate", "validate", (str(data), "--out", str(report)), inputs, (report,), made, cost=f"decodes {known.images()}")
-    judges = route.judges()
+    yield from label_steps(route, known, data)
+
+
+def label_steps(route: Route, known: costs.Known, data: Path) -> Iterator[Step]:
+    """The judges' labels of a pair dataset."""
+    judges, inputs = route.judges(), (data / "pairs",)
     together = [spec for name, spec in judges.items() if not spec.startswith("http=")]
     apart = {name: spec for name, spec in judges.items() if spec.startswith("http=")}  # a server names itself, so it is given a name
     for name, specs in {"": together, **{name: [spec] for name, spec in apart.items()}}.items():
         if specs:
             argv = (str(data), "--with", *specs, *(["--name", name] if name else []), *route.device())
-            outputs = tuple(route.label(made) for made in ([name] if name else [held for held in judges if held not in apart]))
+            names = [name] if name else [held for held in judges if held not in apart]
+            outputs = tuple(data / "labels" / f"{made}.parquet" for made in names)
             yield Step(
-                f"label {name}".strip(), "label", argv, inputs, outputs, outputs, redo="stage", resumes=True,
+                route.step(f"label {name}".strip()), "label", argv, inputs, outputs, outputs, redo="stage", resumes=True,
                 free=("--device",), cost=f"{known.images()}, looked at by {' and '.join(specs)}",
             )  # fmt: skip
 
@@ -200,7 +214,7 @@ def merge_steps(route: Route, known: costs.Known, method: str) -> Iterator[Step]
     report = route.targets(method)
     made_files = tuple(report.with_suffix(suffix) for suffix in (".parquet", ".json", ".png"))
     inputs = (route.pairs / "pairs", route.label("human"), *map(route.label, named))
-    yield Step(f"merge {method}", "merge", argv, inputs, made_files[:2], made_files, cost="seconds")
+    yield Step(route.step(f"merge {method}"), "merge", argv, inputs, made_files[:2], made_files, cost="seconds")
 
 
 def calibrate_step(route: Route, known: costs.Known) -> tuple[str | list[str], Step]:
@@ -218,36 +232,59 @@ def calibrate_step(route: Route, known: costs.Known) -> tuple[str | list[str], S
         argv, names = (*head, "--method", "temperature", *tail), [f"{judge}-temperature" for judge in judges]
         cost = f"seconds; {known.labels()} labels are too few to teach a judge ({LEAST}), so its temperature alone is fitted"
     made = tuple(route.label(name).with_suffix(suffix) for name in names for suffix in (".parquet", ".json", ".png"))
-    step = Step("calibrate", "calibrate", argv, inputs, made[::3], made, cost=cost)
+    step = Step(route.step("calibrate"), "calibrate", argv, inputs, made[::3], made, cost=cost)
     return (names[0] if len(names) == 1 else names), step
 
 
 # ---- LoRAs
 
 
-def train_steps(route: Route, known: costs.Known, method: str) -> Iterator[Step]:
-    """One LoRA: everything but the targets is the same for all methods."""
-    s, run, lora = route.settings, route.settings.out / "runs" / method, route.lora(method)
-    recipe = recipe_file(str(s.recipe))
-    options = ["--data.pairs", str(route.pairs), "--data.targets", route.own(method), "--data.cache", str(s.out / "cache")]
+def train_steps(route: Route, known: costs.Known, method: str, start: Path | None = None) -> Iterator[Step]:
+    """One LoRA: everything but the targets is the same for all methods. It goes on from the LoRA `start`."""
+    s, run, lora = route.settings, route.run(method), route.lora(method)
+    recipe, begun = recipe_file(str(s.recipe)), [] if start is None else [start]
+    options = ["--data.pairs", str(route.pairs), "--data.targets", route.own(method), "--data.cache", str(route.folder / "cache")]
+    options += [] if start is None else ["--lora.start", str(start)]
     options += ["--out", str(run), "--seed", str(s.seed)]
     options += [] if s.steps is None else ["--optim.steps", str(s.steps)]
     options += ["--device", "cpu"] if s.device == "cpu" else []
     options += [part for name, value in s.training.items() for part in (f"--{name}", str(value))]
-    inputs = (route.pairs / "pairs", route.targets(method).with_suffix(".parquet"), recipe, *existing(s.model))
+    inputs = (route.pairs / "pairs", route.targets(method).with_suffix(".parquet"), recipe, *existing(s.model), *begun)
     yield Step(
-        f"train {method}", "train", ("--config", str(recipe), *route.model(), *options), inputs, (run / "settings.yaml",), (run,),
-        resumes=True, cost=costs.train(s, recipe, known, first=method == s.methods[0]),
+        route.step(f"train {method}"), "train", ("--config", str(recipe), *route.model(), *options), inputs,
+        (run / "settings.yaml",), (run,), resumes=True, cost=costs.train(s, recipe, known, first=method == s.methods[0]),
     )  # fmt: skip
-    yield Step(f"export {method}", "export", (str(run), "--out", str(lora)), (run / "checkpoints",), (lora,), (lora,), cost="a LoRA file")
+    yield Step(
+        route.step(f"export {method}"),
+        "export",
+        (str(run), "--out", str(lora)),
+        (run / "checkpoints",),
+        (lora,),
+        (lora,),
+        cost="a LoRA file",
+    )
 
 
-def verdict_steps(route: Route, known: costs.Known) -> Iterator[Step]:
-    """Images of the base and of every LoRA at every strength, their scores, the comparison, and the LoRA at its best strength."""
-    s = route.settings
-    folders, arms = [], ["base", *s.methods]
-    for arm in arms:
-        step = sample_step(route, known, arm)
+def verdict_steps(loras: Sequence[tuple[Route, str]], known: costs.Known, best: Callable[[], int] = lambda: 0) -> Iterator[Step]:
+    """Images of the base and every LoRA at every strength, their scores, the comparison, and one LoRA at its best strength: the `best`,
+    which is asked for when the comparison is there."""
+    yield from compare_steps(loras, known, loras[0][0].settings.out)
+    route, method = loras[best()]
+    s, out = route.settings, route.settings.out
+    if len(s.strengths) > 1:
+        aligned, run, results = out / "aligned.safetensors", route.run(method), out / "results.json"
+        argv = (str(run), "--out", str(aligned), "--strength", "best", "--results", str(results), "--arm", route.arm(method))
+        made = (aligned, out / "README.md")
+        yield Step("export best", "export", argv, (run / "checkpoints", results), (aligned,), made, cost="a LoRA file, best at strength 1")
+
+
+def compare_steps(loras: Sequence[tuple[Route, str]], known: costs.Known, folder: Path, name: str = "") -> Iterator[Step]:
+    """Images of the base and of LoRAs (round and method), their scores, and the comparison, which is written into `folder`."""
+    route = loras[0][0]
+    s, folders = route.settings, list[Path]()
+    arms = {"base": None, **{where.arm(method): where.lora(method) for where, method in loras}}
+    for arm, lora in arms.items():
+        step = sample_step(route, known, arm, lora)
         folders += [path for path in step.outputs]
         yield step
     told = tuple(path.parent / name for path in folders for name in ("identity.json", "settings.yaml"))
@@ -256,25 +293,21 @@ def verdict_steps(route: Route, known: costs.Known) -> Iterator[Step]:
     images = costs.evaluation_images(s, known)
     cost = f"{costs.times(images, len(folders))} images, looked at by {' and '.join(s.scorers)}"
     argv = (*places, "--with", *s.scorers, *route.device())
-    yield Step("score", "score", argv, told, scores, redo="stage", resumes=True, free=("--device",), cost=cost)
-    report, results = s.out / "report.html", s.out / "results.json"
+    yield Step(f"score{name}", "score", argv, told, scores, redo="stage", resumes=True, free=("--device",), cost=cost)
+    report, results = folder / "report.html", folder / "results.json"
+    reports = [where.targets(method) for where, method in loras]
     options = ["--primary", s.held_out[0], *listed("held_out", s.held_out)] if s.held_out else []
-    options += listed("runs", [s.out / "runs" / method for method in s.methods])
-    options += listed("targets", [route.targets(method) for method in s.methods])
-    made: tuple[Path, ...] = (report, results, s.out / "contact_sheet.png", s.out / "frontier.png")
-    inputs = (*scores, *told, *(route.targets(method) for method in s.methods))
+    options += listed("runs", [where.run(method) for where, method in loras])
+    options += listed("targets", reports)
+    made: tuple[Path, ...] = (report, results, folder / "contact_sheet.png", folder / "frontier.png")
+    inputs = (*scores, *told, *reports)
     yield Step(
-        "compare", "compare", (*places, "--out", str(report), "--seed", str(s.seed), *options), inputs, made[:2], made,
+        f"compare{name}", "compare", (*places, "--out", str(report), "--seed", str(s.seed), *options), inputs, made[:2], made,
         cost="a minute, and a page of about as many megabytes as its pictures",
     )  # fmt: skip
-    if len(s.strengths) > 1:
-        best, run = s.out / "aligned.safetensors", s.out / "runs" / s.methods[0]
-        argv = (str(run), "--out", str(best), "--strength", "best", "--results", str(results), "--arm", s.methods[0])
-        made = (best, s.out / "README.md")
-        yield Step("export best", "export", argv, (run / "checkpoints", results), (best,), made, cost="a LoRA file, best at strength 1")
 
 
-def sample_step(route: Route, known: costs.Known, arm: str) -> Step:
+def sample_step(route: Route, known: costs.Known, arm: str, lora: Path | None) -> Step:
     """The images of the base, or of a LoRA at all strengths in one run."""
     s, out = route.settings, route.samples(arm)
     source, limit = route.prompts("evaluation")
@@ -283,16 +316,16 @@ def sample_step(route: Route, known: costs.Known, arm: str) -> Step:
     images = costs.evaluation_images(s, known)
     made: tuple[Path, ...] = (out,)
     adapter: list[str] = []
-    if arm != "base":
+    if lora is not None:
         adapter = [
             "--lora",
-            str(route.lora(arm)),
+            str(lora),
             "--strength",
             *(strength_folder(strength).removeprefix(PREFIX) for strength in s.strengths),
         ]
         made = tuple(out / strength_folder(strength) for strength in s.strengths) if len(s.strengths) > 1 else made
         images = costs.times(images, len(s.strengths))
-    inputs = (*existing(source, s.model), *([route.lora(arm)] if arm != "base" else []))
+    inputs = (*existing(source, s.model), *([] if lora is None else [lora]))
     step = Step(
         f"sample {arm}", "sample", (*route.model(), *adapter, *options, *route.sampler()), inputs,
         tuple(folder / "index.parquet" for folder in made), made, resumes=True, free=("--batch", "--device"),

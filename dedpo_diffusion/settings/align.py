@@ -29,6 +29,10 @@ class AlignSettings:
         recipe: settings of the training, a YAML file as `dedpo train --config` takes it.
         training: further options of `dedpo train`, by name: {"data.reference_draws": "8"}.
         steps: optimizer steps of each LoRA; None takes the recipe's.
+        rounds: how often pairs are proposed, labelled and trained on. From the second on the latest LoRA proposes the pairs and is trained
+            further, on these and all earlier ones. A round that gains nothing over the one before on the scorer of the verdict is the last.
+        round_votes: how many answers of people to wait for in each further round, about the new pairs that judges are least sure of;
+            0 asks nobody again.
         strengths: strengths at which each LoRA is sampled; of several the best is found.
         eval_prompts: prompts of the evaluation, as in `dedpo sample`; "shapes" are those of the embedded model.
         eval_limit: how many of them to take; None takes all.
@@ -64,6 +68,8 @@ class AlignSettings:
     recipe: str | None = None
     training: dict[str, str] = field(default_factory=dict)
     steps: int | None = None
+    rounds: int = 1
+    round_votes: int = 0
     strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
     eval_prompts: str | None = None
     eval_limit: int | None = None
@@ -84,7 +90,7 @@ class AlignSettings:
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what it starts from": "model prompts pairs",
         "labels": "judges votes methods",
-        "training": "recipe steps",
+        "training": "recipe steps rounds",
         "judging": "strengths",
         "what is written": "out dry_run",
     }

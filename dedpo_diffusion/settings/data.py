@@ -151,6 +151,8 @@ class ProposeSettings:
         out: the pair dataset to write; must not exist yet.
         categories: the categories of prompts to take; none takes all.
         limit: how many prompts to take, as many of each category as of any other; None takes all.
+        lora: LoRA files on top of the model, as in `dedpo sample`.
+        strength: how strongly each LoRA counts; none takes 1 for each.
         images_per_prompt: K images for each prompt line, each with a seed of its own.
         pairing: disjoint gives K / 2 independent pairs per prompt, all gives K (K - 1) / 2.
         seed: the first image's seed; image i gets seed + i.
@@ -180,8 +182,10 @@ class ProposeSettings:
     shard_pairs: int = 1000
     model_config: str | None = None
     model_prediction: Literal["epsilon", "v", "v_zero_snr"] | None = None
+    lora: list[Path] = field(default_factory=list)
+    strength: list[float] = field(default_factory=list)
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
-        "what the images are made with": "model prompts steps guidance size",
+        "what the images are made with": "model lora prompts steps guidance size",
         "what is written": "out images_per_prompt",
         "memory and speed": "batch dtype device",
     }
@@ -189,12 +193,13 @@ class ProposeSettings:
 
 @dataclass(frozen=True)
 class PairsSettings:
-    """Write a pair dataset for annotation tools and other programs.
+    """Write a pair dataset for annotation tools and other programs, or join several.
 
     Args:
-        action: what to do: export writes the pairs.
+        action: what to do: export writes the pairs for others; join makes one dataset of several.
         pairs: the pair dataset.
-        to: labelstudio and argilla are annotation tools; datasets is parquet that the `datasets` library reads; imagefolder
+        others: to join, the further datasets.
+        to: to export, labelstudio and argilla are annotation tools; datasets is parquet that the `datasets` library reads; imagefolder
             is images with metadata.jsonl; csv is images with a table.
         out: the folder to write; must not exist yet.
         human: name of the label and vote files whose answers go along; null leaves them out.
@@ -205,17 +210,18 @@ class PairsSettings:
         seed: seed of the shuffle of sides, for annotation tools.
     """
 
-    action: Literal["export"]
+    action: Literal["export", "join"]
     pairs: Path
-    to: Literal["labelstudio", "argilla", "datasets", "imagefolder", "csv"]
     out: Path
+    to: Literal["labelstudio", "argilla", "datasets", "imagefolder", "csv"] | None = None
+    others: list[Path] = field(default_factory=list)
     human: str | None = "human"
     images: Literal["auto", "files", "data"] = "auto"
     root: Path | None = None
     fields: Literal["image", "html"] = "image"
     seed: int = 0
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
-        "what is written": "action pairs to human",
+        "what is written": "action pairs to others human",
         "where": "out",
         "for annotation tools": "images root fields seed",
     }

@@ -15,7 +15,8 @@ import pytest
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.defaults import DEFAULT_METHOD
 from dedpo_diffusion.journey.journal import Journal, Step, fingerprint, without
-from dedpo_diffusion.journey.plan import Route, steps
+from dedpo_diffusion.journey.plan import Route
+from dedpo_diffusion.journey.steps import steps
 from dedpo_diffusion.labels.files import label_names, read_labels
 from dedpo_diffusion.pipelines import STAGES, align
 from dedpo_diffusion.settings import AlignSettings, DataSettings, MergeSettings

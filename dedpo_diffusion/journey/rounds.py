@@ -1,0 +1,131 @@
+"""Further rounds: the latest LoRA proposes pairs, judges and people label them, and it is trained further on these and all earlier ones.
+
+Each round's LoRA is compared with the base and all earlier ones on the same prompts and noise, each at its best strength. A round that
+gains nothing over the one before is the last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dedpo_diffusion.journey import costs
+from dedpo_diffusion.journey.journal import Step
+from dedpo_diffusion.journey.plan import Route, compare_steps, existing, label_steps, merge_steps, train_steps, verdict_steps
+
+PROPOSAL_SEED = 100_000  # times the round's number: no image is proposed twice, and none is of the evaluation
+
+
+def further_steps(route: Route, known: costs.Known) -> Iterator[Step]:
+    """Every step of the rounds from the second on, up to the verdict; fewer rounds where one gained nothing."""
+    s, [method] = route.settings, route.settings.methods
+    loras = [(route, method)]
+    for number in range(2, s.rounds + 1):
+        here = replace(route, number=number)
+        yield from _pair_steps(here, loras[-1][0], known, method)
+        yield from merge_steps(here, known, method)
+        yield from train_steps(here, known, method, start=loras[-1][0].lora(method))
+        loras.append((here, method))
+        if number < s.rounds:
+            yield from compare_steps(loras, known, here.folder, f", round {number}")
+            if best_round(route, here.folder / "results.json") < number:
+                break
+    yield from verdict_steps(loras, known, lambda: best_round(route, s.out / "results.json") - 1)
+
+
+def best_round(route: Route, results: Path) -> int:
+    """The last round before one that gained nothing; the last of all where they all gained, or nobody has compared them yet."""
+    if not results.is_file():
+        return route.settings.rounds
+    rounds = curve(route, json.loads(results.read_text(encoding="utf-8")))
+    return next((entry["round"] - 1 for entry in rounds[1:] if entry["minus_last"]["mean"] <= 0), len(rounds))
+
+
+def curve(route: Route, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each round that was done its arm, its gain over the base at its best strength, and that over the round before."""
+    found = []
+    [method] = route.settings.methods
+    for number in range(1, route.settings.rounds + 1):
+        arm, last = (replace(route, number=k).arm(method) for k in (number, max(number - 1, 1)))
+        entry = results["loras"].get(arm)
+        if entry is None:
+            break
+        told = {"round": number, "arm": arm, "gain": entry["gain_at_best_strength"], "strength": entry["best_strength"]}
+        found.append(told | {"minus_last": entry["best_minus"].get(last) if number > 1 else None})
+    return found
+
+
+def curve_words(route: Route, found: list[dict[str, Any]]) -> list[str]:
+    """What became of the rounds, a line each."""
+    lines = []
+    for entry in found:
+        low, high = entry["gain"]["ci"] or (float("nan"), float("nan"))
+        lines.append(
+            f"round {entry['round']}: gain {entry['gain']['mean']:+.3f} ({low:+.3f} to {high:+.3f}) at strength {entry['strength']:g}"
+        )
+    if len(found) < route.settings.rounds:
+        lines.append(f"round {len(found)} gained nothing over the one before, so it was the last of at most {route.settings.rounds}")
+    return lines
+
+
+def draw_curve(found: list[dict[str, Any]], file: Path) -> None:
+    """The gain over the base by round, with intervals, as a PNG."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from dedpo_diffusion.core.files import atomic_file
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    mean, rounds = np.array([entry["gain"]["mean"] for entry in found]), [entry["round"] for entry in found]
+    ends = np.array([entry["gain"]["ci"] or [np.nan, np.nan] for entry in found])
+    axes.errorbar(rounds, mean, yerr=np.abs(ends.T - mean), marker="o", capsize=4)
+    axes.axhline(0, color="grey", linewidth=1)
+    axes.set(xlabel="round", ylabel="gain over the base at the best strength", xticks=rounds)
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _pair_steps(here: Route, last: Route, known: costs.Known, method: str) -> Iterator[Step]:
+    """New pairs of the latest LoRA, labelled, and joined with all earlier ones."""
+    s, new = here.settings, here.folder / f"round-{here.number}"
+    source, limit = here.prompts("proposed")
+    options = ["--prompts", source, "--out", str(new), "--seed", str(s.seed + PROPOSAL_SEED * here.number)]
+    options += ["--images_per_prompt", str(s.images_per_prompt), "--lora", str(last.lora(method))]
+    options += [] if limit is None else ["--limit", str(limit)]
+    yield Step(
+        here.step("propose"), "propose", (*here.model(), *options, *here.sampler()), (*existing(source), last.lora(method)),
+        (new / "pairs",), (new,), redo="replace" if not s.round_votes or s.people == "simulated" else "refuse", resumes=True,
+        free=("--batch", "--device"), cost=costs.propose(s, known),
+    )  # fmt: skip
+    yield from label_steps(here, known, new)
+    yield from _people_steps(here, new)
+    judged = [new / "labels" / f"{name}.parquet" for name in here.judges()]
+    asked = [new / "labels" / "human.parquet"] if s.round_votes else []
+    earlier = (last.pairs / "pairs", last.label("human"), *map(last.label, here.judges()))
+    yield Step(
+        here.step("join"), "pairs", ("join", str(last.pairs), "--others", str(new), "--out", str(here.pairs)),
+        (*earlier, new / "pairs", *judged, *asked), (here.pairs / "pairs",), (here.pairs,), cost="copies every image once",
+    )  # fmt: skip
+
+
+def _people_steps(here: Route, new: Path) -> Iterator[Step]:
+    """People's answers about new pairs: those that judges are least sure of, or the simulated people's about a random share."""
+    s, human = here.settings, new / "labels" / "human.parquet"
+    if not s.round_votes:
+        return
+    if s.people == "simulated":
+        simulated = (str(new), "--answers", str(s.round_votes), "--seed", str(s.seed + here.number))
+        yield Step(
+            here.step("human"), "human", simulated, (new / "pairs",), (human,), (human,), cost=f"{s.round_votes} answers, in seconds"
+        )
+        return
+    votes = (new / "votes" / "human.sqlite",)
+    argv = (str(new), "--until", str(s.round_votes), "--open", "true", "--order", "disagreement")
+    yield Step(
+        here.step("vote"), "vote", argv, (new / "pairs",), (human,), votes, redo="stage", resumes=True, free=("--until", "--open"),
+        cost=f"{s.round_votes} answers of people, about 5 seconds each",
+    )  # fmt: skip
