@@ -45,6 +45,7 @@ class Step:
         redo: when its command or inputs have changed: replace removes what it made; stage leaves that to the stage, which goes on with
             what it can use; refuse tells the user, as people's work hangs on it.
         resumes: whether the stage goes on with what a stopped run left.
+        whole: whether its outputs appear when all of it is there, and not before: then it is done, whatever the journal had time to note.
         free: options whose values may change without spoiling what is there.
         cost: what it will take, in words.
     """
@@ -57,6 +58,7 @@ class Step:
     made: tuple[Path, ...] = ()
     redo: Literal["replace", "stage", "refuse"] = "replace"
     resumes: bool = False
+    whole: bool = False
     free: tuple[str, ...] = ()
     cost: str = ""
 
@@ -179,7 +181,7 @@ class Journal:
                 raise UserError(f"{what}; choose another --out, or remove {self.out}")
             return Found(True, why, made if step.redo == "replace" else ())
         missing = [path for path in step.outputs if not path.exists()]
-        whole = held["done"] or step.redo == "refuse"  # these appear when all of it is there
+        whole = held["done"] or step.whole
         if whole and not missing and held["line"] == self._key(step.argv):
             return Found(False)
         why = f"{missing[0]} is not there" if held["done"] and missing else "its options have changed" if held["done"] else "it was stopped"

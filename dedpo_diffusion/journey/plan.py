@@ -146,13 +146,13 @@ def pair_steps(route: Route, known: costs.Known) -> Iterator[Step]:
         options += [] if limit is None else ["--limit", str(limit)]
         argv = (*route.model(), *options, *route.sampler())
         yield Step(
-            "propose", "propose", argv, existing(source), (data / "pairs",), (data,), redo="refuse", resumes=True,
+            "propose", "propose", argv, existing(source), (data / "pairs",), (data,), redo="refuse", resumes=True, whole=True,
             free=("--batch", "--device"), cost=costs.propose(route.settings, known),
         )  # fmt: skip
     elif not taken_up(s.pairs):
         argv = (s.format, str(s.pairs), "--out", str(data))
         yield Step(
-            "ingest", "ingest", argv, existing(s.pairs), (data / "pairs",), (data,), redo="refuse", resumes=True,
+            "ingest", "ingest", argv, existing(s.pairs), (data / "pairs",), (data,), redo="refuse", resumes=True, whole=True,
             cost="reads every image once, and copies it",
         )  # fmt: skip
     report = s.out / "validate.json"

@@ -99,7 +99,7 @@ def _pair_steps(here: Route, last: Route, known: costs.Known, method: str) -> It
     yield Step(
         here.step("propose"), "propose", (*here.model(), *options, *here.sampler()), (*existing(source), last.lora(method)),
         (new / "pairs",), (new,), redo="replace" if not s.round_votes or s.people == "simulated" else "refuse", resumes=True,
-        free=("--batch", "--device"), cost=costs.propose(s, known),
+        whole=True, free=("--batch", "--device"), cost=costs.propose(s, known),
     )  # fmt: skip
     yield from label_steps(here, known, new)
     yield from _people_steps(here, new)
