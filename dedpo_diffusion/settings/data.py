@@ -189,33 +189,52 @@ class ProposeSettings:
 
 @dataclass(frozen=True)
 class PairsSettings:
-    """Write a pair dataset for annotation tools and other programs.
+    """Write a pair dataset for annotation tools and other programs, or send it to a hub.
 
     Args:
-        action: what to do: export writes the pairs.
+        action: what to do: export writes the pairs into a folder; push sends them to a hub of data sets.
         pairs: the pair dataset.
-        to: labelstudio and argilla are annotation tools; datasets is parquet that the `datasets` library reads; imagefolder
-            is images with metadata.jsonl; csv is images with a table.
-        out: the folder to write; must not exist yet.
+        repository: of push, where to: OWNER/NAME on the hub.
+        to: of export, for what: labelstudio and argilla are annotation tools; datasets is parquet that the `datasets` library reads;
+            imagefolder is images with metadata.jsonl; csv is images with a table.
+        out: the folder to write; must not exist yet. Push keeps what it sends there; None keeps nothing.
         human: name of the label and vote files whose answers go along; null leaves them out.
         images: how labelstudio gets images: as files, which it serves from this machine's disk, or as data inside the
             tasks; auto takes files for labelstudio. argilla always takes data.
         root: for labelstudio, the folder that it serves files from, which must hold OUT; None takes OUT itself.
         fields: for argilla, two image fields, or html: one field that shows both side by side.
         seed: seed of the shuffle of sides, for annotation tools.
+        private: of push, whether a new repository is private; nothing is sent to one that is public.
+        raters: of push, what becomes of the people who answered: numbers in place of names, their names, or none.
+        without: of push, source columns to leave out, without source_; those that tell of people are left out unless raters is names.
+        license: of push, the licence in the card, as the hub abbreviates it: cc-by-4.0, cc0-1.0, other; None writes unknown.
+        dry_run: of push, say what would be sent, and send nothing.
     """
 
-    action: Literal["export"]
+    action: Literal["export", "push"]
     pairs: Path
-    to: Literal["labelstudio", "argilla", "datasets", "imagefolder", "csv"]
-    out: Path
+    repository: str | None = None
+    to: Literal["labelstudio", "argilla", "datasets", "imagefolder", "csv"] | None = None
+    out: Path | None = None
     human: str | None = "human"
     images: Literal["auto", "files", "data"] = "auto"
     root: Path | None = None
     fields: Literal["image", "html"] = "image"
     seed: int = 0
+    private: bool = False
+    raters: Literal["numbers", "names", "none"] = "numbers"
+    without: list[str] = field(default_factory=list)
+    license: str | None = None
+    dry_run: bool = False
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
-        "what is written": "action pairs to human",
-        "where": "out",
+        "what is done": "action pairs human",
+        "export": "to out",
+        "push": "repository private raters without license dry_run",
         "for annotation tools": "images root fields seed",
     }
+
+    @property
+    def folder(self) -> Path:
+        """OUT of an export, which needs one."""
+        assert self.out is not None
+        return self.out
