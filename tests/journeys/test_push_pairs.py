@@ -1,4 +1,4 @@
-"""`dedpo pairs push` and `dedpo ingest auto OWNER/NAME` with a stand-in of the hub: what was announced arrives, and comes back as it was."""
+"""`dedpo pairs push` and `dedpo ingest auto OWNER/NAME` with a stand-in of the hub: what was announced arrives, and comes back the same."""
 
 from __future__ import annotations
 
