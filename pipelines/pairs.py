@@ -34,10 +34,10 @@ def check(settings: PairsSettings) -> None:
     if strange is not None:
         shown = strange.upper() if strange == "repository" else f"--{strange}"
         raise UserError(f"{shown} is for `dedpo pairs {'export' if pushes else 'push'}`; leave it out")
-    missing = "OWNER/NAME" if pushes and settings.repository is None else "--to" if not pushes and settings.to is None else None
-    missing = "--out" if not pushes and settings.out is None else missing
-    if missing is not None:
-        raise UserError(f"{missing} is missing: `dedpo pairs {settings.action}` needs to know where to")
+    needed = {"OWNER/NAME": settings.repository} if pushes else {"--to": settings.to, "--out": settings.out}
+    missing = [name for name, given in needed.items() if given is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: `dedpo pairs {settings.action}` needs it")
     out = settings.out
     if out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise UserError(f"{out} exists and is not an empty folder; choose another --out, or remove it first")

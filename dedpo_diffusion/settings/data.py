@@ -227,10 +227,9 @@ class PairsSettings:
     license: str | None = None
     dry_run: bool = False
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
-        "what is done": "action pairs human",
-        "export": "to out",
-        "push": "repository private raters without license dry_run",
-        "for annotation tools": "images root fields seed",
+        "what is done": "action pairs repository human",
+        "export": "to out images",
+        "push": "private raters license dry_run",
     }
 
     @property
