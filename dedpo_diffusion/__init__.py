@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from dedpo_diffusion import settings as s
     from dedpo_diffusion.core.console import Update as Update
     from dedpo_diffusion.core.errors import UserError as UserError
     from dedpo_diffusion.debias import Merged as Merged
@@ -31,6 +30,24 @@ if TYPE_CHECKING:
     from dedpo_diffusion.dpo.losses import margin as margin
     from dedpo_diffusion.dpo.losses import preference_loss as preference_loss
     from dedpo_diffusion.dpo.step import preference_step as preference_step
+    from dedpo_diffusion.settings import (
+        AlignSettings,
+        CalibrateSettings,
+        CompareSettings,
+        ExportSettings,
+        IngestSettings,
+        InspectSettings,
+        LabelSettings,
+        MergeSettings,
+        PairsSettings,
+        ProposeSettings,
+        QuickstartSettings,
+        SampleSettings,
+        ScoreSettings,
+        TrainSettings,
+        ValidateSettings,
+        VoteSettings,
+    )
 
     Callback = Callable[[Update], None]
 
@@ -75,7 +92,7 @@ def _run(stage: str, settings: Any, progress: Callback | None, options: dict[str
     return call(import_module(f".{STAGES[stage][0]}", __name__).run, settings, progress)
 
 
-def _pairs(action: str, settings: s.PairsSettings | None, progress: Callback | None, options: dict[str, Any]) -> Any:
+def _pairs(action: str, settings: PairsSettings | None, progress: Callback | None, options: dict[str, Any]) -> Any:
     """Run the stage of pairs for one of its actions. Raises UserError where the settings are for another."""
     if settings is None:
         return _run("pairs", None, progress, {"action": action} | options)
@@ -89,7 +106,7 @@ def _pairs(action: str, settings: s.PairsSettings | None, progress: Callback | N
 # ---- pairs
 
 
-def ingest(settings: s.IngestSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
+def ingest(settings: IngestSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
     """Read a public preference format, your own table or a data set of the hub into a pair data set.
 
     Returns:
@@ -101,7 +118,7 @@ def ingest(settings: s.IngestSettings | None = None, /, *, progress: Callback | 
     return _run("ingest", settings, progress, options)
 
 
-def propose(settings: s.ProposeSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
+def propose(settings: ProposeSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
     """Make pairs from a model's own images.
 
     Returns:
@@ -113,7 +130,7 @@ def propose(settings: s.ProposeSettings | None = None, /, *, progress: Callback 
     return _run("propose", settings, progress, options)
 
 
-def validate(settings: s.ValidateSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> dict[str, Any]:
+def validate(settings: ValidateSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> dict[str, Any]:
     """Check a pair data set, its labels and votes, and write a page with pictures about them.
 
     Returns:
@@ -125,7 +142,7 @@ def validate(settings: s.ValidateSettings | None = None, /, *, progress: Callbac
     return _run("validate", settings, progress, options)
 
 
-def export_pairs(settings: s.PairsSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
+def export_pairs(settings: PairsSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
     """Write a pair data set for annotation tools and other programs.
 
     Returns:
@@ -137,7 +154,7 @@ def export_pairs(settings: s.PairsSettings | None = None, /, *, progress: Callba
     return _pairs("export", settings, progress, options)
 
 
-def push_pairs(settings: s.PairsSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> str:
+def push_pairs(settings: PairsSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> str:
     """Send a pair data set to a hub, after saying what would be sent; nothing in it tells of this machine or names a person.
 
     Returns:
@@ -152,7 +169,7 @@ def push_pairs(settings: s.PairsSettings | None = None, /, *, progress: Callback
 # ---- labels
 
 
-def vote(settings: s.VoteSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path | None:
+def vote(settings: VoteSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path | None:
     """Let people label pairs, or compare two models, in a web page; goes on until there are `until` answers, or Ctrl-C.
 
     Returns:
@@ -164,7 +181,7 @@ def vote(settings: s.VoteSettings | None = None, /, *, progress: Callback | None
     return _run("vote", settings, progress, options)
 
 
-def label(settings: s.LabelSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> list[Path]:
+def label(settings: LabelSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> list[Path]:
     """Label every pair with machine judges.
 
     Returns:
@@ -176,7 +193,7 @@ def label(settings: s.LabelSettings | None = None, /, *, progress: Callback | No
     return _run("label", settings, progress, options)
 
 
-def calibrate(settings: s.CalibrateSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> list[Path]:
+def calibrate(settings: CalibrateSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> list[Path]:
     """Calibrate judges' labels on the human ones, stack several judges into one, or let people teach one.
 
     Returns:
@@ -188,7 +205,7 @@ def calibrate(settings: s.CalibrateSettings | None = None, /, *, progress: Callb
     return _run("calibrate", settings, progress, options)
 
 
-def merge(settings: s.MergeSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> tuple[Path, dict[str, Any]]:
+def merge(settings: MergeSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> tuple[Path, dict[str, Any]]:
     """Merge human and machine labels into one target and weight per pair, and tell what they are worth.
 
     Returns:
@@ -206,7 +223,7 @@ def merge(settings: s.MergeSettings | None = None, /, *, progress: Callback | No
 # ---- training
 
 
-def train(settings: s.TrainSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
+def train(settings: TrainSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
     """Train a LoRA, or the whole UNet, from pairs and targets; the same call goes on with a run that was stopped.
 
     Returns:
@@ -218,7 +235,7 @@ def train(settings: s.TrainSettings | None = None, /, *, progress: Callback | No
     return _run("train", settings, progress, options)
 
 
-def export(settings: s.ExportSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
+def export(settings: ExportSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
     """Write what a run trained, or another LoRA, for other programs; with `push`, send it to a model hub.
 
     Returns:
@@ -230,7 +247,7 @@ def export(settings: s.ExportSettings | None = None, /, *, progress: Callback | 
     return _run("export", settings, progress, options)
 
 
-def inspect(settings: s.InspectSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> dict[str, Any]:
+def inspect(settings: InspectSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> dict[str, Any]:
     """Tell what a weight file or a folder is, for which base, and which programs read it.
 
     Returns:
@@ -245,7 +262,7 @@ def inspect(settings: s.InspectSettings | None = None, /, *, progress: Callback 
 # ---- images and verdict
 
 
-def sample(settings: s.SampleSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
+def sample(settings: SampleSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:
     """Sample images, seed-paired with every other model sampled with the same prompts and seed.
 
     Returns:
@@ -257,7 +274,7 @@ def sample(settings: s.SampleSettings | None = None, /, *, progress: Callback | 
     return _run("sample", settings, progress, options)
 
 
-def score(settings: s.ScoreSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> list[Path]:
+def score(settings: ScoreSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> list[Path]:
     """Score sampled images.
 
     Returns:
@@ -269,7 +286,7 @@ def score(settings: s.ScoreSettings | None = None, /, *, progress: Callback | No
     return _run("score", settings, progress, options)
 
 
-def compare(settings: s.CompareSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> dict[str, Any]:
+def compare(settings: CompareSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> dict[str, Any]:
     """Compare sample folders that share prompts and seeds, and write the report; the first is the base.
 
     Returns:
@@ -284,7 +301,7 @@ def compare(settings: s.CompareSettings | None = None, /, *, progress: Callback 
 # ---- whole journeys
 
 
-def align(settings: s.AlignSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> dict[str, Any] | None:
+def align(settings: AlignSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> dict[str, Any] | None:
     """The whole journey on your own model: pairs, labels, targets, LoRAs, images, verdict; the same call goes on where it stopped.
 
     Returns:
@@ -296,9 +313,7 @@ def align(settings: s.AlignSettings | None = None, /, *, progress: Callback | No
     return _run("align", settings, progress, options)
 
 
-def quickstart(
-    settings: s.QuickstartSettings | None = None, /, *, progress: Callback | None = None, **options: Any
-) -> dict[str, Any] | None:
+def quickstart(settings: QuickstartSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> dict[str, Any] | None:
     """The whole journey on the embedded world, on a CPU, in minutes.
 
     Returns:

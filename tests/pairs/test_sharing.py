@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import platform
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def told(
     pixels = np.random.default_rng(size[0] + orientation).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     held, buffer = Image.Exif(), io.BytesIO()
     held.update({**PRIVATE, ORIENTATION: orientation})
-    held.get_ifd(0x8825)[1] = "N"  # a place
+    held[0x8825] = {1: "N"}  # a place
     if exif:
         options["exif"] = held
     if text and kind == "PNG":
@@ -153,6 +155,23 @@ def test_a_comment_in_another_format_is_refused():
     Image.new("RGB", (4, 4)).save(buffer, "GIF", comment=b"/home/ann/cats.gif")
     with pytest.raises(UserError, match=r"image_0 of pair 'p-0', its comment tells of this machine"):
         list(Sharing(SETTINGS, []).items([item(0, image=buffer.getvalue())]))
+
+
+def test_a_place_in_another_format_is_refused():
+    held, buffer = Image.Exif(), io.BytesIO()
+    held.get_ifd(0x8825)[1] = "N"
+    held[0x8825] = held.get_ifd(0x8825)
+    Image.new("RGB", (4, 4)).save(buffer, "TIFF", exif=held)
+    with pytest.raises(UserError, match=r"image_0 of pair 'p-0' tells where it was taken .*nothing is sent"):
+        list(Sharing(SETTINGS, []).items([item(0, image=buffer.getvalue())]))
+
+
+def test_chunks_that_nobody_knows_are_left_out_of_a_png():
+    """As programs and makers of certificates add them."""
+    data = picture(1)
+    body = b"caBX" + SECRET.encode()
+    told_ = data[:33] + struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) + data[33:]
+    assert without_metadata(told_) == data
 
 
 def test_the_card_tells_licence_columns_and_counts():

@@ -13,7 +13,10 @@ import struct
 from collections.abc import Iterator
 
 PNG, JPEG, WEBP = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", (b"RIFF", b"WEBP")
-PNG_LEFT_OUT = (b"tEXt", b"zTXt", b"iTXt", b"tIME", b"eXIf")
+PNG_KEPT = {  # what is drawn, and in which colours; all else is told
+    b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"cICP", b"mDCV", b"cLLI", b"bKGD", b"pHYs",
+}  # fmt: skip
+WEBP_KEPT = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ICCP"}
 JPEG_KEPT = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}  # application segments by what they begin with
 ORIENTATION = 0x0112
 
@@ -25,7 +28,7 @@ def without_metadata(data: bytes) -> bytes:
         data: a whole image file that `decode_image` reads.
     """
     if data.startswith(PNG):
-        kept = b"".join(part for kind, part in _png_chunks(data) if kind not in PNG_LEFT_OUT)
+        kept = b"".join(part for kind, part in _png_chunks(data) if kind in PNG_KEPT)
         bare = PNG + kept
         return data if bare == data else _png_turned(bare, _orientation(data))
     if data.startswith(JPEG):
@@ -125,7 +128,7 @@ def _jpeg_turned(data: bytes, orientation: int) -> bytes:
 
 
 def _webp(data: bytes) -> bytes:
-    """The chunks but EXIF and XMP; the header of the extended format says what is left."""
+    """The chunks that make the picture; the header of the extended format says what is left."""
     orientation = _orientation(data)
     whole = 8 + struct.unpack("<I", data[4:8])[0]
     place, parts, found = 12, [], len(data) > whole + whole % 2
@@ -133,8 +136,8 @@ def _webp(data: bytes) -> bytes:
         kind = data[place : place + 4]
         (length,) = struct.unpack("<I", data[place + 4 : place + 8])
         end = place + 8 + length + length % 2
-        found |= kind in (b"EXIF", b"XMP ")
-        if kind not in (b"EXIF", b"XMP "):
+        found |= kind not in WEBP_KEPT
+        if kind in WEBP_KEPT:
             parts.append(data[place:end])
         place = end
     if not found:

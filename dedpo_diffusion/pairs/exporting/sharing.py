@@ -91,8 +91,9 @@ class Sharing:
         bare = without_metadata(data)
         self.counts["images without their metadata"] += bare != data
         if bare == data:
-            for name, text in _texts(data):
-                check_private(f"{self.settings.pairs}: {side} of pair {item.pair.pair_id!r}, its {name}", text, "save the image without it")
+            where = f"{self.settings.pairs}: {side} of pair {item.pair.pair_id!r}"
+            for name, text in _texts(data, where):
+                check_private(f"{where}, its {name}", text, "save the image without it")
         return bare
 
     def _person(self, name: str | None) -> str | None:
@@ -110,14 +111,21 @@ class Sharing:
         return value if cut == told else cut
 
 
-def _texts(data: bytes) -> Iterator[tuple[str, str]]:
-    """What a file of a format without metadata of a known place holds to read, such as a comment."""
+def _texts(data: bytes, where: str) -> Iterator[tuple[str, str]]:
+    """What a file of a format without metadata of a known place holds to read, such as a comment.
+
+    Raises:
+        UserError: it tells where it was taken.
+    """
     import io
 
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        for name, value in [*image.info.items(), *((f"EXIF {tag}", value) for tag, value in Image.Image.getexif(image).items())]:
+        exif = Image.Image.getexif(image)
+        if exif.get_ifd(0x8825):
+            raise UserError(f"{where} tells where it was taken (EXIF), so nothing is sent; save the image without it")
+        for name, value in [*image.info.items(), *((f"EXIF {tag}", value) for tag, value in exif.items())]:
             text = value.decode("latin-1") if isinstance(value, bytes) and name not in ("icc_profile", "exif") else value
             if isinstance(text, str):
                 yield str(name), text
