@@ -176,7 +176,8 @@ def _cell(text: str) -> str:
 
 def public_names() -> Iterator[str]:
     """Full names of what the package and its `weights` offer."""
-    for name in dedpo_diffusion.__all__:
-        yield f"dedpo_diffusion.{dedpo_diffusion._HOME[name]}.{name}"
+    homes = dedpo_diffusion._HOME
+    for name in sorted(dedpo_diffusion.__all__, key=lambda name: name in homes):  # the stages first
+        yield f"dedpo_diffusion.{homes[name]}.{name}" if name in homes else f"dedpo_diffusion.{name}"
     for name in weights.__all__:
         yield f"{getattr(weights, name).__module__}.{name}"

@@ -15,7 +15,7 @@ STAGES = {
     "ingest": ("pipelines.ingest", "a public preference format, or your own table -> a pair dataset"),
     "propose": ("pipelines.propose", "pairs from a model's own images"),
     "validate": ("pipelines.validate", "what a pair dataset holds, and what is wrong with it"),
-    "pairs": ("pipelines.pairs", "a pair dataset for annotation tools, and for other programs"),
+    "pairs": ("pipelines.pairs", "a pair dataset for annotation tools, other programs, or a hub"),
     "vote": ("pipelines.vote", "people label pairs in a web page"),
     "label": ("pipelines.label", "machine labels for every pair, by one or several judges"),
     "calibrate": ("pipelines.calibrate", "judges' labels calibrated on the human ones, or stacked into one"),

@@ -297,8 +297,8 @@ def memory_words(settings: AlignSettings) -> str:
     return f"{peak / 2**30:.1f} GiB (computed for {told['model']}, not measured)"
 
 
-def tell_end(settings: AlignSettings, journal: Journal) -> None:
-    """The verdict, and where everything lies."""
+def tell_end(settings: AlignSettings, journal: Journal) -> dict[str, Any]:
+    """Say the verdict, and where everything lies; returns the results."""
     out = settings.out
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     say(f"\n{results['verdict']}\n")
@@ -321,9 +321,10 @@ def tell_end(settings: AlignSettings, journal: Journal) -> None:
     ):
         say(f"  {out / file}  {what}")
     say(f"  {journal.seconds()['total']:.0f} s in all")
+    return results
 
 
-def run(settings: AlignSettings) -> None:
+def run(settings: AlignSettings) -> dict[str, Any] | None:
     """The whole journey on your own model: pairs, labels, targets, LoRAs, images, verdict."""
     from dedpo_diffusion.journey.costs import known_of
     from dedpo_diffusion.journey.journal import Journal
@@ -335,11 +336,11 @@ def run(settings: AlignSettings) -> None:
     journal = Journal(settings.out, identity_of(settings))
     if settings.dry_run:
         rehearse(settings, route, known)
-        return
+        return None
     journal.open()
     write_shapes_prompts(settings)
     travel(settings, route, known, journal)
-    tell_end(settings, journal)
+    return tell_end(settings, journal)
 
 
 FLAGS = {name: name for name in ("judges", "methods", "strengths", "scorers", "held_out")}

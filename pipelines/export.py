@@ -294,12 +294,12 @@ def write_checkpoint(settings: ExportSettings, source: Source, pipe: Any, made: 
 
 def send(settings: ExportSettings, card: Path | None) -> None:
     """Send what was written to the hub."""
-    from dedpo_diffusion.weights.hub import collect, push
+    from dedpo_diffusion.weights.hub import Repository, collect, push
 
     assert settings.push is not None
     if card is None:
         say(f"{settings.source} is no run folder, so no model card is written or sent")
-    push(settings.push, collect(settings.out, card, settings.results), private=settings.private, title=settings.out.name)
+    push(Repository(settings.push), collect(settings.out, card, settings.results), private=settings.private, title=settings.out.name)
 
 
 def write_card(settings: ExportSettings) -> Path:

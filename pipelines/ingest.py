@@ -62,7 +62,7 @@ def _take_up(settings: IngestSettings, partial: Path, identity: dict[str, Any]) 
     return journal, ledger
 
 
-def run(settings: IngestSettings) -> None:
+def run(settings: IngestSettings) -> Path:
     """Read a preference format into a pair dataset."""
     from dedpo_diffusion.core.files import write_json
     from dedpo_diffusion.pairs.formats import choose
@@ -98,6 +98,7 @@ def run(settings: IngestSettings) -> None:
         say(f"the source lists the preferred image first: {ledger.counts['sides_swapped']} pairs had their sides swapped")
     say(f"wrote {settings.out}")
     say_next("validate", settings.out)
+    return settings.out
 
 
 def main(argv: Sequence[str] | None = None) -> int:

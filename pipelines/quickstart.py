@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 from dedpo_diffusion.core.console import stage
 from dedpo_diffusion.core.defaults import DEFAULT_METHOD
@@ -36,9 +37,9 @@ def as_align(settings: QuickstartSettings) -> AlignSettings:
     )  # fmt: skip
 
 
-def run(settings: QuickstartSettings) -> None:
+def run(settings: QuickstartSettings) -> dict[str, Any] | None:
     """The whole journey on the embedded world, on a CPU, in minutes."""
-    align.run(as_align(settings))
+    return align.run(as_align(settings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

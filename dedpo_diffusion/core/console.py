@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +22,28 @@ from dedpo_diffusion.core.stopping import Terminated
 
 T = TypeVar("T")
 S = TypeVar("S")
+PYTHON = "Python"  # in place of a stage's name, where a program called it
 _running: list[str] = []  # the stages that run in this process, the outermost first
+_listeners: list[Callable[[Update], None]] = []  # who is told of progress in place of the console, the innermost last
+
+
+@dataclass(frozen=True)
+class Update:
+    """How far one piece of work is.
+
+    Attributes:
+        what: the name of the work; a stage does several, one after the other or one within another.
+        done: units that are done, those of an earlier, interrupted call among them.
+        total: how many there are; None where nobody knows before the end.
+        note: a word or two about the last ones, such as the loss.
+        finished: whether this is the last update of this work; there is none where it failed.
+    """
+
+    what: str
+    done: int
+    total: int | None
+    note: str = ""
+    finished: bool = False
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -38,7 +61,7 @@ def say(text: str) -> None:
 
 def say_next(*words: object) -> None:
     """Print the command that people usually type next, quoted as a shell needs it: say_next("merge", folder, "--judge", name)."""
-    inside = len(_running) > 1  # of a stage that another stage runs, the next one comes by itself
+    inside = len(_running) > 1 or PYTHON in _running  # of a stage that another stage or a program runs, the next one is theirs to choose
     if not inside and not int(os.environ.get("RANK", "0")):  # the first of several processes says it
         say("next: " + shlex.join(["dedpo", *map(str, words)]))
 
@@ -78,8 +101,7 @@ def stage(
         143 asked to end, and saved.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):  # their notices are for programmers; their errors still show
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    _quieten()
     if hasattr(sys.stdout, "reconfigure"):  # a file name that is no UTF-8, or a prompt that the terminal has no letters for, ends no stage
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = Parser(settings, positional, flags)
@@ -100,6 +122,53 @@ def stage(
         print(f"`{prog} --help` shows the options", file=sys.stderr, flush=True)
         return 2
     return _run(body, parsed, prog)
+
+
+def _quieten() -> None:
+    """Keep back libraries' notices, which are for their programmers; their errors still show."""
+    for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+
+def call(body: Callable[[S], T], settings: S, progress: Callable[[Update], None] | None = None) -> T:
+    """Run a stage for a program.
+
+    Args:
+        body: the stage itself.
+        settings: its settings.
+        progress: is told how far the stage is, in place of the console, which still shows what the stage finds.
+
+    Returns:
+        What the stage returns.
+
+    Raises:
+        UserError: input that cannot be used, or a full disk.
+    """
+    _quieten()
+    _running.append(PYTHON)
+    try:
+        check_device(getattr(settings, "device", None))
+        with _told(progress):
+            return body(settings)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise NoSpace(error.filename or "a file") from error
+    finally:
+        _running.pop()
+
+
+@contextmanager
+def _told(progress: Callable[[Update], None] | None) -> Iterator[None]:
+    """Within it, progress goes to this function."""
+    if progress is None:
+        yield
+        return
+    _listeners.append(progress)
+    try:
+        yield
+    finally:
+        _listeners.remove(progress)
 
 
 def _complain(prog: str, words: object) -> None:
@@ -164,7 +233,7 @@ def _thread_error(found: threading.ExceptHookArgs) -> None:
 
 
 class Progress:
-    """One line of progress: a live bar on a terminal, a plain line every few seconds in a log.
+    """One line of progress: a live bar on a terminal, a plain line every few seconds in a log, or a program's own callback.
 
     Args:
         what: the name of the work.
@@ -177,11 +246,16 @@ class Progress:
         self.began = self.shown = time.monotonic()
         self.every = every if not sys.stdout.isatty() else 0.2
         self.note = ""
+        self.listener = _listeners[-1] if _listeners else None
+        self._tell()
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Count `units` as done; `note` is shown behind the bar."""
         self.done += units
         self.note = note or self.note
+        if self.listener is not None:
+            self._tell()
+            return
         now = time.monotonic()
         if now - self.shown >= self.every:
             self.shown = now
@@ -189,9 +263,16 @@ class Progress:
 
     def close(self) -> None:
         """Print the last state, if the work took long enough for anyone to have waited."""
+        if self.listener is not None:
+            self._tell(finished=True)
+            return
         now = time.monotonic()
         if now - self.began > 2:
             self._show(now, end=True)
+
+    def _tell(self, *, finished: bool = False) -> None:
+        if self.listener is not None:
+            self.listener(Update(self.what, self.done, self.total, self.note, finished))
 
     def _show(self, now: float, end: bool = False) -> None:
         spent = now - self.began
@@ -212,8 +293,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or self.listener is None:  # a program learns of a failure by the exception
+            self.close()
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:

@@ -24,7 +24,8 @@ def stage_help(parser: Parser, prog: str, what: str, *, every: bool) -> str:
     short = bool(first) and not every
     groups = first if short else _all_groups(options)
     width = min(shutil.get_terminal_size().columns, WIDEST)
-    calls = [option.shown + (" ..." if option.many else "") for option in parser.positional]
+    shown = [option.shown + (" ..." if option.many else "") for option in parser.positional]
+    calls = [text if option.required else f"[{text}]" for text, option in zip(shown, parser.positional, strict=True)]
     calls += [f"{option.shown} {_place(option)}" for option in options.values() if option.required and not option.positional]
     lines = [*_wrapped(f"usage: {' '.join([prog, *calls])} [options]", width, " " * 7), "", *_wrapped(what, width)]
     for title, names in groups.items():

@@ -78,6 +78,34 @@ class Parser:
         self._require(given, greedy)
         return self._built(self.settings, (), given)
 
+    def keywords(self, given: Mapping[str, Any]) -> Any:
+        """The settings that keyword arguments ask for: values of Python, nested settings as tables or objects, `config` a YAML file.
+
+        Raises:
+            UserError: a mistake in them, or in the file.
+        """
+        options = {name: self._of_python(name, part) for name, part in given.items()}
+        found: dict[tuple[str, ...], Any] = {}
+        config = options.pop("config", None)
+        try:
+            for name in [config] if isinstance(config, str) else config or []:
+                self._file(name, found)
+            self._mapping(_mapping_of(yaml.safe_dump(options, sort_keys=False)), (), found)
+        except Misfit as error:
+            raise UserError(f"{error.key}: {error.words}" if error.key else error.words) from error
+        except yaml.representer.RepresenterError as error:
+            raise UserError(f"{type(error.args[1]).__name__} is no value of a setting; give text, numbers, lists or tables") from error
+        missing = [".".join(option.path) for option in self.options.values() if option.required and option.path not in found]
+        if missing:
+            raise UserError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        return self._built(self.settings, (), found)
+
+    def _of_python(self, name: str, given: Any) -> Any:
+        """A keyword argument as YAML holds it; one text stands for a list of it where only a list will do."""
+        option, found = self._known(name), _plain(given)
+        kinds = [] if option is None else [typing.get_origin(part) for part in alternatives(option.hint) if part is not type(None)]
+        return [found] if isinstance(found, str) and kinds and all(kind is list for kind in kinds) else found
+
     # ---- options
 
     def _known(self, name: str) -> Option | None:
@@ -198,6 +226,19 @@ class Parser:
             if inside in given or entries:
                 values[field.name] = {**given.get(inside, {}), **entries} if entries else given[inside]
         return kind(**values)
+
+
+def _plain(given: Any) -> Any:
+    """A value of Python as YAML holds it."""
+    if dataclasses.is_dataclass(given) and not isinstance(given, type):
+        return {field.name: _plain(getattr(given, field.name)) for field in dataclasses.fields(given)}
+    if isinstance(given, Path):
+        return str(given)
+    if isinstance(given, Mapping):
+        return {key: _plain(part) for key, part in given.items()}
+    if isinstance(given, list | tuple):
+        return [_plain(part) for part in given]
+    return given.item() if hasattr(given, "item") and hasattr(given, "dtype") and not getattr(given, "shape", ()) else given
 
 
 def _admitted(option: Option, found: Any) -> Any:

@@ -193,35 +193,54 @@ class ProposeSettings:
 
 @dataclass(frozen=True)
 class PairsSettings:
-    """Write a pair dataset for annotation tools and other programs, or join several.
+    """Write a pair dataset for annotation tools and other programs, send it to a hub, or join several.
 
     Args:
-        action: what to do: export writes the pairs for others; join makes one dataset of several.
+        action: what to do: export writes the pairs into a folder for others; push sends them to a hub of data sets; join makes one
+            dataset of several.
         pairs: the pair dataset.
-        others: to join, the further datasets.
-        to: to export, labelstudio and argilla are annotation tools; datasets is parquet that the `datasets` library reads; imagefolder
-            is images with metadata.jsonl; csv is images with a table.
-        out: the folder to write; must not exist yet.
+        others: of join, the further datasets.
+        repository: of push, where to: OWNER/NAME on the hub.
+        to: of export, for what: labelstudio and argilla are annotation tools; datasets is parquet that the `datasets` library reads;
+            imagefolder is images with metadata.jsonl; csv is images with a table.
+        out: the folder to write; must not exist yet. Push keeps what it sends there; None keeps nothing.
         human: name of the label and vote files whose answers go along; null leaves them out.
         images: how labelstudio gets images: as files, which it serves from this machine's disk, or as data inside the
             tasks; auto takes files for labelstudio. argilla always takes data.
         root: for labelstudio, the folder that it serves files from, which must hold OUT; None takes OUT itself.
         fields: for argilla, two image fields, or html: one field that shows both side by side.
         seed: seed of the shuffle of sides, for annotation tools.
+        private: of push, whether a new repository is private; nothing is sent to one that is public.
+        raters: of push, what becomes of the people who answered: numbers in place of names, their names, or none.
+        without: of push, source columns to leave out, without source_; those that tell of people are left out unless raters is names.
+        license: of push, the licence in the card, as the hub abbreviates it: cc-by-4.0, cc0-1.0, other; None writes unknown.
+        dry_run: of push, say what would be sent, and send nothing.
     """
 
-    action: Literal["export", "join"]
+    action: Literal["export", "push", "join"]
     pairs: Path
-    out: Path
+    repository: str | None = None
     to: Literal["labelstudio", "argilla", "datasets", "imagefolder", "csv"] | None = None
-    others: list[Path] = field(default_factory=list)
+    out: Path | None = None
     human: str | None = "human"
     images: Literal["auto", "files", "data"] = "auto"
     root: Path | None = None
     fields: Literal["image", "html"] = "image"
     seed: int = 0
+    private: bool = False
+    raters: Literal["numbers", "names", "none"] = "numbers"
+    without: list[str] = field(default_factory=list)
+    license: str | None = None
+    dry_run: bool = False
+    others: list[Path] = field(default_factory=list)
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
-        "what is written": "action pairs to others human",
-        "where": "out",
-        "for annotation tools": "images root fields seed",
+        "what is done": "action pairs repository human",
+        "export and join": "to others out images",
+        "push": "private raters license dry_run",
     }
+
+    @property
+    def folder(self) -> Path:
+        """OUT of an export or join, which need one."""
+        assert self.out is not None
+        return self.out

@@ -32,6 +32,7 @@ def build_accelerator(settings: TrainSettings) -> Accelerator:
     if fsdp:
         _check_fsdp(settings)
         disable_fsdp_ram_efficient_loading()  # with it, transformers leaves the text encoders of all but one process empty
+    _forget_earlier_run()
     # unreduced gradients of several passes would lie whole on every device
     accumulation = GradientAccumulationPlugin(num_steps=settings.optim.accumulation, sync_each_batch=fsdp)
     patient = InitProcessGroupKwargs(timeout=timedelta(days=2))  # others wait while the main process encodes
@@ -44,6 +45,15 @@ def build_accelerator(settings: TrainSettings) -> Accelerator:
     if fsdp:
         _prepare_fsdp(accelerator)
     return accelerator
+
+
+def _forget_earlier_run() -> None:
+    """Drop the precision and device of an earlier run in this process, which accelerate would keep; several processes train but once."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    if PartialState._shared_state and PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def _asked(way: str) -> bool:

@@ -1,4 +1,4 @@
-"""Sends an exported model, its card and its results to a model hub: says what would go, sends just that, and says what arrived.
+"""Sends an exported model, its card and its results, or a data set, to a hub: says what would go, sends just that, and says what arrived.
 
 Settings and results are sent with absolute paths cut to their last name; where a path or this machine's name remains, nothing is sent.
 """
@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote
 
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import file_digest
+from dedpo_diffusion.core.privacy import check_private, cut, without_paths
 from dedpo_diffusion.models.single_file import PICKLED
 from dedpo_diffusion.weights.header import read_header
 
@@ -25,11 +26,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CARD, RESULTS = "README.md", "results.json"
-# an absolute path of two parts or more, of this system or Windows, or one of a home; not the tail of an address, tag or fraction. A
-# backslash before a letter of it may be Markdown's.
-PATH = re.compile(
-    r"(?<![\w/:.<~*-])(?:~?(?:/(?:\\?[\w.@+~-])+){2,}/?|\\?~/(?:\\?[\w.@+-])+|[A-Za-z]:(?:\\+[\w.@+-]+)+\\*|[A-Za-z]:(?:/[\w.@+-]+)+/?)"
-)
+Kind = Literal["model", "dataset"]
+AGAIN = "the same command sends it again, and leaves out what the hub has stored already"
 TOKENIZERS = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")  # words of a language alone
 IMAGES = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -96,30 +94,15 @@ def _parcel(name: str, file: Path) -> Parcel:
     """A file as it is sent: cards and JSON but vocabularies without absolute paths, and results without the names of the people asked."""
     if name == CARD:
         text = file.read_text(encoding="utf-8")
-        return Parcel(name, file) if _cut(text) == text else Parcel(name, file, _cut(text).encode())
+        return Parcel(name, file) if cut(text) == text else Parcel(name, file, cut(text).encode())
     if file.suffix != ".json" or file.name in TOKENIZERS or file.name.endswith(".index.json"):
         return Parcel(name, file)
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: cannot be read ({error}); write it again, or move it away") from error
-    cut = without_paths(_unnamed(held) if name == RESULTS else held)
-    return Parcel(name, file) if cut == held else Parcel(name, file, (json.dumps(cut, indent=2) + "\n").encode())
-
-
-def without_paths(value: Any) -> Any:
-    """A JSON value with every absolute path in its texts cut to its last name."""
-    if isinstance(value, Mapping):
-        return {without_paths(key): without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and PATH.match(value):  # one with blanks in it, too
-        value = PureWindowsPath(value).name
-    return _cut(value) if isinstance(value, str) else value
-
-
-def _cut(text: str) -> str:
-    return PATH.sub(lambda match: PureWindowsPath(match[0]).name, text)
+    plain = without_paths(_unnamed(held) if name == RESULTS else held)
+    return Parcel(name, file) if plain == held else Parcel(name, file, (json.dumps(plain, indent=2) + "\n").encode())
 
 
 def _unnamed(value: Any) -> Any:
@@ -147,28 +130,15 @@ def _texts(parcel: Parcel) -> Iterator[tuple[str, str]]:
         yield str(file), file.read_text(encoding="utf-8")
 
 
-def check_private(where: str, text: str) -> None:
-    """See to it that a text tells nothing of this machine.
-
-    Raises:
-        UserError: there is an absolute path in it, or the machine's name.
-    """
-    host = platform.node()
-    names = [] if len(host) < 4 or host == "localhost" else re.findall(rf"(?<![\w-]){re.escape(host)}(?![\w-])", text)
-    home = str(Path.home())
-    homes = [home] if len(home) > 2 and re.search(rf"{re.escape(home)}(?![\w-])", text) else []
-    found = [match[0] for match in PATH.finditer(text)] + names + homes
-    if found:
-        raise UserError(
-            f"{where} tells of this machine ({found[0]!r}), so nothing is sent; take that out, or export again from its own run"
-        )
-
-
 # ---- sending
 
 
-def check_target(repository: str) -> None:
+def check_target(repository: str, asked: str = "--push") -> None:
     """See to it that something can be sent there, before anything is made; nobody is asked.
+
+    Args:
+        repository: OWNER/NAME.
+        asked: what the person gave who wants that, for messages.
 
     Raises:
         UserError: no such name, no login, or a machine that is told to stay offline.
@@ -179,17 +149,52 @@ def check_target(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"--push {repository}: {_line(error)}; give OWNER/NAME") from error
+        raise UserError(f"{asked} {repository}: {_line(error)}; give OWNER/NAME") from error
     if repository.count("/") != 1:
-        raise UserError(f"--push {repository}: give OWNER/NAME, where OWNER is you or an organisation")
+        raise UserError(f"{asked} {repository}: give OWNER/NAME, where OWNER is you or an organisation")
     if constants.is_offline_mode():
-        raise UserError("--push sends files, and HF_HUB_OFFLINE says that nothing may be sent; unset it, or leave --push out")
+        raise UserError(f"{asked} sends files, and HF_HUB_OFFLINE says that nothing may be sent; unset it, or leave {asked} out")
     if get_token() is None:
-        raise UserError(f"--push {repository}: nobody is logged in here; `hf auth login`, or set HF_TOKEN to a token that may write")
+        raise UserError(f"{asked} {repository}: nobody is logged in here; `hf auth login`, or set HF_TOKEN to a token that may write")
 
 
-def push(repository: str, parcels: Sequence[Parcel], *, private: bool, title: str) -> str:
+@dataclass(frozen=True)
+class Repository:
+    """Where something is sent: OWNER/NAME, and of which kind it is."""
+
+    name: str
+    kind: Kind = "model"
+
+    @property
+    def address(self) -> str:
+        """Where people see it."""
+        return f"{_api().endpoint}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+
+
+def announce(to: Repository, parcels: Sequence[Parcel], how: str, gone: Sequence[str] = ()) -> None:
+    """Say what is sent where, and what of an earlier upload goes; `how` says what is there so far."""
+    say(f"{len(parcels)} files, {size_words(sum(parcel.size for parcel in parcels))}, go to {to.address} ({how}):")
+    for parcel in parcels:
+        say(f"  {parcel.name}  {size_words(parcel.size)}" + (", absolute paths cut" if parcel.content is not None else ""))
+    for name in gone:
+        say(f"  {name}  of an earlier upload, is removed there")
+
+
+def push(to: Repository, parcels: Sequence[Parcel], *, private: bool, title: str, replaces: str | None = None) -> str:
     """Say what is sent, and send it as one commit: all of it is there afterwards, or nothing.
+
+    Args:
+        to: where to.
+        parcels: the files.
+        private: whether a new repository is private.
+        title: of the commit, behind "Add".
+        replaces: a pattern of names; what the hub holds by such a name and is not sent is removed there.
 
     Returns:
         The address of the repository.
@@ -197,33 +202,32 @@ def push(repository: str, parcels: Sequence[Parcel], *, private: bool, title: st
     Raises:
         UserError: the hub refuses, or the upload breaks off; what arrived is said.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-    address = f"{api.endpoint}/{repository}"
-    is_private = visibility(api, repository, private=private)
+    api, address = _api(), to.address
+    is_private = visibility(api, to, private=private)
     how = {None: "a new repository", True: "it is there, and private", False: "it is there, and public"}[is_private]
-    seen = "" if is_private is not None else ", private" if private else ", which everyone can see"
-    say(f"{len(parcels)} files, {size_words(sum(parcel.size for parcel in parcels))}, go to {address} ({how}{seen}):")
-    for parcel in parcels:
-        say(f"  {parcel.name}  {size_words(parcel.size)}" + (", absolute paths cut" if parcel.content is not None else ""))
+    gone = [] if is_private is None or replaces is None else _others(api, to, parcels, replaces)
+    announce(to, parcels, how + ("" if is_private is not None else ", private" if private else ", which everyone can see"), gone)
+    files = [CommitOperationAdd(parcel.name, parcel.content if parcel.content is not None else parcel.file) for parcel in parcels]
     try:
-        api.create_repo(repository, private=private if is_private is None else None, exist_ok=True)
+        api.create_repo(to.name, repo_type=to.kind, private=private if is_private is None else None, exist_ok=True)
         api.create_commit(
-            repository,
-            [CommitOperationAdd(parcel.name, parcel.content if parcel.content is not None else parcel.file) for parcel in parcels],
+            to.name,
+            [*files, *(CommitOperationDelete(name) for name in gone)],
             commit_message=f"Add {title}",
+            repo_type=to.kind,
         )
-        there = arrived(api, repository, parcels)
+        there = arrived(api, to, parcels)
     except Exception as error:  # of the network, the hub's client, or the hub; its answer may be all that was lost
-        there = _arrived_in_spite(api, repository, parcels, error)
+        there = _arrived_in_spite(api, to, parcels, error)
     if len(there) < len(parcels):
         raise UserError(f"{address}: {_arrived_words(parcels, there)}; give the same command again")
     say(f"sent: all {len(parcels)} files are at {address}")
     return address
 
 
-def visibility(api: HfApi, repository: str, *, private: bool) -> bool | None:
+def visibility(api: HfApi, to: Repository, *, private: bool) -> bool | None:
     """Whether the repository is private; None where there is none yet.
 
     Raises:
@@ -232,33 +236,42 @@ def visibility(api: HfApi, repository: str, *, private: bool) -> bool | None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        found = bool(api.model_info(repository).private)
+        found = bool(api.repo_info(to.name, repo_type=to.kind).private)
     except RepositoryNotFoundError:
         return None
     except Exception as error:
-        raise UserError(f"{api.endpoint}/{repository}: the hub cannot be asked ({_line(error)}); nothing was sent") from error
+        raise UserError(f"{to.address}: the hub cannot be asked ({_line(error)}); nothing was sent") from error
     if private and not found:
-        raise UserError(f"{api.endpoint}/{repository} is public; make it private there first, choose another name, or leave --private out")
+        raise UserError(f"{to.address} is public; make it private there first, choose another name, or leave --private out")
     return found
 
 
-def arrived(api: HfApi, repository: str, parcels: Sequence[Parcel]) -> list[str]:
+def _others(api: HfApi, to: Repository, parcels: Sequence[Parcel], pattern: str) -> list[str]:
+    """What the hub holds by names of this pattern beside what is sent."""
+    try:
+        held = api.list_repo_files(to.name, repo_type=to.kind)
+    except Exception as error:
+        raise UserError(f"{to.address}: the hub cannot be asked ({_line(error)}); nothing was sent") from error
+    return sorted(name for name in held if fnmatch(name, pattern) and name not in {parcel.name for parcel in parcels})
+
+
+def arrived(api: HfApi, to: Repository, parcels: Sequence[Parcel]) -> list[str]:
     """The names of those files that the hub holds with just this content."""
-    held = {entry.path: entry for entry in api.get_paths_info(repository, [parcel.name for parcel in parcels])}
+    held = {entry.path: entry for entry in api.get_paths_info(to.name, [parcel.name for parcel in parcels], repo_type=to.kind)}
     return [parcel.name for parcel in parcels if parcel.name in held and parcel.is_held(held[parcel.name])]
 
 
-def _arrived_in_spite(api: HfApi, repository: str, parcels: Sequence[Parcel], error: Exception) -> list[str]:
+def _arrived_in_spite(api: HfApi, to: Repository, parcels: Sequence[Parcel], error: Exception) -> list[str]:
     """The files of an upload that broke off, where all of them arrived. Raises UserError where they did not, or nobody knows."""
     try:
-        there = arrived(api, repository, parcels)
+        there = arrived(api, to, parcels)
         said = _arrived_words(parcels, there)
     except Exception:  # the hub is out of reach, or there is no repository yet
         there, said = [], "the hub could not be asked what arrived, which is all of it or nothing"
     if len(there) == len(parcels):
         return there
-    again = "The model is written here; the same command sends it again, and leaves out what the hub has stored already"
-    raise UserError(f"{api.endpoint}/{repository}: the upload broke off ({_line(error)}); {said}. {again}") from error
+    again = f"The model is written here; {AGAIN}" if to.kind == "model" else f"{AGAIN[0].upper()}{AGAIN[1:]}"
+    raise UserError(f"{to.address}: the upload broke off ({_line(error)}); {said}. {again}") from error
 
 
 def _arrived_words(parcels: Sequence[Parcel], there: Sequence[str]) -> str:

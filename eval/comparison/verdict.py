@@ -91,13 +91,16 @@ def judges_of(path: Path, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def roles(versions: dict[str, str], held_out: Sequence[str], targets: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
-    """The role of each scorer, by this module's rule; and the notes on those called held out that made labels."""
+    """The role of each scorer, by this module's rule; and the notes on those called held out that made labels.
+
+    A judge that was calibrated, stacked or taught made labels, too: their version names its own.
+    """
     found, notes = {}, []
     reports = [(path, read_targets_report(path)) for path in targets]
     judges = [(path, *judge) for path, report in reports for judge in judges_of(path, report)]
     known = any("judge" in report or "judges" in report for _, report in reports)
     for scorer, version in versions.items():
-        made = [path for path, name, said in judges if name == scorer or (version and said.split(" ")[0] == version)]
+        made = [path for path, name, said in judges if name == scorer or (version and version in said.split())]
         found[scorer] = "made_labels" if made else "held_out" if known or scorer in held_out else "unknown"
         if made and scorer in held_out:
             notes += [f"{scorer} is called held out, yet it is a judge of the targets {path.stem}." for path in made]

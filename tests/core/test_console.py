@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -115,3 +116,48 @@ def test_progress_of_long_work_ends_with_the_time_it_took(capsys, monkeypatch):
         progress.advance()
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["working: 3/3, 0:00 left, loss 0.7", "working: 3/3, took 1:10, loss 0.7"]
+
+
+# ---- called by a program
+
+
+def test_a_program_is_told_of_work_in_place_of_the_console(capsys):
+    """Also of work within work, of a total that nobody knows, and of what a stage has another stage do."""
+    seen: list[console.Update] = []
+
+    def inner(_: Settings) -> None:
+        with console.Progress("rows", None) as progress:
+            progress.advance(3)
+        console.say_next("validate")
+
+    def outer(_: Settings) -> int:
+        for _item in console.track([1, 2], "stages", 2):
+            assert run_with(["x", "--with", "a"], inner)[0] == 0
+        return 5
+
+    assert console.call(outer, Settings(Path("x"), ["a"]), seen.append) == 5
+    rows = [("rows", 0, None, False), ("rows", 3, None, False), ("rows", 3, None, True)]
+    stages = [("stages", done, 2, False) for done in range(3)]
+    wanted = [stages[0], *rows, stages[1], *rows, stages[2], ("stages", 2, 2, True)]
+    assert [(one.what, one.done, one.total, one.finished) for one in seen] == wanted
+    assert capsys.readouterr().out == ""
+
+
+def test_work_that_fails_is_never_finished():
+    seen: list[console.Update] = []
+
+    def body(_: Settings) -> None:
+        with console.Progress("rows", 2):
+            raise RuntimeError("bug")
+
+    with pytest.raises(RuntimeError, match="bug"):
+        console.call(body, Settings(Path("x"), ["a"]), seen.append)
+    assert [one.finished for one in seen] == [False]
+
+
+def test_a_full_disk_is_a_users_matter_in_a_program_too():
+    def body(_: Settings) -> None:
+        raise OSError(errno.ENOSPC, "full", "file.bin")
+
+    with pytest.raises(console.UserError, match=r"file\.bin"):
+        console.call(body, Settings(Path("x"), ["a"]))

@@ -131,6 +131,12 @@ VERSIONS = {"pickscore": "pickscore-07-logit", "hps": "hps-2.1"}
         ("pickscore", "pickscore-07-logit temperature 1.0", ["pickscore"], ("made_labels", "held_out")),
         ("machine", "pickscore-07-logit temperature 1.0", [], ("made_labels", "held_out")),  # labels named otherwise
         ("machine", "pickscore-07-logit-b temperature 1.0", [], ("held_out", "held_out")),
+        (
+            "adapt",
+            "calibrated adapt of clip-1 temperature 2.0 + pickscore-07-logit temperature 1.0 on human ab12",
+            [],
+            ("made_labels", "held_out"),
+        ),
     ],
 )
 def test_roles_by_the_targets_report(tmp_path, judge, version, held_out, expected):

@@ -117,9 +117,9 @@ def test_bad_input(tmp_path, capsys):
         join([a, tmp_path / "x" / "b"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     for given, message in (
-        (["join", str(a)], "give --others MORE"),
-        (["export", str(a)], "give --to labelstudio"),
-        (["export", str(a), "--to", "csv", "--others", str(a)], "--others is for join"),
+        (["join", str(a)], "--others is missing"),
+        (["export", str(a)], "--to is missing"),
+        (["export", str(a), "--to", "csv", "--others", str(a)], "--others is for `dedpo pairs join`"),
         (["join", str(a), "--others", str(tmp_path / "none")], "holds no parquet files"),
     ):
         assert stage.main([*given, "--out", str(tmp_path / "out")]) == 2

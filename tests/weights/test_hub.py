@@ -18,10 +18,9 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.weights.header import read_header
 from dedpo_diffusion.weights.hub import check_private, size_words, without_paths
-from support.hub import model_hub
+from support.hub import TOKEN, hub  # noqa: F401 - one is a fixture
 from support.training import arguments, fresh_accelerate_state  # noqa: F401 - a fixture
 
-TOKEN = "hf_" + "Secret0Token" * 3
 NAME = "someone/tuned-lora"
 
 
@@ -48,17 +47,6 @@ def run(tiny_model, tiny_pairs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pushed") / "run"
     assert train.main(arguments(tiny_model, tiny_pairs, out, optim__steps=2, checkpoint_every=1, lora__rank=2, lora__alpha=1)) == 0
     return out
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its chunks go to servers of another kind
-    with model_hub(TOKEN) as found:
-        monkeypatch.setenv("HF_ENDPOINT", found.url)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield found
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def write(items: Iterable[Item], settings: PairsSettings, folder: Path) -> list[
             large += max(len(item.pair.image_0), len(item.pair.image_1)) > LARGEST
             text.write((",\n" if item.number else "\n") + json.dumps(_record(item, settings), ensure_ascii=True))
         text.write("\n]\n")
-    done = [f'in Python: rg.Dataset.from_disk("{settings.out}", workspace="...", client=rg.Argilla(api_url="...", api_key="..."))']
+    done = [f'in Python: rg.Dataset.from_disk("{settings.folder}", workspace="...", client=rg.Argilla(api_url="...", api_key="..."))']
     if large:
         done.append(f"pairs with an image of more than 5 MB, which Argilla advises against: {large}")
     return [*done, 'when people are done: dataset.records.to_datasets().save_to_disk("answers")']
@@ -79,7 +79,7 @@ def _field(name: str, title: str, kind: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dataset(settings: PairsSettings) -> dict[str, Any]:
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", settings.out.resolve().name).strip("-_") or "pairs"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", settings.folder.resolve().name).strip("-_") or "pairs"
     return {"name": name, "status": "draft", "allow_extra_metadata": True}
 
 

@@ -49,8 +49,8 @@ def prefix(settings: PairsSettings) -> str:
     Raises:
         UserError: the export lies outside the folder that it serves.
     """
-    root = (settings.root or settings.out).resolve()
-    out = settings.out.resolve()
+    root = (settings.root or settings.folder).resolve()
+    out = settings.folder.resolve()
     if not out.is_relative_to(root):
         raise UserError(f"--root {root} does not hold {out}; give the folder that Label Studio serves files from, and an --out below it")
     inside = os.path.relpath(out, root)
@@ -71,12 +71,14 @@ def write(items: Iterable[Item], settings: PairsSettings, folder: Path) -> list[
             text.write(",\n" if item.number else "\n")
             text.write(json.dumps({"data": _data(item, settings, folder, before)}, ensure_ascii=False))
         text.write("\n]\n")
-    done = [f"in Label Studio: a new project with {settings.out}/config.xml as its labelling code, then import {settings.out}/tasks.json"]
+    done = [
+        f"in Label Studio: a new project with {settings.folder}/config.xml as its labelling code, then import {settings.folder}/tasks.json"
+    ]
     if settings.images != "data":
-        root = (settings.root or settings.out).resolve()
+        root = (settings.root or settings.folder).resolve()
         done.append(
             f"start it with LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={root}, and add the "
-            f"source storage Local files with the path {settings.out.resolve() / 'images'}, without syncing it"
+            f"source storage Local files with the path {settings.folder.resolve() / 'images'}, without syncing it"
         )
     return [*done, "when people are done, export the project as JSON"]
 

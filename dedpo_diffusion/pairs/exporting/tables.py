@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def write_imagefolder(items: Iterable[Item], settings: PairsSettings, folder: Pa
         for item in items:
             images = dict(zip((f"{side}_file_name" for side in SIDES), _files(item, folder), strict=True))
             text.write(json.dumps(row(item, images, sources), ensure_ascii=False) + "\n")
-    return [f'in Python: datasets.load_dataset("imagefolder", data_dir="{settings.out}")']
+    return [f'in Python: datasets.load_dataset("imagefolder", data_dir="{settings.folder}")']
 
 
 def write_csv(items: Iterable[Item], settings: PairsSettings, folder: Path) -> list[str]:
@@ -76,7 +76,7 @@ def write_csv(items: Iterable[Item], settings: PairsSettings, folder: Path) -> l
         writer.writeheader()
         for item in items:
             writer.writerow(row(item, dict(zip(SIDES, _files(item, folder), strict=True)), sources))
-    return [f"the table is {settings.out}/pairs.csv; paths in it are relative to {settings.out}"]
+    return [f"the table is {settings.folder}/pairs.csv; paths in it are relative to {settings.folder}"]
 
 
 # ---- parquet
@@ -84,10 +84,16 @@ def write_csv(items: Iterable[Item], settings: PairsSettings, folder: Path) -> l
 
 def write_datasets(items: Iterable[Item], settings: PairsSettings, folder: Path) -> list[str]:
     """Write the export into `folder`; returns what to do with it, in sentences."""
-    schema = _schema(PairReader(settings.pairs))
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    write_parquet(items, settings, folder)
+    return [f'in Python: datasets.load_dataset("{settings.folder}")']
+
+
+def write_parquet(items: Iterable[Item], settings: PairsSettings, folder: Path, *, without: Collection[str] = ()) -> None:
+    """Write the pairs as FOLDER/data/train-*.parquet, without these source columns."""
+    schema = _schema(PairReader(settings.pairs), without)
     sources = [name.removeprefix(SOURCE) for name in schema.names if name.startswith(SOURCE)]
     (folder / "data").mkdir()
-    (folder / "README.md").write_text(CARD, encoding="utf-8")
     files: list[Path] = []
     writer, written = None, 0
     for group in _groups(items):
@@ -102,7 +108,6 @@ def write_datasets(items: Iterable[Item], settings: PairsSettings, folder: Path)
         writer.close()
     for k, path in enumerate(files):
         path.rename(path.with_name(f"train-{k:05d}-of-{len(files):05d}.parquet"))
-    return [f'in Python: datasets.load_dataset("{settings.out}")']
 
 
 def _size(item: Item) -> int:
@@ -128,12 +133,12 @@ def _parquet_row(item: Item, sources: list[str], schema: pa.Schema) -> dict[str,
     return {name: str(value) if name in texts and value is not None else value for name, value in made.items()}
 
 
-def _schema(reader: PairReader) -> pa.Schema:
+def _schema(reader: PairReader, without: Collection[str]) -> pa.Schema:
     """The columns as `datasets` knows them, so that it shows images; a source column that shards have in several types is text."""
     from datasets import Features, Image, Value
 
     told = {"label_0": Value("float64"), "votes": Value("int64"), "rater": Value("string"), ANSWERS: Value("string")}
-    more = {SOURCE + name: Value(_kind(kinds)) for name, kinds in reader.source_types.items()}
+    more = {SOURCE + name: Value(_kind(kinds)) for name, kinds in reader.source_types.items() if name not in without}
     return Features({PAIR_ID: Value("string"), "prompt": Value("string"), **dict.fromkeys(SIDES, Image()), **told, **more}).arrow_schema
 
 
