@@ -155,8 +155,8 @@ class LoopSettings:
     optimizer steps of optim.batch x optim.accumulation visits per process. A visit is of one denoising step of one image.
 
     Args:
-        reward: what scores an image, as in `dedpo score --with`: a scorer, or adapted=PAIRS/labels/adapt.json, the judge that people taught.
-            Several are added up.
+        reward: what scores an image, as in `dedpo score --with`: a scorer, or adapted=PAIRS/labels/adapt.json, the judge that people
+            taught. Several are added up.
         weights: factors of these rewards, one each; none are 1 each.
         prompts: prompts of a rollout.
         images: images of each prompt, at least 2: the mean reward of the others is what an image's reward is compared with.

@@ -82,8 +82,8 @@ def _out_of_range(loop: LoopSettings) -> str | None:
         )
     if not loop.eta > 0:
         return (
-            f"loop.eta is {loop.eta:g}; without noise a sampler step draws nothing, and nothing has a probability that a reward could raise: "
-            "give a number above 0, such as 1"
+            f"loop.eta is {loop.eta:g}; without noise a sampler step draws nothing, and nothing has a probability that a reward could "
+            "raise: give a number above 0, such as 1"
         )
     for name in ("prompts", "updates", "batch"):
         if getattr(loop, name) < 1:

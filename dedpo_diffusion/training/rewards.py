@@ -116,8 +116,8 @@ def known_by(scorer: Scorer, pairs: Path, ridge: float) -> Known:
 
     if not isinstance(scorer, Embedder):
         raise UserError(
-            f"loop.uncertainty needs a judge that embeds images, and {scorer.name} does not; take pickscore, clip, hps or aesthetic, or set "
-            "loop.uncertainty to 0"
+            f"loop.uncertainty needs a judge that embeds images, and {scorer.name} does not; take pickscore, clip, hps or aesthetic, or "
+            "set loop.uncertainty to 0"
         )
     name = getattr(scorer, "embeds_as", None) or scorer.name
     if not (pairs / "pairs").is_dir():
@@ -135,15 +135,12 @@ def known_by(scorer: Scorer, pairs: Path, ridge: float) -> Known:
             f"{embedding_folder(pairs, name)}: no embeddings of these pairs by {name} as it is now; run `dedpo label {pairs} --with {name} "
             "--keep_embeddings true`, or set loop.uncertainty to 0"
         )
-    rows, what = np.arange(len(reader)), "all"
+    rows, which = np.arange(len(reader)), ""
     if HUMAN in label_names(pairs):
         found = row_of(reader.ids(), read_labels(pairs, HUMAN, extras=()).pair_id)
-        rows, what = np.flatnonzero(found >= 0), "the"
+        rows, which = np.flatnonzero(found >= 0), " that people labelled"
     mean, spread = scatter(pairs, name, rows)
-    say(
-        f"the reward of {scorer.name} is known by the images of {what} {len(rows)} pairs"
-        + (" that people labelled" if what == "the" else "")
-    )
+    say(f"the reward of {scorer.name} is known by the images of {len(rows)} pairs{which}")
     return Known(mean, np.linalg.inv(spread + ridge * np.eye(len(mean))))
 
 

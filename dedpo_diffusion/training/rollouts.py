@@ -289,15 +289,15 @@ class Rollouts:
     def describe(self) -> list[str]:
         """What is about to be trained, in sentences."""
         loop, optim, objective = self.loop, self.settings.optim, self.settings.objective
-        there, visited = self.images * self.draws, loop.updates * self.together
+        there, visited, rollouts = self.images * self.draws, loop.updates * self.together, -(-optim.steps // loop.updates)
         rewards = " + ".join(
             name if weight == 1 else f"{weight:g} x {name}" for name, weight in zip(self.reward.names, self.reward.weights, strict=True)
         )
         less = f", less {loop.uncertainty:g} times its uncertainty" if loop.uncertainty else ""
         anchor = f", lambda {loop.temperature:g}" if objective.kind == "apa" else f", clip {loop.clip:g}, KL weight {loop.kl:g}"
         return [
-            f"{len(self.prompts)} prompts; {loop.prompts} of them a rollout, {loop.images} images each, {optim.steps // loop.updates} rollouts "
-            f"or {optim.steps // loop.updates * self.images} images in all",
+            f"{len(self.prompts)} prompts; {loop.prompts} of them a rollout, {loop.images} images each; {rollouts} rollouts or "
+            f"{rollouts * self.images} images in all",
             f"of the {there} draws of a rollout ({self.draws} an image) {min(visited, there)} are visited in {loop.updates} steps of "
             f"{self.together}" + (f", {visited / there:.1f} times each" if visited > there else ""),
             f"objective {objective.kind}{anchor}; reward {rewards}{less}",

@@ -140,8 +140,8 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     check_trackers(settings)  # none is told of a trial
     if is_policy(settings):
         raise UserError(
-            f"--smoke tries training on pairs, and objective.kind={settings.objective.kind} has none; try these settings with --model shapes "
-            "and --loop.reward oracle_reward, with few optim.steps"
+            f"--smoke tries training on pairs, and objective.kind={settings.objective.kind} has none; try these settings with --model "
+            "shapes, --loop.reward oracle_reward and few optim.steps"
         )
     kind, optim, data = str(settings.smoke), settings.optim, settings.data
     say(f"trying the settings on a tiny random {kind}: size {SIDE}, 3 steps, on the CPU")

@@ -66,7 +66,8 @@ def save_checkpoint(
     write: bool = True,
 ) -> None:
     """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json`, if there is a moving average `average.safetensors`, in the
-    middle of a rollout `rollout.safetensors` (the policy that sampled it), and the `checksums.json` of these, into `folder`, atomically. What is written without an optimizer can be exported, and nothing resumes from it.
+    middle of a rollout `rollout.safetensors` (the policy that sampled it), and the `checksums.json` of these, into `folder`, atomically.
+    What is written without an optimizer can be exported, and nothing resumes from it.
 
     Where processes hold parts of the tensors, all of them call it, and all but one with `write` False.
 
