@@ -98,9 +98,9 @@ def score_symptom(lines: Sequence[Mapping[str, Any]], rewards: Sequence[str]) ->
         ends = [found[name]["gain_ci"] for found in last if name in found]
         if name not in rewards and len(ends) == AGAIN and all(end is not None and end[1] < 0 for end in ends):
             return (
-                f"{name}, which is no reward of this run, fell by {-last[-1][name]['gain']:.4g} since before training: the policy has found "
-                f"what {', '.join(rewards)} overrates. Stop earlier, raise loop.kl (of apa, loop.temperature) or loop.uncertainty, or teach "
-                "the judge with new answers"
+                f"{name}, which is no reward of this run, fell by {-last[-1][name]['gain']:.4g} since before training: the policy has "
+                f"found what {', '.join(rewards)} overrates. Stop earlier, raise loop.kl (of apa, loop.temperature) or loop.uncertainty, "
+                "or teach the judge with new answers"
             )
     return None
 

@@ -80,10 +80,8 @@ def small_policy(seed: int = 0):
     advantage = leave_one_out(torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).flatten()
     image, place = torch.arange(6).repeat_interleave(4), torch.arange(4).repeat(6)
     states, nothing = made.states, Conditioning(torch.zeros(24, 1, 1))
-    visits = Visits(
-        states[image, place], states[image, place + 1], steps[place], steps[place + 1], advantage[image], made.log_probability[image, place],
-        nothing,
-    )  # fmt: skip
+    drawn, chance = states[image, place + 1], made.log_probability[image, place]
+    visits = Visits(states[image, place], drawn, steps[place], steps[place + 1], advantage[image], chance, nothing)
     return theta, predict, process, visits, made, steps, eta
 
 
