@@ -108,9 +108,8 @@ def run(settings: RewardSettings) -> None:
         found = summarise_scores(after, before, of)
         result["strengths"][f"{strength:g}"] = found
         low, high = found["gain_ci"]
-        say(
-            f"strength {strength:g}: {found['mean']:.3f}, base {found['start']:.3f}, gain {found['gain']:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
-        )
+        means = f"{found['mean']:.3f}, base {found['start']:.3f}"
+        say(f"strength {strength:g}: {means}, gain {found['gain']:+.4f} (95 %: {low:+.4f} to {high:+.4f})")
     write_record(settings, result)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from dedpo_diffusion.training.rollouts import Visits, policy_loss
 from dedpo_diffusion.weights.run_folder import checkpoints
 from support.doubles import Brightness
 from support.processes import together
-from support.training import deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
+from support.training import deviation, final, fresh_accelerate_state, metrics, stop_after, train_into  # noqa: F401 - one is a fixture
 
 PROMPTS = [attributes.prompt for attributes in VOCABULARY[::29]]  # five
 
@@ -147,6 +149,26 @@ def test_a_stopped_run_resumes_to_the_same_bits(tiny_model, prompts, tmp_path, m
     assert train.main(stopped) == 0
     assert last(tmp_path / "stopped") == last(tmp_path / "whole")
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(tiny_model, prompts, tmp_path):
+    """SIGKILL in the midst of a rollout's steps, two steps after a checkpoint that lies in the midst of one."""
+    changes = {"loop__reward": "oracle_reward", "loop__updates": 3, "optim__steps": 9, "optim__batch": 6, "checkpoint_every": 4}
+    whole, killed = (arguments(tiny_model, prompts, tmp_path / name, **changes) for name in ("whole", "killed"))
+    assert train.main(whole) == 0
+    lines = tmp_path / "killed" / "metrics.jsonl"
+    process = multiprocessing.get_context("spawn").Process(target=train_into, args=(killed, tmp_path / "log"))
+    process.start()
+    while process.is_alive() and (not lines.is_file() or lines.read_text().count("\n") < 6):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert [step for step, _ in checkpoints(tmp_path / "killed")] == [4]
+    assert (checkpoints(tmp_path / "killed")[0][1] / "rollout.safetensors").is_file()
+    assert train.main(killed) == 0
+    assert last(tmp_path / "killed") == last(tmp_path / "whole")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
 def _settings(argv: list[str]):
