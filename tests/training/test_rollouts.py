@@ -222,15 +222,14 @@ def test_two_processes_take_the_steps_of_one(folders, prompts, tmp_path):
 
 @pytest.mark.slow
 def test_a_reward_rises_on_shapes(tmp_path):
-    """Twenty-four rollouts of the embedded model, rewarded for bright images of two prompts: the last eight earn more than the first."""
+    """Six rollouts of the embedded model, rewarded for bright images of two prompts: all later ones earn far more than the first."""
     file, run = tmp_path / "prompts.txt", tmp_path / "run"
     file.write_text("\n".join(PROMPTS[:2]))
-    changes = {"loop__images": 8, "loop__guidance": 1, "loop__batch": 16, "optim__steps": 48, "optim__batch": 24, "lora__rank": 1}
-    changes |= {"lora__alpha": 1, "optim__learning_rate": 0.01, "checkpoint_every": 48}
+    changes = {"loop__images": 8, "loop__guidance": 1, "loop__batch": 16, "optim__steps": 12, "optim__batch": 24, "lora__rank": 1}
+    changes |= {"lora__alpha": 1, "optim__learning_rate": 0.01, "checkpoint_every": 12}
     assert train.main(arguments(Path("shapes"), file, run, **changes)) == 0
-    rewards = np.array([line["reward"] for line in metrics(run)])[::2]
-    before, after = rewards[:8], rewards[-8:]
-    assert after.mean() - before.mean() > 3 * np.sqrt((before.var(ddof=1) + after.var(ddof=1)) / 8), rewards
+    rewards, spread = (np.array([line[name] for line in metrics(run)])[::2] for name in ("reward", "reward_spread"))
+    assert rewards[1:].min() - rewards[0] > 6 * spread.max() / np.sqrt(16)  # standard errors of a rollout's mean
 
 
 # ---- what cannot be learned from
