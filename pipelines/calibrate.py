@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.labels.calibration import Calibrated
 
 RAW = ("score_0", "score_1", "judge_version")
-TAUGHT = "self-"  # starts the version of a judge that trained on people's labels
+TAUGHT = ("self-", "adapted-")  # one of these starts the version of a judge that trained on people's labels
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""Train a LoRA, or the whole UNet, on merged preference targets.
+"""Train a LoRA, or the whole UNet, on merged preference targets; or a LoRA on a reward of the model's own images.
 
     dedpo train --config configs/shapes_lora.yaml
+    dedpo train --config configs/shapes_loop.yaml
     accelerate launch pipelines/train.py --config configs/shapes_lora.yaml
 
 The same command resumes a run that was stopped. One step: draw noise and timesteps for the step's pairs, predict with
-policy and reference, form the margin, average the weighted pair loss, update what is trained.
+policy and reference, form the margin, average the weighted pair loss, update what is trained. With objective.kind loop or apa a step's
+visits are denoising steps of images that the policy sampled, see `training.rollouts`; all else is the same.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ from dedpo_diffusion.core.console import Progress, UserError, say, say_next, sta
 from dedpo_diffusion.core.pace import Forecast
 from dedpo_diffusion.settings import OptimSettings, TrainSettings
 
-NOTED = {"loss": "loss", "implicit accuracy": "implicit_accuracy"}  # beside the progress, by their key in a line of metrics
+NOTED = {
+    "loss": "loss",
+    "implicit accuracy": "implicit_accuracy",
+    "reward": "reward",
+}  # beside the progress, by their key in a line of metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,6 +53,12 @@ def describe(session: Session) -> None:
     from dedpo_diffusion.training.measured_timesteps import say_moments
     from dedpo_diffusion.training.sharpness import measure_sharpness, sharpness_words
 
+    if session.rollouts is not None:
+        say(f"{sum(p.numel() for p in session.model.trainable().values()):,} trainable parameters")
+        for words in session.rollouts.describe():
+            say(words)
+        return
+    assert session.loader is not None
     optim, objective, loader = session.settings.optim, session.settings.objective, session.loader
     processes = session.accelerator.num_processes
     together, visited = loader.together, f"{len(loader.rows)} pairs"
@@ -89,6 +101,8 @@ def resume(session: Session) -> int:
         session.adaptive.restore(state["adaptive"])
     if session.moments is not None:
         session.moments.restore(state["timesteps"])
+    if session.rollouts is not None:
+        session.rollouts.restore(load_part(folder, "rollout"))
     say(f"resuming {session.settings.out} after step {step}")
     return step
 
@@ -104,7 +118,8 @@ def save(session: Session, step: int) -> None:
     state = {"step": step, "scaler": scaler, **{name: None if value is None else value.state() for name, value in followed.items()}}
     averaged, main = None if session.average is None else session.average.values, accelerator.is_main_process
     folder, optimizer = checkpoint_folder(out, step), session.optimizer.optimizer
-    save_checkpoint(folder, model.trainable(), optimizer, state, averaged, write=main)
+    rollout = None if session.rollouts is None else session.rollouts.kept(step)
+    save_checkpoint(folder, model.trainable(), optimizer, state, averaged, rollout=rollout, write=main)
     if main:
         prune_checkpoints(out, session.settings.keep_checkpoints)
     accelerator.wait_for_everyone()
@@ -120,15 +135,29 @@ def asked_to_leave(stop: StopSignal, session: Session) -> bool:
     return bool(asked)
 
 
-def record(pairs: dict[str, Any], encoded: Tensor, accelerator: Accelerator, *, step: int, schedule: int, **numbers: Any) -> dict[str, Any]:
-    """One line of metrics over all processes' pairs; `encoded` are this process's latents.
+def summary(session: Session, parts: Sequence[tuple[Any, ...]]) -> tuple[dict[str, Any], Tensor]:
+    """What a step's micro-batches say, over all processes, and this process's latents."""
+    import torch
+
+    from dedpo_diffusion.core.records import Tensors
+    from dedpo_diffusion.training.metrics import step_metrics, summarise
+
+    results, batches, timesteps, _ = zip(*parts, strict=True)
+    accelerator, schedule = session.accelerator, len(session.model.process)
+    if session.rollouts is not None:
+        return session.rollouts.summary(Tensors.joined(results).map(accelerator.gather)), torch.cat([batch.noisy for batch in batches])
+    pairs = step_metrics(results, batches, torch.cat(timesteps), schedule=schedule)
+    found = summarise({k: accelerator.gather(v) for k, v in pairs.items()}, schedule=schedule)
+    return found, torch.cat([batch.latents for batch in batches])
+
+
+def record(found: dict[str, Any], encoded: Tensor, accelerator: Accelerator, *, step: int, **numbers: Any) -> dict[str, Any]:
+    """One line of metrics of what `summary` found; `encoded` are this process's latents.
 
     Raises:
         UserError: the loss or the gradient is no longer finite.
     """
-    from dedpo_diffusion.training.metrics import summarise
-
-    line = {"step": step, **summarise({k: accelerator.gather(v) for k, v in pairs.items()}, schedule=schedule), **numbers}
+    line = {"step": step, **found, **numbers}
     if accelerator.optimizer_step_was_skipped and math.isfinite(line["loss"]):  # how a scaler finds what fp16 can hold
         return line | {"gradient_norm": None}
     if not math.isfinite(line["loss"]) or not math.isfinite(line["gradient_norm"]):
@@ -160,6 +189,11 @@ def attend(watch: Watch | Validation, line: dict[str, Any], session: Session) ->
             say(f"Warning: step {line['step']}: {words}")
 
 
+def visits(session: Session, done: int) -> Iterator[Any]:
+    """What this process's micro-batches from step `done` on visit: pairs that were loaded, or denoising steps of its own images."""
+    return micro_batches(session, done) if session.rollouts is None else session.rollouts.micro_batches(done)
+
+
 def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
     """This process's micro-batches from step `done` on, loaded in another thread while the device computes, pinned where there is a GPU."""
     import torch
@@ -169,6 +203,7 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
     from dedpo_diffusion.models.memory import slow_on_cpu
 
     settings, loader, accelerator = session.settings, session.loader, session.accelerator
+    assert loader is not None
     optim, processes, rank = settings.optim, accelerator.num_processes, accelerator.process_index
     together, dropout = loader.together, settings.data.caption_dropout
     drawn: dict[int, Draws] = {}
@@ -191,8 +226,22 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
         forecast.advance()  # it is asked for the next when this one is learned
 
 
-def learn(session: Session, loaded: Loaded) -> tuple[StepResult, PairBatch, Tensor, dict[str, Tensor]]:
+def learn(session: Session, loaded: Any) -> tuple[Any, Any, Tensor, dict[str, Tensor]]:
     """Losses and gradients of one micro-batch.
+
+    Returns:
+        The result and what was visited, as `learn_pairs` or `Rollouts.learn` have them, timesteps (B,), and as `learn_pairs` the last.
+    """
+    if session.rollouts is None:
+        return learn_pairs(session, loaded)
+    with session.accelerator.accumulate(session.model.policy):
+        result = session.rollouts.learn(loaded)
+        session.accelerator.backward(result.loss.mean())
+    return result.map(lambda values: values.detach()), loaded, loaded.timesteps, {}
+
+
+def learn_pairs(session: Session, loaded: Loaded) -> tuple[StepResult, PairBatch, Tensor, dict[str, Tensor]]:
+    """Losses and gradients of one micro-batch of pairs.
 
     Returns:
         The step's result, its pairs, their timesteps (B,), and what those that follow training are measured by, by their name in `follow`.
@@ -201,6 +250,7 @@ def learn(session: Session, loaded: Loaded) -> tuple[StepResult, PairBatch, Tens
     from dedpo_diffusion.training.visit_gradients import weigh
 
     accelerator, model, adaptive, moments = session.accelerator, session.model, session.adaptive, session.moments
+    assert session.loader is not None
     batch, draws = session.loader.batch(loaded, model)
     if adaptive is not None:
         batch = adaptive.apply(batch, loaded.places)
@@ -286,7 +336,6 @@ def steps(session: Session) -> None:
     from dedpo_diffusion.core.stopping import StopSignal, Terminated
     from dedpo_diffusion.dpo.noising import step_generator
     from dedpo_diffusion.training.health import Watch
-    from dedpo_diffusion.training.metrics import step_metrics
     from dedpo_diffusion.weights.run_folder import MetricsLog, began, read_metrics
 
     settings, accelerator, model, adaptive = session.settings, session.accelerator, session.model, session.adaptive
@@ -301,7 +350,7 @@ def steps(session: Session) -> None:
     missed = None if session.validation is None else session.validation.go_on(session, done)
     if session.validation is not None and missed is not None:
         attend(session.validation, missed, session)
-    schedule, loads, note = len(model.process), micro_batches(session, done), ""
+    loads, note = visits(session, done), ""
 
     with StopSignal() as stop, trackers, Progress("training", optim.steps, start=done) as progress:
         for step in range(done, optim.steps):
@@ -310,7 +359,7 @@ def steps(session: Session) -> None:
                 group["lr"] = rate
             torch.manual_seed(step_generator(settings.seed, step, 2 + accelerator.process_index).initial_seed())  # of the adapter's dropout
             parts = [learn(session, next(loads)) for _ in range(optim.accumulation)]
-            results, batches, timesteps, measured = zip(*parts, strict=True)
+            measured = [part[-1] for part in parts]
             norm = accelerator.clip_grad_norm_(model.trainable().values(), optim.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -324,10 +373,9 @@ def steps(session: Session) -> None:
             due = now % settings.checkpoint_every == 0 or last
             logged = due or now % settings.log_every == 0 or now == 1
             if logged or leave:  # elsewhere nothing waits for the device
-                pairs = step_metrics(results, batches, torch.cat(timesteps), schedule=schedule)
-                encoded = torch.cat([batch.latents for batch in batches])
-                line = record(pairs, encoded, accelerator, step=now, schedule=schedule, gradient_norm=float(norm), **numbers)
-                note = ", ".join(f"{name} {line[key]:.3f}" for name, key in NOTED.items() if line[key] is not None)
+                found, encoded = summary(session, parts)
+                line = record(found, encoded, accelerator, step=now, gradient_norm=float(norm), **numbers)
+                note = ", ".join(f"{name} {line[key]:.3f}" for name, key in NOTED.items() if line.get(key) is not None)
                 if log is not None and logged:
                     log.write(line)
                 if logged:

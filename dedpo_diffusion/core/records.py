@@ -34,6 +34,14 @@ class Tensors:
         """The same on a device."""
         return self.map(lambda values: values.to(device))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The rows of several, one after the other; all fields are tensors."""
+        import torch
+
+        names = [entry.name for entry in fields(parts[0])]
+        return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -102,11 +102,40 @@ def components(pairs: Path, name: str, *, count: int = COMPONENTS, seed: int = 0
         UserError: a file that cannot be read.
     """
     folder = embedding_folder(pairs, name)
-    uses = np.load(folder / "uses.npy", allow_pickle=False)
-    rows = np.arange(len(uses)) if len(uses) <= SAMPLED else np.sort(np.random.default_rng(seed).choice(len(uses), SAMPLED, replace=False))
-    axes = _axes(_gather(folder, uses[rows]), count)
+    uses, axes = _uses(folder), component_axes(pairs, name, count=count, seed=seed)
     seen = np.concatenate([vectors @ axes for _, vectors in _shards(folder)])
     return (seen[uses[:, 0]] - seen[uses[:, 1]]).astype(np.float32)
+
+
+def component_axes(pairs: Path, name: str, *, count: int = COMPONENTS, seed: int = 0) -> np.ndarray:
+    """(D, C) float32: the axes of `components`, along which other images' embeddings (N, D) can be measured too. Args, Raises: as there."""
+    folder = embedding_folder(pairs, name)
+    uses = _uses(folder)
+    rows = np.arange(len(uses)) if len(uses) <= SAMPLED else np.sort(np.random.default_rng(seed).choice(len(uses), SAMPLED, replace=False))
+    return _axes(_gather(folder, uses[rows]), count)
+
+
+def scatter(pairs: Path, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the embeddings of all images of the pairs at these rows: their mean (D,), and the sum of (e - mean)(e - mean)^T, (D, D), float64.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    folder = embedding_folder(pairs, name)
+    used = np.unique(_uses(folder)[rows])
+    count, total, square = 0, np.zeros(0), np.zeros((0, 0))
+    for start, vectors in _shards(folder):
+        some = vectors[used[(used >= start) & (used < start + len(vectors))] - start].astype(np.float64)
+        if not len(total):
+            total, square = np.zeros(vectors.shape[1]), np.zeros((vectors.shape[1],) * 2)
+        count, total, square = count + len(some), total + some.sum(axis=0), square + some.T @ some
+    mean = total / max(count, 1)
+    return mean, square - count * np.outer(mean, mean)
+
+
+def _uses(folder: Path) -> np.ndarray:
+    """(N, 2): the row, over all shards, of each pair's images."""
+    return np.load(folder / "uses.npy", allow_pickle=False)
 
 
 def _gather(folder: Path, uses: np.ndarray) -> np.ndarray:

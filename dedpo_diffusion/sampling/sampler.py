@@ -233,10 +233,20 @@ def sample_encoded(
         )  # fmt: skip
     finally:
         widened.remove()
-    with torch.autocast(device.type, enabled=False):  # half precision overflows in some VAEs
-        pixels = pipe.vae.decode(found.images.float() / pipe.vae.config.scaling_factor).sample
+    return decode_latents(pipe, found.images, [str(seed) for seed in seeds])
+
+
+@torch.no_grad()
+def decode_latents(pipe: Any, latents: torch.Tensor, names: Sequence[str]) -> list[Image.Image]:
+    """N RGB images of scaled latents (N, C, h, w) of a model in training; `names` tell their seeds.
+
+    Raises:
+        UserError: an image with numbers that are not finite.
+    """
+    with torch.autocast(latents.device.type, enabled=False):  # half precision overflows in some VAEs
+        pixels = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample
     remedy = "the training has diverged; begin anew with a lower optim.lr"
-    return _finite(pipe, pipe.image_processor.postprocess(pixels, output_type="np"), [str(seed) for seed in seeds], remedy)
+    return _finite(pipe, pipe.image_processor.postprocess(pixels, output_type="np"), names, remedy)
 
 
 # ---- a folder of images

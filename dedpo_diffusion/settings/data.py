@@ -154,7 +154,13 @@ class ProposeSettings:
         lora: LoRA files on top of the model, as in `dedpo sample`.
         strength: how strongly each LoRA counts; none takes 1 for each.
         images_per_prompt: K images for each prompt line, each with a seed of its own.
-        pairing: disjoint gives K / 2 independent pairs per prompt, all gives K (K - 1) / 2.
+        pairing: disjoint gives K / 2 independent pairs per prompt, all gives K (K - 1) / 2. The others ask `reward`: best_worst takes the
+            best image and the worst, threshold all pairs in which the better image is preferred with more than `threshold` (RS-DPO), rso
+            disjoint pairs of `accepted` images, drawn by statistical rejection sampling (RSO).
+        reward: the scorer that pairs are made by, as in `dedpo score --with`, or adapted=OTHER_PAIRS/labels/adapt.json.
+        temperature: of threshold and rso, in units of the reward; None takes the scorer's own.
+        threshold: of threshold, a probability from 0.5 on.
+        accepted: of rso, an even number of images of each prompt; None takes half of them, at least 2.
         seed: the first image's seed; image i gets seed + i.
         steps: sampler steps.
         guidance: classifier-free guidance scale.
@@ -171,7 +177,11 @@ class ProposeSettings:
     categories: list[str] = field(default_factory=list)
     limit: int | None = None
     images_per_prompt: int = 2
-    pairing: Literal["disjoint", "all"] = "disjoint"
+    pairing: Literal["disjoint", "all", "best_worst", "threshold", "rso"] = "disjoint"
+    reward: str | None = field(default=None, metadata={"plugins": ["dedpo_diffusion.scorers"]})
+    temperature: float | None = None
+    threshold: float = 0.7
+    accepted: int | None = None
     seed: int = 0
     steps: int = 50
     guidance: float = 7.5

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from dedpo_diffusion.core.defaults import DEFAULT_METHOD
 
 Kind = Literal["sigmoid", "linear", "ipo", "cdpo", "dr_dpo", "kto", "mapo", "sft"]
+Policy = Literal["loop", "apa"]  # trained on the model's own images by a reward, see LoopSettings
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 
 
@@ -42,7 +43,7 @@ class DataSettings:
     """What is trained on.
 
     Args:
-        pairs: the pair dataset.
+        pairs: the pair dataset. The objectives loop and apa sample its prompts, or those of a prompt set or file given in its place.
         targets: name of the merged targets in it.
         size: pixels of a side after resizing and cropping; None takes the model's own.
         cache: folder of encoded images and prompts, shared between runs; None encodes them in every step.
@@ -84,7 +85,8 @@ class ObjectiveSettings:
         beta: strength of the pull to the reference, in the convention of Diffusion-DPO's published code.
         sharpness: the margin, at this beta, at which the median pair is to stop; beta is then divided by what that takes. None leaves
             beta as it is. docs/objectives.md says what it does.
-        kind: the objective; docs/objectives.md compares them. Other packages can add some.
+        kind: the objective; docs/objectives.md compares them. Other packages can add some. loop and apa learn from a reward of the
+            model's own images instead of pairs, see the options of loop.
         options: numbers of the objective, by name; those left out keep their defaults.
         balance: Balanced-DPO's gradient reweighting, per pair at its own timestep. None takes output where the objective moves both
             errors of a pair by equal and opposite gradients, which the balance is derived for, and none elsewhere.
@@ -118,7 +120,7 @@ class ObjectiveSettings:
 
     beta: float = 2000.0
     sharpness: float | None = None
-    kind: Kind | str = field(default="sigmoid", metadata={"plugins": ["dedpo_diffusion.objectives"]})
+    kind: Literal[Kind, Policy] | str = field(default="sigmoid", metadata={"plugins": ["dedpo_diffusion.objectives"]})
     options: dict[str, float] = field(default_factory=dict)
     balance: Literal["none", "output", "relative", "probability"] | None = None
     balance_clip: float = 10.0
@@ -146,6 +148,48 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True)
+class LoopSettings:
+    """Learning from a reward: how images are sampled in training, and what they are rewarded for. For the kinds loop and apa.
+
+    Rollouts and optimizer steps take turns: some prompts, several images of each by the model as it is, their rewards, then `updates`
+    optimizer steps of optim.batch x optim.accumulation visits per process. A visit is of one denoising step of one image.
+
+    Args:
+        reward: what scores an image, as in `dedpo score --with`: a scorer, or adapted=PAIRS/labels/adapt.json, the judge that people
+            taught. Several are added up.
+        weights: factors of these rewards, one each; none are 1 each.
+        prompts: prompts of a rollout.
+        images: images of each prompt, at least 2: the mean reward of the others is what an image's reward is compared with.
+        updates: optimizer steps between two rollouts.
+        steps: sampler steps of an image.
+        guidance: classifier-free guidance scale, in sampling and in training alike; 1 leaves guidance out, at half the cost.
+        eta: share of DDPM's noise in a sampler step, above 0; 1 is DDPM.
+        batch: images sampled at once.
+        clip: of loop, how far from 1 the probability ratio of a denoising step still counts.
+        kl: of loop, weight of the KL divergence of trajectories from the reference's, in units of reward. 0 never asks the reference.
+        temperature: of apa, lambda: what a unit of KL divergence from the reference costs, in units of reward.
+        uncertainty: beta of AdvPO's lower bound: this many times the uncertainty of a judge's reward is taken off it. It needs a judge that
+            embeds images, and the embeddings of data.pairs that `dedpo label --keep_embeddings true` leaves.
+        ridge: of that uncertainty: how many images of the unit of embeddings are taken to be known in every direction beforehand.
+    """
+
+    reward: list[str] = field(default_factory=list, metadata={"plugins": ["dedpo_diffusion.scorers"]})
+    weights: list[float] = field(default_factory=list)
+    prompts: int = 8
+    images: int = 4
+    updates: int = 2
+    steps: int = 25
+    guidance: float = 5.0
+    eta: float = 1.0
+    batch: int = 8
+    clip: float = 0.2
+    kl: float = 0.0
+    temperature: float = 1.0
+    uncertainty: float = 0.0
+    ridge: float = 1.0
+
+
+@dataclass(frozen=True)
 class OptimSettings:
     """How it is minimised.
 
@@ -153,7 +197,7 @@ class OptimSettings:
         optimizer: adamw; adamw_8bit (bitsandbytes, CUDA) keeps less in memory.
         learning_rate: peak learning rate; it should scale like 1 / beta.
         steps: optimizer steps; a finished run goes on where they are raised, if its schedule is constant.
-        batch: pairs in one forward pass of one process.
+        batch: pairs in one forward pass of one process; of the kinds loop and apa, denoising steps.
         accumulation: forward passes per optimizer step.
         warmup: steps of linear warm-up.
         schedule: learning rate after the warm-up.
@@ -223,6 +267,7 @@ class TrainSettings:
         lora: the adapter.
         objective: what is minimised.
         optim: how it is minimised.
+        loop: of the objectives loop and apa, how images are sampled and rewarded.
         validation: what is measured in the course of training.
         model_config: for a .safetensors file, the diffusers folder or hub id of its architecture; None takes its family's published one.
         model_prediction: what the model predicts, where its files are wrong or silent: epsilon, v, or v_zero_snr, whose noise
@@ -252,6 +297,7 @@ class TrainSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    loop: LoopSettings = field(default_factory=LoopSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     model_config: str | None = None
     model_prediction: Literal["epsilon", "v", "v_zero_snr"] | None = None

@@ -85,6 +85,26 @@ def held_out_symptom(lines: Sequence[Mapping[str, Any]], start: Sequence[float])
     )
 
 
+def score_symptom(lines: Sequence[Mapping[str, Any]], rewards: Sequence[str]) -> str | None:
+    """In words, that a scorer which is no reward of the run surely fell below what it was before training, in each of the last AGAIN
+    validations; None where none did.
+
+    Args:
+        lines: of `validation.jsonl`, oldest first, with `scores`.
+        rewards: names of the scorers that are rewards.
+    """
+    last = [line["scores"] for line in lines if line.get("scores")][-AGAIN:]
+    for name in last[-1] if len(last) == AGAIN and rewards else ():
+        ends = [found[name]["gain_ci"] for found in last if name in found]
+        if name not in rewards and len(ends) == AGAIN and all(end is not None and end[1] < 0 for end in ends):
+            return (
+                f"{name}, which is no reward of this run, fell by {-last[-1][name]['gain']:.4g} since before training: the policy has "
+                f"found what {', '.join(rewards)} overrates. Stop earlier, raise loop.kl (of apa, loop.temperature) or loop.uncertainty, "
+                "or teach the judge with new answers"
+            )
+    return None
+
+
 def _beyond(values: np.ndarray, bound: float) -> bool:
     """Whether the mean of values, all of them known, is surely beyond a bound."""
     return bool(values.mean() - SURE * values.std(ddof=1) / np.sqrt(len(values)) > bound)

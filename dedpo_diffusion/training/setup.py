@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.training.measured_power import MeasuredPower, ScalableTargets
     from dedpo_diffusion.training.optimizers import Average
     from dedpo_diffusion.training.reference_grid import ReferenceGrid
+    from dedpo_diffusion.training.rollouts import Rollouts
     from dedpo_diffusion.training.trackers import Trackers
     from dedpo_diffusion.training.validation import Validation
 
@@ -36,13 +37,14 @@ if TYPE_CHECKING:
 class Session:
     """What a run works with; `average`, `adaptive`, `validation`, `measured` and `moments` are None where they were not asked for.
 
-    `hosts` is a group of the processes that talk without their devices, None for a single process.
+    It learns from the pairs of `loader` or from the images of `rollouts`; the other one is None. `hosts` is a group of the processes that
+    talk without their devices, None for a single process.
     """
 
     settings: TrainSettings
     accelerator: Accelerator
     model: Backbone
-    loader: PairLoader
+    loader: PairLoader | None
     timesteps: TimestepDraw
     optimizer: AcceleratedOptimizer
     average: Average | None
@@ -52,6 +54,7 @@ class Session:
     trackers: Trackers
     measured: MeasuredPower | None = None
     moments: TimestepMoments | None = None
+    rollouts: Rollouts | None = None
 
 
 def set_up(settings: TrainSettings) -> Session:
@@ -65,26 +68,35 @@ def set_up(settings: TrainSettings) -> Session:
     from dedpo_diffusion.training.measured_power import measured_power, open_scalable
     from dedpo_diffusion.training.measured_timesteps import keep_measured, timestep_moments
     from dedpo_diffusion.training.optimizers import Average, build_optimizer
+    from dedpo_diffusion.training.policy import is_policy, prepare_rollouts
     from dedpo_diffusion.training.sharding import build_accelerator, hand_over
     from dedpo_diffusion.training.sharpness import sharpen
     from dedpo_diffusion.training.trackers import Trackers
     from dedpo_diffusion.weights.run_folder import open_run
 
     settings = resolve(settings)
-    optim, scalable = settings.optim, open_scalable(settings)
+    optim, sharpened = settings.optim, settings
+    scalable = None if is_policy(settings) else open_scalable(settings)
     accelerator = build_accelerator(settings)
-    model, loader, identity, validation = prepare(settings, accelerator, scalable)
-    timesteps, adaptive = timestep_draw(settings.objective, len(model.process)), adaptive_power(settings.objective, loader)
+    loader = rollouts = adaptive = moments = kept = measured = None
+    if is_policy(settings):
+        model, rollouts, identity, validation = prepare_rollouts(settings, accelerator)
+        timesteps, together = timestep_draw(settings.objective, len(model.process)), rollouts.together
+    else:
+        model, loader, identity, validation = prepare(settings, accelerator, scalable)
+        timesteps, adaptive = timestep_draw(settings.objective, len(model.process)), adaptive_power(settings.objective, loader)
+        together = loader.together
     hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    moments, kept = timestep_moments(settings, model, loader, timesteps, accelerator, hosts) or (None, None)
-    measured = None if scalable is None else measured_power(settings, scalable, model, loader, timesteps, accelerator, hosts, moments)
-    sharpened = sharpen(settings, loader)
+    if loader is not None:
+        moments, kept = timestep_moments(settings, model, loader, timesteps, accelerator, hosts) or (None, None)
+        measured = None if scalable is None else measured_power(settings, scalable, model, loader, timesteps, accelerator, hosts, moments)
+        sharpened = sharpen(settings, loader)
     optimizer = build_optimizer(
         optim.optimizer, model.trainable().values(), learning_rate=optim.learning_rate, betas=optim.betas, weight_decay=optim.weight_decay
     )
     if accelerator.is_main_process:
         # what a step visits depends on their product alone, so that a run can go on with another number of processes
-        identity["pairs_of_a_step"] = str(loader.together)
+        identity["pairs_of_a_step"] = str(together)
         if sharpened is not settings:
             identity["beta"] = repr(sharpened.objective.beta)  # what it is trained with; the settings keep what was given
         grows, free = {"optim.steps": never_longer(settings)}, ("optim.batch", "optim.accumulation", "tracker", "tracker_project")
@@ -98,8 +110,9 @@ def set_up(settings: TrainSettings) -> Session:
     average = None if optim.average is None else Average(model.trainable(), optim.average)
     trackers = Trackers(settings, active=accelerator.is_main_process)
     session = Session(
-        sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, trackers, measured, moments
-    )
+        sharpened, accelerator, model, loader, timesteps, prepared, average, adaptive, validation, hosts, trackers, measured, moments,
+        rollouts,
+    )  # fmt: skip
     if validation is not None:
         validation.begin(session)
     return session
@@ -120,10 +133,16 @@ def never_longer(settings: TrainSettings) -> str | None:
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     """The same settings, for three steps on a tiny random model and random pairs in a folder, on the CPU."""
     from dedpo_diffusion.models.tiny import SIDE, build, write_pairs
+    from dedpo_diffusion.training.policy import is_policy
     from dedpo_diffusion.training.trackers import check_trackers
     from dedpo_diffusion.training.validation import shrink_validation
 
     check_trackers(settings)  # none is told of a trial
+    if is_policy(settings):
+        raise UserError(
+            f"--smoke tries training on pairs, and objective.kind={settings.objective.kind} has none; try these settings with --model "
+            "shapes, --loop.reward oracle_reward and few optim.steps"
+        )
     kind, optim, data = str(settings.smoke), settings.optim, settings.data
     say(f"trying the settings on a tiny random {kind}: size {SIDE}, 3 steps, on the CPU")
     if optim.optimizer == "adamw_8bit":
@@ -167,9 +186,8 @@ def prepare(
 
     from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.dpo.step import needs_reference
-    from dedpo_diffusion.models.backbone import Backbone
-    from dedpo_diffusion.models.memory import slow_on_cpu, tell_cpu
     from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.training.base import add_lora, load_model
     from dedpo_diffusion.training.cache import cache_folder
     from dedpo_diffusion.training.data import PairLoader, cache_identity, open_source
     from dedpo_diffusion.training.groups import image_numbers
@@ -178,12 +196,7 @@ def prepare(
 
     data = settings.data
     reader = PairReader(data.pairs)
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
-    model = Backbone(
-        settings.model, device=accelerator.device, dtype=dtype, config=settings.model_config, prediction=settings.model_prediction
-    )
-    if slow_on_cpu(model.unet):
-        tell_cpu(settings.model)
+    model = load_model(settings, accelerator)
     size = data.size or model.size
     model.latent_shape(size)  # or the size is refused
     pairs_fingerprint = reader.fingerprint()
@@ -256,31 +269,6 @@ def say_cropped(source: Source, rows: np.ndarray) -> None:
         say(("of the first pairs, " if len(some) < len(rows) else "") + crop_warning(cropped, 2 * len(some)))
 
 
-def add_lora(settings: TrainSettings, model: Backbone) -> None:
-    """Give the model its adapter: fresh, or one to go on from.
-
-    Raises:
-        UserError: a setting that does not fit the model, or the adapter to go on from.
-    """
-    import torch
-
-    from dedpo_diffusion.models.backbone import ATTENTION
-    from dedpo_diffusion.weights import read_lora_file, to_parameters
-
-    lora = settings.lora
-    if lora.rank < 1 or not lora.alpha > 0:
-        raise UserError(f"lora.rank is {lora.rank}, lora.alpha {lora.alpha:g}; both must be positive")
-    start = None
-    if lora.start is not None:
-        scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
-        start = to_parameters(read_lora_file(lora.start), scale=scale)
-    torch.manual_seed(settings.seed)  # of the adapter's first weights
-    model.add_lora(
-        rank=lora.rank, alpha=lora.alpha, targets=lora.targets or list(ATTENTION), dropout=lora.dropout, rslora=lora.rslora,
-        dora=lora.dora, text=lora.text_encoders, start=start,
-    )  # fmt: skip
-
-
 def resolve(settings: TrainSettings) -> TrainSettings:
     """The settings with the balance that the objective asks for in place of None, once every number in them can be used.
 
@@ -291,11 +279,19 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     from dedpo_diffusion.training.groups import check_groups
     from dedpo_diffusion.training.measured_power import check_measurable
     from dedpo_diffusion.training.measured_timesteps import check_timesteps
+    from dedpo_diffusion.training.policy import check_no_policy, check_policy, is_policy
     from dedpo_diffusion.training.sharpness import check_sharpness
     from dedpo_diffusion.training.trackers import check_trackers
     from dedpo_diffusion.training.validation import check_validation
 
-    objective, optim = settings.objective, settings.optim
+    if is_policy(settings):
+        check_validation(settings)
+        check_trackers(settings)
+        check_counts(settings)
+        check_policy(settings)
+        return settings
+    check_no_policy(settings)
+    objective = settings.objective
     try:
         balanced = find_objective(objective.kind).balanced
     except ValueError as error:
@@ -310,18 +306,12 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"objective.{name} is {value}; it must be a positive number")
     check_sharpness(objective)
-    counts = {f"optim.{name}": getattr(optim, name) for name in ("steps", "batch", "accumulation")}
-    counts |= {name: getattr(settings, name) for name in ("checkpoint_every", "keep_checkpoints", "log_every")}
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+    check_counts(settings)
     for name, value in objective.options.items():
         if not math.isfinite(value):
             raise UserError(f"objective.options: {name} is {value}; give a finite number")
     if settings.weights == "full" and settings.lora != LoraSettings():
         raise UserError("weights=full trains no adapter; leave the options of lora out")
-    if optim.average is not None and not 0 <= optim.average < 1:
-        raise UserError(f"optim.average is {optim.average}; give a decay in [0, 1), or null for no moving average")
     if objective.power == "adaptive" and (objective.kind != "sigmoid" or objective.options):
         given = f"{objective.kind} with options" if objective.options else objective.kind
         raise UserError(
@@ -335,6 +325,18 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         )
     chosen = objective.balance or ("output" if balanced else "none")
     return dataclasses.replace(settings, objective=dataclasses.replace(objective, balance=chosen))
+
+
+def check_counts(settings: TrainSettings) -> None:
+    """Refuse numbers of steps, and a decay, that cannot be used, whatever is trained on."""
+    optim = settings.optim
+    counts = {f"optim.{name}": getattr(optim, name) for name in ("steps", "batch", "accumulation")}
+    counts |= {name: getattr(settings, name) for name in ("checkpoint_every", "keep_checkpoints", "log_every")}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    if optim.average is not None and not 0 <= optim.average < 1:
+        raise UserError(f"optim.average is {optim.average}; give a decay in [0, 1), or null for no moving average")
 
 
 def check(settings: TrainSettings, loader: PairLoader) -> None:

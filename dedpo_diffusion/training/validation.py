@@ -424,9 +424,10 @@ class Validation:
 
     def look(self, line: Mapping[str, Any]) -> list[str]:
         """What the validations so far show that was not told yet, in words."""
-        from dedpo_diffusion.training.health import held_out_symptom
+        from dedpo_diffusion.training.health import held_out_symptom, score_symptom
 
-        words = None if self.told else held_out_symptom(self.lines, self.start_loss)
+        rewards = [spec.partition("=")[0] for spec in self.settings.loop.reward]
+        words = None if self.told else held_out_symptom(self.lines, self.start_loss) or score_symptom(self.lines, rewards)
         self.told |= words is not None
         return [] if words is None else [words]
 

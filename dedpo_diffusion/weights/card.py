@@ -21,7 +21,7 @@ from dedpo_diffusion.weights.adapters import find_adapter
 from dedpo_diffusion.weights.card_text import Exported, model_card
 from dedpo_diffusion.weights.header import Header, read_header
 from dedpo_diffusion.weights.inspection import inspect_path
-from dedpo_diffusion.weights.provenance import own_facts, portable
+from dedpo_diffusion.weights.provenance import own_facts, portable, rewarded
 from dedpo_diffusion.weights.run_folder import first_difference, read_settings
 
 _MARK = re.compile(r"<!-- model card by dedpo_diffusion, sha256 ([0-9a-f]{64}) -->\n")
@@ -120,7 +120,7 @@ def _origin(header: Header) -> tuple[dict[str, Any], dict[str, Any]] | None:
 def targets_report(trained: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The report of the targets that a run trained on; None where they are gone or have changed, which is said."""
     data = trained.get("data") or {}
-    if not {"pairs", "targets"} <= set(data):
+    if not {"pairs", "targets"} <= set(data) or rewarded(trained):
         return None
     file = Path(data["pairs"]) / "targets" / f"{data['targets']}.json"
     table = file.with_suffix(".parquet")

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import yaml
 
 from dedpo_diffusion.weights.base_model import FAMILIES
-from dedpo_diffusion.weights.provenance import base_name, in_short, is_hub_id
+from dedpo_diffusion.weights.provenance import base_name, in_short, is_hub_id, rewarded
 
 _SPECIAL = re.compile(r"([\\`*\[\]<>|#~$&]|(?<![^\W_])_|_(?![^\W_]))")
 _START = re.compile(r"^(?:([-+=])(?=[-=\s]|$)|(\d+)([.)])(?=\s|$))")
@@ -168,7 +168,7 @@ def _people(own: Mapping[str, Any]) -> list[str]:
 
 
 PAPERS = {"dedpo": "2602.06195", "tuned": "2602.06195"}  # of the way labels were merged
-NO_DPO = {"sft", "kto", "mapo"}  # objectives that are no direct preference optimisation
+NO_DPO = {"sft", "kto", "mapo", "loop", "apa"}  # objectives that are no direct preference optimisation
 LICENCE = "# license: the author has to choose one; the licences of the base model and of the training data apply as well"
 Facts = Mapping[str, Any]
 
@@ -266,7 +266,8 @@ def _summary(trained: Facts, exported: Exported) -> list[str]:
     how = "" if objective is None else f" with the objective {code(str(objective))}"
     if objective == "sigmoid":
         how = " with Diffusion-DPO ([2311.12908](https://arxiv.org/abs/2311.12908))"
-    return [f"{_what(exported)}{base}, fine-tuned on preference labels{how} by dedpo_diffusion.", ""]
+    source = "by a reward of its own images" if rewarded(trained) else "on preference labels"
+    return [f"{_what(exported)}{base}, fine-tuned {source}{how} by dedpo_diffusion.", ""]
 
 
 def _use(trained: Facts, exported: Exported) -> list[str]:
@@ -314,6 +315,8 @@ def _interfaces(exported: Exported) -> list[str]:
 
 def _data(trained: Facts, identity: Facts, targets: Facts | None) -> list[str]:
     data = trained.get("data") or {}
+    if rewarded(trained):  # in the table of its training
+        return []
     rows = [["pairs", code(PurePath(data["pairs"]).name, cell=True)]] if "pairs" in data else []
     if targets and "n" in targets:
         rows.append(["number of pairs", str(targets["n"])])

@@ -62,17 +62,20 @@ def save_checkpoint(
     meta: Mapping[str, Any],
     average: Mapping[str, torch.Tensor] | None = None,
     *,
+    rollout: Mapping[str, torch.Tensor] | None = None,
     write: bool = True,
 ) -> None:
-    """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json`, if there is a moving average `average.safetensors`, and the
-    `checksums.json` of these, into `folder`, atomically. What is written without an optimizer can be exported, and nothing resumes from it.
+    """Write `parameters.safetensors`, `optimizer.safetensors`, `state.json`, if there is a moving average `average.safetensors`, in the
+    middle of a rollout `rollout.safetensors` (the policy that sampled it), and the `checksums.json` of these, into `folder`, atomically.
+    What is written without an optimizer can be exported, and nothing resumes from it.
 
     Where processes hold parts of the tensors, all of them call it, and all but one with `write` False.
 
     Raises:
         UserError: a parameter is no longer finite, or the disk is full; nothing is written.
     """
-    parts = {"parameters": parameters, "average": average, "optimizer": None if optimizer is None else optimizer_tensors(optimizer)}
+    parts = {"parameters": parameters, "average": average, "rollout": rollout}
+    parts["optimizer"] = None if optimizer is None else optimizer_tensors(optimizer)
     with atomic_folder(folder) if write else nullcontext(folder) as temporary:
         for name, tensors in parts.items():
             found = None if tensors is None else whole(tensors, keep=write)
@@ -165,6 +168,6 @@ class _Stored(Mapping[str, torch.Tensor]):
 
 
 def load_part(folder: Path, name: str) -> Mapping[str, torch.Tensor] | None:
-    """A checkpoint's "parameters" or "average", whole and on the CPU, None where it has none."""
+    """A checkpoint's "parameters", "average" or "rollout", whole and on the CPU, None where it has none."""
     file = folder / f"{name}.safetensors"
     return _Stored(file) if file.is_file() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import PurePath, PureWindowsPath
 from typing import Any
@@ -20,6 +21,12 @@ SPEC_FACTS = tuple(
         "resolution", "merged_from",
     )
 )  # fmt: skip
+REWARDED = ("loop", "apa")  # objectives that learn from a reward of the model's own images
+OF_PAIRS = (  # in short, what of the settings says nothing of a run with such an objective
+    "pairs", "targets", "beta", "sharpness", "balance", "power in training", "pairs in a forward pass", "sampling of pairs",
+)  # fmt: skip
+SPEC = re.compile(r"\w+=")  # how a scorer or judge with its location begins
+ABSOLUTE = re.compile(r"(?<=[=:])(?!//)[/~][^,]*")  # a path of this machine in one
 
 
 def base_name(model: str) -> str:
@@ -35,6 +42,8 @@ def portable(settings: Any) -> Any:
         return [portable(value) for value in settings]
     if isinstance(settings, str) and (settings.startswith(("/", "~")) or PureWindowsPath(settings).is_absolute()):
         return PureWindowsPath(settings).name
+    if isinstance(settings, str) and SPEC.match(settings):
+        return ABSOLUTE.sub(lambda found: PureWindowsPath(found[0]).name, settings)
     return settings
 
 
@@ -42,6 +51,11 @@ def is_hub_id(model: str) -> bool:
     """Whether a model's name looks like OWNER/NAME of a hub."""
     owner, _, name = model.partition("/")
     return bool(owner and name) and "/" not in name and "\\" not in model and owner[0] not in ".~" and not name.endswith(".safetensors")
+
+
+def rewarded(trained: Mapping[str, Any]) -> bool:
+    """Whether a run learned from a reward of the model's own images rather than from pairs."""
+    return (trained.get("objective") or {}).get("kind") in REWARDED
 
 
 def in_short(trained: Mapping[str, Any]) -> dict[str, str]:
@@ -71,6 +85,11 @@ def in_short(trained: Mapping[str, Any]) -> dict[str, str]:
         "precision": {"no": "float32"}.get(trained.get("mixed_precision", ""), trained.get("mixed_precision")),
         "seed": trained.get("seed"),
     }
+    if rewarded(trained):
+        found = {label: value for label, value in found.items() if label not in OF_PAIRS}
+        found["reward"] = ", ".join((trained.get("loop") or {}).get("reward", [])) or None
+        found["prompts"] = PurePath(data["pairs"]).name if "pairs" in data else None
+        found["denoising steps in a forward pass"] = optim.get("batch")
     steps = optim.get("steps")
     if "step" in trained:
         found["step"] = f"{trained['step']} of {steps}" if steps else trained["step"]

@@ -40,7 +40,7 @@ SHEET_PROMPTS = 8  # of contact_sheet.png
 CURVES = {
     "loss": "loss", "margin": "margin towards the preferred image", "implicit_accuracy": "implicit accuracy",
     "winner_drift": "winner drift (policy − reference error)", "loser_drift": "loser drift (policy − reference error)",
-    "learning_rate": "learning rate",
+    "reward": "reward of its own images", "kl": "KL divergence from the reference", "learning_rate": "learning rate",
 }  # fmt: skip
 HELD_OUT = {"loss": "held-out loss", "accuracy": "held-out accuracy"}
 BUCKETS = {"margin": "margin by timestep", "ratio": "balance: winner over loser, by timestep"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from importlib.resources import files
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,8 +12,10 @@ import pytest
 from PIL import Image
 from scipy.special import expit
 
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Labels, Pair
 from dedpo_diffusion.debias import merge_labels
+from dedpo_diffusion.judges.scorers import Embedder, load_scorer
 from dedpo_diffusion.labels import adaptation
 from dedpo_diffusion.labels.calibration import calibrate
 from dedpo_diffusion.labels.embedding_files import components, has_embeddings
@@ -22,9 +25,12 @@ from dedpo_diffusion.pairs.features import known_differences
 from dedpo_diffusion.pipelines.calibrate import main
 from dedpo_diffusion.pipelines.label import main as label
 from dedpo_diffusion.pipelines.merge import main as merge
+from dedpo_diffusion.pipelines.train import main as train
 from dedpo_diffusion.shapes import oracle
+from support.judges import build_judge
 from support.pictures import picture
 from support.scenes import scenes
+from support.training import fresh_accelerate_state  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -48,8 +54,6 @@ def few_inner_folds():
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """160 Shapes pairs, 90 answers of their people, the carried CLIP judge with its embeddings, and adapted labels."""
-    from importlib.resources import files
-
     folder = tmp_path_factory.mktemp("adapt") / "pairs"
     prompts, images = scenes(N, 0)
     with PairWriter(folder) as writer:
@@ -100,6 +104,55 @@ def test_the_command_prints_what_people_taught_and_the_next_one(shapes, capsys):
     report = json.loads((folder / "labels" / "adapt.json").read_text())
     assert all(sentence in printed for sentence in report["calibration"]["sentences"])
     assert printed.splitlines()[-1] == f"next: dedpo merge {folder} --judge adapt --method adapted"
+
+
+def test_the_adapted_judge_scores_single_images(shapes):
+    """Differences of its scores are the log-odds of the pairs that people did not label, whose labels the whole map made."""
+    folder, _, rows = shapes
+    judge = files("dedpo_diffusion.shapes") / "model" / "judge"
+    scorer = load_scorer(f"adapted={folder},pickscore={judge}", device="cpu", batch=64)
+    reader, found = PairReader(folder), read_labels(folder, "adapt")
+    groups = {entry["group"] for entry in json.loads((folder / "labels" / "adapt.json").read_text())["calibration"]["features"]}
+    assert "statistics" in groups and isinstance(scorer, Embedder)
+    others = np.setdiff1d(np.arange(N), rows)[:40]
+    pairs = [reader.pair(row) for row in others]
+    images = [[Image.open(io.BytesIO(data)) for data in (pair.image_0, pair.image_1)] for pair in pairs]
+    scores = [scorer.score([pair.prompt for pair in pairs], [pair[side] for pair in images]) for side in (0, 1)]
+    odds = np.subtract(found.extra["score_0"], found.extra["score_1"])[others]
+    np.testing.assert_allclose(scores[0] - scores[1], odds, atol=0.02)  # embeddings are kept in half precision
+    assert np.std(odds) > 0.5
+
+
+def test_a_judge_that_did_not_label_is_no_part_of_the_adapted_one(shapes, tmp_path):
+    folder, _, _ = shapes
+    other = build_judge(tmp_path / "other")
+    with pytest.raises(
+        UserError, match=r"was made by pickscore-.*, and pickscore=.* is pickscore-.*give adapted=REPORT,pickscore=LOCATION"
+    ):
+        load_scorer(f"adapted={folder},pickscore={other}", device="cpu", batch=8)
+    with pytest.raises(UserError, match="it was made from pickscore, not from clip"):
+        load_scorer(f"adapted={folder},clip=x", device="cpu", batch=8)
+    with pytest.raises(UserError, match="this is no report of `dedpo calibrate"):
+        load_scorer(f"adapted={other_report(tmp_path)}", device="cpu", batch=8)
+
+
+def other_report(folder):
+    (folder / "other.json").write_text('{"calibration": {"method": "temperature"}}')
+    return folder / "other.json"
+
+
+def test_training_takes_its_lower_bound_as_a_reward(shapes, tmp_path):
+    """The uncertainty is that of images unlike those that people labelled; less of it is a reward of its own."""
+    folder, _, rows = shapes
+    judge = files("dedpo_diffusion.shapes") / "model" / "judge"
+    spec = f"adapted={folder / 'labels' / 'adapt.json'},pickscore={judge}"
+    argv = ["--model", "shapes", "--data.pairs", str(folder), "--out", str(tmp_path / "run"), "--objective.kind", "loop", "--device", "cpu"]
+    argv += ["--loop.reward", spec, "--loop.uncertainty", "2", "--loop.prompts", "2", "--loop.images", "3", "--loop.steps", "3"]
+    argv += ["--loop.guidance", "1", "--optim.steps", "1", "--optim.batch", "4", "--tracker", "none"]
+    assert train(argv) == 0
+    (line,) = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert line["uncertainty"]["adapted"] > 0
+    assert line["reward"] == pytest.approx(line["scores"]["adapted"] - 2 * line["uncertainty"]["adapted"])
 
 
 def test_merge_imputes_with_the_adapted_judge(shapes, capsys):

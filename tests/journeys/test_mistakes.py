@@ -48,7 +48,10 @@ MISTAKES = {
         ("--model m --prompts p --out o --step 3", "there is no option --step; did you mean --steps?"),
         ("--model m --prompts p --out o --steps 2.5", f"--steps: '2.5' {WHOLE}"),
         ("--model m --prompts p --out o --guidance much", "--guidance: 'much' does not fit; it takes a number"),
-        ("--model m --prompts p --out o --pairing al", "--pairing: 'al' does not fit; it takes one of disjoint or all; did you mean all?"),
+        (
+            "--model m --prompts p --out o --pairing al",
+            "--pairing: 'al' does not fit; it takes one of disjoint, all, best_worst, threshold or rso; did you mean all?",
+        ),
         ("--model m --prompts p --out o --device gpu", "--device gpu: there is no such device; it takes cpu, cuda or cuda:0"),
         ("--model m --prompts p --out o extra", "nothing takes 'extra'; the options of this stage have names, such as --out"),
         ("--config typo.yaml", "typo.yaml line 3: there is no option sed; did you mean seed?"),

@@ -249,7 +249,7 @@ def test_weights_that_the_model_has_no_place_for_are_counted(judge, tmp_path, ca
         (
             "pikscore",
             4,
-            r"no scorer 'pikscore' .*; known: pickscore, clip, hps, aesthetic, http; for Shapes only: oracle_.* mean 'pickscore'",
+            r"no scorer 'pikscore' .*; known: pickscore, clip, hps, aesthetic, adapted, http; for Shapes only: oracle_.* mean 'pickscore'",
         ),
         ("oracle_reward=here", 4, "has no location"),
         ("pickscore=/no/such/folder", 4, "/no/such/folder: no such folder"),

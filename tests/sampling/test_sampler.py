@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.judges import scorers
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image
@@ -19,6 +20,7 @@ from dedpo_diffusion.pipelines import propose, sample
 from dedpo_diffusion.sampling import png
 from dedpo_diffusion.sampling import sampler as sampling
 from support.adapters import diffusers_lora, save_lora
+from support.doubles import Brightness
 from support.sampling import PROMPTS, arguments, pixels
 
 
@@ -97,6 +99,21 @@ def test_propose_pairs_images_of_one_prompt_and_records_seeds(tiny_model, prompt
         assert 100 + k * (row // expected) <= pair.source["seed_0"] < 100 + k * (row // expected + 1)
 
 
+@pytest.mark.parametrize(("pairing", "most"), [("best_worst", 1), ("threshold", 6), ("rso", 1)])
+def test_propose_pairs_images_by_their_rewards(tiny_model, prompts, tmp_path, capsys, monkeypatch, pairing, most):
+    """Every pair says what its images were worth, and what was kept is told."""
+    monkeypatch.setitem(scorers.SCORERS, "brightness", lambda location, **options: Brightness())
+    out, changes = tmp_path / "data", {"images_per_prompt": 4, "reward": "brightness", "temperature": 1.0, "threshold": 0.5}
+    assert propose.main(arguments(tiny_model, prompts, out, pairing=pairing, **changes)) == 0
+    pairs = list(PairReader(out).iter_pairs())
+    assert len(pairs) == 3 * most
+    for pair in pairs:
+        worth = [np.asarray(decode_image(data, "here"), dtype=np.float64).mean() for data in (pair.image_0, pair.image_1)]
+        assert [pair.source["reward_0"], pair.source["reward_1"]] == pytest.approx(worth)
+        assert pair.source["seed_0"] < pair.source["seed_1"] and (pairing == "rso" or worth[0] != worth[1])
+    assert f"{len(pairs)} pairs, paired {pairing}; " in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_proposed_image_is_that_of_its_seed(tiny_model, prompts, tmp_path):
     assert propose.main(arguments(tiny_model, prompts, tmp_path / "data")) == 0
     pair = PairReader(tmp_path / "data").pair(1)
@@ -112,6 +129,10 @@ def test_a_proposed_image_is_that_of_its_seed(tiny_model, prompts, tmp_path):
     [
         ({"images_per_prompt": 3}, "even number"),
         ({"images_per_prompt": 1, "pairing": "all"}, "from 2 on"),
+        ({"pairing": "best_worst"}, "--pairing best_worst needs --reward SCORER"),
+        ({"reward": "clip"}, "--pairing disjoint asks no --reward"),
+        ({"pairing": "rso", "reward": "clip", "images_per_prompt": 4, "accepted": 3}, "accepted is 3; give an even number from 2"),
+        ({"pairing": "threshold", "reward": "clip", "threshold": 0.3}, "threshold is 0.3"),
         ({"model": "./none"}, "no such folder"),
     ],
 )

@@ -13,7 +13,7 @@ from dedpo_diffusion import preference_step
 from dedpo_diffusion.labels.files import read_targets
 from dedpo_diffusion.models import tiny
 from dedpo_diffusion.pipelines import train
-from dedpo_diffusion.training.health import WINDOW, Watch, symptoms
+from dedpo_diffusion.training.health import WINDOW, Watch, score_symptom, symptoms
 from dedpo_diffusion.training.metrics import summarise
 from dedpo_diffusion.weights.run_folder import checkpoints
 from support.steps import backbone
@@ -160,3 +160,21 @@ def test_a_run_says_what_part_human_labels_have(tiny_model, tmp_path):
     part = merged.weight * np.abs(merged.target - 0.5)  # at margin 0, where the balance is the same for both images of a pair
     assert line["human_gradient_share"] == pytest.approx(part[~np.isnan(merged.human)].sum() / part.sum(), rel=0.02)
     assert line["saturation"] == 0.0
+
+
+def scored(**gains: tuple[float, float]) -> dict:
+    return {"step": 1, "scores": {name: {"mean": 1.0, "gain": sum(ci) / 2, "gain_ci": list(ci)} for name, ci in gains.items()}}
+
+
+def test_a_scorer_that_is_no_reward_and_falls_is_told_and_nothing_else():
+    """Twice in a row, surely, and only in a run that learns from a reward."""
+    falls, unsure = scored(pickscore=(0.1, 0.3), hps=(-0.4, -0.1)), scored(pickscore=(-0.4, -0.1), hps=(-0.4, 0.1))
+    told = score_symptom([unsure, falls, falls], ["pickscore"])
+    assert told is not None and told.startswith("hps, which is no reward of this run, fell by 0.25") and "what pickscore overrates" in told
+    for lines, rewards in (
+        ([falls], ["pickscore"]),
+        ([falls, unsure], ["pickscore"]),
+        ([falls, falls], []),
+        ([falls, falls], ["hps", "pickscore"]),
+    ):
+        assert score_symptom(lines, rewards) is None

@@ -267,7 +267,7 @@ def test_a_v_prediction_is_marked(folders, tiny_pairs, tmp_path, capsys, zero):
 def test_a_run_starts_from_a_kohya_file(runs, tiny_pairs, tmp_path):
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.settings import DataSettings, LoraSettings, TrainSettings
-    from dedpo_diffusion.training.setup import add_lora
+    from dedpo_diffusion.training.base import add_lora
 
     it = runs["sd15"]
     targets = ["to_q", "to_out.0", "conv1"]

@@ -75,6 +75,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "clip": _late("clip", "ClipScore"),
     "hps": _late("hps", "HpsScore"),
     "aesthetic": _late("aesthetic", "AestheticScore"),
+    "adapted": _late("adapted", "make_adapted"),
     "http": _late("http", "HttpScore"),
     "oracle_reward": _late("oracle", "OracleReward"),
     "oracle_accuracy": _late("oracle", "OracleAccuracy"),
