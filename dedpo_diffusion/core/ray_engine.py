@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import time
 import uuid
 from collections import Counter
@@ -27,6 +28,7 @@ A = TypeVar("A")
 MISSING = '--engine ray needs Ray on this machine and on every node: pip install "dedpo_diffusion[ray]"'
 DEATHS = 5  # of workers at one task, after which the task is to blame
 BLOCKS = 4096  # of the dataset of tasks at most; from there on several tasks are one
+CONTACT = 10.0  # seconds until a cluster that does not answer is not there
 PATIENCE = 90.0  # seconds until a network file system shows what another machine wrote
 TOLD = ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # to workers
 AGAIN = "give the same command again to go on"
@@ -201,9 +203,12 @@ def open_ray(options: RayOptions, *, folders: Sequence[Path], device: str | None
 
 def _connect(ray: Any, address: str | None) -> None:
     """Join the cluster at an address; None joins the one that runs here (RAY_ADDRESS, `ray start`), or starts one in this machine."""
+    host, _, port = (address or "").rpartition(":")
     try:
+        if host and port.isdigit() and "/" not in host:  # Ray itself tries for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONTACT).close()
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, **({} if address else {"include_dashboard": False}))
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"the Ray cluster at {address}" if address else "a Ray cluster"
         raise UserError(f"{where} is not reached ({_first_line(error)}); see that `ray status` shows it on this machine") from error
 
