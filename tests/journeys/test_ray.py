@@ -8,16 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 
 from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.pipelines import label
 
-RAY = pytest.mark.skipif(
-    subprocess.run([sys.executable, "-c", "import ray.data"], capture_output=True, check=False).returncode != 0,
-    reason='Ray is not here; pip install "dedpo_diffusion[ray]"',
-)
+RAY = pytest.mark.skipif(find_spec("ray") is None, reason='Ray is not here; pip install "dedpo_diffusion[ray]"')
 NAMES = ("label", "sample", "score", "propose", "validate")
 LOSABLE = NAMES[:4]
 

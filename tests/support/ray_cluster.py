@@ -30,7 +30,7 @@ class TwoNodes:
     """Two nodes of one core each; `lose` ends the second as a power cut does."""
 
     def __init__(self) -> None:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # Ray has its workers stand back behind all else
         from ray.cluster_utils import Cluster
 
         self.one = {"num_cpus": 1, "object_store_memory": 80 << 20, "node_ip_address": ADDRESS}
