@@ -11,7 +11,6 @@ import os
 import pickle
 import socket
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from dedpo_diffusion.core.console import UserError, say
+from dedpo_diffusion.core.files import remove_leftovers, temporary_name
 from dedpo_diffusion.core.locks import shares
 
 L = TypeVar("L")
@@ -184,10 +184,11 @@ def open_ray(options: RayOptions, *, folders: Sequence[Path], device: str | None
     mine = not ray.is_initialized()
     if mine:
         _connect(ray, options.address)
-    marks = [folder / f".nodes-{uuid.uuid4().hex}.tmp" for folder in folders]
+    marks = [temporary_name(folder / "nodes") for folder in folders]
     try:
         for mark in marks:
             mark.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(mark.parent)
             mark.touch()
         variables = {name: os.environ[name] for name in TOLD if name in os.environ}
         place = Place(os.getcwd(), tuple(str(mark.absolute()) for mark in marks), variables)
@@ -311,6 +312,7 @@ def _quiet(ray: Any) -> Iterator[None]:
     before = context.enable_progress_bars, context.print_on_execution_start
     context.enable_progress_bars, context.print_on_execution_start = False, False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
     try:
         yield
     finally:
