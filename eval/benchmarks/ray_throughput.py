@@ -29,6 +29,7 @@ from typing import Any
 from dedpo_diffusion.core.console import say, stage
 
 ADDRESS = "127.0.0.2"  # loopback
+SHARD = 16  # pairs of the timed runs that are kept as a whole
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def cluster(nodes: int) -> Any:
 def label(pairs: Path, address: str) -> subprocess.Popen[str]:
     """The command, from the start, under way."""
     shutil.rmtree(pairs / "labels", ignore_errors=True)
-    options = ["--with", "oracle_reward", "--summary", "false", "--shard", "64" if "timed" in pairs.name else "256"]
+    options = ["--with", "oracle_reward", "--summary", "false", "--shard", str(SHARD if "timed" in pairs.name else 256)]
     command = [sys.executable, "-m", "dedpo_diffusion.pipelines.label", str(pairs), *options, "--engine", "ray", "--ray.address", address]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
@@ -110,11 +111,12 @@ def timed(pairs: Path, nodes: int) -> float:
         process, parts, times = label(pairs, address), pairs / "labels" / ".oracle_reward.parts", []
         while process.poll() is None:
             with contextlib.suppress(OSError):
-                times = [path.stat().st_mtime for path in parts.glob("shard-*.parquet")] or times
+                found = [path.stat().st_mtime for path in parts.glob("shard-*.parquet")]
+                times = found if len(found) > len(times) else times  # in the end they are joined and removed
             time.sleep(0.02)
         assert process.returncode == 0
     times = sorted(times)[len(times) // 4 :]  # the later three quarters, in which all workers were at work
-    return 64 * (len(times) - 1) / (times[-1] - times[0])
+    return SHARD * (len(times) - 1) / (times[-1] - times[0])
 
 
 # ---- memory
@@ -167,7 +169,8 @@ def run(settings: RaySpeed) -> dict[str, Any]:
             say(f"{nodes} nodes: {rates[nodes][-1]:.1f} pairs a second")
     ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
     result: dict[str, Any] = {
-        "command": f"python eval/benchmarks/ray_throughput.py --out {settings.out}",
+        "command": "python eval/benchmarks/ray_throughput.py "
+        + " ".join(f"--{name} {getattr(settings, name)}" for name in ("out", "pairs", "rounds", "many")),
         "hardware": f"{os.cpu_count()} CPU cores, with a load of {load:.0f} in the 5 minutes before; nodes of one core each",
         "versions": {name: version(name) for name in ("dedpo_diffusion", "ray", "torch", "numpy")},
         "two_nodes_over_one": {"of_each_round": ratios, "median": sorted(ratios)[len(ratios) // 2]},
