@@ -26,7 +26,7 @@ L = TypeVar("L")
 A = TypeVar("A")
 
 MISSING = '--engine ray needs Ray on this machine and on every node: pip install "dedpo_diffusion[ray]"'
-DEATHS = 5  # of workers at one task, after which the task is to blame
+DEATHS = 3  # of workers at one task, after which the task is to blame
 BLOCKS = 4096  # of the dataset of tasks at most; from there on several tasks are one
 CONTACT = 10.0  # seconds until a cluster that does not answer is not there
 PATIENCE = 90.0  # seconds until a network file system shows what another machine wrote
