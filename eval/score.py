@@ -4,8 +4,8 @@
 
 Reads `DIR/index.parquet` (file, prompt, prompt_index, seed), writes `DIR/scores.parquet` with the same columns plus scorer,
 version and score; and `DIR/embeddings/SCORER.safetensors`, where the scorer embeds images (see `embeddings`). What is there
-already, of the same version, is kept; so a stopped run goes on. Several processes may be given the same folders: each scores
-those that no other has in hand.
+already, of the same version, is kept; so a stopped run goes on. Several processes of one machine may be given the same folders: each
+scores those that no other has in hand. With `--engine ray`, the nodes of a cluster score all folders together.
 
 | in `scores.parquet` | rule |
 |---|---|
@@ -20,10 +20,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dedpo_diffusion.core.console import Progress, UserError, say, say_next, stage
+from dedpo_diffusion.core.engine import Crew, open_engine
 from dedpo_diffusion.core.pace import Forecast
 from dedpo_diffusion.evaluation.comparison.samples import INDEX, Row, images_digest, load_images, read_index, resolutions, unlisted
 from dedpo_diffusion.settings import ScoreSettings
@@ -113,18 +117,60 @@ def write_scores(folder: Path, rows: Sequence[Row], scores: Sequence[Row]) -> No
         pq.write_table(pa.Table.from_pylist(list(scores), schema=schema), temporary)
 
 
+@dataclass(frozen=True)
+class ScorerFacts:
+    """What this stage must know of a scorer that a worker has loaded: its name and version, whether it embeds images, and whether it
+    is a large model on a CPU."""
+
+    name: str
+    version: str
+    embeds: bool
+    slow: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of a folder that are scored together."""
+
+    folder: Path
+    rows: Sequence[Row]
+
+    def __str__(self) -> str:
+        return f"the images {self.rows[0]['file']} to {self.rows[-1]['file']} of {self.folder}"
+
+
+class ScoreWorker:
+    """Scores images: a function of a `Part` that gives the scores (n,) and, where they are wanted, the embeddings (n, D), or None.
+
+    Raises:
+        UserError: the scorer that this worker has loaded is another one.
+    """
+
+    def __init__(self, planned: ScorerFacts, embed: bool, scorer: Scorer) -> None:
+        if scorer.version != planned.version:
+            words = f"the nodes of the cluster load different scorers ({scorer.version}, {planned.version})"
+            raise UserError(f"{words}; give all the same files, and a --dtype that all of them have")
+        self.scorer, self.embed = scorer, embed
+
+    def __call__(self, part: Part) -> tuple[np.ndarray, np.ndarray | None]:
+        """See above."""
+        prompts, images = [row["prompt"] for row in part.rows], load_images(part.folder, part.rows)
+        if self.embed:
+            return cast("Embedder", self.scorer).score_and_embed(prompts, images)
+        return self.scorer.score(prompts, images), None
+
+
 class Ledger:
     """What a folder holds of one scorer, and of the others, as it grows; for whoever holds the folder's lock.
 
     Attributes:
         scores: by file, this scorer's.
-        embedder: the scorer, where it embeds images and that is wanted.
+        embed: whether the scorer embeds images, and that is wanted.
         seen: by file, its embeddings (D,) of norm 1.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[Row], scorer: Scorer, *, embeddings: bool) -> None:
+    def __init__(self, folder: Path, rows: Sequence[Row], scorer: ScorerFacts, *, embeddings: bool) -> None:
         from dedpo_diffusion.evaluation.comparison.embeddings import read_some
-        from dedpo_diffusion.judges.scorers import Embedder
 
         self.folder, self.rows, self.scorer = folder, rows, scorer
         held, name = _read_scores(folder, rows)[0], scorer.name
@@ -132,11 +178,12 @@ class Ledger:
         mine = [row for row in held if row["scorer"] == name]
         self.scores = {row["file"]: row["score"] for row in mine if row["version"] == scorer.version}
         self.stale = {row["version"] for row in mine} - {scorer.version}
-        self.embedder: Embedder | None = scorer if embeddings and isinstance(scorer, Embedder) else None
+        self.embed = embeddings and scorer.embeds
         self.seen: dict[str, np.ndarray] = {}
+        self.saved = time.monotonic()
         if self.stale:
             say(f"{folder}: scores of {', '.join(sorted(self.stale))} are replaced by {scorer.version}")
-        if self.embedder is not None:
+        if self.embed:
             version, seen = read_some(folder, rows, name)
             if version == scorer.version:
                 self.seen = seen
@@ -145,19 +192,17 @@ class Ledger:
 
     def lacking(self) -> list[Row]:
         """The rows that have no score yet, or no embedding."""
-        done = self.scores if self.embedder is None else self.scores.keys() & self.seen.keys()
+        done = self.scores.keys() & self.seen.keys() if self.embed else self.scores
         return [row for row in self.rows if row["file"] not in done]
 
-    def add(self, part: Sequence[Row]) -> None:
-        """Score some rows; an image that only lacks its embedding keeps its score."""
-        prompts, images = [row["prompt"] for row in part], load_images(self.folder, part)
-        if self.embedder is None:
-            values = self.scorer.score(prompts, images)
-        else:
-            values, vectors = self.embedder.score_and_embed(prompts, images)
+    def add(self, part: Sequence[Row], values: np.ndarray, vectors: np.ndarray | None) -> None:
+        """Take what a worker found of some rows; an image that only lacked its embedding keeps its score."""
+        if vectors is not None:
             self.seen |= {row["file"]: _checked_vector(self.scorer, row, vector) for row, vector in zip(part, vectors, strict=True)}
         found = {row["file"]: _checked_score(self.scorer, row, float(value)) for row, value in zip(part, values, strict=True)}
         self.scores = found | self.scores
+        if time.monotonic() - self.saved > SAVE_EVERY:
+            self.save()
 
     def save(self) -> None:
         """Write both files; the embeddings first, so that no run leaves a score without one."""
@@ -172,49 +217,58 @@ class Ledger:
         label = {"scorer": self.scorer.name, "version": self.scorer.version}
         mine = [{**row, **label, "score": self.scores[row["file"]]} for row in self.rows if row["file"] in self.scores]
         write_scores(self.folder, self.rows, self.others + mine)
+        self.saved = time.monotonic()
 
 
-def _checked_score(scorer: Scorer, row: Row, value: float) -> float:
+def _checked_score(scorer: ScorerFacts, row: Row, value: float) -> float:
     if not math.isfinite(value):
         raise UserError(f"scorer {scorer.name} gave {value} for {row['file']}; look at that image, or use another scorer")
     return value
 
 
-def _checked_vector(scorer: Scorer, row: Row, vector: np.ndarray) -> np.ndarray:
+def _checked_vector(scorer: ScorerFacts, row: Row, vector: np.ndarray) -> np.ndarray:
     if not abs(float((vector**2).sum()) - 1) < 1e-3:
         raise UserError(f"scorer {scorer.name} gave {row['file']} an embedding that is not of norm 1; use another scorer")
     return vector
 
 
-def add_scores(settings: ScoreSettings, scorer: Scorer, folder: Path, rows: Sequence[Row]) -> None:
-    """Complete a folder's scores, and embeddings, of one scorer; written along the way."""
-    from dedpo_diffusion.models.memory import slow_on_cpu
+def add_scores(settings: ScoreSettings, crew: Crew[Scorer], scorer: ScorerFacts, indexes: dict[Path, list[Row]], *, tell: bool) -> None:
+    """Complete the scores, and embeddings, of one scorer in some folders; written along the way.
 
-    ledger = Ledger(folder, rows, scorer, embeddings=settings.embeddings)
-    todo = ledger.lacking()
-    if not todo:
-        say(f"{folder}: {scorer.name} ({scorer.version}): all {len(rows)} images are scored already")
-    scored = sum(row["file"] in ledger.scores for row in todo)
-    if scored:
-        fact = f"{scored} of {len(rows)} images have a score of {scorer.name} and no embedding"
-        say(f"{folder}: {fact}; they go through its image tower once more (--embeddings false leaves that out)")
-    saved, batch = time.monotonic(), int(settings.batch)
-    forecast = Forecast(len(todo), after=batch if slow_on_cpu(scorer) else 0)
-    with Progress(f"scoring {folder} with {scorer.name}", len(rows), start=len(rows) - len(todo)) as progress:
-        for start in range(0, len(todo), batch):
-            part = todo[start : start + batch]
-            ledger.add(part)
-            forecast.advance(len(part))
-            progress.advance(len(part))
-            if time.monotonic() - saved > SAVE_EVERY:
-                ledger.save()
-                saved = time.monotonic()
-    if todo or ledger.stale:
-        ledger.save()
-    say(summary(folder, rows, scorer, ledger.scores))
+    Args:
+        settings: of the stage.
+        crew: scores.
+        scorer: which one it is.
+        indexes: the rows of each folder.
+        tell: soon say how long all of it takes, where that is long.
+    """
+    ledgers = {folder: Ledger(folder, rows, scorer, embeddings=settings.embeddings) for folder, rows in indexes.items()}
+    batch, parts, images = int(settings.batch), [], sum(map(len, indexes.values()))
+    for folder, ledger in ledgers.items():
+        todo = ledger.lacking()
+        if not todo:
+            say(f"{folder}: {scorer.name} ({scorer.version}): all {len(ledger.rows)} images are scored already")
+        scored = sum(row["file"] in ledger.scores for row in todo)
+        if scored:
+            fact = f"{scored} of {len(ledger.rows)} images have a score of {scorer.name} and no embedding"
+            say(f"{folder}: {fact}; they go through its image tower once more (--embeddings false leaves that out)")
+        parts += [Part(folder, todo[start : start + batch]) for start in range(0, len(todo), batch)]
+    left, embed = sum(len(part.rows) for part in parts), any(ledger.embed for ledger in ledgers.values())
+    where = str(next(iter(indexes))) if len(indexes) == 1 else f"{len(indexes)} folders"
+    forecast = Forecast(left, after=batch if tell and scorer.slow else 0)
+    with Progress(f"scoring {where} with {scorer.name}", images, start=images - left) as progress:
+        for number, (values, vectors) in crew.run(parts, partial(ScoreWorker, scorer, embed)) if parts else ():
+            ledgers[parts[number].folder].add(parts[number].rows, values, vectors)
+            forecast.advance(len(parts[number].rows))
+            progress.advance(len(parts[number].rows))
+    touched = {part.folder for part in parts}
+    for folder, ledger in ledgers.items():
+        if folder in touched or ledger.stale:
+            ledger.save()
+        say(summary(folder, ledger.rows, scorer, ledger.scores))
 
 
-def summary(folder: Path, rows: Sequence[Row], scorer: Scorer, scores: dict[str, float]) -> str:
+def summary(folder: Path, rows: Sequence[Row], scorer: ScorerFacts, scores: dict[str, float]) -> str:
     """A folder's mean score in words: never without its scorer, version, number of images and interval."""
     import numpy as np
 
@@ -231,7 +285,7 @@ def summary(folder: Path, rows: Sequence[Row], scorer: Scorer, scores: dict[str,
     return f"{folder}: {scorer.name} {values.mean():.4f} ({sure}), the mean of {of} ({scorer.version})"
 
 
-def share_out(settings: ScoreSettings, scorer: Scorer, indexes: dict[Path, list[Row]]) -> None:
+def share_out(settings: ScoreSettings, crew: Crew[Scorer], scorer: ScorerFacts, indexes: dict[Path, list[Row]]) -> None:
     """Score every folder that no other process is scoring, then wait for the others and complete what those left."""
     from dedpo_diffusion.core.locks import hold_lock
 
@@ -239,13 +293,23 @@ def share_out(settings: ScoreSettings, scorer: Scorer, indexes: dict[Path, list[
     for folder, rows in indexes.items():
         with hold_lock(folder / LOCK) as mine:
             if mine:
-                add_scores(settings, scorer, folder, rows)
+                add_scores(settings, crew, scorer, {folder: rows}, tell=True)
             else:
                 busy.append(folder)
     for folder in busy:
         say(f"{folder} is being scored by another process; waiting for that to end")
         with hold_lock(folder / LOCK, wait=True):
-            add_scores(settings, scorer, folder, indexes[folder])
+            add_scores(settings, crew, scorer, {folder: indexes[folder]}, tell=True)
+
+
+def score_together(settings: ScoreSettings, crew: Crew[Scorer], scorer: ScorerFacts, indexes: dict[Path, list[Row]]) -> None:
+    """Score all folders at once, so that workers elsewhere load the scorer once."""
+    from dedpo_diffusion.core.locks import hold_lock
+
+    with ExitStack() as locks:
+        for folder in indexes:
+            locks.enter_context(hold_lock(folder / LOCK, wait=True))
+        add_scores(settings, crew, scorer, indexes, tell=False)
 
 
 def open_folders(folders: Sequence[Path]) -> dict[Path, list[Row]]:
@@ -269,11 +333,25 @@ def open_folders(folders: Sequence[Path]) -> dict[Path, list[Row]]:
     return indexes
 
 
-def run(settings: ScoreSettings) -> list[Path]:
-    """Score sample folders; several processes may share them."""
-    from dedpo_diffusion.judges.registry import MOST
+def load(settings: ScoreSettings, spec: str) -> Scorer:
+    """The scorer that a worker loads."""
     from dedpo_diffusion.judges.scorers import load_scorer
-    from dedpo_diffusion.models.memory import resolved, slow_on_cpu, tell_cpu
+
+    return load_scorer(spec, device=settings.device, batch=int(settings.batch), dtype=settings.dtype)
+
+
+def facts(scorer: Scorer) -> ScorerFacts:
+    """What this stage must know of a scorer."""
+    from dedpo_diffusion.judges.scorers import Embedder
+    from dedpo_diffusion.models.memory import slow_on_cpu
+
+    return ScorerFacts(scorer.name, scorer.version, isinstance(scorer, Embedder), slow_on_cpu(scorer))
+
+
+def run(settings: ScoreSettings) -> list[Path]:
+    """Score sample folders; several processes of one machine may share them."""
+    from dedpo_diffusion.judges.registry import MOST
+    from dedpo_diffusion.models.memory import resolved_by, tell_cpu
     from dedpo_diffusion.sampling.strength_folders import expanded
 
     names = [spec if spec.startswith("http=") else spec.partition("=")[0] for spec in settings.scorers]  # servers name themselves
@@ -281,16 +359,18 @@ def run(settings: ScoreSettings) -> list[Path]:
     if twice:
         raise UserError(f"scorer {twice[0]} is named twice; name each scorer once")
     indexes = open_folders(expanded(settings.folders))
-    settings = resolved(settings, most=MOST)
     named: set[str] = set()
-    for spec in settings.scorers:
-        scorer = load_scorer(spec, device=settings.device, batch=int(settings.batch), dtype=settings.dtype)
-        if scorer.name in named:
-            raise UserError(f"two of the scorers are called {scorer.name}; score with one of them alone")
-        named.add(scorer.name)
-        if slow_on_cpu(scorer):
-            tell_cpu(scorer.name)
-        share_out(settings, scorer, indexes)
+    with open_engine(settings.engine, settings.ray, folders=list(indexes), device=settings.device) as engine:
+        settings = resolved_by(engine, settings, most=MOST)
+        for spec in settings.scorers:
+            crew = engine.crew(partial(load, settings, spec))
+            scorer = crew.ask(facts)
+            if scorer.name in named:
+                raise UserError(f"two of the scorers are called {scorer.name}; score with one of them alone")
+            named.add(scorer.name)
+            if scorer.slow and not engine.many:
+                tell_cpu(scorer.name)
+            (score_together if engine.many else share_out)(settings, crew, scorer, indexes)
     say_next("compare", *(["BASE"] if len(indexes) == 1 else []), *settings.folders)
     return [folder / "scores.parquet" for folder in indexes]
 

@@ -1,12 +1,13 @@
 """Machine labels for every pair of a dataset, by one or several judges.
 
     dedpo label pairs --with pickscore=FOLDER clip=ViT-L-14:openai
-    accelerate launch --num_processes 4 pipelines/label.py pairs --with vlm=FOLDER
+    accelerate launch --num_processes 4 pipelines/label.py pairs --with vlm=FOLDER      # one process a GPU of this machine
+    dedpo label pairs --with vlm=FOLDER --engine ray                                    # all nodes of a Ray cluster
 
 Writes `PAIRS/labels/NAME.parquet`: pair_id, label_0, score_0, score_1, judge_version, and what else a judge tells; with human
 labels there, `NAME.json` and `NAME.png` say how the judge compares. Every few hundred pairs are kept in
-`PAIRS/labels/.NAME.parts` until all are joined, so a stopped run goes on where it stopped. Processes and machines that run the
-same command on the same folder share the pairs; they need not know of each other.
+`PAIRS/labels/.NAME.parts` until all are joined, so a stopped run goes on where it stopped. Processes of one machine that run the
+same command on the same folder share the pairs; several machines need `--engine ray`.
 """
 
 from __future__ import annotations
@@ -16,33 +17,31 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, say_next, stage
-from dedpo_diffusion.core.pace import Clock, Forecast
+from dedpo_diffusion.core.engine import Crew, Engine, LocalEngine, open_engine
+from dedpo_diffusion.core.pace import Clock
 from dedpo_diffusion.settings import LabelSettings
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from dedpo_diffusion.core.records import Pair
-    from dedpo_diffusion.judges.judge import Judge
-    from dedpo_diffusion.judges.work import FirstUses, Images, Work
+    from dedpo_diffusion.judges.label_worker import Bench, JudgeFacts, Run, Shard
+    from dedpo_diffusion.judges.work import FirstUses
     from dedpo_diffusion.pairs.dataset import PairReader
 
 SHOWN = 3  # reasons for missing answers that are printed
+HERE = 1 << 30  # bytes of pairs whose images this process looks through by itself, sooner than workers have started
 
 
-def load_judges(settings: LabelSettings) -> list[Judge]:
-    """The judges that the settings name, all of them before any work is done.
+def check_settings(settings: LabelSettings) -> None:
+    """Refuse settings that contradict each other, before anything is loaded.
 
     Raises:
-        UserError: one that cannot be had, or two of one name.
+        UserError: they do.
     """
-    from dedpo_diffusion.judges.registry import load_judge
     from dedpo_diffusion.labels.files import label_origin
 
     if settings.name is not None and len(settings.judges) > 1:
@@ -52,17 +51,6 @@ def load_judges(settings: LabelSettings) -> list[Judge]:
     for key in ("batch", "shard", "workers"):
         if getattr(settings, key) != "auto" and getattr(settings, key) < 1:
             raise UserError(f"{key} is {getattr(settings, key)}; it must be at least 1")
-    judges = []
-    for spec in settings.judges:
-        judge = load_judge(spec, settings)
-        if judge.name in [earlier.name for earlier in judges]:
-            raise UserError(f"two of the judges are called {judge.name}; run one of them alone, with another --name")
-        judges.append(judge)
-    if settings.name is not None:
-        judges[0].name = settings.name
-    if settings.human in [judge.name for judge in judges]:
-        raise UserError(f"{settings.human!r} is the human label file's name, and no judge may take it; give another --name")
-    return judges
 
 
 def local_device(device: str | None) -> str | None:
@@ -78,77 +66,10 @@ def local_device(device: str | None) -> str | None:
 # ---- what there is to do
 
 
-@dataclass
-class Run:
-    """One judge's labels in the making.
-
-    `stamp` identifies them; `retried` holds parts of an earlier run that lack answers, by file, with their time: they
-    are asked again, once; `embed` asks for the images' embeddings too. Whoever makes or joins the folder of parts holds the lock `joining`.
-    """
-
-    judge: Judge
-    folder: Path
-    stamp: dict[str, str]
-    embed: bool = False
-    retried: dict[Path, int] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        """The label file."""
-        return self.folder / f"{self.judge.name}.parquet"
-
-    @property
-    def parts(self) -> Path:
-        """Where finished shards are kept."""
-        return self.folder / f".{self.judge.name}.parts"
-
-    def part(self, shard: int) -> Path:
-        """The file of one shard."""
-        return self.parts / f"shard-{shard:06d}.parquet"
-
-    def embedded(self, shard: int) -> Path:
-        """The file of one shard's embeddings."""
-        from dedpo_diffusion.labels.embedding_files import shard_path
-
-        return shard_path(self.folder.parent, self.judge.name, shard)
-
-    def journal(self, shard: int) -> Path:
-        """The answers to one shard that is not finished."""
-        return self.parts / f"answers-{shard:06d}.jsonl"
-
-    def lock(self, shard: int) -> Path:
-        """The lock of one shard."""
-        return self.parts / f"shard-{shard:06d}.lock"
-
-    @property
-    def mark(self) -> Path:
-        """A file that holds the stamp, and is there as long as the shards are not joined."""
-        return self.parts / "unfinished"
-
-    @property
-    def joining(self) -> Path:
-        """The lock of all shards together."""
-        return self.parts / "join.lock"
-
-    @property
-    def origin(self) -> str:
-        """What the finished file says of itself; the judge's version stands in its rows."""
-        return f"dedpo label of dataset {self.stamp['dataset']}"
-
-    def is_pending(self, shard: int) -> bool:
-        """Whether nobody has finished this shard."""
-        part = self.part(shard)
-        if self.embed and not self.embedded(shard).is_file():
-            return self.mark.is_file()
-        try:
-            return self.retried.get(part) == part.stat().st_mtime_ns
-        except FileNotFoundError:
-            return self.mark.is_file()
-
-    def remove_parts(self) -> None:
-        """Tell other processes that all is done, and clean up."""
-        self.mark.unlink(missing_ok=True)
-        shutil.rmtree(self.parts, ignore_errors=True)
+def remove_parts(run: Run) -> None:
+    """Tell other processes that all is done, and clean up."""
+    run.mark.unlink(missing_ok=True)
+    shutil.rmtree(run.parts, ignore_errors=True)
 
 
 def is_done(run: Run, ids: list[str]) -> bool:
@@ -180,19 +101,18 @@ def is_done(run: Run, ids: list[str]) -> bool:
     return held.pair_id == ids
 
 
-def embeds(settings: LabelSettings, judge: Judge) -> bool:
+def embeds(settings: LabelSettings, judge: JudgeFacts) -> bool:
     """Whether this judge's embeddings are kept; a judge that has none is told of."""
-    from dedpo_diffusion.judges.bradley_terry import BradleyTerry
-
-    if settings.keep_embeddings and not (isinstance(judge, BradleyTerry) and judge.embeds):
+    if settings.keep_embeddings and not judge.embeds:
         say(f"{judge.name} gives no embeddings of images; none are kept of it")
         return False
     return settings.keep_embeddings
 
 
-def open_runs(settings: LabelSettings, judges: Sequence[Judge], reader: PairReader, ids: list[str]) -> list[Run]:
+def open_runs(settings: LabelSettings, judges: Sequence[JudgeFacts], reader: PairReader, ids: list[str]) -> list[Run]:
     """The judges' labels that are still to be made."""
     from dedpo_diffusion.core.locks import hold_lock
+    from dedpo_diffusion.judges.label_worker import Run
 
     stamp = {"dataset": reader.fingerprint(), "shard size": str(settings.shard)}
     runs = []
@@ -207,7 +127,7 @@ def open_runs(settings: LabelSettings, judges: Sequence[Judge], reader: PairRead
                     runs.append(run)
         if done:
             say(f"{run.path} is there already: {len(ids)} labels of {judge.version}")
-            run.remove_parts()
+            remove_parts(run)
     return runs
 
 
@@ -233,116 +153,71 @@ def take_up(run: Run) -> None:
     run.retried = {path: path.stat().st_mtime_ns for path, count in missing.items() if count}
 
 
-def shard_rows(settings: LabelSettings, pairs: int) -> list[range]:
-    """The rows of each shard of pairs that is kept as a whole."""
-    return [range(start, min(pairs, start + settings.shard)) for start in range(0, pairs, settings.shard)]
+def shards_of(settings: LabelSettings, pairs: int, first: FirstUses | None) -> list[Shard]:
+    """The pairs in shards that are kept as a whole."""
+    from dedpo_diffusion.judges.label_worker import Shard
+
+    rows = [range(start, min(pairs, start + settings.shard)) for start in range(0, pairs, settings.shard)]
+    return [Shard(number, part, None if first is None else first.mask(part)) for number, part in enumerate(rows)]
 
 
 # ---- which images come first
 
 
-def first_uses(reader: PairReader, fingerprint: str) -> FirstUses:
+def first_uses(engine: Engine, reader: PairReader, fingerprint: str) -> FirstUses:
     """Where each image under its prompt comes first in the dataset of this fingerprint; keys are kept until the labels are done."""
     import numpy as np
 
-    from dedpo_diffusion.core.files import atomic_file
-    from dedpo_diffusion.core.locks import share_tasks
-    from dedpo_diffusion.judges.work import FirstUses, item_keys
+    from dedpo_diffusion.judges.label_worker import KeysWorker
+    from dedpo_diffusion.judges.work import FirstUses
 
     folder = reader.folder / "labels" / f".keys-{fingerprint[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{path.stem}.npy" for path in reader.shards]
-
-    def work(shard: int, _: list[str]) -> None:
-        keys = item_keys(reader.shard_pairs(shard))
-        with atomic_file(paths[shard]) as temporary, open(temporary, "wb") as file:
-            np.save(file, keys)
-        progress.advance(len(keys))
-
     while True:
+        todo = [shard for shard, path in enumerate(paths) if not path.is_file()]
+        by = engine if sum(reader.shards[shard].stat().st_size for shard in todo) > HERE else LocalEngine()
         with Progress("looking for images in several pairs", len(reader)) as progress:
-            share_tasks(
-                range(len(paths)),
-                pending=lambda shard: {} if paths[shard].is_file() else {"keys": paths[shard].with_suffix(".lock")},
-                work=work,
-            )
+            for _, count in by.crew(_nothing, gpu=False).run(todo, partial(KeysWorker, reader.folder, paths)):
+                progress.advance(count or 0)
+        by.see([paths[shard] for shard in todo])
         try:
             return FirstUses(np.concatenate([np.load(path, allow_pickle=False) for path in paths]))
         except FileNotFoundError:  # another run was done with them and has removed them
             folder.mkdir(parents=True, exist_ok=True)
 
 
+def _nothing() -> None:
+    """What a worker loads that needs no model."""
+
+
 # ---- judging
 
 
-def judge_shard(settings: LabelSettings, reader: PairReader, rows: range, works: Sequence[Work], clock: Clock) -> list[pa.Table]:
-    """Every judge's answers to a shard of pairs; images are decoded in threads, once for all judges."""
-    from dedpo_diffusion.core.prefetch import prefetch
-    from dedpo_diffusion.pairs.decoding import decode_image
+def judge_pairs(
+    settings: LabelSettings, crew: Crew[Bench], judges: Sequence[JudgeFacts], runs: Sequence[Run], shards: Sequence[Shard], engine: Engine
+) -> Clock:
+    """Judge every shard that is not done."""
+    from dedpo_diffusion.judges.label_worker import LabelWorker, Plan
+    from dedpo_diffusion.models.memory import tell_cpu
 
-    def load(item: tuple[int, Pair]) -> Images:
-        place, pair = item
-        wanted = [any(work.wants(place)[side] for work in works) for side in (0, 1)]
-        where = reader.location(rows.start + place)
-        images = [decode_image(getattr(pair, f"image_{s}"), f"{where} image_{s}") if wanted[s] else None for s in (0, 1)]
-        return images[0], images[1]
-
-    pairs = enumerate(islice(reader.iter_pairs(rows.start), len(rows)))
-    stream = prefetch(pairs, load, workers=settings.workers, depth=int(settings.batch))
-    for (place, pair), images in clock.awaited(stream):
-        for work in works:
-            work.take(place, pair, images)
-    began = time.perf_counter()
-    tables = [work.finish() for work in works]
-    clock.working += time.perf_counter() - began
-    return tables
-
-
-def judge_pairs(settings: LabelSettings, reader: PairReader, runs: Sequence[Run], first: FirstUses | None) -> Clock:
-    """Judge every shard that is not done, sharing them with other processes."""
-    from dedpo_diffusion.core.locks import share_tasks
-    from dedpo_diffusion.judges.bradley_terry import BradleyTerry
-    from dedpo_diffusion.judges.journal import Journal
-    from dedpo_diffusion.judges.work import ImageWork, PairWork, read_part, write_part
-    from dedpo_diffusion.labels.embedding_files import write_shard
-    from dedpo_diffusion.models.memory import slow_on_cpu, tell_cpu
-
-    rows, by_name, clock = shard_rows(settings, len(reader)), {run.judge.name: run for run in runs}, Clock()
-    slow = [run.judge.name for run in runs if slow_on_cpu(run.judge)]
-
-    def pending(shard: int) -> dict[str, Path]:
-        return {name: run.lock(shard) for name, run in by_name.items() if run.is_pending(shard)}
-
-    def work_of(run: Run, shard: int) -> Work:
-        if isinstance(run.judge, BradleyTerry):
-            assert first is not None
-            return ImageWork(run.judge, first.mask(rows[shard]), 2 * int(settings.batch), embed=run.embed)
-        part = run.part(shard)
-        known = read_part(part, run.stamp) if part.is_file() else None
-        journal = Journal(run.journal(shard)) if run.judge.keeps_answers else None
-        return PairWork(run.judge, int(settings.batch), known, journal=journal, failed_only=not run.path.is_file())
-
-    def work(shard: int, names: list[str]) -> None:
-        mine = [by_name[name] for name in names]
-        works = [work_of(run, shard) for run in mine]
-        tables = judge_shard(settings, reader, rows[shard], works, clock)
-        for run, table, done in zip(mine, tables, works, strict=True):
-            if run.embed and isinstance(done, ImageWork):  # first, so that no shard counts as done without them
-                write_shard(run.embedded(shard), done.embeddings())
-            write_part(run.part(shard), table, run.stamp)
-            if isinstance(done, PairWork):
-                done.journal.remove()
-        progress.advance(len(rows[shard]))
-
-    todo = [shard for shard in range(len(rows)) if pending(shard)]
-    kept = len(reader) - sum(len(rows[shard]) for shard in todo)
-    if kept:
-        say(f"{kept} of {len(reader)} pairs are labelled already; going on")
-    if slow:
+    todo = [shard for shard in shards if any(run.is_pending(shard.number) for run in runs)]
+    pairs, left, clock = sum(len(shard.rows) for shard in shards), sum(len(shard.rows) for shard in todo), Clock()
+    if left < pairs:
+        say(f"{pairs - left} of {pairs} pairs are labelled already; going on")
+    slow = [run.judge.name for run in runs if run.judge.slow]
+    if slow and not engine.many:
         tell_cpu(" and ".join(slow))
-        clock.forecast = Forecast(len(reader) - kept, after=int(settings.batch))
-    with Progress(f"labelling with {', '.join(by_name)}", len(reader), start=kept) as progress:
-        share_tasks(todo, pending=pending, work=work)
+    plan, seen, began = Plan(settings, judges, runs, None if engine.many else left), set(), time.perf_counter()
+    with Progress(f"labelling with {', '.join(run.judge.name for run in runs)}", pairs, start=pairs - left) as progress:
+        for number, took in crew.run(todo, partial(LabelWorker, plan)):
+            clock.add(took or Clock())
+            if number not in seen:
+                progress.advance(len(todo[number].rows))
+            seen.add(number)
+    if engine.many:
+        engine.see([run.part(shard.number) for shard in todo for run in runs])
+        clock.stretch(time.perf_counter() - began)
     return clock
 
 
@@ -366,13 +241,12 @@ def write_label_file(run: Run, ids: list[str], first: FirstUses | None, shards: 
     import numpy as np
 
     from dedpo_diffusion.core.records import Labels
-    from dedpo_diffusion.judges.bradley_terry import BradleyTerry
     from dedpo_diffusion.judges.judge import probability
     from dedpo_diffusion.judges.work import PART_COLUMNS, TOKENS, joined, read_part
     from dedpo_diffusion.labels.files import write_labels
 
     table = joined([read_part(run.part(shard), run.stamp) for shard in range(shards)])
-    if isinstance(run.judge, BradleyTerry):
+    if run.judge.by_image:
         assert first is not None
         scores, missing = first.everywhere(table["score"].to_numpy()), [""] * len(ids)
     else:
@@ -404,9 +278,10 @@ def finish(run: Run, ids: list[str], first: FirstUses | None, shards: int) -> Ou
         nonlocal outcome
         outcome = write_label_file(run, ids, first, shards)
         if not outcome.gone:
-            run.remove_parts()
+            remove_parts(run)
 
-    share_tasks([run], pending=lambda _: {"join": run.joining} if outcome is None and run.mark.is_file() else {}, work=work)
+    for _ in share_tasks([run], pending=lambda _: {"join": run.joining} if outcome is None and run.mark.is_file() else {}, work=work):
+        pass
     if outcome is None:
         say(f"{run.path}: joined by another process")
         return None
@@ -441,37 +316,41 @@ def finish_all(runs: Sequence[Run], ids: list[str], first: FirstUses | None, sha
     return outcomes
 
 
-def spending(judge: Judge, tokens: dict[str, int]) -> dict[str, Any]:
+def spending(judge: JudgeFacts, tokens: dict[str, int]) -> dict[str, Any]:
     """Tokens that a judge's answers took, and their price; nothing where the judge counts none."""
     return {**tokens, "cost": judge.cost(tokens["prompt_tokens"], tokens["answer_tokens"])} if tokens else {}
 
 
 def run(settings: LabelSettings) -> list[Path]:
     """Label every pair of a dataset with machine judges."""
-    from dedpo_diffusion.judges.bradley_terry import BradleyTerry
-    from dedpo_diffusion.judges.registry import MOST
+    from dedpo_diffusion.judges.label_worker import Bench, load_bench
     from dedpo_diffusion.labels.next_stage import next_stage
-    from dedpo_diffusion.models.memory import resolved
     from dedpo_diffusion.pairs.dataset import PairReader
 
     reader = PairReader(settings.pairs)
     ids = reader.ids()
-    settings = resolved(replace(settings, device=local_device(settings.device)), most=MOST)
-    judges = load_judges(settings)
-    runs = open_runs(settings, judges, reader, ids)
-    facts: dict[str, dict[str, Any]] = {judge.name: {} for judge in judges}
-    if runs:
-        first = first_uses(reader, runs[0].stamp["dataset"]) if any(isinstance(run.judge, BradleyTerry) for run in runs) else None
-        clock = judge_pairs(settings, reader, runs, first)
-        outcomes = finish_all(runs, ids, first, len(shard_rows(settings, len(reader))))
-        for judge in judges:
-            outcome = outcomes.get(judge.name, Outcome([], {}))
-            if outcome is None:
-                del facts[judge.name]  # the other process tells of it
-            elif judge.name in outcomes:
-                facts[judge.name] = clock.report(list(outcomes)) | spending(judge, outcome.tokens)
-        if clock.pairs:
-            say(clock.words())
+    check_settings(settings)
+    settings = replace(settings, device=local_device(settings.device))
+    with open_engine(settings.engine, settings.ray, folders=[settings.pairs / "labels"], device=settings.device) as engine:
+        crew = engine.crew(partial(load_bench, settings))
+        settings, judges = crew.ask(Bench.facts)
+        if settings.human in [judge.name for judge in judges]:
+            raise UserError(f"{settings.human!r} is the human label file's name, and no judge may take it; give another --name")
+        runs = open_runs(settings, judges, reader, ids)
+        facts: dict[str, dict[str, Any]] = {judge.name: {} for judge in judges}
+        if runs:
+            first = first_uses(engine, reader, runs[0].stamp["dataset"]) if any(run.judge.by_image for run in runs) else None
+            shards = shards_of(settings, len(reader), first)
+            clock = judge_pairs(settings, crew, judges, runs, shards, engine)
+            outcomes = finish_all(runs, ids, first, len(shards))
+            for judge in judges:
+                outcome = outcomes.get(judge.name, Outcome([], {}))
+                if outcome is None:
+                    del facts[judge.name]  # the other process tells of it
+                elif judge.name in outcomes:
+                    facts[judge.name] = clock.report(list(outcomes)) | spending(judge, outcome.tokens)
+            if clock.pairs:
+                say(clock.words())
     if settings.summary and facts:
         from dedpo_diffusion.judges.summary import summarise
 

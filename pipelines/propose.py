@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say, say_next, stage
+from dedpo_diffusion.core.engine import open_engine
 from dedpo_diffusion.settings import ProposeSettings
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def run(settings: ProposeSettings) -> Path:
     import numpy as np
 
     from dedpo_diffusion.core.records import Pair
-    from dedpo_diffusion.models.memory import resolved
+    from dedpo_diffusion.models.memory import resolved_by
     from dedpo_diffusion.pairs.dataset import PairWriter
     from dedpo_diffusion.pairs.pairing import paired, told
     from dedpo_diffusion.sampling.prompts import read_prompts
@@ -92,12 +93,13 @@ def run(settings: ProposeSettings) -> Path:
     prompts = read_prompts(settings.prompts, categories=settings.categories, limit=settings.limit)
     work = jobs(prompts, settings.images_per_prompt, settings.seed)
     images = settings.out / "proposals"
-    fit, settings = settings.batch == "auto", resolved(settings, most=MOST)
-    recipe = Recipe(
-        settings.model, settings.steps, settings.guidance, int(settings.batch), settings.size, lora=settings.lora,
-        strength=settings.strength, config=settings.model_config, dtype=settings.dtype, fit=fit, prediction=settings.model_prediction,
-    )  # fmt: skip
-    sample_folder(images, work, settings, recipe, device=settings.device)
+    with open_engine(settings.engine, settings.ray, folders=[settings.out.absolute().parent], device=settings.device) as engine:
+        fit, settings = settings.batch == "auto", resolved_by(engine, settings, most=MOST)
+        recipe = Recipe(
+            settings.model, settings.steps, settings.guidance, int(settings.batch), settings.size, lora=settings.lora,
+            strength=settings.strength, config=settings.model_config, dtype=settings.dtype, fit=fit, prediction=settings.model_prediction,
+        )  # fmt: skip
+        sample_folder(images, work, settings, recipe, device=settings.device, engine=engine)
     rewards, temperature = (None, 1.0) if settings.reward is None else rewards_of(settings, work, images)
     source: dict[str, object] = {"model": settings.model, "steps": settings.steps, "guidance": settings.guidance}
     if settings.lora:

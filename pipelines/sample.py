@@ -2,10 +2,11 @@
 
     dedpo sample --model shapes --lora tuned.safetensors --prompts prompts.txt --out samples/tuned
     dedpo sample --model shapes --lora tuned.safetensors --strength 0.5 1 1.5 2 3 --prompts prompts.txt --out samples/tuned
-    accelerate launch --num_processes 4 pipelines/sample.py --model MODEL --prompts parti --out samples/base
+    accelerate launch --num_processes 4 pipelines/sample.py --model MODEL --prompts parti --out samples/base   # the GPUs of this machine
+    dedpo sample --model MODEL --prompts parti --out samples/base --engine ray                                 # a Ray cluster
 
-Writes PNG files, index.parquet (file, prompt, prompt_index, seed, category) and settings.yaml. Processes and machines that run
-the same command on the same folder share the images; they need not know of each other. Several strengths of one LoRA make a folder
+Writes PNG files, index.parquet (file, prompt, prompt_index, seed, category) and settings.yaml. Processes of one machine that run
+the same command on the same folder share the images; several machines need `--engine ray`. Several strengths of one LoRA make a folder
 each, samples/tuned/strength-0.5 and so on, as if each had been sampled by itself.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dedpo_diffusion.core.console import UserError, say_next, stage
+from dedpo_diffusion.core.engine import Engine, open_engine
 from dedpo_diffusion.pipelines.label import local_device
 from dedpo_diffusion.settings import SampleSettings
 
@@ -45,14 +47,21 @@ def of_shapes(prompts: Sequence[str]) -> bool:
 
 def run(settings: SampleSettings) -> Path:
     """Sample images, seed-paired with every other model sampled with the same prompts and seed."""
-    from dedpo_diffusion.models.memory import resolved
+    device = local_device(settings.device)
+    with open_engine(settings.engine, settings.ray, folders=[settings.out.absolute().parent], device=device) as engine:
+        return _sampled(settings, device, engine)
+
+
+def _sampled(settings: SampleSettings, device: str | None, engine: Engine) -> Path:
+    """The stage, by this engine."""
+    from dedpo_diffusion.models.memory import resolved_by
     from dedpo_diffusion.sampling.prompts import read_prompts
     from dedpo_diffusion.sampling.recipe import MOST, Recipe
     from dedpo_diffusion.sampling.sampler import Target, jobs, sample_folders
     from dedpo_diffusion.sampling.strength_folders import check_sweep, is_sweep, strength_folder
 
-    fit, device = settings.batch == "auto", local_device(settings.device)
-    settings = replace(resolved(replace(settings, device=device), most=MOST), device=settings.device)
+    fit = settings.batch == "auto"
+    settings = replace(resolved_by(engine, replace(settings, device=device), most=MOST), device=settings.device)
     recipe = Recipe(
         settings.model, settings.steps, settings.guidance, int(settings.batch), image_size(settings), settings.negative, settings.lora,
         settings.strength, settings.scheduler, settings.model_config, settings.dtype, fit,
@@ -66,7 +75,7 @@ def run(settings: SampleSettings) -> Path:
             own = replace(settings, strength=[strength], out=settings.out / strength_folder(strength))
             targets.append(Target(own.out, own, replace(recipe, strength=own.strength)))
     prompts = read_prompts(settings.prompts, categories=settings.categories, limit=settings.limit)
-    sample_folders(targets, jobs(prompts, settings.seeds, settings.seed), device=device)
+    sample_folders(targets, jobs(prompts, settings.seeds, settings.seed), device=device, engine=engine)
     say_next("score", settings.out, "--with", "oracle_reward" if of_shapes([prompt.text for prompt in prompts]) else "pickscore")
     return settings.out
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, say_next, stage
+from dedpo_diffusion.core.engine import open_engine
 from dedpo_diffusion.settings import ValidateSettings
 
 if TYPE_CHECKING:
@@ -115,8 +116,11 @@ def run(settings: ValidateSettings) -> dict[str, Any]:
     if not len(reader):
         raise UserError(f"{settings.pairs / 'pairs'} holds no pair; make the dataset again")
     workers = settings.workers or os.cpu_count() or 1
-    with Progress("looking at pairs", len(reader)) as progress:
-        scan = scan_dataset(reader, settings.depth, workers=workers, advance=progress.advance)
+    with (
+        open_engine(settings.engine, settings.ray, folders=[reader.folder]) as engine,
+        Progress("looking at pairs", len(reader)) as progress,
+    ):
+        scan = scan_dataset(reader, settings.depth, workers=workers, advance=progress.advance, engine=engine)
     found = look(
         reader, scan, depth=settings.depth, human=settings.human, near=settings.near, resamples=settings.resamples, seed=settings.seed,
         counter=counter,

@@ -180,7 +180,8 @@ def _run(body: Callable[[S], Any], settings: S, prog: str) -> int:
     threading.excepthook = _thread_error
     _running.append(prog)
     try:
-        check_device(getattr(settings, "device", None))
+        if getattr(settings, "engine", "local") == "local":
+            check_device(getattr(settings, "device", None))
         body(settings)
     except UserError as error:
         _complain(prog, error)

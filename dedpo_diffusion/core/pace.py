@@ -64,6 +64,15 @@ class Clock:
             if self.forecast is not None:
                 self.forecast.advance()
 
+    def add(self, other: Clock) -> None:
+        """Count what another clock has counted."""
+        self.pairs, self.working, self.waiting = self.pairs + other.pairs, self.working + other.working, self.waiting + other.waiting
+
+    def stretch(self, spent: float) -> None:
+        """Let work and waiting, of workers side by side, last so many seconds together."""
+        each = spent / (self.working + self.waiting) if self.pairs else 1.0
+        self.working, self.waiting = each * self.working, each * self.waiting
+
     def report(self, judges: list[str]) -> dict[str, Any]:
         """Pairs a second and the share of the time spent waiting, of this process and of all `judges` of the run together."""
         spent = self.waiting + self.working

@@ -13,6 +13,8 @@ from dedpo_diffusion.core.console import UserError, say
 if TYPE_CHECKING:
     import torch
 
+    from dedpo_diffusion.core.engine import Engine
+
 T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S")
@@ -57,6 +59,21 @@ def resolved(settings: S, *, most: int) -> S:
         device = usable(told.device)
         changes["dtype"] = dtype_for(device.type, bfloat16=device.type == "cuda" and _has_bfloat16(device))
     return replace(told, **changes) if changes else settings
+
+
+def resolved_by(engine: Engine, settings: S, *, most: int) -> S:
+    """As `resolved`, on the device of a worker of this engine."""
+    told: Any = settings
+    if not engine.many:
+        return resolved(settings, most=most)
+    if not engine.gpus:
+        found: Any = resolved(replace(told, device="cpu"), most=most)
+        return replace(found, device=told.device)
+    return engine.crew(partial(resolved, settings, most=most)).ask(_itself)
+
+
+def _itself(found: T) -> T:
+    return found
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -53,3 +53,21 @@ def forecast(pipe: Any, model: str, calls: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def changes_text(pipe: Any) -> bool:
+    """Whether a LoRA that is loaded changes a text encoder."""
+    encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+    return any(".lora_A." in name for encoder in encoders if encoder is not None for name, _ in encoder.named_parameters())
+
+
+def encode_once(pipe: Any) -> None:
+    """Keep what a pipeline's text encoders gave for the last prompts, and give it again while the same prompts are asked for."""
+    encode, last = pipe.encode_prompt, []  # type: tuple[Any, list[Any]]
+
+    def kept(*given: Any, **more: Any) -> Any:
+        if not last or last[0] != (given, more):
+            last[:] = [(given, more), encode(*given, **more)]
+        return last[1]
+
+    pipe.encode_prompt = kept

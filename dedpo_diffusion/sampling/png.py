@@ -76,3 +76,21 @@ def parameters(facts: Mapping[str, Any]) -> str:
 def _quoted(value: str) -> str:
     """As JSON where a comma, colon or line break would end the value."""
     return json.dumps(value, ensure_ascii=False) if any(sign in value for sign in ',:\n"') else value
+
+
+class Whole:
+    """Which images of a folder are there and whole; a file is looked through once for as long as it stays the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.known: dict[str, tuple[tuple[int, int], bool]] = {}
+
+    def __call__(self, name: str) -> bool:
+        try:
+            found = (self.folder / name).stat()
+        except FileNotFoundError:
+            return False
+        state = (found.st_mtime_ns, found.st_size)
+        if name not in self.known or self.known[name][0] != state:
+            self.known[name] = (state, is_whole(self.folder / name))
+        return self.known[name][1]

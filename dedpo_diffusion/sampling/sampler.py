@@ -14,7 +14,9 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,20 +28,21 @@ import torch
 from PIL import Image
 
 from dedpo_diffusion.core.console import Progress, UserError, say
+from dedpo_diffusion.core.engine import Crew, Engine, LocalEngine
 from dedpo_diffusion.core.files import atomic_file, file_digest
 from dedpo_diffusion.core.locks import share_tasks
 from dedpo_diffusion.core.records import Conditioning
 from dedpo_diffusion.models.backbone import Backbone, fingerprint
-from dedpo_diffusion.models.loading import LEFT_OUT, UNLOADABLE, load_pipeline
+from dedpo_diffusion.models.loading import LEFT_OUT, load_pipeline
 from dedpo_diffusion.models.marks import settle
 from dedpo_diffusion.models.memory import BatchLimit
 from dedpo_diffusion.models.pretrained import in_one_line
 from dedpo_diffusion.sampling.claims import LOCKS, claimed, lock_folder, open_samples
 from dedpo_diffusion.sampling.decoding import guard_decoding, is_tiled
-from dedpo_diffusion.sampling.fitting import batch_limit, forecast
-from dedpo_diffusion.sampling.png import is_whole, parameters, tensor_hash, write_png
+from dedpo_diffusion.sampling.fitting import batch_limit, changes_text, encode_once, forecast
+from dedpo_diffusion.sampling.loras import add_loras, set_strengths
+from dedpo_diffusion.sampling.png import Whole, parameters, tensor_hash, write_png
 from dedpo_diffusion.sampling.recipe import SCHEDULERS, Recipe
-from dedpo_diffusion.weights import Lora, read_lora_file, to_diffusers
 from dedpo_diffusion.weights.run_folder import began, has_begun, open_run
 
 # ---- one batch
@@ -76,49 +79,6 @@ def _schedule(pipe: Any) -> dict[str, Any]:
     own = inspect.signature(type(pipe.scheduler)).parameters
     config = {name: value for name, value in pipe.scheduler.config.items() if name in own and value not in (math.inf, -math.inf)}
     return {"class": type(pipe.scheduler).__name__, "config": config}
-
-
-def add_loras(pipe: Any, model: str, files: Sequence[Path], strength: Sequence[float] = ()) -> None:
-    """Load LoRA files of the layouts that `read_lora_file` reads; their changes add up.
-
-    Args:
-        pipe: of the model.
-        model: its name, for messages.
-        files: safetensors.
-        strength: how strongly each counts; none are 1 each.
-
-    Raises:
-        UserError: a file that cannot be read, or a part of it that has no place in the model.
-    """
-    for place, file in enumerate(files):
-        _add_lora(pipe, model, file, f"lora_{place}")
-    if files:
-        set_strengths(pipe, list(strength) or [1.0] * len(files))
-
-
-def set_strengths(pipe: Any, strength: Sequence[float]) -> None:
-    """Let the LoRAs that `add_loras` loaded count with these strengths, one each."""
-    pipe.set_adapters([f"lora_{place}" for place in range(len(strength))], list(strength))
-
-
-def _add_lora(pipe: Any, model: str, file: Path, name: str) -> None:
-    """Load an adapter file; diffusers passes over what it has no place for, which is refused here."""
-    read = read_lora_file(file)
-    # diffusers takes alphas that differ by layer for one in the layout of kohya, so that they are worked into the factors
-    scaled = {key: replace(layer, up=layer.up * layer.scale, alpha=float(layer.rank), rslora=False) for key, layer in read.layers.items()}
-    layers = len(scaled)
-    try:
-        tensors, _ = to_diffusers(Lora(scaled))  # a reader without configuration takes alpha for the rank, as it is now
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-    try:
-        pipe.load_lora_weights(tensors, adapter_name=name)
-    except UNLOADABLE as error:
-        raise UserError(f"{file}: this adapter does not fit {model} ({(str(error).splitlines() or ['?'])[0]})") from error
-    parts = (getattr(pipe, part, None) for part in ("unet", "text_encoder", "text_encoder_2"))
-    found = sum(f".lora_A.{name}." in key for part in parts if part is not None for key, _ in part.named_parameters())
-    if found < layers:
-        raise UserError(f"{file}: {layers - found} of its {layers} layers have no place in {model}; it is a LoRA of another kind of model")
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Generator]]:
@@ -286,24 +246,6 @@ def jobs(prompts: Sequence[Prompt], per_prompt: int, first_seed: int) -> list[Jo
     return [Job(f"{prompt.index:05d}-{seed}.png", prompt.text, prompt.index, seed, prompt.category) for prompt, seed in numbers]
 
 
-class _Whole:
-    """Which images of a folder are there and whole; a file is looked through once for as long as it stays the same."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.known: dict[str, tuple[tuple[int, int], bool]] = {}
-
-    def __call__(self, name: str) -> bool:
-        try:
-            found = (self.folder / name).stat()
-        except FileNotFoundError:
-            return False
-        state = (found.st_mtime_ns, found.st_size)
-        if name not in self.known or self.known[name][0] != state:
-            self.known[name] = (state, is_whole(self.folder / name))
-        return self.known[name][1]
-
-
 @dataclass(frozen=True)
 class Target:
     """A sample folder to fill: where, the settings of the stage that its `settings.yaml` tells, and how its images are sampled."""
@@ -313,16 +255,18 @@ class Target:
     recipe: Recipe
 
 
-def sample_folder(folder: Path, work: Sequence[Job], settings: Any, recipe: Recipe, *, device: str | None) -> None:
+def sample_folder(
+    folder: Path, work: Sequence[Job], settings: Any, recipe: Recipe, *, device: str | None, engine: Engine | None = None
+) -> None:
     """Sample every job into one folder; as `sample_folders`."""
-    sample_folders([Target(folder, settings, recipe)], work, device=device)
+    sample_folders([Target(folder, settings, recipe)], work, device=device, engine=engine)
 
 
-def sample_folders(targets: Sequence[Target], work: Sequence[Job], *, device: str | None) -> None:
+def sample_folders(targets: Sequence[Target], work: Sequence[Job], *, device: str | None, engine: Engine | None = None) -> None:
     """Sample every job into each folder as PNG, then write `index.parquet`; a killed run goes on at its last batch.
 
-    Processes and machines that do the same at the same time share the batches, and need not know of each other. An image that
-    is missing or damaged is sampled again, in the company that it had. The model is loaded once. Every batch goes through all
+    Processes of this machine that do the same at the same time share the batches, and need not know of each other. An image that
+    is missing or damaged is sampled again, in the company that it had. A worker loads the model once. Every batch goes through all
     folders, so that its prompts are encoded once, unless a LoRA changes the text encoders.
 
     Args:
@@ -330,22 +274,23 @@ def sample_folders(targets: Sequence[Target], work: Sequence[Job], *, device: st
             settings.
         work: the images, in the order in which batches are cut from them.
         device: torch device; None takes a GPU if there is one.
+        engine: samples; None is this process.
 
     Raises:
         UserError: a folder holds samples of other settings or prompts, or the model cannot be loaded.
     """
     with claimed([target.folder for target in targets]):
-        _fill(targets, work, device)
+        _fill(targets, work, device, engine or LocalEngine())
 
 
-def _fill(targets: Sequence[Target], work: Sequence[Job], device: str | None) -> None:
+def _fill(targets: Sequence[Target], work: Sequence[Job], device: str | None, engine: Engine) -> None:
     for target in targets:
         target.recipe.check()
     recipe = targets[0].recipe
     listed = hashlib.sha256(json.dumps([asdict(job) for job in work]).encode()).hexdigest()
     loras = [{"name": file.stem, "sha256": file_digest(file), "hash": tensor_hash(file)} for file in recipe.lora]
     identity = {"lora": ",".join(lora["sha256"] for lora in loras), "images": listed}
-    whole = {target.folder: _Whole(target.folder) for target in targets}
+    whole = {target.folder: Whole(target.folder) for target in targets}
     begun = [target for target in targets if (target.folder / "identity.json").is_file() and has_begun(target.folder)]
     for target in begun:  # say before a model is loaded what can be said
         held = json.loads((target.folder / "identity.json").read_text(encoding="utf-8"))
@@ -355,83 +300,123 @@ def _fill(targets: Sequence[Target], work: Sequence[Job], device: str | None) ->
         if _is_index(target.folder, work):
             say(f"{target.folder}: all {len(work)} images are there already")
     if len(finished) < len(targets):
-        pipe = load_sampler(
-            recipe.model, config=recipe.config, lora=recipe.lora, strength=recipe.strength, scheduler=recipe.scheduler, device=device,
-            dtype=recipe.dtype, prediction=recipe.prediction,
-        )  # fmt: skip
-        size = image_size(pipe, recipe.size)
+        crew = engine.crew(partial(_pipeline, recipe, device))
+        model = crew.ask(partial(_looked_at, recipe))
         for target in targets:
-            open_samples(target.folder, target.settings, identity | {"model": pipe.base_fingerprint})  # not before: it may not exist
-        if len(targets) > 1 and not _changes_text(pipe):
-            encode_once(pipe)
-        limit = batch_limit(pipe, recipe, work[0].prompt, size)
-        _sample_batches(targets, work, pipe, whole, _facts(pipe, recipe, size), loras, limit)
-    share_tasks(
+            open_samples(target.folder, target.settings, identity | {"model": model})  # not before: it may not exist
+        _sample_batches(targets, work, crew, engine, Drawing(targets, loras, work[0].prompt, model), whole)
+    for _ in share_tasks(
         [target.folder for target in targets],
         pending=lambda folder: {} if _is_index(folder, work) else {"index": lock_folder(folder) / "index.lock"},
         work=lambda folder, _: write_index(folder, work),
-    )
+    ):
+        pass
     for target in targets:
         shutil.rmtree(target.folder / LOCKS, ignore_errors=True)
 
 
-def _changes_text(pipe: Any) -> bool:
-    """Whether a LoRA that is loaded changes a text encoder."""
-    encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
-    return any(".lora_A." in name for encoder in encoders if encoder is not None for name, _ in encoder.named_parameters())
+def _pipeline(recipe: Recipe, device: str | None) -> Any:
+    """What a worker loads."""
+    return load_sampler(
+        recipe.model, config=recipe.config, lora=recipe.lora, strength=recipe.strength, scheduler=recipe.scheduler, device=device,
+        dtype=recipe.dtype, prediction=recipe.prediction,
+    )  # fmt: skip
 
 
-def encode_once(pipe: Any) -> None:
-    """Keep what a pipeline's text encoders gave for the last prompts, and give it again while the same prompts are asked for."""
-    encode, last = pipe.encode_prompt, []  # type: tuple[Any, list[Any]]
-
-    def kept(*given: Any, **more: Any) -> Any:
-        if not last or last[0] != (given, more):
-            last[:] = [(given, more), encode(*given, **more)]
-        return last[1]
-
-    pipe.encode_prompt = kept
+def _looked_at(recipe: Recipe, pipe: Any) -> str:
+    """The fingerprint of the model without LoRAs, which can draw such images."""
+    image_size(pipe, recipe.size)
+    return pipe.base_fingerprint
 
 
 def _sample_batches(
-    targets: Sequence[Target], work: Sequence[Job], pipe: Any, whole: Mapping[Path, _Whole], facts: Mapping[str, Any],
-    loras: Sequence[Mapping[str, Any]], limit: BatchLimit,
-) -> None:  # fmt: skip
-    """Sample what is not there yet; `facts` are those of all images, and `loras` says which LoRAs these are, strengths aside."""
-    batch = targets[0].recipe.batch
+    targets: Sequence[Target], work: Sequence[Job], crew: Crew[Any], engine: Engine, drawing: Drawing, whole: Mapping[Path, Whole]
+) -> None:
+    """Sample what is not there yet."""
+    batch, folders = targets[0].recipe.batch, range(len(targets))
     parts = [work[start : start + batch] for start in range(0, len(work), batch)]
-    tasks = [(number, target) for number in range(len(parts)) for target in range(len(targets))]
+    tasks = [Batch(number, target, part) for number, part in enumerate(parts) for target in folders]
+    todo = [task for task in tasks if not all(whole[targets[task.target].folder](job.file) for job in task.part)]
+    total, left = len(work) * len(targets), sum(len(task.part) for task in todo)
+    if left < total:
+        say(f"{total - left} of {total} images are there already; resuming")
+    calls = None if engine.many else targets[0].recipe.steps * len(todo)
+    with Progress("sampling", total, start=total - left) as progress:
+        for number, _ in crew.run(todo, partial(SampleWorker, replace(drawing, calls=calls))):
+            progress.advance(len(todo[number].part))
+            began(targets[todo[number].target].folder)
+    engine.see([targets[task.target].folder / job.file for task in todo for job in task.part] if engine.many else [])
 
-    def is_there(task: tuple[int, int]) -> bool:
-        return all(whole[targets[task[1]].folder](job.file) for job in parts[task[0]])
 
-    finished = {task for task in tasks if is_there(task)}
-    kept = sum(len(parts[number]) for number, _ in finished)
-    if kept:
-        say(f"{kept} of {len(work) * len(targets)} images are there already; resuming")
+@dataclass(frozen=True)
+class Batch:
+    """Images that are sampled together, for one of the sample folders."""
 
-    def pending(task: tuple[int, int]) -> dict[str, Path]:
-        if not is_there(task):
-            return {"images": lock_folder(targets[task[1]].folder) / f"{task[0]:06d}.lock"}
-        if task not in finished:  # by whomever
-            finished.add(task)
-            progress.advance(len(parts[task[0]]))
-        return {}
+    number: int
+    target: int
+    part: Sequence[Job]
 
-    def draw(task: tuple[int, int], _: list[str]) -> None:
-        target = targets[task[1]]
+    def __str__(self) -> str:
+        return f"the images {self.part[0].file} to {self.part[-1].file}"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What all batches share.
+
+    Attributes:
+        targets: the sample folders.
+        loras: which LoRAs these are, strengths aside.
+        prompt: one to measure memory with.
+        model: the fingerprint of the model without LoRAs.
+        calls: of the UNet in all, for a forecast; None makes none.
+    """
+
+    targets: Sequence[Target]
+    loras: Sequence[Mapping[str, Any]]
+    prompt: str
+    model: str
+    calls: int | None = None
+
+
+class SampleWorker:
+    """Samples batches; see `core.locks.SharingWorker`.
+
+    Raises:
+        UserError: the pipeline that this worker has loaded is of another model.
+    """
+
+    def __init__(self, drawing: Drawing, pipe: Any) -> None:
+        if pipe.base_fingerprint != drawing.model:
+            raise UserError(f"the nodes of the cluster load different models as {drawing.targets[0].recipe.model}; give all the same files")
+        recipe = drawing.targets[0].recipe
+        size = image_size(pipe, recipe.size)
+        self.drawing, self.pipe, self.facts = drawing, pipe, _facts(pipe, recipe, size)
+        if len(drawing.targets) > 1 and not changes_text(pipe):
+            encode_once(pipe)
+        self.limit = batch_limit(pipe, recipe, drawing.prompt, size)
+        self.whole = [Whole(target.folder) for target in drawing.targets]
+        self.forecast = ExitStack()
+        if drawing.calls is not None:
+            self.forecast.enter_context(forecast(pipe, recipe.model, drawing.calls))
+
+    def pending(self, task: Batch) -> dict[str, Path]:
+        """The lock of a batch that lacks an image."""
+        if all(self.whole[task.target](job.file) for job in task.part):
+            return {}
+        return {"images": lock_folder(self.drawing.targets[task.target].folder) / f"{task.number:06d}.lock"}
+
+    def work(self, task: Batch, _: list[str]) -> None:
+        """Sample a batch, and write what is missing of it."""
+        target, loras = self.drawing.targets[task.target], self.drawing.loras
         strengths = list(target.recipe.strength) or [1.0] * len(loras)
-        if len(targets) > 1:
-            set_strengths(pipe, strengths)
+        if len(self.drawing.targets) > 1:
+            set_strengths(self.pipe, strengths)
         told = [{**lora, "strength": strength} for lora, strength in zip(loras, strengths, strict=True)]
-        _draw_batch(target, parts[task[0]], pipe, whole[target.folder], {**facts, "lora": told}, limit)
-
-    calls = targets[0].recipe.steps * sum(task not in finished for task in tasks)
-    with forecast(pipe, targets[0].recipe.model, calls), Progress("sampling", len(work) * len(targets), start=kept) as progress:
-        share_tasks([task for task in tasks if task not in finished], pending=pending, work=draw)
+        _draw_batch(target, task.part, self.pipe, self.whole[task.target], {**self.facts, "lora": told}, self.limit)
 
 
-def _draw_batch(target: Target, part: Sequence[Job], pipe: Any, whole: _Whole, facts: Mapping[str, Any], limit: BatchLimit) -> None:
+def _draw_batch(target: Target, part: Sequence[Job], pipe: Any, whole: Whole, facts: Mapping[str, Any], limit: BatchLimit) -> None:
     """Sample one batch, and write what is missing of it; `facts` are those of all images of the folder."""
     folder, recipe = target.folder, target.recipe
     missing = [job for job in part if not whole(job.file)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dedpo_diffusion.settings.align import AlignSettings, QuickstartSettings
 from dedpo_diffusion.settings.data import IngestSettings, PairsSettings, ProposeSettings, ValidateSettings, VoteSettings
+from dedpo_diffusion.settings.engine import RaySettings
 from dedpo_diffusion.settings.evaluation import CompareSettings, SampleSettings, ScoreSettings
 from dedpo_diffusion.settings.labelling import (
     CalibrateSettings,
@@ -48,6 +49,7 @@ __all__ = [
     "PairsSettings",
     "ProposeSettings",
     "QuickstartSettings",
+    "RaySettings",
     "SampleSettings",
     "ScoreSettings",
     "SelfTrainingSettings",

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dedpo_diffusion.settings.engine import RaySettings
+
 
 @dataclass(frozen=True)
 class IngestSettings:
@@ -64,9 +66,12 @@ class ValidateSettings:
             tokens of its own tokenizer; None takes CLIP's, which Stable Diffusion's models have.
         near: largest Hamming distance of two 64-bit perceptual hashes that counts as a near-duplicate.
         out: the report (JSON); None takes PAIRS/validate.json. The same name with .html holds the pictures.
-        workers: processes that read; None takes one a core.
+        workers: processes of this machine that read; None takes one a core.
         resamples: bootstrap resamples of the agreement's intervals.
         seed: seed of the bootstrap.
+        engine: who does the work: local is this process (`accelerate launch` starts one for each GPU of this machine), ray the nodes of a
+            Ray cluster.
+        ray: the cluster of --engine ray.
     """
 
     pairs: Path
@@ -78,10 +83,12 @@ class ValidateSettings:
     workers: int | None = None
     resamples: int = 2000
     seed: int = 0
+    engine: Literal["local", "ray"] = field(default="local", metadata={"recorded": False})
+    ray: RaySettings = field(default_factory=RaySettings, metadata={"recorded": False})
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what is checked": "pairs depth human model near",
         "what is written": "out",
-        "how": "workers",
+        "how": "workers engine",
     }
 
 
@@ -169,6 +176,9 @@ class ProposeSettings:
         device: torch device; None takes a GPU if there is one.
         dtype: precision of the sampling model; auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU.
         shard_pairs: pairs in one parquet file.
+        engine: who does the work: local is this process (`accelerate launch` starts one for each GPU of this machine), ray the nodes of a
+            Ray cluster.
+        ray: the cluster of --engine ray.
     """
 
     model: str
@@ -194,10 +204,12 @@ class ProposeSettings:
     model_prediction: Literal["epsilon", "v", "v_zero_snr"] | None = None
     lora: list[Path] = field(default_factory=list)
     strength: list[float] = field(default_factory=list)
+    engine: Literal["local", "ray"] = field(default="local", metadata={"recorded": False})
+    ray: RaySettings = field(default_factory=RaySettings, metadata={"recorded": False})
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what the images are made with": "model lora prompts steps guidance size",
         "what is written": "out images_per_prompt",
-        "memory and speed": "batch dtype device",
+        "memory and speed": "batch dtype device engine",
     }
 
 

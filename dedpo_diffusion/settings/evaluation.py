@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dedpo_diffusion.settings.engine import RaySettings
+
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -36,6 +38,9 @@ class SampleSettings:
         batch: images sampled at once, halved where the GPU's memory is too small; auto is 8, or fewer by what the first ones took.
         device: torch device; None takes a GPU if there is one.
         dtype: precision of the model; auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU.
+        engine: who does the work: local is this process (`accelerate launch` starts one for each GPU of this machine), ray the nodes of a
+            Ray cluster.
+        ray: the cluster of --engine ray.
     """
 
     model: str
@@ -59,10 +64,12 @@ class SampleSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     model_config: str | None = None
     model_prediction: Literal["epsilon", "v", "v_zero_snr"] | None = None
+    engine: Literal["local", "ray"] = field(default="local", metadata={"recorded": False})
+    ray: RaySettings = field(default_factory=RaySettings, metadata={"recorded": False})
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what the images are made with": "model lora strength prompts seeds steps guidance",
         "what is written": "out",
-        "memory and speed": "batch dtype",
+        "memory and speed": "batch dtype engine",
     }
 
 
@@ -79,6 +86,9 @@ class ScoreSettings:
         dtype: precision of the scorers' towers; scores are float32 always.
             Auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU.
         embeddings: also write what the scorers' image towers saw, for diversity and drift in `dedpo compare`.
+        engine: who does the work: local is this process (`accelerate launch` starts one for each GPU of this machine), ray the nodes of a
+            Ray cluster.
+        ray: the cluster of --engine ray.
     """
 
     folders: list[Path]
@@ -87,9 +97,11 @@ class ScoreSettings:
     device: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     embeddings: bool = True
+    engine: Literal["local", "ray"] = field(default="local", metadata={"recorded": False})
+    ray: RaySettings = field(default_factory=RaySettings, metadata={"recorded": False})
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what is scored": "folders with embeddings",
-        "memory and speed": "batch dtype device",
+        "memory and speed": "batch dtype device engine",
     }
 
 

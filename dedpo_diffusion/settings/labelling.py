@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from dedpo_diffusion.core.defaults import DEFAULT_METHOD
+from dedpo_diffusion.settings.engine import RaySettings
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class ServerSettings:
         samples: how often a pair is asked in each order where there are no token probabilities.
         answer_tokens: tokens that a written answer may have, thinking included; None is 16, and more where the first contact shows that
             the model writes sentences (256) or thinks (4096).
-        concurrency: requests under way at once, of each process.
-        per_minute: requests begun in a minute, at most, of each process; None has no limit.
+        concurrency: requests under way at once, of each process or worker.
+        per_minute: requests begun in a minute, at most, of each process or worker; None has no limit.
         retries: further attempts after a timeout, a lost connection, a busy or a failing server.
         timeout: seconds until an attempt counts as failed.
         failures: consecutive pairs that may fail for the server's sake before the run stops.
         price_in: price of a million prompt tokens, for the summary.
         price_out: price of a million answer tokens.
-        budget: the run stops, and keeps what it has, once its answers cost this much, of each process; None has no limit.
+        budget: the run stops, and keeps what it has, once its answers cost this much, of each process or worker; None has no limit.
     """
 
     model: str | None = None
@@ -92,7 +93,7 @@ class LabelSettings:
         name: name of the label file, for one judge; None takes the judge's name.
         temperature: a judge's score difference is divided by this before the sigmoid; None takes each judge's own.
         batch: pairs judged at once, halved where the GPU's memory is too small; auto is 64, or fewer by what the first ones took.
-        shard: pairs after which labels are kept on disk; a killed run repeats at most one shard for each process.
+        shard: pairs after which labels are kept on disk; a killed run repeats at most one shard for each process or worker.
         device: torch device; None takes a GPU if there is one.
         dtype: precision of scorers' towers and of a local vision-language model; scores are float32 always.
             Auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU.
@@ -103,6 +104,9 @@ class LabelSettings:
         vlm: how vision-language models are asked.
         server: the server of judge openai.
         self_training: how judge self reads a policy's reward.
+        engine: who does the work: local is this process (`accelerate launch` starts one for each GPU of this machine), ray the nodes of a
+            Ray cluster.
+        ray: the cluster of --engine ray.
     """
 
     pairs: Path
@@ -120,9 +124,11 @@ class LabelSettings:
     vlm: VlmSettings = field(default_factory=VlmSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     self_training: SelfTrainingSettings = field(default_factory=SelfTrainingSettings)
+    engine: Literal["local", "ray"] = field(default="local", metadata={"recorded": False})
+    ray: RaySettings = field(default_factory=RaySettings, metadata={"recorded": False})
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what is labelled, and by whom": "pairs with name human",
-        "memory and speed": "batch dtype device workers",
+        "memory and speed": "batch dtype device workers engine",
         "of judges that answer questions": "vlm.prompt server.model",
     }
 

@@ -29,9 +29,10 @@ NOTHING_GROWS: Mapping[str, str | None] = MappingProxyType({})
 
 
 def plain(value: Any) -> Any:
-    """Settings as the plain dicts, lists, numbers and strings that YAML and JSON know."""
+    """Settings as the plain dicts, lists, numbers and strings that YAML and JSON know; without those of metadata `recorded` False."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = [field for field in dataclasses.fields(value) if field.metadata.get("recorded", True)]
+        return {field.name: plain(getattr(value, field.name)) for field in fields}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

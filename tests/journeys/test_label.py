@@ -217,17 +217,17 @@ def test_runs_that_begin_at_once_with_other_judges_of_one_name_do_not_mix(pairs,
 
 
 def test_keys_that_another_run_removes_are_made_again(pairs, monkeypatch):
-    from dedpo_diffusion.core import locks
+    from dedpo_diffusion.core import engine
 
-    share_tasks, removed = locks.share_tasks, []
+    share_tasks, removed = engine.share_tasks, []
 
     def interfere(tasks, **options):
-        share_tasks(tasks, **options)
+        yield from share_tasks(tasks, **options)
         for folder in list((pairs / "labels").glob(".keys-*"))[: 1 - len(removed)]:
             removed.append(folder)
             shutil.rmtree(folder)
 
-    monkeypatch.setattr(locks, "share_tasks", interfere)
+    monkeypatch.setattr(engine, "share_tasks", interfere)
     assert label(pairs) == 0
     assert len(removed) == 1
     np.testing.assert_array_equal(scores(pairs), LEVELS)

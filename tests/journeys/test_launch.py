@@ -74,3 +74,24 @@ def test_the_slurm_script_launches_on_its_machine(tmp_path, way):
     assert lines[-5:] == ["pipelines/train.py", "--config", "configs/sdxl_full_fsdp.yaml", "--out", "a folder"]
     assert ("--multi_gpu" in lines) == (way == "")
     assert given.get("--config_file") == (None if way == "" else "configs/accelerate/fsdp2.yaml")
+
+
+def test_the_slurm_script_of_ray_runs_one_command_on_all_machines(tmp_path):
+    """With stand-ins for Slurm's commands, Ray's and ours, which print what they are given."""
+    log = tmp_path / "log"
+    stands = {
+        "scontrol": "echo first; echo second", "srun": f'echo srun "$@" >> {log}', "ray": f'echo ray "$@" >> {log}',
+        "dedpo": f'sleep 0.5; echo dedpo "$@" >> {log}; exit 3',
+    }  # fmt: skip
+    for name, body in stands.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "16"}
+    command = ["bash", str(SLURM.with_name("ray.sbatch")), "label", "a folder", "--with", "pickscore"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 3, "the command's own code"
+    said = log.read_text()
+    node = "ray start --block --num-cpus 16 --num-gpus 4"
+    assert f"srun --nodes=1 --ntasks=1 --nodelist=first {node} --head --port 20007" in said
+    assert f"--nodes=1 --ntasks=1 --exclude=first {node} --address first:20007" in said
+    assert said.splitlines()[-1] == "dedpo label a folder --with pickscore --engine ray --ray.address first:20007"

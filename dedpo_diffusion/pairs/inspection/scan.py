@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,9 @@ from dedpo_diffusion.core.files import atomic_file
 from dedpo_diffusion.core.tables import open_parquet
 from dedpo_diffusion.pairs.dataset import PAIR_COLUMNS, PairReader, shard_digest
 from dedpo_diffusion.pairs.decoding import decode_image, read_header
+
+if TYPE_CHECKING:
+    from dedpo_diffusion.core.engine import Engine
 
 VERSION = 1  # of the numbers below
 ROWS = 256  # pairs of one task, in whole row groups
@@ -139,14 +143,15 @@ def tasks(path: Path) -> list[list[int]]:
     return found
 
 
-def scan_dataset(reader: PairReader, depth: str, *, workers: int, advance: Callable[[int], object]) -> Scan:
+def scan_dataset(reader: PairReader, depth: str, *, workers: int, advance: Callable[[int], object], engine: Engine | None = None) -> Scan:
     """Look at every pair of a dataset; shards seen before are not read again.
 
     Args:
         reader: the pair dataset.
         depth: headers reads the header of every image, decode decodes it too and takes its perceptual hash.
-        workers: processes; with 1, this one does the work.
+        workers: processes of this machine; with 1, this one does the work.
         advance: told how many pairs were just looked at.
+        engine: one with workers elsewhere looks in place of this machine's processes.
 
     Raises:
         UserError: a process was killed from outside.
@@ -155,22 +160,28 @@ def scan_dataset(reader: PairReader, depth: str, *, workers: int, advance: Calla
     kept = {path: _kept_file(folder, path, depth) for path in reader.shards}
     wanted = [path for path in reader.shards if not kept[path].is_file()]
     jobs = [(path, groups, depth) for path in wanted for groups in tasks(path)]
-    parts: list[Scan] = []
-    for (path, _, _), last, scan in zip(jobs, _last_of_shard(jobs), _run(jobs, workers), strict=True):
-        parts.append(scan)
+    parts: dict[Path, dict[int, Scan]] = {path: {} for path in wanted}
+    count = Counter(path for path, _, _ in jobs)
+    done = enumerate(_run(jobs, workers)) if engine is None or not engine.many else engine.crew(_nothing, gpu=False).run(jobs, _scanner)
+    for number, scan in done:
+        path = jobs[number][0]
+        parts[path][number] = scan
         advance(len(scan.pairs))
-        if last:
-            _keep(kept[path], join(parts))
-            parts = []
+        if len(parts[path]) == count[path]:
+            _keep(kept[path], join([scan for _, scan in sorted(parts.pop(path).items(), key=itemgetter(0))]))
     for path in set(reader.shards) - set(wanted):
         advance(reader.counts[reader.shards.index(path)])
     _forget(folder, set(kept.values()), depth)
     return join([_read_kept(path) for path in kept.values()])
 
 
-def _last_of_shard(jobs: list[tuple[Path, list[int], str]]) -> Iterator[bool]:
-    for k, job in enumerate(jobs):
-        yield k + 1 == len(jobs) or jobs[k + 1][0] != job[0]
+def _nothing() -> None:
+    """What a worker loads that needs no model."""
+
+
+def _scanner(_: None) -> Callable[[tuple[Path, list[int], str]], Scan]:
+    """A worker of another engine."""
+    return lambda job: scan_rows(*job)
 
 
 def _run(jobs: list[tuple[Path, list[int], str]], workers: int) -> Iterator[Scan]:
