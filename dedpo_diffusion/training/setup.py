@@ -74,7 +74,7 @@ def set_up(settings: TrainSettings) -> Session:
     from dedpo_diffusion.training.trackers import Trackers
     from dedpo_diffusion.weights.run_folder import open_run
 
-    settings = resolve(settings)
+    check_options(settings)
     optim, sharpened = settings.optim, settings
     scalable = None if is_policy(settings) else open_scalable(settings)
     accelerator = build_accelerator(settings)
@@ -233,7 +233,7 @@ def prepare(
         with accelerator.main_process_first():
             loader.grid = open_grid(settings, reader, source, model, loader, pairs_fingerprint, size)
     if settings.weights == "full":
-        asked = needs_reference(settings.objective.kind, settings.objective.balance or "none")
+        asked = needs_reference(settings.objective.kind, settings.objective.balance)
         model.train_all(reference=loader.grid is None and asked)
     overruled, speaks = settings.model_prediction is not None, accelerator.is_main_process
     check_prediction(model, settings.model, source, int(loader.rows[0]), overruled=overruled, tell=speaks)
@@ -269,8 +269,8 @@ def say_cropped(source: Source, rows: np.ndarray) -> None:
         say(("of the first pairs, " if len(some) < len(rows) else "") + crop_warning(cropped, 2 * len(some)))
 
 
-def resolve(settings: TrainSettings) -> TrainSettings:
-    """The settings with the balance that the objective asks for in place of None, once every number in them can be used.
+def check_options(settings: TrainSettings) -> None:
+    """See to it that every number in the settings can be used, before anything is loaded.
 
     Raises:
         UserError: an option that cannot be used, or does not go with the objective.
@@ -289,7 +289,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
         check_trackers(settings)
         check_counts(settings)
         check_policy(settings)
-        return settings
+        return
     check_no_policy(settings)
     objective = settings.objective
     try:
@@ -318,13 +318,11 @@ def resolve(settings: TrainSettings) -> TrainSettings:
             f"objective.power=adaptive is derived for the gradient of objective.kind=sigmoid without options, not of {given}; "
             "leave it at fixed, which keeps the power of the merge"
         )
-    if not balanced and objective.balance not in (None, "none"):
+    if not balanced and objective.balance != "none":
         raise UserError(
             "objective.balance is derived for objectives that move both errors of a pair by equal and opposite gradients; "
             f"objective.kind={objective.kind} does not, so leave it out"
         )
-    chosen = objective.balance or ("output" if balanced else "none")
-    return dataclasses.replace(settings, objective=dataclasses.replace(objective, balance=chosen))
 
 
 def check_counts(settings: TrainSettings) -> None:

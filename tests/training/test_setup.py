@@ -156,13 +156,13 @@ def test_options_train_and_are_recorded(tiny_model, merged_pairs, tmp_path, chan
 @pytest.mark.parametrize(
     ("changes", "balance"),
     [
-        ({}, "output"),
-        ({"objective__balance": "none"}, "none"),
+        ({}, "none"),
+        ({"objective__balance": "output"}, "output"),
         ({"objective__kind": "sft"}, "none"),
         ({"objective__kind": "kto", "objective__balance": "none"}, "none"),
     ],
 )
-def test_the_balance_that_was_not_given_is_the_objectives_said_and_recorded(tiny_model, merged_pairs, tmp_path, capsys, changes, balance):
+def test_the_balance_is_none_unless_asked_for_and_said_and_recorded(tiny_model, merged_pairs, tmp_path, capsys, changes, balance):
     import yaml
 
     asked = {"optim__steps": 1, **changes}
