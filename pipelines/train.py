@@ -178,6 +178,7 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
         if step not in drawn:  # the draws are those of the whole step, whoever computes them
             drawn.clear()
             options = {"timesteps": session.timesteps, "caption_dropout": dropout, "images": loader.images(step)}
+            options["independent"] = settings.data.noise == "independent"
             drawn[step] = draw(settings.seed, step, together, loader.shape(step), **options)
         first = (micro * processes + rank) * optim.batch
         loaded = loader.load(step * together + first, drawn[step].part(first, first + optim.batch))

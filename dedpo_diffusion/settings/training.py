@@ -60,6 +60,11 @@ class DataSettings:
         reference_draws: draw this many timesteps and noises for each pair beforehand and keep the reference's errors at them beside the
             cache, shared by all runs on it that have the same optim.batch: none predicts with the reference again. It pays when several
             runs share them.
+        noise: shared gives both images of a pair the same noise, as published; independent draws it for each image. own takes the noise
+            that an image was sampled from, where its file tells (`dedpo propose`, same model and size), else the noise that leads to it,
+            found once by inverting DDIM with the reference; inverted inverts all. These two need data.reference_draws, and keep noise for
+            every image and draw. docs/objectives.md says what was measured.
+        inversion_steps: steps of that inversion beside the draws' own timesteps.
     """
 
     pairs: Path
@@ -74,6 +79,8 @@ class DataSettings:
     sampling: Literal["uniform", "importance"] = "importance"
     caption_dropout: float = 0.0
     reference_draws: int | None = None
+    noise: Literal["shared", "independent", "own", "inverted"] = "shared"
+    inversion_steps: int = 20
 
 
 @dataclass(frozen=True)

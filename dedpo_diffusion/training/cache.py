@@ -60,7 +60,7 @@ def _checksum(*rows: Tensor) -> int:
     return value
 
 
-class _Rows:
+class Rows:
     """Rows of the tensors of one file, memory-mapped and checked; tensors whose names begin alike ("16x16.sizes") go together."""
 
     def __init__(self, path: Path) -> None:
@@ -110,11 +110,11 @@ class PairCache:
         self.text_row = torch.tensor(index["text_row"])
         shapes = torch.tensor(index["shapes"])
         self.shapes = shapes[torch.tensor(index["shape"])]
-        self._open: dict[str, _Rows] = {}
+        self._open: dict[str, Rows] = {}
 
-    def _rows(self, name: str) -> _Rows:
+    def _rows(self, name: str) -> Rows:
         if name not in self._open:
-            self._open[name] = _Rows(self.folder / name)
+            self._open[name] = Rows(self.folder / name)
         return self._open[name]
 
     def posterior(self, pair: int, view: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,7 +186,8 @@ def fill(
         path = folder / f"shard-{shard:05d}.safetensors"
         if not path.is_file():
             where = partial(_locate, locate, sum(shards[:shard]), views)
-            _write(path, *_encode_shard(read_shard(shard), views, encode_images, advance, where))
+            groups, shapes = _encode_shard(read_shard(shard), views, encode_images, advance, where)
+            write_rows(path, groups, {SHAPES: torch.tensor(shapes)})
         else:
             advance(count * views)
         found_shapes += _read_shapes(path)
@@ -202,7 +203,7 @@ def fill(
                 bad = _not_finite(value)
                 if bad is not None:
                     raise UserError(f"the prompt {part[bad] or ''!r}: the text encoder's numbers of it are not finite; {REMEDY}")
-            _write(path, {"text": tensors})
+            write_rows(path, {"text": tensors})
     shapes = sorted(set(found_shapes))
     index = {
         "identity": dict(identity), "counts": list(shards), "text_row": [rows[prompt] for prompt in prompts],
@@ -211,9 +212,9 @@ def fill(
     write_json(folder / "index.json", index)
 
 
-def _write(path: Path, groups: Mapping[str, Mapping[str, Tensor]], shapes: Sequence[tuple[int, int]] | None = None) -> None:
-    """Write groups of tensors with a checksum of each of their rows, and the shape of every pair of a shard."""
-    tensors = {} if shapes is None else {SHAPES: torch.tensor(shapes)}
+def write_rows(path: Path, groups: Mapping[str, Mapping[str, Tensor]], more: Mapping[str, Tensor] | None = None) -> None:
+    """Write groups of tensors with a checksum of each of their rows, and more tensors, whose rows are none of theirs."""
+    tensors = dict(more or {})
     for group, members in groups.items():
         names = sorted(members)
         sums = [_checksum(*(members[name][row] for name in names)) for row in range(len(members[names[0]]))]

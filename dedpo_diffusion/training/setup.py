@@ -291,6 +291,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     from dedpo_diffusion.training.groups import check_groups
     from dedpo_diffusion.training.measured_power import check_measurable
     from dedpo_diffusion.training.measured_timesteps import check_timesteps
+    from dedpo_diffusion.training.own_noise import check_noise
     from dedpo_diffusion.training.sharpness import check_sharpness
     from dedpo_diffusion.training.trackers import check_trackers
     from dedpo_diffusion.training.validation import check_validation
@@ -305,6 +306,7 @@ def resolve(settings: TrainSettings) -> TrainSettings:
     check_measurable(objective)
     check_timesteps(settings)
     check_groups(settings)
+    check_noise(settings)
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap", "sharpness"):
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:
@@ -390,6 +392,7 @@ def open_grid(
     """
     from dedpo_diffusion.training.cache import cache_folder
     from dedpo_diffusion.training.data import cache_identity
+    from dedpo_diffusion.training.own_noise import OwnNoise
     from dedpo_diffusion.training.reference_grid import ReferenceGrid
 
     data = settings.data
@@ -400,6 +403,7 @@ def open_grid(
         folder, source, model, loader.rows, pairs=len(reader), draws=data.reference_draws or 0,
         timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
         batch=settings.optim.batch, kernels=[settings.attention, settings.compile], groups=loader.groups,
+        noise=OwnNoise(data.noise, settings.model, reader, data.inversion_steps) if data.noise in ("own", "inverted") else data.noise,
     )  # fmt: skip
 
 

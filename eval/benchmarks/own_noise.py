@@ -1,0 +1,143 @@
+"""How noisy is a visit's gradient with each image's own noise, against noise that a pair shares and noise drawn for each image?
+
+    python eval/benchmarks/own_noise.py --work own_noise --out own_noise.json
+
+On Shapes, at the start of training (a fresh adapter, all margins 0), with answers of simulated people. Gradients of several draws of each
+of some pairs give, for each kind of noise, T (the squared gradient of a draw), P (that of a pair, draws averaged out), and their ratio
+kappa. Other noise is another objective, so sizes alone say nothing: `angle` is the cosine of a step's gradient with the mean gradient of
+the same kind, `alike` that of the kinds' mean gradients. Both images of a pair are sampled by `dedpo propose`, so that `own` is the noise
+they were sampled from, and `inverted` that found by inverting DDIM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.evaluation.benchmarks.record import write_record
+from dedpo_diffusion.evaluation.benchmarks.step_noise import StepNoiseSettings, make_rankings
+from dedpo_diffusion.settings import DataSettings, ObjectiveSettings, OptimSettings, TrainSettings
+
+KINDS = ("shared", "independent", "own", "inverted")
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class OwnNoiseSettings:
+    """Settings of the comparison.
+
+    Args:
+        work: folder of the pairs and their cache; what is there already is kept.
+        out: file for the result (JSON).
+        prompts: prompts of the pairs, a pair each.
+        draws: stored timesteps and noises of each pair, an even number.
+        levels: steps of the inversion.
+        batch: pairs of a step, for which the angle is told.
+        beta: of the loss; it scales all alike.
+        seed: seed of every draw.
+    """
+
+    work: Path
+    out: Path
+    prompts: int = 96
+    draws: int = 6
+    levels: int = 20
+    batch: int = 32
+    beta: float = 500.0
+    seed: int = 0
+
+
+def gradients(settings: OwnNoiseSettings, folder: Path, kind: str) -> np.ndarray:
+    """Gradients (pairs, draws, parameters) of every pair at each of its stored draws."""
+    import torch
+
+    from dedpo_diffusion.dpo.gradient_noise import loss_gradient
+    from dedpo_diffusion.training.setup import prepare, resolve
+    from dedpo_diffusion.training.sharding import build_accelerator
+
+    data = DataSettings(
+        folder, "people", cache=settings.work / "cache", reference_draws=settings.draws, noise=kind,  # type: ignore[arg-type]
+        inversion_steps=settings.levels, sampling="uniform",
+    )  # fmt: skip
+    told = TrainSettings(
+        "shapes", settings.work / "run", data, objective=ObjectiveSettings(beta=settings.beta), optim=OptimSettings(batch=8),
+        seed=settings.seed, device="cpu",
+    )  # fmt: skip
+    run = resolve(told)
+    model, loader, _, _ = prepare(run, build_accelerator(run))
+    # the other factors' gradients are 0 while these are
+    parameters, found = [value for name, value in model.trainable().items() if "lora_B" in name], []
+    assert loader.grid is not None
+    with Progress(kind, len(loader.rows)) as progress:
+        for place, row in enumerate(loader.rows.tolist()):
+            of_pair = []
+            for number in range(settings.draws):
+                draws, known = loader.grid.at([row], [number])
+                batch, draws = loader.batch(loader.at([place], [number], draws, known), model)
+                options = {"timesteps": draws.timesteps, "noise": draws.noise, **run.objective.step_options()}
+                grads = loss_gradient(model, batch, parameters, **options)
+                of_pair.append(torch.cat([g.flatten() for g in grads]))
+            found.append(torch.stack(of_pair).numpy())
+            progress.advance()
+    return np.stack(found)
+
+
+def moments(found: np.ndarray) -> np.ndarray:
+    """Of each pair: the mean inner product of two of its draws, and the mean square of one, (pairs, 2)."""
+    count = found.shape[1]
+    squares = np.square(found).sum(axis=-1).sum(axis=1)
+    together = np.square(found.sum(axis=1)).sum(axis=-1)
+    return np.stack([(together - squares) / (count * (count - 1)), squares / count], axis=1)
+
+
+def measure(found: np.ndarray, batch: int, rng: np.random.Generator) -> dict[str, Any]:
+    """T, P, kappa with a 95 % bootstrap interval over pairs, and the angle of a step of `batch` pairs."""
+    each, pairs = moments(found), len(found)
+    picks = rng.integers(pairs, size=(RESAMPLES, pairs))
+    ratios = each[picks, 1].mean(axis=1) / each[picks, 0].mean(axis=1)
+    signal = _signal(found)
+    spread = max(0.0, each[:, 1].mean() - signal)  # variance of one visit
+    return {
+        "visit": float(each[:, 1].mean()), "pair": float(each[:, 0].mean()), "kappa": float(each[:, 1].mean() / each[:, 0].mean()),
+        "kappa_ci": [float(end) for end in np.quantile(ratios, [0.025, 0.975])], "signal": signal,
+        "angle": float(np.sqrt(max(0.0, signal) / (max(0.0, signal) + spread / batch))),
+    }  # fmt: skip
+
+
+def _signal(found: np.ndarray) -> float:
+    """The squared mean gradient, without bias: inner products of different pairs."""
+    means, pairs = found.mean(axis=1), len(found)
+    return float((np.square(means.sum(axis=0)).sum() - np.square(means).sum()) / (pairs * (pairs - 1)))
+
+
+def alike(one: np.ndarray, other: np.ndarray) -> float:
+    """The cosine of the mean gradients of two kinds, without bias by what their pairs share: inner products of different pairs."""
+    (a, b), pairs = (found.mean(axis=1) for found in (one, other)), len(one)
+    crossed = (a.sum(axis=0) @ b.sum(axis=0) - (a * b).sum()) / (pairs * (pairs - 1))
+    scale = _signal(one) * _signal(other)
+    return float(crossed / np.sqrt(scale)) if scale > 0 else float("nan")
+
+
+def run(settings: OwnNoiseSettings) -> None:
+    """Compare the noise of visits by what noise their images have."""
+    if settings.draws < 2 or settings.prompts < 4:
+        raise UserError(f"draws is {settings.draws} and prompts {settings.prompts}; give at least 2 and 4")
+    made = StepNoiseSettings(settings.work, settings.out, prompts=settings.prompts, images=2)
+    folder = make_rankings(made)
+    found = {kind: gradients(settings, folder, kind) for kind in KINDS}
+    rng, results = np.random.default_rng(settings.seed), {}
+    for kind, values in found.items():
+        told = measure(values, settings.batch, rng) | {"alike": alike(values, found["shared"])}
+        results[kind] = {name: value if value == value else None for name, value in told.items()}
+        low, high = told["kappa_ci"]
+        say(f"{kind}: T {told['visit']:.3g}, kappa {told['kappa']:.2f} (95 %: {low:.2f} to {high:.2f}), angle {told['angle']:.3f}, "
+            f"mean gradient's cosine with shared {told['alike']:.2f}")  # fmt: skip
+    write_record(settings, results)
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage(OwnNoiseSettings, run, None, prog="own_noise"))
