@@ -255,10 +255,11 @@ def train(settings: TrainSettings) -> Path:
     Raises:
         UserError: what stands against the run, or the device's memory is too small for it.
     """
+    from dedpo_diffusion.core.caches import released
     from dedpo_diffusion.training.setup import set_up
     from dedpo_diffusion.weights.run_folder import starting
 
-    with starting(settings.out), memory_told(settings):
+    with starting(settings.out), memory_told(settings), released():
         steps(set_up(settings))
     return settings.out
 

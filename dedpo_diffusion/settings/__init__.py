@@ -9,7 +9,7 @@ May import: core.
 from __future__ import annotations
 
 from dedpo_diffusion.settings.align import AlignSettings, QuickstartSettings
-from dedpo_diffusion.settings.data import IngestSettings, PairsSettings, ProposeSettings, ValidateSettings, VoteSettings
+from dedpo_diffusion.settings.data import CacheSettings, IngestSettings, PairsSettings, ProposeSettings, ValidateSettings, VoteSettings
 from dedpo_diffusion.settings.evaluation import CompareSettings, SampleSettings, ScoreSettings
 from dedpo_diffusion.settings.labelling import (
     CalibrateSettings,
@@ -32,6 +32,7 @@ from dedpo_diffusion.settings.training import (
 
 __all__ = [
     "AlignSettings",
+    "CacheSettings",
     "CalibrateSettings",
     "CompareSettings",
     "DataSettings",

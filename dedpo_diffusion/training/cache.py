@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core import caches
+from dedpo_diffusion.core.console import NoSpace, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers, write_json
 from dedpo_diffusion.core.records import Conditioning
 
 LAYOUT = 4  # of the files, and the rules images are decoded by; a cache of another layout gets another name
+ROOM = 0.9  # of the free disk that an optional cache may take
 PROMPTS = 256  # in one file
 PIXELS = 1 << 20  # encoded at once, in either image of the pairs
 SHAPES = "shapes"  # tensor of a shard's file: height and width of the latents of each of its pairs
@@ -85,6 +89,37 @@ class Rows:
         if _checksum(*(found[name] for name in sorted(found))) != known:
             raise self._damaged(f"row {row} of {group} is not what was written")
         return found
+
+
+def check_version(folder: Path) -> None:
+    """Refuse what another version of this program wrote.
+
+    Raises:
+        UserError: so it is.
+    """
+    layout = caches.read_about(folder).get("layout", LAYOUT)
+    if layout != LAYOUT:
+        raise UserError(f"{folder}: made by another version of this program; remove it (`dedpo cache`), and it is made anew")
+
+
+def expected_bytes(views: int, shape: tuple[int, int, int], prompts: int, text: Conditioning) -> int:
+    """What a cache will take, about: views of pairs of latents of this shape (C, h, w), and embeddings of prompts like that one."""
+    channels, height, width = shape
+    words = sum(value.numel() * value.element_size() for value in (text.text, text.pooled) if value is not None)
+    return views * 2 * 2 * channels * height * width * 4 + prompts * words
+
+
+def begin_cache(folder: Path, wanted: int, about: Mapping[str, str], *, optional: bool) -> None:
+    """Say where a cache is made and what it will take, `wanted` bytes, and keep what it is of.
+
+    Raises:
+        NoSpace: the disk is full, or too full for an optional one.
+    """
+    there = caches.bytes_in(folder) if folder.is_dir() else 0
+    if optional and (not folder.is_dir() or wanted - there > ROOM * shutil.disk_usage(folder).free):
+        raise NoSpace(folder)
+    say(f"the pairs are encoded once, into {folder}: about {caches.size_words(wanted)} in all")
+    caches.describe(folder, {**about, "layout": LAYOUT, "version": version("dedpo_diffusion")})
 
 
 class PairCache:

@@ -87,7 +87,10 @@ def set_up(settings: TrainSettings) -> Session:
         identity["pairs_of_a_step"] = str(loader.together)
         if sharpened is not settings:
             identity["beta"] = repr(sharpened.objective.beta)  # what it is trained with; the settings keep what was given
-        grows, free = {"optim.steps": never_longer(settings)}, ("optim.batch", "optim.accumulation", "tracker", "tracker_project")
+        grows, free = (
+            {"optim.steps": never_longer(settings)},
+            ("optim.batch", "optim.accumulation", "data.cache", "tracker", "tracker_project"),
+        )
         open_run(settings.out, settings, identity, free=free, grows=grows)
         if measured is not None:
             measured.keep(settings.out)
@@ -120,6 +123,7 @@ def never_longer(settings: TrainSettings) -> str | None:
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     """The same settings, for three steps on a tiny random model and random pairs in a folder, on the CPU."""
     from dedpo_diffusion.models.tiny import SIDE, build, write_pairs
+    from dedpo_diffusion.training.cache_choice import needs_cache
     from dedpo_diffusion.training.trackers import check_trackers
     from dedpo_diffusion.training.validation import shrink_validation
 
@@ -144,7 +148,7 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     if objective.power == "measured":
         say("objective.power=measured finds nothing but noise in a random model; tried with fixed")
         objective = dataclasses.replace(objective, power="fixed")
-    cache = None if data.cache is None else folder / "cache"
+    cache = folder / "cache" if isinstance(data.cache, Path) or (data.cache and needs_cache(data)) else None
     return dataclasses.replace(
         settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",
         model_prediction="v" if kind == "sd21" else "epsilon",
@@ -171,28 +175,33 @@ def prepare(
     from dedpo_diffusion.models.memory import slow_on_cpu, tell_cpu
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.training.cache import cache_folder
-    from dedpo_diffusion.training.data import PairLoader, cache_identity, open_source
+    from dedpo_diffusion.training.cache_choice import decide, needs_cache
+    from dedpo_diffusion.training.data import CachedSource, PairLoader, cache_identity, open_source
     from dedpo_diffusion.training.groups import image_numbers
     from dedpo_diffusion.training.prediction_check import check_prediction
     from dedpo_diffusion.training.validation import open_validation
 
-    data = settings.data
-    reader = PairReader(data.pairs)
+    reader = PairReader(settings.data.pairs)
+    given, settings = settings, decide(settings, len(reader), accelerator.num_processes)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
     model = Backbone(
         settings.model, device=accelerator.device, dtype=dtype, config=settings.model_config, prediction=settings.model_prediction
     )
     if slow_on_cpu(model.unet):
         tell_cpu(settings.model)
-    size = data.size or model.size
+    size = settings.data.size or model.size
     model.latent_shape(size)  # or the size is refused
     pairs_fingerprint = reader.fingerprint()
-    source = open_source(settings, reader, model, data, accelerator, fingerprint=pairs_fingerprint, size=size)
+    optional = given.data.cache == "auto" and not needs_cache(settings.data)
+    source = open_source(settings, reader, model, settings.data, accelerator, fingerprint=pairs_fingerprint, size=size, optional=optional)
+    if not isinstance(source, CachedSource):
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, cache=None))
+    data = settings.data
     validation = open_validation(settings, model, accelerator, size=size)
     if data.cache is not None:
         model.drop_encoders(keep_text=settings.lora.text_encoders)
     grouped = None
-    if data.groups is not None and data.cache is not None:
+    if data.groups is not None and isinstance(data.cache, Path):
         with accelerator.main_process_first():
             folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs_fingerprint, size=size))
             grouped = image_numbers(reader, folder), data.groups
@@ -228,6 +237,8 @@ def prepare(
         model.checkpoint(selective=settings.gradient_checkpointing == "selective")
     targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
     identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
+    if given.data.reference_draws == "auto":
+        identity["reference_draws"] = str(data.reference_draws)  # which a longer run must not change
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
     return model, loader, identity | ({} if validation is None else validation.identity()), validation
@@ -396,11 +407,11 @@ def open_grid(
     from dedpo_diffusion.training.reference_grid import ReferenceGrid
 
     data = settings.data
-    if data.cache is None:
+    if not isinstance(data.cache, Path):
         raise UserError("data.reference_draws needs data.cache, which the reference's errors are kept beside")
     folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs, size=size))
     return ReferenceGrid(
-        folder, source, model, loader.rows, pairs=len(reader), draws=data.reference_draws or 0,
+        folder, source, model, loader.rows, pairs=len(reader), draws=int(data.reference_draws or 0),
         timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
         batch=settings.optim.batch, kernels=[settings.attention, settings.compile], groups=loader.groups,
         noise=OwnNoise(data.noise, settings.model, reader, data.inversion_steps) if data.noise in ("own", "inverted") else data.noise,

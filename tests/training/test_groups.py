@@ -291,7 +291,7 @@ def test_two_processes_take_the_steps_of_one_and_shapes_may_differ(folders, tmp_
     ("changes", "words"),
     [
         ({"data__groups": 1}, "data.groups is 1"),
-        ({"data__groups": 4, "data__cache": None}, "data.groups needs data.cache"),
+        ({"data__groups": 4, "data__cache": "null"}, "data.groups needs data.cache"),
         ({"data__groups": 4, "data__crop": "random", "data__views": 2}, "data.crop=random"),
         ({"data__groups": 4, "objective__power": "adaptive"}, "objective.power=adaptive"),
         ({"data__groups": 4, "objective__power": "measured"}, "objective.power=measured"),
@@ -299,7 +299,7 @@ def test_two_processes_take_the_steps_of_one_and_shapes_may_differ(folders, tmp_
 )
 def test_refusals(tiny_model, ranked, tmp_path, capsys, changes, words):
     changes = {"data__cache": tmp_path / "cache"} | changes
-    command = arguments(tiny_model, ranked, tmp_path / "run", **{name: value for name, value in changes.items() if value is not None})
+    command = arguments(tiny_model, ranked, tmp_path / "run", **changes)
     assert train.main(command) == 2
     assert words in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
 
