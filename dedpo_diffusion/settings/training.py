@@ -65,7 +65,7 @@ class DataSettings:
         noise: shared gives both images of a pair the same noise, as published; independent draws it for each image. own takes the noise
             that an image was sampled from, where its file tells (`dedpo propose`, same model and size), else the noise that leads to it,
             found once by inverting DDIM with the reference; inverted inverts all. These two need data.reference_draws, and keep noise for
-            every image and draw. docs/objectives.md says what was measured.
+            every image and draw. docs/results.md says what was measured.
         inversion_steps: steps of that inversion beside the draws' own timesteps.
     """
 

@@ -76,7 +76,9 @@ class Rows:
             raise self._damaged(str(error)) from error
 
     def _damaged(self, why: str) -> UserError:
-        return UserError(f"{self.path}: damaged ({why}); remove this file and {self.path.parent / 'index.json'}, and it is made anew")
+        index = self.path.parent / "index.json"
+        also = f" and {index}" if index.is_file() else ""
+        return UserError(f"{self.path}: damaged ({why}); remove this file{also}, and it is made anew")
 
     def at(self, row: int, group: str) -> dict[str, Tensor]:
         """The row of the tensors of a group, by the rest of their names.

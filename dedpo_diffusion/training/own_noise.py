@@ -99,9 +99,10 @@ class OwnNoise:
         self.folder, self.shard = folder, shard
         self._open: dict[int, tuple[Rows, dict[int, tuple[str, int]], Tensor]] = {}
 
-    def file(self, shard: int) -> Path:
+    @staticmethod
+    def file(folder: Path, shard: int) -> Path:
         """Where a shard's noises are."""
-        return self.folder / f"noise-{int(shard):05d}.safetensors"
+        return folder / f"noise-{int(shard):05d}.safetensors"
 
     def fill(
         self, shard: int, rows: np.ndarray, model: Backbone, source: Source, *, images: Callable[[int], np.ndarray],
@@ -141,7 +142,7 @@ class OwnNoise:
                 left += change.amax(dim=1).tolist()
                 progress.advance(len(part))
             groups[name], extra[f"rows of {name}"] = {"noise": torch.cat(noises)}, torch.from_numpy(there)
-        write_rows(self.file(shard), groups, extra | {LEFT: torch.tensor(left)})
+        write_rows(self.file(self.folder, shard), groups, extra | {LEFT: torch.tensor(left)})
         return int((~foreign).sum()), int(foreign.sum()), sum(change > FAR * self._tolerance(model) for change in left)
 
     def _seeds(self, images: np.ndarray, height: int, width: int) -> list[int]:
@@ -185,7 +186,7 @@ class OwnNoise:
         return initial_noise(seeds[row % self.shard, :images].tolist(), shape)[0]
 
     def _read(self, shard: int) -> tuple[Rows, dict[int, tuple[str, int]], Tensor]:
-        held, places = Rows(self.file(shard)), dict[int, tuple[str, int]]()
+        held, places = Rows(self.file(self.folder, shard)), dict[int, tuple[str, int]]()
         for name in held.parts:
             if name.startswith("rows of "):
                 group = name.removeprefix("rows of ")

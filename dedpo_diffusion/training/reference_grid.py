@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dedpo_diffusion.core.console import Progress, UserError
+from dedpo_diffusion.core.caches import size_words
+from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, image_noise, step_generator
 from dedpo_diffusion.training.groups import Groups
@@ -79,7 +80,7 @@ class ReferenceGrid:
         self.folder.mkdir(exist_ok=True)
         remove_leftovers(self.folder)
         shards = np.unique(rows // self.SHARD)
-        missing = [shard for shard in shards if not self._file(shard).is_file()]
+        missing = [shard for shard in shards if not self._is_there(int(shard))]
         most = 2 if groups is None else int(groups.sizes.max(initial=2))
         self.errors = torch.full((pairs, draws, most), torch.nan)
         if self.own is not None:
@@ -109,6 +110,8 @@ class ReferenceGrid:
         if not shards:
             return
         found, every = np.zeros(3, dtype=int), [self._there(self._part(shard)) for shard in shards]
+        numbers = sum(int(self.source.shapes(np.array([row])).prod()) * len(self.images(int(row))) for rows in every for row in rows)
+        say(f"each image's own noise is kept in {self.folder}: up to {size_words(4 * numbers * self.draws)}")
         with Progress("own noise", sum(map(len, every))) as progress:
             for shard, rows in zip(shards, every, strict=True):
                 found += own.fill(
@@ -135,6 +138,9 @@ class ReferenceGrid:
     def images(self, row: int) -> np.ndarray:
         """Where the images of a visit of this row are, (K, 2) rows and sides: those of its pair, or of the group that it stands for."""
         return np.array([(row, 0), (row, 1)]) if self.groups is None else self.groups.images_of(self._group[row])
+
+    def _is_there(self, shard: int) -> bool:
+        return self._file(shard).is_file() and (self.own is None or self.own.file(self.folder, shard).is_file())
 
     def _file(self, shard: int) -> Path:
         return self.folder / f"shard-{int(shard):05d}.safetensors"

@@ -175,8 +175,8 @@ def prepare(
     from dedpo_diffusion.models.memory import slow_on_cpu, tell_cpu
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.training.cache import cache_folder
-    from dedpo_diffusion.training.cache_choice import decide, needs_cache
-    from dedpo_diffusion.training.data import CachedSource, PairLoader, cache_identity, open_source
+    from dedpo_diffusion.training.cache_choice import decide
+    from dedpo_diffusion.training.data import PairLoader, cache_identity
     from dedpo_diffusion.training.groups import image_numbers
     from dedpo_diffusion.training.prediction_check import check_prediction
     from dedpo_diffusion.training.validation import open_validation
@@ -192,10 +192,7 @@ def prepare(
     size = settings.data.size or model.size
     model.latent_shape(size)  # or the size is refused
     pairs_fingerprint = reader.fingerprint()
-    optional = given.data.cache == "auto" and not needs_cache(settings.data)
-    source = open_source(settings, reader, model, settings.data, accelerator, fingerprint=pairs_fingerprint, size=size, optional=optional)
-    if not isinstance(source, CachedSource):
-        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, cache=None))
+    settings, source = source_of(settings, given, reader, model, accelerator, pairs_fingerprint, size)
     data = settings.data
     validation = open_validation(settings, model, accelerator, size=size)
     if data.cache is not None:
@@ -242,6 +239,34 @@ def prepare(
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
     return model, loader, identity | ({} if validation is None else validation.identity()), validation
+
+
+def source_of(
+    settings: TrainSettings,
+    given: TrainSettings,
+    reader: PairReader,
+    model: Backbone,
+    accelerator: Accelerator,
+    fingerprint: str,
+    size: int,
+) -> tuple[TrainSettings, Source]:
+    """Where a run's encoded pairs come from, and its settings without a cache where there was no room for one that nobody asked for.
+
+    Args:
+        settings: as `cache_choice.decide` has them.
+        given: as they were given.
+        reader, fingerprint: the dataset.
+        model, accelerator: of the run.
+        size: pixels of a side.
+    """
+    from dedpo_diffusion.training.cache_choice import needs_cache
+    from dedpo_diffusion.training.data import CachedSource, open_source
+
+    optional = given.data.cache == "auto" and not needs_cache(settings.data)
+    source = open_source(settings, reader, model, settings.data, accelerator, fingerprint=fingerprint, size=size, optional=optional)
+    if not isinstance(source, CachedSource):
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, cache=None))
+    return settings, source
 
 
 def say_cut(model: Backbone, name: str, reader: PairReader, rows: np.ndarray) -> None:

@@ -1,16 +1,17 @@
 """How noisy is a visit's gradient with each image's own noise, against noise that a pair shares and noise drawn for each image?
 
-    python eval/benchmarks/own_noise.py --work own_noise --out own_noise.json
+    python eval/benchmarks/own_noise.py --pairs quickstart/data --work own_noise --out own_noise.json
 
-On Shapes, at the start of training (a fresh adapter, all margins 0), with answers of simulated people. Gradients of several draws of each
-of some pairs give, for each kind of noise, T (the squared gradient of a draw), P (that of a pair, draws averaged out), and their ratio
-kappa. Other noise is another objective, so sizes alone say nothing: `angle` is the cosine of a step's gradient with the mean gradient of
-the same kind, `alike` that of the kinds' mean gradients. Both images of a pair are sampled by `dedpo propose`, so that `own` is the noise
-they were sampled from, and `inverted` that found by inverting DDIM.
+On Shapes, at the start of training (a fresh adapter, all margins 0), with the answers that the true preference would give. Gradients of
+several draws of each of some pairs give, for each kind of noise, T (the squared gradient of a draw), P (that of a pair, draws averaged
+out), and their ratio kappa. Other noise is another objective, so sizes alone say nothing: `angle` is the cosine of a step's gradient with
+the mean gradient of the same kind, `alike` that of the kinds' mean gradients. Both images of a pair are sampled by `dedpo propose`, so
+that `own` is the noise they were sampled from, and `inverted` that found by inverting DDIM.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import numpy as np
 
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.evaluation.benchmarks.record import write_record
-from dedpo_diffusion.evaluation.benchmarks.step_noise import StepNoiseSettings, make_rankings
 from dedpo_diffusion.settings import DataSettings, ObjectiveSettings, OptimSettings, TrainSettings
 
 KINDS = ("shared", "independent", "own", "inverted")
@@ -31,24 +31,47 @@ class OwnNoiseSettings:
     """Settings of the comparison.
 
     Args:
-        work: folder of the pairs and their cache; what is there already is kept.
+        pairs: pairs that the Shapes model proposed, as those of `dedpo quickstart`.
+        work: folder of the first of them and their cache; what is there already is kept.
         out: file for the result (JSON).
-        prompts: prompts of the pairs, a pair each.
-        draws: stored timesteps and noises of each pair, an even number.
+        count: how many of them are measured.
+        draws: stored timesteps and noises of each pair.
         levels: steps of the inversion.
         batch: pairs of a step, for which the angle is told.
         beta: of the loss; it scales all alike.
         seed: seed of every draw.
     """
 
+    pairs: Path
     work: Path
     out: Path
-    prompts: int = 96
-    draws: int = 6
-    levels: int = 20
+    count: int = 48
+    draws: int = 4
+    levels: int = 12
     batch: int = 32
     beta: float = 500.0
     seed: int = 0
+
+
+def take_pairs(settings: OwnNoiseSettings) -> Path:
+    """The first pairs of a dataset, with the answers of the true preference as targets "truth"."""
+    from dedpo_diffusion.core.records import Targets
+    from dedpo_diffusion.labels.files import write_targets
+    from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
+    from dedpo_diffusion.pairs.decoding import decode_image
+    from dedpo_diffusion.shapes import oracle
+
+    folder = settings.work / f"pairs-{settings.count}"
+    if not (folder / "targets" / "truth.parquet").is_file():
+        pairs = list(itertools.islice(PairReader(settings.pairs).iter_pairs(), settings.count))
+        with PairWriter(folder) as writer:
+            for pair in pairs:
+                writer.add(pair)
+        images = [[decode_image(image, pair.pair_id) for image in (pair.image_0, pair.image_1)] for pair in pairs]
+        reward = np.array([oracle.reward([pair.prompt] * 2, both) for pair, both in zip(pairs, images, strict=True)])
+        answers = (reward[:, 0] > reward[:, 1]).astype(float)
+        write_targets(folder, "truth", Targets([pair.pair_id for pair in pairs], answers, np.ones(len(pairs))), {})
+    return folder
 
 
 def gradients(settings: OwnNoiseSettings, folder: Path, kind: str) -> np.ndarray:
@@ -60,7 +83,7 @@ def gradients(settings: OwnNoiseSettings, folder: Path, kind: str) -> np.ndarray
     from dedpo_diffusion.training.sharding import build_accelerator
 
     data = DataSettings(
-        folder, "people", cache=settings.work / "cache", reference_draws=settings.draws, noise=kind,  # type: ignore[arg-type]
+        folder, "truth", cache=settings.work / "cache", reference_draws=settings.draws, noise=kind,  # type: ignore[arg-type]
         inversion_steps=settings.levels, sampling="uniform",
     )  # fmt: skip
     told = TrainSettings(
@@ -124,10 +147,9 @@ def alike(one: np.ndarray, other: np.ndarray) -> float:
 
 def run(settings: OwnNoiseSettings) -> None:
     """Compare the noise of visits by what noise their images have."""
-    if settings.draws < 2 or settings.prompts < 4:
-        raise UserError(f"draws is {settings.draws} and prompts {settings.prompts}; give at least 2 and 4")
-    made = StepNoiseSettings(settings.work, settings.out, prompts=settings.prompts, images=2)
-    folder = make_rankings(made)
+    if settings.draws < 2 or settings.count < 4:
+        raise UserError(f"draws is {settings.draws} and count {settings.count}; give at least 2 and 4")
+    folder = take_pairs(settings)
     found = {kind: gradients(settings, folder, kind) for kind in KINDS}
     rng, results = np.random.default_rng(settings.seed), {}
     for kind, values in found.items():

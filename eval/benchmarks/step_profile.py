@@ -1,6 +1,6 @@
 """What a training step on the CPU spends its time on: how much of it is not arithmetic, and what that is.
 
-    python eval/benchmarks/step_profile.py --work step_profile --out step_profile.json
+    python eval/benchmarks/step_profile.py --pairs quickstart/data --work step_profile --out step_profile.json
 
 On Shapes, one thread, the steps of `dedpo train` with a cache, with the reference's errors stored and without, under torch.profiler.
 Arithmetic is matrix products, convolutions and attention, with their backward passes. Everything else that torch does is told by operation;
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import say, stage
+from dedpo_diffusion.evaluation.benchmarks.own_noise import OwnNoiseSettings, take_pairs
 from dedpo_diffusion.evaluation.benchmarks.record import write_record
-from dedpo_diffusion.evaluation.benchmarks.step_noise import StepNoiseSettings, make_rankings
 from dedpo_diffusion.settings import DataSettings, ObjectiveSettings, OptimSettings, TrainSettings
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear"}
@@ -32,16 +32,18 @@ class ProfileSettings:
     """Settings of the profile.
 
     Args:
-        work: folder of the pairs, their cache and the runs; it is not removed.
+        pairs: pairs that the Shapes model proposed, as those of `dedpo quickstart`.
+        work: folder of the first of them, their cache and the runs; it is not removed.
         out: file for the result (JSON).
-        prompts: prompts of the pairs, a pair each.
+        count: how many of them are trained on.
         batch: pairs of a step.
         steps: steps that are profiled, and as many that are timed.
     """
 
+    pairs: Path
     work: Path
     out: Path
-    prompts: int = 32
+    count: int = 48
     batch: int = 8
     steps: int = 5
 
@@ -60,7 +62,7 @@ def stepper(settings: ProfileSettings, folder: Path, draws: int | None) -> Calla
     name = f"run-{draws}-{time.time_ns()}"
     session = set_up(
         TrainSettings(
-            "shapes", settings.work / name, DataSettings(folder, "people", cache=settings.work / "cache", reference_draws=draws),
+            "shapes", settings.work / name, DataSettings(folder, "truth", cache=settings.work / "cache", reference_draws=draws),
             objective=ObjectiveSettings(beta=500.0), optim=OptimSettings(batch=settings.batch, steps=1000), device="cpu", tracker=["none"],
         )
     )  # fmt: skip
@@ -106,7 +108,7 @@ def run(settings: ProfileSettings) -> None:
     import torch
 
     torch.set_num_threads(1)
-    folder = make_rankings(StepNoiseSettings(settings.work, settings.out, prompts=settings.prompts, images=2))
+    folder = take_pairs(OwnNoiseSettings(settings.pairs, settings.work, settings.out, count=settings.count))
     results: dict[str, Any] = {"torch": torch.__version__}
     for name, draws in ARMS.items():
         results[name] = told = profiled(stepper(settings, folder, draws), settings.steps)

@@ -209,8 +209,9 @@ def test_groups_of_two_equal_pairs_to_the_bit(tiny_model, tiny_pairs, tmp_path, 
         {"objective__timestep_sampling": "measured", "objective__timestep_pairs": 2},
         pytest.param({"data__reference_draws": 3, "data__flip": "true", "data__views": 2}, marks=pytest.mark.slow),
         pytest.param({"objective__kind": "kto", "data__caption_dropout": 0.3, "optim__accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param({"data__reference_draws": 1, "data__noise": "inverted", "data__inversion_steps": 2}, marks=pytest.mark.slow),
     ],
-    ids=["measured", "stored", "kto"],
+    ids=["measured", "stored", "kto", "inverted"],
 )
 def test_rankings_train_resume_and_are_told(tiny_model, ranked, tmp_path, monkeypatch, capsys, changes):
     command = {name: run(tiny_model, ranked, tmp_path / name, tmp_path / "cache", data__groups=4, **changes) for name in ("whole", "part")}

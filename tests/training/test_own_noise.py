@@ -139,8 +139,13 @@ def test_a_stopped_run_goes_on_to_the_bit(proposed, tmp_path, monkeypatch, kind)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
     assert metrics(tmp_path / "whole")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     if kind == "inverted":
-        files = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("cache/*/reference-*/*")}
-        assert {name.split("-")[0] for name in files} == {"noise", "shard"}
+        files = {file.name.split("-")[0]: file for file in tmp_path.glob("cache/*/reference-*/*")}
+        assert set(files) == {"noise", "shard"}
+        content = files["noise"].read_bytes()
+        files["noise"].unlink()  # as a run that was killed before it leaves it
+        assert train.main(arguments("shapes", proposed, tmp_path / "again", **changes)) == 0
+        assert files["noise"].read_bytes() == content
+        assert deviation(final(tmp_path / "whole"), final(tmp_path / "again")) == (0, 0)
 
 
 def test_shared_noise_is_what_it_was_and_independent_noise_differs_by_image():
