@@ -4,9 +4,9 @@
 
 On Shapes, at the start of training (a fresh adapter, all margins 0), with the answers that the true preference would give. Gradients of
 several draws of each of some pairs give, for each kind of noise, T (the squared gradient of a draw), P (that of a pair, draws averaged
-out), and their ratio kappa. Other noise is another objective, so sizes alone say nothing: `angle` is the cosine of a step's gradient with
-the mean gradient of the same kind, `alike` that of the kinds' mean gradients. Both images of a pair are sampled by `dedpo propose`, so
-that `own` is the noise they were sampled from, and `inverted` that found by inverting DDIM.
+out), and their ratio kappa. Other noise is another objective, so that a smaller ratio does not yet say that its gradient leads to a better
+model. Both images of a pair are sampled by `dedpo propose`, so that `own` is the noise they were sampled from, and `inverted` that found
+by inverting DDIM.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class OwnNoiseSettings:
         count: how many of them are measured.
         draws: stored timesteps and noises of each pair.
         levels: steps of the inversion.
-        batch: pairs of a step, for which the angle is told.
         beta: of the loss; it scales all alike.
         seed: seed of every draw.
     """
@@ -48,7 +47,6 @@ class OwnNoiseSettings:
     count: int = 48
     draws: int = 4
     levels: int = 12
-    batch: int = 32
     beta: float = 500.0
     seed: int = 0
 
@@ -117,32 +115,15 @@ def moments(found: np.ndarray) -> np.ndarray:
     return np.stack([(together - squares) / (count * (count - 1)), squares / count], axis=1)
 
 
-def measure(found: np.ndarray, batch: int, rng: np.random.Generator) -> dict[str, Any]:
-    """T, P, kappa with a 95 % bootstrap interval over pairs, and the angle of a step of `batch` pairs."""
+def measure(found: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    """T, P, and kappa with a 95 % bootstrap interval over pairs."""
     each, pairs = moments(found), len(found)
     picks = rng.integers(pairs, size=(RESAMPLES, pairs))
     ratios = each[picks, 1].mean(axis=1) / each[picks, 0].mean(axis=1)
-    signal = _signal(found)
-    spread = max(0.0, each[:, 1].mean() - signal)  # variance of one visit
     return {
         "visit": float(each[:, 1].mean()), "pair": float(each[:, 0].mean()), "kappa": float(each[:, 1].mean() / each[:, 0].mean()),
-        "kappa_ci": [float(end) for end in np.quantile(ratios, [0.025, 0.975])], "signal": signal,
-        "angle": float(np.sqrt(max(0.0, signal) / (max(0.0, signal) + spread / batch))),
+        "kappa_ci": [float(end) for end in np.quantile(ratios, [0.025, 0.975])],
     }  # fmt: skip
-
-
-def _signal(found: np.ndarray) -> float:
-    """The squared mean gradient, without bias: inner products of different pairs."""
-    means, pairs = found.mean(axis=1), len(found)
-    return float((np.square(means.sum(axis=0)).sum() - np.square(means).sum()) / (pairs * (pairs - 1)))
-
-
-def alike(one: np.ndarray, other: np.ndarray) -> float:
-    """The cosine of the mean gradients of two kinds, without bias by what their pairs share: inner products of different pairs."""
-    (a, b), pairs = (found.mean(axis=1) for found in (one, other)), len(one)
-    crossed = (a.sum(axis=0) @ b.sum(axis=0) - (a * b).sum()) / (pairs * (pairs - 1))
-    scale = _signal(one) * _signal(other)
-    return float(crossed / np.sqrt(scale)) if scale > 0 else float("nan")
 
 
 def run(settings: OwnNoiseSettings) -> None:
@@ -151,13 +132,11 @@ def run(settings: OwnNoiseSettings) -> None:
         raise UserError(f"draws is {settings.draws} and count {settings.count}; give at least 2 and 4")
     folder = take_pairs(settings)
     found = {kind: gradients(settings, folder, kind) for kind in KINDS}
-    rng, results = np.random.default_rng(settings.seed), {}
+    rng, results = np.random.default_rng(settings.seed), {}  # type: ignore[var-annotated]
     for kind, values in found.items():
-        told = measure(values, settings.batch, rng) | {"alike": alike(values, found["shared"])}
-        results[kind] = {name: value if value == value else None for name, value in told.items()}
+        results[kind] = told = measure(values, rng)
         low, high = told["kappa_ci"]
-        say(f"{kind}: T {told['visit']:.3g}, kappa {told['kappa']:.2f} (95 %: {low:.2f} to {high:.2f}), angle {told['angle']:.3f}, "
-            f"mean gradient's cosine with shared {told['alike']:.2f}")  # fmt: skip
+        say(f"{kind}: T {told['visit']:.3g}, P {told['pair']:.3g}, kappa {told['kappa']:.2f} (95 %: {low:.2f} to {high:.2f})")
     write_record(settings, results)
 
 
