@@ -22,6 +22,7 @@ STAGES = {
     "merge": ("pipelines.merge", "human and machine labels -> training targets, and what they are worth"),
     "train": ("pipelines.train", "a LoRA, or the whole UNet, from pairs and targets"),
     "export": ("pipelines.export", "what a run trained, for other programs"),
+    "cache": ("pipelines.cache", "caches of encoded pairs: a list, and what to remove"),
     "inspect": ("pipelines.inspect_weights", "what a weight file or a folder is, and which programs read it"),
     "sample": ("pipelines.sample", "images, seed-paired between models"),
     "score": ("evaluation.score", "scores of sampled images"),
@@ -32,7 +33,7 @@ STAGES = {
 JOURNEY = {
     "make pairs": ("ingest", "propose", "validate", "pairs"),
     "label": ("vote", "label", "calibrate", "merge"),
-    "train": ("train", "export"),
+    "train": ("train", "export", "cache"),
     "look": ("sample", "score", "compare", "inspect"),
 }  # what stands in no group comes first, as it is a whole journey
 

@@ -213,6 +213,7 @@ def micro_batches(session: Session, done: int) -> Iterator[Loaded]:
         if step not in drawn:  # the draws are those of the whole step, whoever computes them
             drawn.clear()
             options = {"timesteps": session.timesteps, "caption_dropout": dropout, "images": loader.images(step)}
+            options["independent"] = settings.data.noise == "independent"
             drawn[step] = draw(settings.seed, step, together, loader.shape(step), **options)
         first = (micro * processes + rank) * optim.batch
         loaded = loader.load(step * together + first, drawn[step].part(first, first + optim.batch))
@@ -304,10 +305,11 @@ def train(settings: TrainSettings) -> Path:
     Raises:
         UserError: what stands against the run, or the device's memory is too small for it.
     """
+    from dedpo_diffusion.core.caches import released
     from dedpo_diffusion.training.setup import set_up
     from dedpo_diffusion.weights.run_folder import starting
 
-    with starting(settings.out), memory_told(settings):
+    with starting(settings.out), memory_told(settings), released():
         steps(set_up(settings))
     return settings.out
 

@@ -170,6 +170,11 @@ class TimestepDraw:
         return torch.minimum(cumulated, self.gamma * (1 - cumulated)).float()  # SNR + 1 = 1 / (1 - abar)
 
 
+def image_noise(noise: Tensor) -> Tensor:
+    """The noise of every image, (B, K, C, h, w) as it is, or (B, 1, C, h, w) of noise (B, C, h, w) that all images of a pair share."""
+    return noise if noise.ndim == 5 else noise[:, None]
+
+
 def in_strata(order: Tensor, within: Tensor) -> Tensor:
     """Shares (n,) of which the k-th lies in part order[k] of n equal parts of [0, 1), at the place within[k] in [0, 1) of that part."""
     return (order + within) / len(order)
@@ -185,9 +190,9 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 class Draws(Tensors):
     """All randomness of one step of B pairs.
 
-    `timesteps` (B,) int64; `noise` (B, C, h, w), one draw a pair; `posterior` (B, 2, C, h, w), of groups (B, K, C, h, w), for
-    sampling the VAE's posterior; `drop_caption` (B,) bool; `share` (B,) float64, of the distribution below the timesteps, where what
-    it means is measured.
+    `timesteps` (B,) int64; `noise` (B, C, h, w), one draw a pair, or (B, K, C, h, w), one an image, see `image_noise`; `posterior`
+    (B, 2, C, h, w), of groups (B, K, C, h, w), for sampling the VAE's posterior; `drop_caption` (B,) bool; `share` (B,) float64, of the
+    distribution below the timesteps, where what it means is measured.
     """
 
     timesteps: Tensor
@@ -209,7 +214,7 @@ class Draws(Tensors):
 
 def draw(
     seed: int, step: int, pairs: int, shape: tuple[int, int, int], *, timesteps: TimestepDraw, caption_dropout: float, stream: int = 0,
-    images: int = 2,
+    images: int = 2, independent: bool = False,
 ) -> Draws:  # fmt: skip
     """Draw a step's randomness.
 
@@ -222,12 +227,13 @@ def draw(
         caption_dropout: share of pairs whose caption is dropped.
         stream: of `step_generator`.
         images: of a visit: 2, or those of a group.
+        independent: draw noise for each image, in place of one draw for all of a visit.
     """
     generator = step_generator(seed, step, stream)
     share = timesteps.shares(pairs, generator) if timesteps.sampling == "measured" else None
     return Draws(
         timesteps=timesteps.draw(pairs, generator) if share is None else timesteps.quantile(share),
-        noise=torch.randn(pairs, *shape, generator=generator),
+        noise=torch.randn(*((pairs, images) if independent else (pairs,)), *shape, generator=generator),
         posterior=torch.randn(pairs, images, *shape, generator=generator),
         drop_caption=torch.rand(pairs, generator=generator) < caption_dropout,
         share=share,

@@ -11,7 +11,7 @@ from torch import Tensor
 from dedpo_diffusion.core.records import Conditioning, PairBatch, StepResult
 from dedpo_diffusion.dpo.balance import balance_coefficients, probability_scale, scale_gradients
 from dedpo_diffusion.dpo.losses import implicit_rewards, margin
-from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors, residual_cosine
+from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors, image_noise, residual_cosine
 from dedpo_diffusion.dpo.objectives import find_objective, objective_loss
 
 
@@ -63,14 +63,14 @@ def preference_step(
 ) -> StepResult:
     """The weighted preference loss of each pair.
 
-    Both images of a pair share timestep and noise. The reference is what the model says it is; objectives that do not need it
-    are computed without predicting with it.
+    Both images of a pair share the timestep, and the noise unless each has its own. The reference is what the model says it is;
+    objectives that do not need it are computed without predicting with it.
 
     Args:
         model: predicts with the policy and with the reference.
         batch: B pairs, or groups of them; its reference errors, if it has them, save the reference's predictions.
         timesteps: (B,) int64.
-        noise: (B, C, h, w), one draw a pair.
+        noise: (B, C, h, w), one draw a pair, or (B, 2, C, h, w), one an image.
         beta, kind, options, margin_cap: see `objectives`.
         balance, balance_clip, balance_tempering: see `balance`.
         timestep_weight: (B,) factors of the pair losses, outside the sigmoid.
@@ -78,9 +78,9 @@ def preference_step(
     Returns:
         StepResult; `loss` (B,) is weighted and not reduced. `reference_errors` and `margin` are NaN where nobody needed the reference.
     """
-    shared, members = noise[:, None], batch.members  # (B, 1, C, h, w): one noise for both images, or all of a group
-    noisy = model.process.add_noise(batch.latents, shared, timesteps)
-    wanted = model.process.target(batch.latents, shared, timesteps)
+    noise, members = image_noise(noise), batch.members  # (B, 1, C, h, w) where both images, or all of a group, share it
+    noisy = model.process.add_noise(batch.latents, noise, timesteps)
+    wanted = model.process.target(batch.latents, noise, timesteps)
     reference_errors = batch.reference_errors
     if reference_errors is None and needs_reference(kind, balance):
         reference_errors = image_errors(model.predict(noisy, timesteps, batch.conditioning, reference=True), wanted)
@@ -96,7 +96,7 @@ def preference_step(
     if balance == "probability":
         process = model.process
         scale = probability_scale(
-            process.alphas_cumprod, timesteps, noise[0].numel(), tempering=balance_tempering, prediction=process.prediction
+            process.alphas_cumprod, timesteps, noise[0, 0].numel(), tempering=balance_tempering, prediction=process.prediction
         )
     factors = balance_coefficients(policy_errors, reference_errors, mode=balance, clip=balance_clip, scale=scale)
     scaled = scale_gradients(policy_errors, factors)
@@ -118,5 +118,5 @@ def preference_step(
     # from the losses to the errors only, which costs next to nothing; the model's own graph stays as it is
     pull = torch.autograd.grad(loss.sum(), policy_errors, retain_graph=True)[0] if loss.requires_grad else torch.zeros_like(policy_errors)
     on_images = _on_images(pull, members, own.shape[1])
-    square = 4 / noise[0].numel() * (on_images.square() * own.detach()).sum(dim=1)  # an error is a mean of squares
+    square = 4 / noise[0, 0].numel() * (on_images.square() * own.detach()).sum(dim=1)  # an error is a mean of squares
     return StepResult(loss, m, cosine, policy_errors.detach(), reference_errors, factors, pull.abs().sum(dim=1), square)

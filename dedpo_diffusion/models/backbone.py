@@ -56,7 +56,7 @@ class Backbone:
     ) -> None:
         """Load and freeze; `dtype` is the compute precision of the UNet. The others, and Raises, as `load_pipeline`."""
         pipe = load_pipeline(name, config=config, prediction=prediction)
-        self.device, self.dtype = device, dtype
+        self.name, self.device, self.dtype = name, device, dtype
         self.pipeline, self.scheduler = type(pipe), pipe.scheduler  # of what samples from it
         self.scale, self.channels, self.factor = (
             float(pipe.vae.config.scaling_factor),

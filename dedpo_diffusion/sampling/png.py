@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,16 @@ def is_whole(path: Path) -> bool:
     except UNREADABLE:
         return False
     return True
+
+
+def told_facts(image: bytes) -> dict[str, Any]:
+    """What the file of an image tells, under the key `dedpo`, of how it was sampled; empty where it tells nothing."""
+    try:
+        with Image.open(io.BytesIO(image), formats=["PNG"]) as opened:
+            found = json.loads(opened.info.get("dedpo", "{}"))
+    except (*UNREADABLE, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def tensor_hash(path: Path) -> str:

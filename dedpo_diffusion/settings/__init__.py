@@ -9,7 +9,7 @@ May import: core.
 from __future__ import annotations
 
 from dedpo_diffusion.settings.align import AlignSettings, QuickstartSettings
-from dedpo_diffusion.settings.data import IngestSettings, PairsSettings, ProposeSettings, ValidateSettings, VoteSettings
+from dedpo_diffusion.settings.data import CacheSettings, IngestSettings, PairsSettings, ProposeSettings, ValidateSettings, VoteSettings
 from dedpo_diffusion.settings.engine import RaySettings
 from dedpo_diffusion.settings.evaluation import CompareSettings, SampleSettings, ScoreSettings
 from dedpo_diffusion.settings.labelling import (
@@ -34,6 +34,7 @@ from dedpo_diffusion.settings.training import (
 
 __all__ = [
     "AlignSettings",
+    "CacheSettings",
     "CalibrateSettings",
     "CompareSettings",
     "DataSettings",

@@ -214,6 +214,25 @@ class ProposeSettings:
 
 
 @dataclass(frozen=True)
+class CacheSettings:
+    """List and remove caches of encoded pairs.
+
+    Args:
+        remove: names of caches to remove, as the list shows them.
+        remove_all: remove all of them, but for those in use.
+        folder: where they lie; None takes the user's own cache folder.
+    """
+
+    remove: list[str] = field(default_factory=list)
+    remove_all: bool = False
+    folder: Path | None = None
+    FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
+        "what is removed": "remove remove_all",
+        "where they lie": "folder",
+    }
+
+
+@dataclass(frozen=True)
 class PairsSettings:
     """Write a pair dataset for annotation tools and other programs, send it to a hub, or join several.
 

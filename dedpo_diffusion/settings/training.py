@@ -46,7 +46,9 @@ class DataSettings:
         pairs: the pair dataset. The objectives loop and apa sample its prompts, or those of a prompt set or file given in its place.
         targets: name of the merged targets in it.
         size: pixels of a side after resizing and cropping; None takes the model's own.
-        cache: folder of encoded images and prompts, shared between runs; None encodes them in every step.
+        cache: folder of encoded images and prompts, shared between runs; None encodes them in every step. auto takes the user's own cache
+            folder (`dedpo cache` lists it) where that pays: each pair is visited twice or more on average, which saves 1000 encodings or
+            more, and there is room; or where another option needs a cache.
         flip: mirror both images of a pair alike, half of the time.
         crop: centre, or random: both images of a pair at the same relative place.
         views: how many mirrored or cropped versions of a pair a cache keeps; without a cache they are drawn anew at every visit.
@@ -60,13 +62,18 @@ class DataSettings:
         caption_dropout: share of pairs trained with the empty prompt, both images alike.
         reference_draws: draw this many timesteps and noises for each pair beforehand and keep the reference's errors at them beside the
             cache, shared by all runs on it that have the same optim.batch: none predicts with the reference again. It pays when several
-            runs share them.
+            runs share them. auto takes 8 where each pair is visited more often than that, and none elsewhere.
+        noise: shared gives both images of a pair the same noise, as published; independent draws it for each image. own takes the noise
+            that an image was sampled from, where its file tells (`dedpo propose`, same model and size), else the noise that leads to it,
+            found once by inverting DDIM with the reference; inverted inverts all. These two need data.reference_draws, and keep noise for
+            every image and draw. docs/results.md says what was measured.
+        inversion_steps: steps of that inversion beside the draws' own timesteps.
     """
 
     pairs: Path
     targets: str = DEFAULT_METHOD
     size: int | None = None
-    cache: Path | None = None
+    cache: Literal["auto"] | Path | None = "auto"
     flip: bool = False
     crop: Literal["centre", "random"] = "centre"
     views: int = 1
@@ -74,7 +81,9 @@ class DataSettings:
     groups: int | None = None
     sampling: Literal["uniform", "importance"] = "importance"
     caption_dropout: float = 0.0
-    reference_draws: int | None = None
+    reference_draws: int | Literal["auto"] | None = None
+    noise: Literal["shared", "independent", "own", "inverted"] = "shared"
+    inversion_steps: int = 20
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core import caches
+from dedpo_diffusion.core.console import NoSpace, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers, write_json
 from dedpo_diffusion.core.records import Conditioning
 
 LAYOUT = 4  # of the files, and the rules images are decoded by; a cache of another layout gets another name
+ROOM = 0.9  # of the free disk that an optional cache may take
 PROMPTS = 256  # in one file
 PIXELS = 1 << 20  # encoded at once, in either image of the pairs
 SHAPES = "shapes"  # tensor of a shard's file: height and width of the latents of each of its pairs
@@ -60,7 +64,7 @@ def _checksum(*rows: Tensor) -> int:
     return value
 
 
-class _Rows:
+class Rows:
     """Rows of the tensors of one file, memory-mapped and checked; tensors whose names begin alike ("16x16.sizes") go together."""
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +76,9 @@ class _Rows:
             raise self._damaged(str(error)) from error
 
     def _damaged(self, why: str) -> UserError:
-        return UserError(f"{self.path}: damaged ({why}); remove this file and {self.path.parent / 'index.json'}, and it is made anew")
+        index = self.path.parent / "index.json"
+        also = f" and {index}" if index.is_file() else ""
+        return UserError(f"{self.path}: damaged ({why}); remove this file{also}, and it is made anew")
 
     def at(self, row: int, group: str) -> dict[str, Tensor]:
         """The row of the tensors of a group, by the rest of their names.
@@ -85,6 +91,37 @@ class _Rows:
         if _checksum(*(found[name] for name in sorted(found))) != known:
             raise self._damaged(f"row {row} of {group} is not what was written")
         return found
+
+
+def check_version(folder: Path) -> None:
+    """Refuse what another version of this program wrote.
+
+    Raises:
+        UserError: so it is.
+    """
+    layout = caches.read_about(folder).get("layout", LAYOUT)
+    if layout != LAYOUT:
+        raise UserError(f"{folder}: made by another version of this program; remove it (`dedpo cache`), and it is made anew")
+
+
+def expected_bytes(views: int, shape: tuple[int, int, int], prompts: int, text: Conditioning) -> int:
+    """What a cache will take, about: views of pairs of latents of this shape (C, h, w), and embeddings of prompts like that one."""
+    channels, height, width = shape
+    words = sum(value.numel() * value.element_size() for value in (text.text, text.pooled) if value is not None)
+    return views * 2 * 2 * channels * height * width * 4 + prompts * words
+
+
+def begin_cache(folder: Path, wanted: int, about: Mapping[str, str], *, optional: bool) -> None:
+    """Say where a cache is made and what it will take, `wanted` bytes, and keep what it is of.
+
+    Raises:
+        NoSpace: the disk is full, or too full for an optional one.
+    """
+    there = caches.bytes_in(folder) if folder.is_dir() else 0
+    if optional and (not folder.is_dir() or wanted - there > ROOM * shutil.disk_usage(folder).free):
+        raise NoSpace(folder)
+    say(f"the pairs are encoded once, into {folder}: about {caches.size_words(wanted)} in all")
+    caches.describe(folder, {**about, "layout": LAYOUT, "version": version("dedpo_diffusion")})
 
 
 class PairCache:
@@ -110,11 +147,11 @@ class PairCache:
         self.text_row = torch.tensor(index["text_row"])
         shapes = torch.tensor(index["shapes"])
         self.shapes = shapes[torch.tensor(index["shape"])]
-        self._open: dict[str, _Rows] = {}
+        self._open: dict[str, Rows] = {}
 
-    def _rows(self, name: str) -> _Rows:
+    def _rows(self, name: str) -> Rows:
         if name not in self._open:
-            self._open[name] = _Rows(self.folder / name)
+            self._open[name] = Rows(self.folder / name)
         return self._open[name]
 
     def posterior(self, pair: int, view: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,7 +223,8 @@ def fill(
         path = folder / f"shard-{shard:05d}.safetensors"
         if not path.is_file():
             where = partial(_locate, locate, sum(shards[:shard]), views)
-            _write(path, *_encode_shard(read_shard(shard), views, encode_images, advance, where))
+            groups, shapes = _encode_shard(read_shard(shard), views, encode_images, advance, where)
+            write_rows(path, groups, {SHAPES: torch.tensor(shapes)})
         else:
             advance(count * views)
         found_shapes += _read_shapes(path)
@@ -202,7 +240,7 @@ def fill(
                 bad = _not_finite(value)
                 if bad is not None:
                     raise UserError(f"the prompt {part[bad] or ''!r}: the text encoder's numbers of it are not finite; {REMEDY}")
-            _write(path, {"text": tensors})
+            write_rows(path, {"text": tensors})
     shapes = sorted(set(found_shapes))
     index = {
         "identity": dict(identity), "counts": list(shards), "text_row": [rows[prompt] for prompt in prompts],
@@ -211,9 +249,9 @@ def fill(
     write_json(folder / "index.json", index)
 
 
-def _write(path: Path, groups: Mapping[str, Mapping[str, Tensor]], shapes: Sequence[tuple[int, int]] | None = None) -> None:
-    """Write groups of tensors with a checksum of each of their rows, and the shape of every pair of a shard."""
-    tensors = {} if shapes is None else {SHAPES: torch.tensor(shapes)}
+def write_rows(path: Path, groups: Mapping[str, Mapping[str, Tensor]], more: Mapping[str, Tensor] | None = None) -> None:
+    """Write groups of tensors with a checksum of each of their rows, and more tensors, whose rows are none of theirs."""
+    tensors = dict(more or {})
     for group, members in groups.items():
         names = sorted(members)
         sums = [_checksum(*(members[name][row] for name in names)) for row in range(len(members[names[0]]))]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dedpo_diffusion.core.console import Progress, UserError, say
+from dedpo_diffusion.core import caches
+from dedpo_diffusion.core.console import NoSpace, Progress, UserError, say
 from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Targets, Tensors
 from dedpo_diffusion.dpo.adaptive_power import LEAST_POWER, Parts, loss_parts, retarget, visited_pairs
 from dedpo_diffusion.dpo.noising import Draws, step_generator
@@ -25,7 +28,7 @@ from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.decoding import decode_image, read_header
 from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
 from dedpo_diffusion.settings import DataSettings, TrainSettings
-from dedpo_diffusion.training.cache import PairCache, cache_folder, fill, read_index
+from dedpo_diffusion.training.cache import PairCache, begin_cache, cache_folder, check_version, expected_bytes, fill, read_index
 from dedpo_diffusion.training.groups import Groups, group_pairs, group_sizes
 from dedpo_diffusion.training.pair_sampler import BucketedPairSampler, Order, PairSampler, alike, gradient_size, visit_probability
 from dedpo_diffusion.training.reference_grid import ReferenceGrid
@@ -246,15 +249,30 @@ def cache_identity(model: Backbone, data: DataSettings, *, pairs: str, size: int
     }  # fmt: skip
 
 
-def open_cache(reader: PairReader, model: Backbone, data: DataSettings, *, root: Path, fingerprint: str, size: int) -> PairCache:
-    """The filled cache of this dataset under this model's encoders and these views, filled now if need be, with progress."""
+def open_cache(
+    reader: PairReader, model: Backbone, data: DataSettings, *, root: Path, fingerprint: str, size: int, optional: bool = False
+) -> PairCache:
+    """The filled cache of this dataset under this model's encoders and these views, filled now if need be, with progress.
+
+    It is in use until this process ends, or `core.caches.release`.
+
+    Raises:
+        UserError: another version made it, or pairs that cannot be encoded.
+        NoSpace: the disk is full, or too full for an `optional` one.
+    """
     identity = cache_identity(model, data, pairs=fingerprint, size=size)
     folder = cache_folder(root, identity)
+    caches.take_up(folder)
+    check_version(folder)
     if read_index(folder) is None:
+        texts, shape = len(set(reader.prompts())) + 1, model.latent_shape(size)
+        wanted = expected_bytes(len(reader) * data.views, shape, texts, model.encode_prompts([None]))
+        begin_cache(folder, wanted, {"pairs": str(reader.folder.resolve()), "model": model.name}, optional=optional)
         for other in sorted(root.glob("*/index.json")):
             held = (read_index(other.parent) or {}).get("identity", {})
             if held.get("pairs") == fingerprint:
-                say(f"{other.parent} does not fit ({first_difference(held, identity)})")
+                differs = first_difference(held, identity)
+                say(f"{other.parent} " + (f"does not fit ({differs})" if differs else "was made by another version; it is made anew"))
         shapes = model.shapes(size) if data.buckets else [(size, size)]
         starts = [sum(reader.counts[:k]) for k in range(len(reader.counts))]
 
@@ -269,6 +287,7 @@ def open_cache(reader: PairReader, model: Backbone, data: DataSettings, *, root:
                 folder, identity=identity, prompts=reader.prompts(), shards=reader.counts, read_shard=views,
                 encode_images=model.encode_images, encode_prompts=model.encode_prompts, advance=progress.advance, locate=reader.location,
             )  # fmt: skip
+        say(f"{folder} holds {caches.size_words(caches.bytes_in(folder))}")
     return PairCache(folder)
 
 
@@ -431,7 +450,7 @@ def _planned(parts: Parts, power: float) -> tuple[np.ndarray, np.ndarray]:
 
 def open_source(
     settings: TrainSettings, reader: PairReader, model: Backbone, data: DataSettings, accelerator: Accelerator, *, fingerprint: str,
-    size: int, views: int | None = None,
+    size: int, views: int | None = None, optional: bool = False,
 ) -> Source:  # fmt: skip
     """Where encoded pairs of a dataset come from: the run's cache, filled by the main process if need be, or the encoders.
 
@@ -443,10 +462,24 @@ def open_source(
         accelerator: of the run.
         size: pixels of a side.
         views: how many of a cache's are taken; None takes all.
+        optional: where the disk is too full for a cache, go on without one.
     """
-    if settings.data.cache is None:
-        return LiveSource(reader, model, data, size=size, seed=settings.seed)
+    root, live = settings.data.cache, partial(LiveSource, reader, model, data, size=size, seed=settings.seed)
+    if not isinstance(root, Path):
+        return live()
     with accelerator.main_process_first():
-        cache = open_cache(reader, model, data, root=settings.data.cache, fingerprint=fingerprint, size=size)
+        folder = cache_folder(root, cache_identity(model, data, pairs=fingerprint, size=size))
+        if optional and not accelerator.is_main_process and read_index(folder) is None:
+            return live()  # as the main process does
+        try:
+            cache = open_cache(reader, model, data, root=root, fingerprint=fingerprint, size=size, optional=optional)
+        except NoSpace:
+            if not optional:
+                raise
+            say(f"{root} has no room for a cache of these pairs; they are encoded at every visit (data.cache FOLDER puts it elsewhere)")
+            caches.release()
+            with suppress(UserError):  # another run is filling it
+                caches.remove(folder)
+            return live()
     words = (model.text, reader.prompts()) if settings.lora.text_encoders else None
     return CachedSource(cache, model.channels, words=words, views=views)

@@ -14,15 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dedpo_diffusion.core.console import Progress, UserError
+from dedpo_diffusion.core.caches import size_words
+from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers
-from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, step_generator
+from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, image_noise, step_generator
 from dedpo_diffusion.training.groups import Groups
 from dedpo_diffusion.training.pair_sampler import alike
 
 if TYPE_CHECKING:
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.training.data import Source
+    from dedpo_diffusion.training.own_noise import OwnNoise
 
 CHOICE = 1001  # stream of `step_generator` for which of a pair's pre-drawn noises a visit gets
 GRID = 1002  # for the pre-drawn noises
@@ -48,6 +50,8 @@ class ReferenceGrid:
         batch: draws predicted at once: the pairs of a forward pass of the run, so that both round alike.
         kernels: what else the errors' rounding depends on.
         groups: the groups that are visited instead of the pairs at `rows`.
+        noise: "shared" by the images of a visit; "independent"; or each image's own, kept beside the errors. With the last, latents are the
+            means of the VAE's posterior, from which the noises were found.
     """
 
     SHARD = 64
@@ -55,6 +59,7 @@ class ReferenceGrid:
     def __init__(
         self, folder: Path, source: Source, model: Backbone, rows: np.ndarray, *, pairs: int, draws: int,
         timesteps: TimestepDraw, caption_dropout: float, batch: int = 8, kernels: Sequence[object] = (), groups: Groups | None = None,
+        noise: str | OwnNoise = "shared",
     ) -> None:  # fmt: skip
         if draws < 1:
             raise UserError(f"data.reference_draws is {draws}; it must be at least 1")
@@ -63,7 +68,11 @@ class ReferenceGrid:
         precision = [str(model.dtype), str(next(model.unet.parameters()).dtype)]
         rounding = [batch, model.device.type, *kernels]
         parts = [model.reference_fingerprint(), precision, drawn, draws, caption_dropout, rounding]
-        key = json.dumps(parts if groups is None else [*parts, groups.digest()], sort_keys=True)
+        parts += [] if groups is None else [groups.digest()]
+        self.own = noise if not isinstance(noise, str) else None
+        self.independent = noise == "independent"
+        parts += [] if noise == "shared" else [noise if isinstance(noise, str) else noise.key]
+        key = json.dumps(parts, sort_keys=True)
         rows = rows if groups is None else groups.rows
         self.groups, self._group = groups, {} if groups is None else {int(row): k for k, row in enumerate(rows)}
         self.draws, self.timesteps, self.source, self.caption_dropout, self.batch = draws, timesteps, source, caption_dropout, batch
@@ -71,9 +80,11 @@ class ReferenceGrid:
         self.folder.mkdir(exist_ok=True)
         remove_leftovers(self.folder)
         shards = np.unique(rows // self.SHARD)
-        missing = [shard for shard in shards if not self._file(shard).is_file()]
+        missing = [shard for shard in shards if not self._is_there(int(shard))]
         most = 2 if groups is None else int(groups.sizes.max(initial=2))
         self.errors = torch.full((pairs, draws, most), torch.nan)
+        if self.own is not None:
+            self._find_noises(self.own, missing, model)
         if missing:
             with Progress("reference errors", len(missing) * self.SHARD) as progress:
                 for shard in missing:
@@ -87,10 +98,37 @@ class ReferenceGrid:
     def _part(self, shard: int) -> slice:
         return slice(int(shard) * self.SHARD, min((int(shard) + 1) * self.SHARD, len(self.errors)))
 
+    def _there(self, part: slice) -> np.ndarray:
+        """The rows of a shard that may be visited."""
+        return np.array([row for row in range(part.start, part.stop) if self.groups is None or row in self._group])
+
+    def _find_noises(self, own: OwnNoise, shards: Sequence[int], model: Backbone) -> None:
+        """Each image's own noise, of shards without errors."""
+        from dedpo_diffusion.training.own_noise import say_noises
+
+        own.begin(self.folder, self.SHARD)
+        if not shards:
+            return
+        found, every = np.zeros(3, dtype=int), [self._there(self._part(shard)) for shard in shards]
+        numbers = sum(int(self.source.shapes(np.array([row])).prod()) * len(self.images(int(row))) for rows in every for row in rows)
+        say(f"each image's own noise is kept in {self.folder}: up to {size_words(4 * numbers * self.draws)}")
+        with Progress("own noise", sum(map(len, every))) as progress:
+            for shard, rows in zip(shards, every, strict=True):
+                found += own.fill(
+                    shard, rows, model, self.source, images=self.images, timesteps=self._timesteps, batch=self.batch, progress=progress
+                )
+        say_noises(*found.tolist())
+
+    def _timesteps(self, row: int) -> Tensor:
+        """Of all draws of a row, (K,)."""
+        if self.timesteps.strata:
+            return self._strata(row)
+        return torch.cat([self._drawn(row, number).timesteps for number in range(self.draws)])
+
     def _shard(self, part: slice, model: Backbone) -> Tensor:
         """The errors at all draws of a shard's pairs, (64, K, images) or fewer; NaN where nothing is visited."""
         errors = torch.full_like(self.errors[part], torch.nan)
-        there = np.array([row for row in range(part.start, part.stop) if self.groups is None or row in self._group])
+        there = self._there(part)
         keys = np.column_stack([self.source.shapes(there), [len(self.images(int(row))) for row in there]])
         for (*_, images), some in alike(keys):
             found = self._errors([(int(there[place]), number) for place in some for number in range(self.draws)], model)
@@ -101,15 +139,30 @@ class ReferenceGrid:
         """Where the images of a visit of this row are, (K, 2) rows and sides: those of its pair, or of the group that it stands for."""
         return np.array([(row, 0), (row, 1)]) if self.groups is None else self.groups.images_of(self._group[row])
 
+    def _is_there(self, shard: int) -> bool:
+        return self._file(shard).is_file() and (self.own is None or self.own.file(self.folder, shard).is_file())
+
     def _file(self, shard: int) -> Path:
         return self.folder / f"shard-{int(shard):05d}.safetensors"
 
-    def _draw(self, row: int, number: int) -> Draws:
+    def _drawn(self, row: int, number: int) -> Draws:
+        """A draw as it is without strata and own noise."""
         shape = self.source.shapes(np.array([row]))[0].tolist()
-        drawn = draw(
-            row, number, 1, shape, timesteps=self.timesteps, caption_dropout=self.caption_dropout, stream=GRID, images=len(self.images(row))
-        )
-        return replace(drawn, timesteps=self._strata(row)[number : number + 1]) if self.timesteps.strata else drawn
+        images, dropout = len(self.images(row)), self.caption_dropout
+        how = self.timesteps
+        return draw(
+            row, number, 1, shape, timesteps=how, caption_dropout=dropout, stream=GRID, images=images, independent=self.independent
+        )  # fmt: skip
+
+    def _draw(self, row: int, number: int) -> Draws:
+        drawn = self._drawn(row, number)
+        if self.timesteps.strata:
+            drawn = replace(drawn, timesteps=self._strata(row)[number : number + 1])
+        if self.own is None:
+            return drawn
+        _, images, c, h, w = drawn.posterior.shape
+        noise = self.own.at(row, number, images, self.draws, (c, h, w))
+        return replace(drawn, noise=noise[None], posterior=torch.zeros_like(drawn.posterior))
 
     def _strata(self, row: int) -> Tensor:
         """The timesteps (K,) of a pair's draws, one in each K-th of their distribution."""
@@ -138,7 +191,7 @@ class ReferenceGrid:
             encoded = self.source.fetch(rows, numbers, draws.drop_caption, np.stack([self.images(row) for row in rows]))
             draws, given = draws.to(model.device), encoded.conditioning.to(model.device)
             latents = model.latents(encoded.mean.to(model.device), encoded.std.to(model.device), draws.posterior)
-            errors = model.errors(latents, draws.noise[:, None], draws.timesteps, given, reference=True)
+            errors = model.errors(latents, image_noise(draws.noise), draws.timesteps, given, reference=True)
             found.append(errors[: len(part)].cpu())
         return torch.cat(found)
 

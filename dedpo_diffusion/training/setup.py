@@ -99,7 +99,10 @@ def set_up(settings: TrainSettings) -> Session:
         identity["pairs_of_a_step"] = str(together)
         if sharpened is not settings:
             identity["beta"] = repr(sharpened.objective.beta)  # what it is trained with; the settings keep what was given
-        grows, free = {"optim.steps": never_longer(settings)}, ("optim.batch", "optim.accumulation", "tracker", "tracker_project")
+        grows, free = (
+            {"optim.steps": never_longer(settings)},
+            ("optim.batch", "optim.accumulation", "data.cache", "tracker", "tracker_project"),
+        )
         open_run(settings.out, settings, identity, free=free, grows=grows)
         if measured is not None:
             measured.keep(settings.out)
@@ -133,6 +136,7 @@ def never_longer(settings: TrainSettings) -> str | None:
 def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     """The same settings, for three steps on a tiny random model and random pairs in a folder, on the CPU."""
     from dedpo_diffusion.models.tiny import SIDE, build, write_pairs
+    from dedpo_diffusion.training.cache_choice import needs_cache
     from dedpo_diffusion.training.policy import is_policy
     from dedpo_diffusion.training.trackers import check_trackers
     from dedpo_diffusion.training.validation import shrink_validation
@@ -163,7 +167,7 @@ def shrink(settings: TrainSettings, folder: Path) -> TrainSettings:
     if objective.power == "measured":
         say("objective.power=measured finds nothing but noise in a random model; tried with fixed")
         objective = dataclasses.replace(objective, power="fixed")
-    cache = None if data.cache is None else folder / "cache"
+    cache = folder / "cache" if isinstance(data.cache, Path) or (data.cache and needs_cache(data)) else None
     return dataclasses.replace(
         settings, smoke=None, device="cpu", model=str(build(folder / "model", kind)), model_config=None, out=folder / "run",
         model_prediction="v" if kind == "sd21" else "epsilon",
@@ -189,23 +193,25 @@ def prepare(
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.training.base import add_lora, load_model
     from dedpo_diffusion.training.cache import cache_folder
-    from dedpo_diffusion.training.data import PairLoader, cache_identity, open_source
+    from dedpo_diffusion.training.cache_choice import decide
+    from dedpo_diffusion.training.data import PairLoader, cache_identity
     from dedpo_diffusion.training.groups import image_numbers
     from dedpo_diffusion.training.prediction_check import check_prediction
     from dedpo_diffusion.training.validation import open_validation
 
-    data = settings.data
-    reader = PairReader(data.pairs)
+    reader = PairReader(settings.data.pairs)
+    given, settings = settings, decide(settings, len(reader), accelerator.num_processes)
     model = load_model(settings, accelerator)
-    size = data.size or model.size
+    size = settings.data.size or model.size
     model.latent_shape(size)  # or the size is refused
     pairs_fingerprint = reader.fingerprint()
-    source = open_source(settings, reader, model, data, accelerator, fingerprint=pairs_fingerprint, size=size)
+    settings, source = source_of(settings, given, reader, model, accelerator, pairs_fingerprint, size)
+    data = settings.data
     validation = open_validation(settings, model, accelerator, size=size)
     if data.cache is not None:
         model.drop_encoders(keep_text=settings.lora.text_encoders)
     grouped = None
-    if data.groups is not None and data.cache is not None:
+    if data.groups is not None and isinstance(data.cache, Path):
         with accelerator.main_process_first():
             folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs_fingerprint, size=size))
             grouped = image_numbers(reader, folder), data.groups
@@ -241,9 +247,39 @@ def prepare(
         model.checkpoint(selective=settings.gradient_checkpointing == "selective")
     targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
     identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
+    if given.data.reference_draws == "auto":
+        identity["reference_draws"] = str(data.reference_draws)  # which a longer run must not change
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
     return model, loader, identity | ({} if validation is None else validation.identity()), validation
+
+
+def source_of(
+    settings: TrainSettings,
+    given: TrainSettings,
+    reader: PairReader,
+    model: Backbone,
+    accelerator: Accelerator,
+    fingerprint: str,
+    size: int,
+) -> tuple[TrainSettings, Source]:
+    """Where a run's encoded pairs come from, and its settings without a cache where there was no room for one that nobody asked for.
+
+    Args:
+        settings: as `cache_choice.decide` has them.
+        given: as they were given.
+        reader, fingerprint: the dataset.
+        model, accelerator: of the run.
+        size: pixels of a side.
+    """
+    from dedpo_diffusion.training.cache_choice import needs_cache
+    from dedpo_diffusion.training.data import CachedSource, open_source
+
+    optional = given.data.cache == "auto" and not needs_cache(settings.data)
+    source = open_source(settings, reader, model, settings.data, accelerator, fingerprint=fingerprint, size=size, optional=optional)
+    if not isinstance(source, CachedSource):
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, cache=None))
+    return settings, source
 
 
 def say_cut(model: Backbone, name: str, reader: PairReader, rows: np.ndarray) -> None:
@@ -279,6 +315,7 @@ def check_options(settings: TrainSettings) -> None:
     from dedpo_diffusion.training.groups import check_groups
     from dedpo_diffusion.training.measured_power import check_measurable
     from dedpo_diffusion.training.measured_timesteps import check_timesteps
+    from dedpo_diffusion.training.own_noise import check_noise
     from dedpo_diffusion.training.policy import check_no_policy, check_policy, is_policy
     from dedpo_diffusion.training.sharpness import check_sharpness
     from dedpo_diffusion.training.trackers import check_trackers
@@ -301,6 +338,7 @@ def check_options(settings: TrainSettings) -> None:
     check_measurable(objective)
     check_timesteps(settings)
     check_groups(settings)
+    check_noise(settings)
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap", "sharpness"):
         value = getattr(objective, name)
         if value is not None and not 0 < value < math.inf:
@@ -391,16 +429,18 @@ def open_grid(
     """
     from dedpo_diffusion.training.cache import cache_folder
     from dedpo_diffusion.training.data import cache_identity
+    from dedpo_diffusion.training.own_noise import OwnNoise
     from dedpo_diffusion.training.reference_grid import ReferenceGrid
 
     data = settings.data
-    if data.cache is None:
+    if not isinstance(data.cache, Path):
         raise UserError("data.reference_draws needs data.cache, which the reference's errors are kept beside")
     folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs, size=size))
     return ReferenceGrid(
-        folder, source, model, loader.rows, pairs=len(reader), draws=data.reference_draws or 0,
+        folder, source, model, loader.rows, pairs=len(reader), draws=int(data.reference_draws or 0),
         timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
         batch=settings.optim.batch, kernels=[settings.attention, settings.compile], groups=loader.groups,
+        noise=OwnNoise(data.noise, settings.model, reader, data.inversion_steps) if data.noise in ("own", "inverted") else data.noise,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import StepResult
 from dedpo_diffusion.dpo.gradient_noise import step_gradient
-from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, step_generator
+from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, image_noise, step_generator
 from dedpo_diffusion.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def visit_gradient(
     batch, draws = loader.batch(loader.at([place], [number], drawn), model)
     draws, factor = weigh(draws, timesteps, model, moments)
     one = torch.ones_like(batch.target)
-    known = model.errors(batch.latents, draws.noise[:, None], draws.timesteps, batch.conditioning)
+    known = model.errors(batch.latents, image_noise(draws.noise), draws.timesteps, batch.conditioning)
     batch = dataclasses.replace(batch, target=one, weight=one, reference_errors=known)
     options = settings.objective.step_options()
     options |= {"timesteps": draws.timesteps, "noise": draws.noise, "timestep_weight": factor}

@@ -42,7 +42,7 @@ STORED = CACHE | {"data.reference_draws": "16"}
 STRATA = {"objective.timestep_strata": "true"}
 BALANCE = {"objective.balance": "output"}
 DEVICES: dict[str, dict[str, str]] = {  # options of `dedpo train`, one more device each
-    "live": OFF,
+    "live": OFF | {"data.cache": "null"},
     "cached": OFF | CACHE,
     "strata": OFF | CACHE | STRATA,
     "stored": OFF | STORED | STRATA,

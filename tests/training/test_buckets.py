@@ -151,7 +151,7 @@ def test_pairs_keep_their_shape_and_stored_reference_errors_and_a_stop_change_no
 
 
 def test_shapes_without_a_cache_are_refused(folders, mixed, tmp_path, capsys):
-    assert train.main(arguments(folders["sdxl"], mixed, tmp_path / "run", data__buckets="true", **SHORT)) == 2
+    assert train.main(arguments(folders["sdxl"], mixed, tmp_path / "run", data__buckets="true", data__cache="null", **SHORT)) == 2
     assert "data.buckets needs data.cache" in " ".join(capsys.readouterr().err.split())
 
 

@@ -209,8 +209,9 @@ def test_groups_of_two_equal_pairs_to_the_bit(tiny_model, tiny_pairs, tmp_path, 
         {"objective__timestep_sampling": "measured", "objective__timestep_pairs": 2},
         pytest.param({"data__reference_draws": 3, "data__flip": "true", "data__views": 2}, marks=pytest.mark.slow),
         pytest.param({"objective__kind": "kto", "data__caption_dropout": 0.3, "optim__accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param({"data__reference_draws": 1, "data__noise": "inverted", "data__inversion_steps": 2}, marks=pytest.mark.slow),
     ],
-    ids=["measured", "stored", "kto"],
+    ids=["measured", "stored", "kto", "inverted"],
 )
 def test_rankings_train_resume_and_are_told(tiny_model, ranked, tmp_path, monkeypatch, capsys, changes):
     command = {name: run(tiny_model, ranked, tmp_path / name, tmp_path / "cache", data__groups=4, **changes) for name in ("whole", "part")}
@@ -291,7 +292,7 @@ def test_two_processes_take_the_steps_of_one_and_shapes_may_differ(folders, tmp_
     ("changes", "words"),
     [
         ({"data__groups": 1}, "data.groups is 1"),
-        ({"data__groups": 4, "data__cache": None}, "data.groups needs data.cache"),
+        ({"data__groups": 4, "data__cache": "null"}, "data.groups needs data.cache"),
         ({"data__groups": 4, "data__crop": "random", "data__views": 2}, "data.crop=random"),
         ({"data__groups": 4, "objective__power": "adaptive"}, "objective.power=adaptive"),
         ({"data__groups": 4, "objective__power": "measured"}, "objective.power=measured"),
@@ -299,7 +300,7 @@ def test_two_processes_take_the_steps_of_one_and_shapes_may_differ(folders, tmp_
 )
 def test_refusals(tiny_model, ranked, tmp_path, capsys, changes, words):
     changes = {"data__cache": tmp_path / "cache"} | changes
-    command = arguments(tiny_model, ranked, tmp_path / "run", **{name: value for name, value in changes.items() if value is not None})
+    command = arguments(tiny_model, ranked, tmp_path / "run", **changes)
     assert train.main(command) == 2
     assert words in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
 

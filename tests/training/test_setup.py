@@ -268,7 +268,7 @@ def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path)
         ({"objective__kind": "sft", "objective__balance": "relative"}, "objective.kind=sft does not, so leave it out"),
         ({"objective__kind": "cdpo", "objective__power": "adaptive"}, "not of cdpo"),
         ({"objective__kind": "dr_dpo", "objective__power": "adaptive"}, "not of dr_dpo"),
-        ({"data__reference_draws": 2}, "needs data.cache"),
+        ({"data__reference_draws": 2, "data__cache": "null"}, "needs data.cache"),
         ({"data__sampling": "stratified"}, "data.sampling=stratified is gone"),
         ({"objective__power": "adaptive", "data__targets": "plain"}, "run `dedpo merge` again"),
         ({"objective__power": "adaptive", "objective__power_decay": 1.0}, "decay"),

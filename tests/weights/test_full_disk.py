@@ -87,9 +87,9 @@ def test_every_write_of_a_run_may_meet_a_full_disk(tiny_model, tmp_path, monkeyp
         assert not [file for file in tmp_path.rglob("*") if files.is_leftover(file)]
     assert failures == len(disk.seen)
     tensors = {f"{name}.safetensors" for name in ("shard-00000", "text-00000", "parameters", "average")}
-    others = {"settings.yaml", "identity.json", "metrics.jsonl", "index.json", "state.json", "checksums.json"}
+    others = {"settings.yaml", "identity.json", "metrics.jsonl", "index.json", "about.json", "state.json", "checksums.json"}
     assert {name for name in disk.seen if "optimizer" not in name} == tensors | others
-    assert len(disk.seen) == 12
+    assert len(disk.seen) == 13
     assert deviation(final(whole), final(run)) == (0, 0)
     assert metrics(whole) == metrics(run)
     one, other = ({file.name: file.read_bytes() for file in (tmp_path / name).rglob("*.*")} for name in ("cache", "whole-cache"))
