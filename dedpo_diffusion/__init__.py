@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dedpo_diffusion.dpo.step import preference_step as preference_step
     from dedpo_diffusion.settings import (
         AlignSettings,
+        CacheSettings,
         CalibrateSettings,
         CompareSettings,
         ExportSettings,
@@ -64,7 +65,8 @@ _HOME = {
 }
 
 __all__ = [
-    "Merged", "Update", "UserError", "align", "balance_errors", "calibrate", "compare", "export", "export_pairs", "implicit_rewards",
+    "Merged", "Update", "UserError", "align", "balance_errors", "cache", "calibrate", "compare", "export", "export_pairs",
+    "implicit_rewards",
     "ingest", "inspect", "join_pairs", "label", "margin", "merge", "merge_labels", "preference_loss", "preference_step", "propose",
     "push_pairs",
     "quickstart", "sample", "score", "train", "validate", "vote",
@@ -141,6 +143,18 @@ def validate(settings: ValidateSettings | None = None, /, *, progress: Callback 
         UserError: the pairs cannot be used for training; the report is written all the same.
     """
     return _run("validate", settings, progress, options)
+
+
+def cache(settings: CacheSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> None:
+    """List and remove the caches of encoded pairs that training keeps.
+
+    Returns:
+        Nothing; what is there is said.
+
+    Raises:
+        UserError: there is no cache of that name, or it is in use.
+    """
+    _run("cache", settings, progress, options)
 
 
 def export_pairs(settings: PairsSettings | None = None, /, *, progress: Callback | None = None, **options: Any) -> Path:

@@ -159,7 +159,8 @@ class Parser:
         if loose:
             meant = near(loose[0], self.options, self.settings)
             wanted = ", ".join(option.shown for option in self.positional)
-            tail = f"did you mean --{meant[0]}?" if meant else "the options of this stage have names, such as --out"
+            usual = "out" if "out" in self.options else next(iter(self.options))
+            tail = f"did you mean --{meant[0]}?" if meant else f"the options of this stage have names, such as --{usual}"
             tail = f"it takes {wanted}, then options" if wanted and not meant else tail
             raise UserError(f"nothing takes {loose[0]!r}; {tail}")
 

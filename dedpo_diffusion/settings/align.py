@@ -90,7 +90,7 @@ class AlignSettings:
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what it starts from": "model prompts pairs",
         "labels": "judges votes methods",
-        "training": "recipe steps rounds",
+        "training": "recipe rounds",
         "judging": "strengths",
         "what is written": "out dry_run",
     }

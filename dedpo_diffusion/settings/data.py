@@ -207,7 +207,7 @@ class ProposeSettings:
     engine: Literal["local", "ray"] = field(default="local", metadata={"recorded": False})
     ray: RaySettings = field(default_factory=RaySettings, metadata={"recorded": False})
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
-        "what the images are made with": "model lora prompts steps guidance size",
+        "what the images are made with": "model lora prompts steps guidance",
         "what is written": "out images_per_prompt",
         "memory and speed": "batch dtype device engine",
     }
@@ -276,7 +276,7 @@ class PairsSettings:
     others: list[Path] = field(default_factory=list)
     FIRST: ClassVar[dict[str, str]] = {  # what `--help` shows
         "what is done": "action pairs repository human",
-        "export and join": "to others out images",
+        "export and join": "to others out",
         "push": "private raters license dry_run",
     }
 

@@ -267,7 +267,7 @@ def test_options_in_the_text_exist():
                 continue
             named = set(re.findall(r"--([a-z][a-z_.]*[a-z_])", span)) - FOREIGN - PENDING
             dotted = {name for name in re.findall(r"\b([a-z_]+\.[a-z_]+)\b", span) if name.partition(".")[0] in groups}
-            named |= {name for name in dotted if name.rpartition(".")[2] not in ("py", "jsonl")}
+            named |= {name for name in dotted if name.rpartition(".")[2] not in ("py", "json", "jsonl")}
             short = {name.rpartition(".")[2] for name in options}
             assert not {name for name in named if name not in (options if "." in name else short | options)}, f"{page}: {span}"
 

@@ -408,7 +408,7 @@ def test_a_broken_image_is_named_by_file_row_and_column(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--with", "nobody"], "aesthetic, http, brightness, vlm, openai, self; for Shapes only: oracle_reward"),
+        (["--with", "nobody"], "aesthetic, adapted, http, brightness, vlm, openai, self; for Shapes only: oracle_reward"),
         (["--batch", "0"], "batch is 0"),
         (["--temperature", "0"], "temperature is 0"),
         (["--name", "../out"], "cannot name a file"),

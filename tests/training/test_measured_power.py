@@ -21,7 +21,7 @@ from dedpo_diffusion.labels.files import read_targets, write_labels, write_targe
 from dedpo_diffusion.pipelines import export, merge, train
 from dedpo_diffusion.settings import DataSettings, ObjectiveSettings, TrainSettings
 from dedpo_diffusion.training import measured_power as measured
-from dedpo_diffusion.training.setup import prepare, resolve, timestep_draw
+from dedpo_diffusion.training.setup import prepare, timestep_draw
 from dedpo_diffusion.training.sharding import build_accelerator
 from support.pictures import build_tiny_model, write_pairs
 from support.processes import together
@@ -95,7 +95,7 @@ def told(run):
 def world(base, pairs, out, **objective):
     """Settings, model, loader and timesteps of a run, as `set_up` makes them."""
     given = ObjectiveSettings(power="measured", beta=200.0, timesteps=(0, 200), **objective)
-    settings = resolve(TrainSettings(str(base), out, DataSettings(pairs, caption_dropout=0.3), objective=given, seed=3, device="cpu"))
+    settings = TrainSettings(str(base), out, DataSettings(pairs, caption_dropout=0.3), objective=given, seed=3, device="cpu")
     scalable = measured.open_scalable(settings)
     model, loader, _, _ = prepare(settings, build_accelerator(settings), scalable)
     return settings, model, loader, timestep_draw(settings.objective, len(model.process))
@@ -342,8 +342,8 @@ def test_the_settings_can_be_tried_on_a_tiny_model(base, pairs, tmp_path, capsys
         ({"data__targets": "unsaid"}, "does not say by which method"),
         ({"data__targets": "few"}, "needs 16 pairs that carry weight, and targets 'few' have 10"),
         ({"data__targets": "nowhere"}, "there is no"),
-        ({"objective__kind": "kto"}, "take sigmoid, ipo or cdpo"),
-        ({"objective__kind": "dr_dpo"}, "take sigmoid, ipo or cdpo"),
+        ({"objective__kind": "kto"}, "take sigmoid, linear, ipo or cdpo"),
+        ({"objective__kind": "dr_dpo"}, "take sigmoid, linear, ipo or cdpo"),
         ({"objective__power_pairs": 15}, "objective.power_pairs is 15; a noise ratio needs at least 16 pairs"),
         ({"objective__power_draws": 1}, "objective.power_draws is 1; a noise ratio compares at least 2 draws"),
         ({"objective__max_overshoot": 0.5}, "objective.max_overshoot is 0.5"),

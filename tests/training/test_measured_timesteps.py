@@ -12,7 +12,7 @@ from dedpo_diffusion.dpo.noising import draw
 from dedpo_diffusion.pipelines import train
 from dedpo_diffusion.settings import DataSettings, ObjectiveSettings, TrainSettings
 from dedpo_diffusion.training import measured_timesteps as measured
-from dedpo_diffusion.training.setup import prepare, resolve, timestep_draw
+from dedpo_diffusion.training.setup import prepare, timestep_draw
 from dedpo_diffusion.training.sharding import build_accelerator
 from support.processes import together
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
@@ -54,7 +54,7 @@ def world(base, pairs, out, **objective):
     """Settings, model, loader and timesteps of a run, as `set_up` makes them."""
     wanted = ObjectiveSettings(beta=200.0, timestep_sampling="measured", **objective)
     given = TrainSettings(str(base), out, DataSettings(pairs, "soft", caption_dropout=0.3), objective=wanted, seed=3, device="cpu")
-    settings = resolve(given)
+    settings = given
     model, loader, _, _ = prepare(settings, build_accelerator(settings))
     return settings, model, loader, timestep_draw(settings.objective, len(model.process))
 
