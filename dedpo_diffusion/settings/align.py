@@ -117,7 +117,7 @@ class QuickstartSettings:
     pairs: int = 800
     human_share: float = 0.05
     steps: int = 150
-    strengths: list[float] = field(default_factory=lambda: [0.7, 1.0, 1.5, 2.0, 3.0])
+    strengths: list[float] = field(default_factory=lambda: [0.5, 0.7, 1.0, 1.5, 2.0])
     eval_prompts: int = 96
     eval_seeds: int = 2
     dry_run: bool = False
