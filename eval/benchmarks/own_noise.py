@@ -77,7 +77,7 @@ def gradients(settings: OwnNoiseSettings, folder: Path, kind: str) -> np.ndarray
     import torch
 
     from dedpo_diffusion.dpo.gradient_noise import loss_gradient
-    from dedpo_diffusion.training.setup import prepare, resolve
+    from dedpo_diffusion.training.setup import check_options, prepare
     from dedpo_diffusion.training.sharding import build_accelerator
 
     data = DataSettings(
@@ -88,7 +88,8 @@ def gradients(settings: OwnNoiseSettings, folder: Path, kind: str) -> np.ndarray
         "shapes", settings.work / "run", data, objective=ObjectiveSettings(beta=settings.beta), optim=OptimSettings(batch=8),
         seed=settings.seed, device="cpu",
     )  # fmt: skip
-    run = resolve(told)
+    check_options(told)
+    run = told
     model, loader, _, _ = prepare(run, build_accelerator(run))
     # the other factors' gradients are 0 while these are
     parameters, found = [value for name, value in model.trainable().items() if "lora_B" in name], []

@@ -109,11 +109,12 @@ def gradients(settings: StepNoiseSettings, folder: Path, name: str, progress: Pr
     from dedpo_diffusion.dpo.gradient_noise import loss_gradient
     from dedpo_diffusion.dpo.noising import draw
     from dedpo_diffusion.training.measured_timesteps import timestep_moments
-    from dedpo_diffusion.training.setup import prepare, resolve, timestep_draw
+    from dedpo_diffusion.training.setup import check_options, prepare, timestep_draw
     from dedpo_diffusion.training.sharding import build_accelerator
     from dedpo_diffusion.training.visit_gradients import weigh
 
-    run = resolve(arm_settings(settings, folder, name))
+    run = arm_settings(settings, folder, name)
+    check_options(run)
     accelerator = build_accelerator(run)
     model, loader, _, _ = prepare(run, accelerator)
     timesteps = timestep_draw(run.objective, len(model.process))

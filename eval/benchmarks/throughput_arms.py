@@ -187,16 +187,13 @@ def ours(sessions: dict[str, Session], name: str) -> Callable[[PhaseTimer | None
 def train_settings(settings: ThroughputSettings, pairs: Path, cache: Path) -> Any:
     """What `dedpo train` would be told."""
     from dedpo_diffusion.settings import DataSettings, LoraSettings, OptimSettings, TrainSettings
-    from dedpo_diffusion.training.setup import resolve
 
-    return resolve(
-        TrainSettings(
-            model=settings.model, out=pairs / "run",
-            data=DataSettings(pairs, "benchmark", cache=cache, sampling="uniform", reference_draws=2),
-            weights=settings.weights, lora=LoraSettings(rank=settings.rank, alpha=settings.rank),
-            optim=OptimSettings(batch=settings.pairs, learning_rate=1e-6),
-            mixed_precision="no" if settings.dtype == "float32" else "bf16", gradient_checkpointing=settings.gradient_checkpointing,
-        )
+    return TrainSettings(
+        model=settings.model, out=pairs / "run",
+        data=DataSettings(pairs, "benchmark", cache=cache, sampling="uniform", reference_draws=2),
+        weights=settings.weights, lora=LoraSettings(rank=settings.rank, alpha=settings.rank),
+        optim=OptimSettings(batch=settings.pairs, learning_rate=1e-6),
+        mixed_precision="no" if settings.dtype == "float32" else "bf16", gradient_checkpointing=settings.gradient_checkpointing,
     )  # fmt: skip
 
 

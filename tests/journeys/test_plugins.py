@@ -68,7 +68,7 @@ def check_train(path: Path, folder: Path, model: Path) -> None:
     ok("merge", "PAIRS", "--judge", "brightness", "--method", "naive", "--name", "soft", "--picture", "false", path=path, folder=folder)
     words = arguments(model, folder / "PAIRS", folder / "run", optim__steps=2, objective__kind="slic", objective__beta=2000)
     said = ok("train", *words, path=path, folder=folder)
-    assert "objective slic, balance output" in said
+    assert "objective slic, balance none" in said
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(1.0, abs=1e-5)  # a fresh adapter has margin 0, where max(0, 1 - m) is 1
 

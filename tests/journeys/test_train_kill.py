@@ -62,7 +62,10 @@ class Runs:
         """Every file that must be the same, but for times in metrics."""
         found = {}
         for root in (self.run / "checkpoints", self.cache):
-            found |= {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}
+            files = [
+                file for file in sorted(root.rglob("*")) if file.is_file() and file.parent.name != "in_use"
+            ]  # whose locks tell processes
+            found |= {str(file.relative_to(root)): file.read_bytes() for file in files}
         lines = [{key: value for key, value in line.items() if "second" not in key} for line in metrics(self.run)]
         return found | {"metrics": repr(lines).encode()}
 
