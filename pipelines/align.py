@@ -218,10 +218,10 @@ def complete_results(settings: AlignSettings, route: Route, journal: Journal) ->
     default, loras = settings.methods[0], results["loras"]
     merged = json.loads(route.targets(default).read_text(encoding="utf-8"))
     if settings.rounds > 1:
-        from dedpo_diffusion.journey.rounds import best_round, curve, draw_curve
+        from dedpo_diffusion.journey.rounds import curve, draw_curve, last_gain
 
         results["rounds"] = curve(route, results)
-        default = replace(route, number=best_round(route, file)).arm(default)
+        default = replace(route, number=last_gain(results["rounds"])).arm(default)
         draw_curve(results["rounds"], settings.out / "rounds.png")
     results["default"] = default
     for name, entry in loras.items():

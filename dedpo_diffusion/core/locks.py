@@ -92,9 +92,10 @@ def share_tasks(
                 mine = [part for part in mine if part in unfinished]
                 if mine:
                     found = work(task, mine)
-            if pending(task):
+            unfinished = pending(task)
+            if unfinished:
                 left.append((number, task))
-            if found is not None or not pending(task):
+            if found is not None or not unfinished:
                 yield number, found
         if len(left) == len(todo):
             time.sleep(PAUSE)

@@ -38,10 +38,15 @@ def _cumulated(process: ForwardProcess, timesteps: Tensor, like: Tensor) -> Tens
     return torch.where(timesteps < 0, torch.ones_like(there), there).view(-1, *[1] * (like.ndim - 1))
 
 
+def _variance(now: Tensor, then: Tensor) -> Tensor:
+    """DDPM's variance of a step between these cumulated alphas, of their shape; DDIM's is eta^2 times it."""
+    return ((1 - then) / (1 - now) * (1 - now / then)).clamp(min=0)
+
+
 def step_deviation(process: ForwardProcess, timesteps: Tensor, following: Tensor, *, eta: float) -> Tensor:
     """Standard deviation (B,) float64 of the draw that leads from timesteps (B,) to those that follow; 0 where it leads to `END`."""
     now, then = (_cumulated(process, t, timesteps) for t in (timesteps, following))
-    return eta * ((1 - then) / (1 - now) * (1 - now / then)).clamp(min=0).sqrt()
+    return eta * _variance(now, then).sqrt()
 
 
 def ddim_mean(process: ForwardProcess, noisy: Tensor, prediction: Tensor, timesteps: Tensor, following: Tensor, *, eta: float) -> Tensor:
@@ -60,8 +65,7 @@ def ddim_mean(process: ForwardProcess, noisy: Tensor, prediction: Tensor, timest
         noise, clean = found, (x - (1 - now).sqrt() * found) / now.sqrt()
     else:
         noise, clean = now.sqrt() * found + (1 - now).sqrt() * x, now.sqrt() * x - (1 - now).sqrt() * found
-    variance = eta**2 * ((1 - then) / (1 - now) * (1 - now / then)).clamp(min=0)
-    return then.sqrt() * clean + (1 - then - variance).clamp(min=0).sqrt() * noise
+    return then.sqrt() * clean + (1 - then - eta**2 * _variance(now, then)).clamp(min=0).sqrt() * noise
 
 
 def log_probability(drawn: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:

@@ -242,27 +242,20 @@ def calibrate_step(route: Route, known: costs.Known) -> tuple[str | list[str], S
 def train_steps(route: Route, known: costs.Known, method: str, start: Path | None = None) -> Iterator[Step]:
     """One LoRA: everything but the targets is the same for all methods. It goes on from the LoRA `start`."""
     s, run, lora = route.settings, route.run(method), route.lora(method)
-    recipe, begun = recipe_file(str(s.recipe)), [] if start is None else [start]
+    recipe = recipe_file(str(s.recipe))
     options = ["--data.pairs", str(route.pairs), "--data.targets", route.own(method), "--data.cache", str(route.folder / "cache")]
     options += [] if start is None else ["--lora.start", str(start)]
     options += ["--out", str(run), "--seed", str(s.seed)]
     options += [] if s.steps is None else ["--optim.steps", str(s.steps)]
     options += ["--device", "cpu"] if s.device == "cpu" else []
     options += [part for name, value in s.training.items() for part in (f"--{name}", str(value))]
-    inputs = (route.pairs / "pairs", route.targets(method).with_suffix(".parquet"), recipe, *existing(s.model), *begun)
+    inputs = (route.pairs / "pairs", route.targets(method).with_suffix(".parquet"), recipe, *existing(s.model, start))
     yield Step(
         route.step(f"train {method}"), "train", ("--config", str(recipe), *route.model(), *options), inputs,
         (run / "settings.yaml",), (run,), resumes=True, cost=costs.train(s, recipe, known, first=method == s.methods[0]),
     )  # fmt: skip
-    yield Step(
-        route.step(f"export {method}"),
-        "export",
-        (str(run), "--out", str(lora)),
-        (run / "checkpoints",),
-        (lora,),
-        (lora,),
-        cost="a LoRA file",
-    )
+    argv = (str(run), "--out", str(lora))
+    yield Step(route.step(f"export {method}"), "export", argv, (run / "checkpoints",), (lora,), (lora,), cost="a LoRA file")
 
 
 def verdict_steps(loras: Sequence[tuple[Route, str]], known: costs.Known, best: Callable[[], int] = lambda: 0) -> Iterator[Step]:

@@ -40,7 +40,11 @@ def best_round(route: Route, results: Path) -> int:
     """The last round before one that gained nothing; the last of all where they all gained, or nobody has compared them yet."""
     if not results.is_file():
         return route.settings.rounds
-    rounds = curve(route, json.loads(results.read_text(encoding="utf-8")))
+    return last_gain(curve(route, json.loads(results.read_text(encoding="utf-8"))))
+
+
+def last_gain(rounds: list[dict[str, Any]]) -> int:
+    """The last round of a `curve` before one that gained nothing."""
     return next((entry["round"] - 1 for entry in rounds[1:] if entry["minus_last"]["mean"] <= 0), len(rounds))
 
 

@@ -6,7 +6,8 @@ differ, each label carries the probability that its pair had of being labelled, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,13 @@ def join(folders: Sequence[Path], out: Path, *, human: str = "human") -> list[st
 def _check_ids(folders: Sequence[Path], readers: Sequence[PairReader]) -> None:
     seen: dict[str, Path] = {}
     for folder, reader in zip(folders, readers, strict=True):
-        for pair_id in reader.ids():
+        ids = reader.ids()
+        for pair_id in ids:
             if pair_id in seen:
                 raise UserError(
                     f"pair_id {pair_id!r} is in {seen[pair_id]} and in {folder}: give every pair once, and proposed ones another --seed"
                 )
-        seen |= dict.fromkeys(reader.ids(), folder)
+        seen |= dict.fromkeys(ids, folder)
 
 
 def _join_labels(folders: Sequence[Path], readers: Sequence[PairReader], out: Path, name: str, *, of_people: bool) -> list[str]:
@@ -97,42 +99,49 @@ def _with_propensity(found: list[Labels], readers: Sequence[PairReader]) -> list
     shares = [len(labels.pair_id) / len(reader) for labels, reader in zip(found, readers, strict=True)]
     if not any("propensity" in labels.extra for labels in found) and len(set(shares)) == 1:
         return found
-    return [
-        labels if "propensity" in labels.extra else Labels(labels.pair_id, labels.label_0, {**labels.extra, "propensity": stated})
-        for labels, share in zip(found, shares, strict=True)
-        for stated in [[share] * len(labels.pair_id)]
-    ]
+    stated = [labels.extra.get("propensity", [share] * len(labels.pair_id)) for labels, share in zip(found, shares, strict=True)]
+    return [replace(labels, extra={**labels.extra, "propensity": given}) for labels, given in zip(found, stated, strict=True)]
+
+
+Rename = Callable[[int, str, Any], Any]  # the number of a dataset, a pair_id and a value to the value in the joined file
+
+
+def _joined_columns(found: Sequence[Labels | Votes], column_of: str, rename: Rename) -> dict[str, list[Any]]:
+    """The further columns of several files in one: empty where a file lacks one; those of `column_of` are renamed, as they name something
+    of their own dataset."""
+    columns = dict.fromkeys(column for each in found for column in each.extra)
+    extra: dict[str, list[Any]] = {column: [] for column in columns}
+    for number, each in enumerate(found):
+        for column in columns:
+            values = each.extra.get(column, [None] * len(each.pair_id))
+            if column == column_of:
+                values = [rename(number, pair_id, value) for pair_id, value in zip(each.pair_id, values, strict=True)]
+            extra[column] += values
+    return extra
+
+
+def _cluster(number: int, pair_id: str, cluster: Any) -> str:
+    """A cluster's name that no other dataset has; a label without one is one of its own."""
+    return f"{number}-pair-{pair_id}" if cluster is None else f"{number}-{cluster}"
+
+
+def _ranking(number: int, pair_id: str, ranking: Any) -> str | None:
+    return None if ranking is None else f"{number}-{ranking}"
 
 
 def _joined(found: Sequence[Labels]) -> Labels:
-    """One file of several; a column that some lack is empty there. Clusters of different datasets stay apart."""
-    columns = dict.fromkeys(column for labels in found for column in labels.extra)
-    extra: dict[str, list[Any]] = {column: [] for column in columns}
-    for number, labels in enumerate(found):
-        for column in columns:
-            values = labels.extra.get(column, [None] * len(labels.pair_id))
-            extra[column] += _clusters(number, labels, values) if column == "cluster" else values
+    """One file of several. Clusters of different datasets stay apart."""
+    extra = _joined_columns(found, "cluster", _cluster)
     label_0 = np.concatenate([labels.label_0 for labels in found])
     return Labels([pair_id for labels in found for pair_id in labels.pair_id], label_0, extra)
 
 
-def _clusters(number: int, labels: Labels, values: Sequence[Any]) -> list[str]:
-    """Names of clusters that no other dataset has; a label without one is one of its own."""
-    given = zip(labels.pair_id, values, strict=True)
-    return [f"{number}-pair-{pair_id}" if cluster is None else f"{number}-{cluster}" for pair_id, cluster in given]
-
-
 def _joined_votes(found: Sequence[Votes]) -> Votes:
-    columns = dict.fromkeys(column for votes in found for column in votes.extra)
-    extra: dict[str, list[Any]] = {column: [] for column in columns}
-    for number, votes in enumerate(found):
-        for column in columns:
-            values = votes.extra.get(column, [None] * len(votes.pair_id))
-            extra[column] += [None if value is None else f"{number}-{value}" for value in values] if column == "ranking" else values
+    """The same of votes and their rankings."""
     return Votes(
         [pair_id for votes in found for pair_id in votes.pair_id],
         np.concatenate([votes.label_0 for votes in found]),
         np.concatenate([votes.votes for votes in found]),
         [rater for votes in found for rater in votes.rater],
-        extra,
+        _joined_columns(found, "ranking", _ranking),
     )

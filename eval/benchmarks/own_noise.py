@@ -84,12 +84,11 @@ def gradients(settings: OwnNoiseSettings, folder: Path, kind: str) -> np.ndarray
         folder, "truth", cache=settings.work / "cache", reference_draws=settings.draws, noise=kind,  # type: ignore[arg-type]
         inversion_steps=settings.levels, sampling="uniform",
     )  # fmt: skip
-    told = TrainSettings(
+    run = TrainSettings(
         "shapes", settings.work / "run", data, objective=ObjectiveSettings(beta=settings.beta), optim=OptimSettings(batch=8),
         seed=settings.seed, device="cpu",
     )  # fmt: skip
-    check_options(told)
-    run = told
+    check_options(run)
     model, loader, _, _ = prepare(run, build_accelerator(run))
     # the other factors' gradients are 0 while these are
     parameters, found = [value for name, value in model.trainable().items() if "lora_B" in name], []

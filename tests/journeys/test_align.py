@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -20,17 +18,12 @@ from dedpo_diffusion.journey.steps import steps
 from dedpo_diffusion.labels.files import label_names, read_labels
 from dedpo_diffusion.pipelines import STAGES, align
 from dedpo_diffusion.settings import AlignSettings, DataSettings, MergeSettings
+from support.aligning import SMALL, align_command, results_of, without_places
 from support.browser import browser, press, ready  # noqa: F401
 from support.pictures import write_pairs
 from support.voting import client_of, post
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SMALL = [
-    "--model", "shapes", "--prompts", "shapes", "--limit", "24", "--judges", "oracle_clean", "--people", "simulated",
-    "--human_share", "0.5",
-    "--methods", "naive", "--recipe", "shapes_lora.yaml", "--steps", "2", "--strengths", "1", "2", "--eval_prompts", "shapes",
-    "--eval_limit", "4", "--eval_seeds", "1", "--scorers", "oracle_reward", "--sampler_steps", "2", "--batch", "12", "--device", "cpu",
-]  # fmt: skip
 
 
 # ---- the journal
@@ -248,24 +241,12 @@ def test_settings_that_cannot_be_meant_are_refused(changes, message, tmp_path):
 # ---- journeys
 
 
-def arguments(out: Path, *changes: str) -> list[str]:
-    return [sys.executable, "-m", "dedpo_diffusion.pipelines.align", *SMALL, "--out", str(out), *changes]
-
-
-def results_of(out: Path) -> dict:
-    return {key: value for key, value in json.loads((out / "results.json").read_text()).items() if key != "seconds"}
-
-
-def without_places(found: object, out: Path) -> object:
-    return json.loads(json.dumps(found).replace(str(out), "OUT"))
-
-
 @pytest.mark.slow
 def test_a_journey_that_is_killed_between_stages_ends_as_one_that_is_not(tmp_path, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert align.main([*SMALL, "--out", str(whole)]) == 0
     for marker in ("labels/oracle_clean.parquet", "runs/naive/settings.yaml", "samples/naive/strength-1/settings.yaml"):
-        process = subprocess.Popen(arguments(stopped), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(align_command(stopped), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         place = stopped / "data" / marker if marker.startswith("labels") else stopped / marker
         while not place.exists():
             assert process.poll() is None
@@ -319,7 +300,7 @@ def answer_in_the_page(browser):
 def test_people_answer_and_the_journey_goes_on_by_itself(way, tmp_path, request):
     answer = answer_by_program if way == "program" else request.getfixturevalue("answer_in_the_page")
     out = tmp_path / "out"
-    own = [part for part in arguments(out) if part not in ("--people", "simulated", "--human_share", "0.5")]
+    own = [part for part in align_command(out) if part not in ("--people", "simulated", "--human_share", "0.5")]
     log = open(tmp_path / "log", "w+")  # noqa: SIM115
     env = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")} | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([*own, "--votes", "6"], stdout=log, stderr=subprocess.STDOUT, env=env)

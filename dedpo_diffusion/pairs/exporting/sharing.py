@@ -12,6 +12,7 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.privacy import check_private, without_paths
 from dedpo_diffusion.pairs.exporting.bare_images import without_metadata
 from dedpo_diffusion.pairs.exporting.rows import Item, as_text
+from dedpo_diffusion.pairs.exporting.tables import DATA_FILES
 from dedpo_diffusion.pairs.formats.annotated import ANSWERS, PAIR_ID, SIDES
 from dedpo_diffusion.settings import PairsSettings
 
@@ -154,12 +155,7 @@ tags:
 - preference
 - text-to-image
 - dedpo_diffusion
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/train-*.parquet
----
+{DATA_FILES}---
 
 # {name}
 

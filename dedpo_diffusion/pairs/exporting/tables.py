@@ -23,13 +23,14 @@ from dedpo_diffusion.pairs.formats.annotated import ANSWERS, PAIR_ID, SIDES, wri
 from dedpo_diffusion.settings import PairsSettings
 
 GROUP_ROWS, GROUP_BYTES, FILE_BYTES = 100, 64 << 20, 500 << 20  # of a row group, and of a parquet file
-CARD = """---
-configs:
+DATA_FILES = """configs:
 - config_name: default
   data_files:
   - split: train
     path: data/train-*.parquet
----
+"""  # in the head of a card: where `datasets` looks for the rows
+CARD = f"""---
+{DATA_FILES}---
 Pairs of images for one prompt, and which of the two people prefer. `label_0` is the mean answer: 1 where image_0 is preferred, 0 where
 image_1 is, 0.5 for a tie, empty where nobody answered. `answers` holds the single answers as JSON.
 """
