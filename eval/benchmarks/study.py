@@ -50,7 +50,8 @@ class StudySettings:
         work: folder for the pool, the cache and the cells.
         blocks: which cells, in the order in which they are done; the report's figure is of the first one's first judge and share.
         pool, pairs: pairs proposed once for all seeds, and pairs of a seed.
-        steps, draws: of training, and pre-drawn noises of each pair (data.reference_draws); the rest is the quickstart's.
+        steps, draws: of training, and pre-drawn noises of each pair (data.reference_draws).
+        train: further options of `dedpo train`, such as --objective.balance=none; the rest is the quickstart's.
         strengths: of the LoRA, at which each training is judged.
         prompts, image_seeds: prompts that a policy is judged by, and images of each.
         minutes: no cell is begun after so many; None goes on until all are done.
@@ -63,6 +64,7 @@ class StudySettings:
     pairs: int = 800
     steps: int = 150
     draws: int = 16
+    train: list[str] = field(default_factory=list)
     strengths: tuple[float, ...] = (0.7, 1.0, 1.5, 2.0, 3.0)
     prompts: int = 144
     image_seeds: int = 2
@@ -160,7 +162,7 @@ class Study:
         out, told = at.work / "runs" / cell.name, io.StringIO()
         argv = ["--config", CONFIG, "--data.pairs", folder, "--data.targets", cell.name, "--data.cache", at.work / "cache", "--out", out]
         argv += ["--data.reference_draws", at.draws, "--optim.steps", at.steps, "--seed", cell.seed]
-        argv += ["--checkpoint_every", at.steps, "--log_every", at.steps]
+        argv += ["--checkpoint_every", at.steps, "--log_every", at.steps, *at.train]
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
             code = train.main([str(part) for part in argv])
         if code:
