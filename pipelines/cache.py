@@ -12,12 +12,13 @@ from __future__ import annotations
 import time
 
 from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.settings import CacheSettings
 
 
 def run(settings: CacheSettings) -> None:
     """List and remove caches of encoded pairs."""
-    from dedpo_diffusion.core.caches import Cache, in_use, list_caches, remove, size_words, user_root
+    from dedpo_diffusion.core.caches import Cache, in_use, list_caches, remove, user_root
 
     root = settings.folder or user_root()
     found = list_caches(root)

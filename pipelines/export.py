@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, held_already, say, say_next, say_replaced, stage
+from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.settings import ExportSettings
 
 if TYPE_CHECKING:
@@ -345,8 +346,7 @@ def _range(values: list[Any]) -> str:
 
 def _size(path: Path) -> str:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    size = sum(file.stat().st_size for file in files)
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return size_words(sum(file.stat().st_size for file in files))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,19 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dedpo_diffusion.core.console import say, stage
+from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.settings import InspectSettings
 
 LONGEST = 200  # characters of somebody else's metadata in the table
-
-
-def size_words(count: int) -> str:
-    """Bytes for people."""
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
 
 
 def _numbers(values: Sequence[float | None], missing: str) -> str:

@@ -24,11 +24,6 @@ def user_root() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dedpo_diffusion"
 
 
-def size_words(size: float) -> str:
-    """Bytes in the unit that people think in."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(size / 1e6, 0.1):.1f} MB"
-
-
 def bytes_in(folder: Path) -> int:
     """What the files below a folder take."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Characters that no text file, file name or tokenizer takes: NUL, and half a character (a lone surrogate, as JSON can write it)."""
+"""Words and characters in messages: sizes, values, and characters that no text file, file name or tokenizer takes."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def shown(value: object) -> str:
     """A value as a message shows it: on one line, of bearable length."""
     said = repr(value)
     return said if len(said) <= SHORT else f"{said[:SHORT]}... ({len(said)} characters)"
+
+
+def size_words(size: float) -> str:
+    """Bytes in decimal units, as shops and file managers give them: 12 bytes, 3.4 kB, 5.6 MB, 7.8 GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size:.0f} bytes"

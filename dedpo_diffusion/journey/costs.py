@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.settings import AlignSettings
 
 BYTES_A_PIXEL = 1.6  # of a PNG of a photograph-like image
@@ -85,14 +86,11 @@ def side(settings: AlignSettings) -> int:
     return settings.size or SIDES.get(settings.model, LARGE)
 
 
-def size_words(size: float) -> str:
-    """Bytes in words."""
-    return f"about {size / 1e9:.1f} GB of disk" if size >= 1e9 else f"about {max(size / 1e6, 1):.0f} MB of disk"
-
-
 def disk_of_images(settings: AlignSettings, images: Any) -> str:
     """Disk that images of the settings' size take."""
-    return size_words(images * side(settings) ** 2 * BYTES_A_PIXEL) if isinstance(images, int) else "disk: about 1.6 bytes a pixel"
+    if not isinstance(images, int):
+        return "disk: about 1.6 bytes a pixel"
+    return f"about {size_words(images * side(settings) ** 2 * BYTES_A_PIXEL)} of disk"
 
 
 def propose(settings: AlignSettings, known: Known) -> str:
@@ -113,5 +111,7 @@ def train(settings: AlignSettings, recipe: Path, known: Known, *, first: bool) -
     steps, step = settings.steps or optim["steps"], optim["batch"] * optim["accumulation"]
     pairs = known.pairs()
     epochs = "" if pairs is None else f", {steps * step / pairs:.1f} times through {pairs} pairs"
-    cached = "" if pairs is None or not first else f"; cache: {size_words(pairs * 8 * (side(settings) // 8) ** 2 * 4)} for latents"
+    cached = ""
+    if pairs is not None and first:
+        cached = f"; cache: about {size_words(pairs * 8 * (side(settings) // 8) ** 2 * 4)} of disk for latents"
     return f"{steps} steps of {step} pairs{epochs}{cached}"

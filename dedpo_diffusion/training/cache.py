@@ -26,6 +26,7 @@ from dedpo_diffusion.core import caches
 from dedpo_diffusion.core.console import NoSpace, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers, write_json
 from dedpo_diffusion.core.records import Conditioning
+from dedpo_diffusion.core.texts import size_words
 
 LAYOUT = 4  # of the files, and the rules images are decoded by; a cache of another layout gets another name
 ROOM = 0.9  # of the free disk that an optional cache may take
@@ -120,7 +121,7 @@ def begin_cache(folder: Path, wanted: int, about: Mapping[str, str], *, optional
     there = caches.bytes_in(folder) if folder.is_dir() else 0
     if optional and (not folder.is_dir() or wanted - there > ROOM * shutil.disk_usage(folder).free):
         raise NoSpace(folder)
-    say(f"the pairs are encoded once, into {folder}: about {caches.size_words(wanted)} in all")
+    say(f"the pairs are encoded once, into {folder}: about {size_words(wanted)} in all")
     caches.describe(folder, {**about, "layout": LAYOUT, "version": version("dedpo_diffusion")})
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from dedpo_diffusion.core import caches
 from dedpo_diffusion.core.console import NoSpace, Progress, UserError, say
 from dedpo_diffusion.core.records import Conditioning, Pair, PairBatch, Targets, Tensors
+from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.dpo.adaptive_power import LEAST_POWER, Parts, loss_parts, retarget, visited_pairs
 from dedpo_diffusion.dpo.noising import Draws, step_generator
 from dedpo_diffusion.labels.files import read_targets, targets_path
@@ -287,7 +288,7 @@ def open_cache(
                 folder, identity=identity, prompts=reader.prompts(), shards=reader.counts, read_shard=views,
                 encode_images=model.encode_images, encode_prompts=model.encode_prompts, advance=progress.advance, locate=reader.location,
             )  # fmt: skip
-        say(f"{folder} holds {caches.size_words(caches.bytes_in(folder))}")
+        say(f"{folder} holds {size_words(caches.bytes_in(folder))}")
     return PairCache(folder)
 
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dedpo_diffusion.core.caches import size_words
 from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers
+from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, image_noise, step_generator
 from dedpo_diffusion.training.groups import Groups
 from dedpo_diffusion.training.pair_sampler import alike

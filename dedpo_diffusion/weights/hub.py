@@ -19,6 +19,7 @@ from urllib.parse import unquote
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import file_digest
 from dedpo_diffusion.core.privacy import check_private, cut, without_paths
+from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.models.single_file import PICKLED
 from dedpo_diffusion.weights.header import read_header
 
@@ -288,11 +289,3 @@ def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     token = get_token()
     return (text.replace(token, "***") if token else text).rstrip(".")
-
-
-def size_words(size: int) -> str:
-    """A size as people say it."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"

@@ -25,10 +25,10 @@ from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 
 ARMS: dict[str, list[str]] = {  # what differs from the defaults
     "defaults": [],
-    "no balance": ["--objective.balance", "none"],
-    "stop 4": ["--objective.options", '{"stop": 4}'],
     "linear": ["--objective.kind", "linear"],
-    "linear, no balance": ["--objective.kind", "linear", "--objective.balance", "none"],
+    "balance": ["--objective.balance", "output"],
+    "balance, stop 4": ["--objective.balance", "output", "--objective.options", '{"stop": 4}'],
+    "linear, balance": ["--objective.kind", "linear", "--objective.balance", "output"],
 }
 TARGETS = "stability"
 CONFIG = files("dedpo_diffusion.configs") / "shapes_lora.yaml"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dedpo_diffusion.core.console import stage
-from dedpo_diffusion.core.texts import misfit, shown
+from dedpo_diffusion.core.texts import misfit, shown, size_words
 
 DEDPO = [sys.executable, "-c", "from dedpo_diffusion.pipelines import main; raise SystemExit(main())"]
 
@@ -95,3 +95,10 @@ def test_a_file_name_that_is_no_utf8_is_read_and_said(tmp_path):
     command = [*DEDPO, "ingest", "table", source, "--out", os.fsencode(tmp_path) + b"/P\xe9"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     assert done.returncode == 2 and "cannot be read (No such file" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (4_560_000, "4.6 MB"), (1.5e9, "1.5 GB"), (2e12, "2000.0 GB")]
+)
+def test_sizes_in_words(size, words):
+    assert size_words(size) == words

@@ -19,10 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 
 import dedpo_diffusion
 from dedpo_diffusion.core.records import Pair
+from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.labels.files import Votes, aggregate, read_labels, read_votes, write_labels, write_votes
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.pipelines import main
-from dedpo_diffusion.weights.hub import size_words
 from support.hub import TOKEN, Hub, hub  # noqa: F401 - one is a fixture
 from support.pictures import picture
 

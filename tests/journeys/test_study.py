@@ -15,6 +15,7 @@ from dedpo_diffusion.evaluation.benchmarks import study, teaching
 from dedpo_diffusion.evaluation.benchmarks.study import Block, StudySettings, cells
 from dedpo_diffusion.evaluation.benchmarks.study_report import at_best, choose_default, recovered, regrets, summarise, tables
 from dedpo_diffusion.evaluation.benchmarks.study_world import (
+    JUDGES,
     METHODS,
     Pool,
     draw_sample,
@@ -68,21 +69,18 @@ def test_what_is_unknown_is_refused(block, words):
         cells(settings(block))
 
 
-def test_the_config_does_all_seeds_of_its_main_cells_first():
-    found = cells(Parser(StudySettings).parse(["--config", str(CONFIG), "--work", "work"]))
-    main, taught, fresh, more = found[1:41], found[41:61], found[61:91], found[91:97]
-    arms = [{(cell.arm, cell.judge, cell.seed) for cell in block} for block in (main, taught, fresh, more)]
-    seeds = range(10)
-    alone = {(arm, "none", seed) for arm in ("human_only", "human_100") for seed in seeds}
-    assert arms[0] == alone | {(arm, "clip", seed) for arm in ("naive", "adapted") for seed in seeds}
-    assert arms[1] == {("adapted", judge, seed) for judge in ("adversarial", "coin") for seed in seeds}
-    assert {(arm, seed) for arm, _, seed in arms[2]} == {(arm, seed + 10) for arm in ("human_only", "naive", "adapted") for seed in seeds}
-    assert arms[3] == {(arm, "clip", seed) for arm in ("tuned", "dedpo") for seed in range(3)}
-    assert {cell.share for cell in found[1:97]} == {0.05, 1.0}
-    both = [
-        {(c.arm, c.judge, c.share) for c in found if c.people == people and c.arm != "judge_only"} for people in ("quickstart", "noisy")
-    ]
-    assert both[0] == both[1]
+def test_the_config_does_its_main_cells_first_and_one_seed_of_the_whole_table_before_a_second():
+    found = cells(Parser(StudySettings).parse(["--config", str(CONFIG), "--work", "work"]))[1:]
+    assert {cell.seed for cell in found} == set(range(10, 20)), "fresh: no method was chosen by them"
+    main, table = found[:30], found[30 : 30 + 24 + 58]
+    assert {(cell.arm, cell.judge, cell.seed) for cell in main} == {
+        (arm, "none" if arm.startswith("human") else "clip", seed) for arm in (*METHODS, "human_100") for seed in range(10, 15)
+    }
+    assert {cell.seed for cell in table} == {10}
+    first = [cell for cell in [*main, *table] if cell.seed == 10 and cell.arm != "human_100"]
+    taking = {(cell.arm, cell.judge, cell.share) for cell in first if cell.arm != "human_only"}
+    assert taking == {(arm, judge, share) for arm in METHODS[1:] for judge in JUDGES for share in (0.01, 0.05, 0.25)}
+    assert {cell.share for cell in first if cell.arm == "human_only"} == {0.01, 0.05, 0.25}
 
 
 @pytest.mark.parametrize("agreement", [0.55, 0.7, 0.9])

@@ -125,7 +125,7 @@ def test_rewards_equal_a_plain_loop_over_images_and_draws(trained, tiny_model):
                     switch()
                     error.append((pipe.unet(noisy, torch.tensor([timestep]), text).sample - noise).square().mean().item())
                 total += -0.5 * BETA[1] * (error[0] - error[1])
-            assert reward == pytest.approx(total / 3, abs=2e-5)
+            assert reward == pytest.approx(total / 3, abs=5e-5)  # beta / 2 times the rounding of errors near 1
     assert np.abs(found).max() > 1e-3
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dedpo_diffusion.core import caches
+from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.pipelines import train
 from dedpo_diffusion.settings import DataSettings, OptimSettings, TrainSettings
 from dedpo_diffusion.training import cache, cache_choice
@@ -67,7 +68,7 @@ def test_the_users_cache_changes_nothing_of_a_run_and_is_told(tiny_model, tiny_p
     [held] = caches.list_caches(eager)
     assert held.whole and held.about["pairs"] == str(tiny_pairs.resolve()) and held.about["model"] == str(tiny_model)
     words = said(capsys)
-    assert f"encoded once, into {held.folder}: about" in words and f"{held.folder} holds {caches.size_words(held.size)}" in words
+    assert f"encoded once, into {held.folder}: about" in words and f"{held.folder} holds {size_words(held.size)}" in words
     expected = float(words.split(f"{held.folder}: about ")[1].split()[0]) * 1e6
     assert 0.3 < expected / held.size < 1.5  # these files are so small that their headers count
     assert deviation(final(tmp_path / "live"), final(tmp_path / "kept")) == (0, 0)

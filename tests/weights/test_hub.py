@@ -15,9 +15,10 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.weights.header import read_header
-from dedpo_diffusion.weights.hub import check_private, size_words, without_paths
+from dedpo_diffusion.weights.hub import check_private, without_paths
 from support.hub import TOKEN, hub  # noqa: F401 - one is a fixture
 from support.training import arguments, fresh_accelerate_state  # noqa: F401 - a fixture
 
