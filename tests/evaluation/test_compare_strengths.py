@@ -160,6 +160,11 @@ def test_the_gain_at_the_best_strength_is_worked_out_by_hand(folders):
     there, back = found["loras"]["tuned"]["best_minus"]["human"], found["loras"]["human"]["best_minus"]["tuned"]
     np.testing.assert_allclose([there["mean"], *there["ci"]], [gap.mean, gap.low, gap.high], rtol=1e-9)
     np.testing.assert_allclose([back["mean"], *back["ci"]], [-gap.mean, -gap.high, -gap.low], rtol=1e-9)
+    by_scorer = found["loras"]["tuned"]["best_minus_by_scorer"]
+    assert by_scorer.keys() == {"human"} and by_scorer["human"].keys() == {"truth", "proxy"} and by_scorer["human"]["truth"] == there
+    assert by_scorer["human"]["proxy"]["mean"] == pytest.approx(
+        found["loras"]["tuned"]["scores"]["proxy"]["mean"] - found["loras"]["human"]["scores"]["proxy"]["mean"]
+    )
     won = win_rate(at["tuned"], at["human"], CLUSTERS, resamples=500, seed=4)
     assert found["loras"]["tuned"]["best_wins"]["human"]["mean"] == pytest.approx(won.mean)
 
