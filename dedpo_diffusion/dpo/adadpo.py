@@ -3,8 +3,9 @@
 DPO's gradients with respect to the two probabilities are in the ratio 1 / P_w : 1 / P_l. AdaDPO (Chen et al., arXiv 2605.28440) makes them
 equal with the coefficient beta sg(P_w / P_l) in place of beta on the preferred answer, clipped at 2, sg being stop-gradient. Here P_i is
 the policy's probability of the reverse step at the pair's own timestep, tempered: log P_i = -scale e_i / 2 with `probability_scale`, so
-that P_w / P_l = exp(scale (e_l - e_w) / 2). As in the paper the reference does not enter. It differs from the balance "probability", whose
-two factors are in the same ratio, in that the rejected image's gradient stays as it is, and in the clip.
+that P_w / P_l = exp(scale (e_l - e_w) / 2). The reference, an option in the paper, does not enter. That the coefficient stands on the
+preferred answer follows from the equality that it is for; the paper was read in its abstract only. It differs from the balance
+"probability", whose two factors are in the same ratio, in that the rejected image's gradient stays as it is, and in the clip.
 
 Who is preferred is a matter of the label, so a loss that is affine in the label stays so: every other target has the gradient of
 t times a label 1 and 1 - t times a label 0, and merged targets the one that all human labels would have on average.
