@@ -105,6 +105,8 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
             found[name] |= {key: results["loras"][name][key] for key in ("best_strength", "gain_at_best_strength")}
     for name in list(found)[1:]:
         found[name]["warnings"] = verdict.warnings(results, name)
+    for name, warned in at_best.warnings(results).items():
+        results["loras"][name]["warnings"] = warned
     results["notes"] += [*verdict.sampling_notes(arms), *role_notes, *disagreements, *left_out]
     results["notes"] += [*lora_notes, *verdict.category_notes(at_best.at_best(results))]
     results["notes"] += [text for path in settings.targets for text in cautions.judge_pays(path.stem, verdict.read_targets_report(path))]
@@ -144,7 +146,8 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
         `drift.EMBEDDER.{mean, ci}`; `choose_by`; `best_strength` on all prompts and its `best_arm`; `chosen`, at which strength the first
         and the second half of the prompts are judged; by these `by_scorer` (as an arm's), `gain_at_best_strength.{mean, ci}`,
         `win_rate_at_best_strength`, `best_minus.OTHER.{mean, ci}` and `best_wins.OTHER.{mean, ci}` (OTHER is a LoRA at its own, or an
-        arm). The arm that bears the LoRA's name, that of strength 1, has `best_strength` and `gain_at_best_strength` too.
+        arm), `best_minus_by_scorer.LORA.SCORER.{mean, ci}`, `warnings`. The arm that bears the LoRA's name, that of strength 1, has
+        `best_strength` and `gain_at_best_strength` too.
 
     Raises:
         UserError: folders that cannot be compared.

@@ -10,6 +10,7 @@ OUT/journal.json: the same command goes on where it stopped, skips what is curre
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -120,6 +121,10 @@ def _check_rounds(settings: AlignSettings) -> None:
         return
     if settings.prompts is None:
         raise UserError("rounds need prompts, for which each round's LoRA proposes pairs; give prompts in place of pairs, or rounds: 1")
+    if len(settings.strengths) < 2:
+        raise UserError("rounds compare each LoRA at its best strength; give strengths two numbers or more, or rounds: 1")
+    if not 0 < settings.round_drift < math.inf:
+        raise UserError(f"round_drift is {settings.round_drift}; give a number above 0")
     if len(settings.methods) > 1:
         raise UserError(f"rounds go on with one LoRA, and methods names {len(settings.methods)}; give one, such as methods: [adapted]")
     if not settings.round_votes and settings.methods[0] not in ("adapted", "naive"):
@@ -233,6 +238,16 @@ def complete_results(settings: AlignSettings, route: Route, journal: Journal) ->
     write_json(file, results)
 
 
+def judged_anew(settings: AlignSettings, route: Route) -> bool:
+    """Whether by these settings the rounds end elsewhere than results.json says."""
+    if settings.rounds == 1:
+        return False
+    from dedpo_diffusion.journey.rounds import curve, read_results
+
+    results = read_results(settings.out / "results.json")
+    return results.get("rounds") != curve(route, results)
+
+
 def travel(settings: AlignSettings, route: Route, known: Known, journal: Journal) -> None:
     """Every step that is due, one after the other."""
     from dedpo_diffusion.journey.steps import steps
@@ -241,6 +256,8 @@ def travel(settings: AlignSettings, route: Route, known: Known, journal: Journal
         found = journal.look(step)
         if not found.due:
             say(f"{step.name}: done already")
+            if step.name == "compare" and judged_anew(settings, route):
+                complete_results(settings, route, journal)
             continue
         if found.why:
             say(f"\n{step.name}: {found.why}")

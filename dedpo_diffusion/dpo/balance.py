@@ -59,7 +59,8 @@ def _log_ratio(errors: Tensor, reference_errors: Tensor | None, mode: str, scale
     elif mode == "output":
         logs = _logs(errors)
     else:
-        raise ValueError(f"unknown balance mode {mode!r}; known: none, output, relative, probability")
+        label = "; adadpo looks at the label, see adadpo.adadpo_loss" if mode == "adadpo" else ""
+        raise ValueError(f"unknown balance mode {mode!r}; known: none, output, relative, probability{label}")
     return 0.5 * (logs[:, 1] - logs[:, 0])
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dedpo_diffusion.core.records import Conditioning, PairBatch, StepResult
+from dedpo_diffusion.dpo.adadpo import adadpo_coefficients, adadpo_loss, told_coefficients
 from dedpo_diffusion.dpo.balance import balance_coefficients, probability_scale, scale_gradients
 from dedpo_diffusion.dpo.losses import implicit_rewards, margin
 from dedpo_diffusion.dpo.noising import ForwardProcess, image_errors, image_noise, residual_cosine
@@ -46,6 +47,13 @@ def _on_images(pull: Tensor, members: Tensor | None, images: int) -> Tensor:
     return (which * pull.view(members.shape)[..., None]).sum(dim=(1, 2))
 
 
+def _scale(process: ForwardProcess, timesteps: Tensor, elements: int, balance: str, tempering: float) -> Tensor | None:
+    """The scale (B,) of the balances that compare probabilities."""
+    if balance not in ("probability", "adadpo"):
+        return None
+    return probability_scale(process.alphas_cumprod, timesteps, elements, tempering=tempering, prediction=process.prediction)
+
+
 def preference_step(
     model: Model,
     batch: PairBatch,
@@ -72,7 +80,7 @@ def preference_step(
         timesteps: (B,) int64.
         noise: (B, C, h, w), one draw a pair, or (B, 2, C, h, w), one an image.
         beta, kind, options, margin_cap: see `objectives`.
-        balance, balance_clip, balance_tempering: see `balance`.
+        balance, balance_clip, balance_tempering: see `balance`, and of "adadpo" `adadpo`.
         timestep_weight: (B,) factors of the pair losses, outside the sigmoid.
 
     Returns:
@@ -92,24 +100,16 @@ def preference_step(
         reference_errors = None if reference_errors is None else in_pairs(reference_errors, members)
         timesteps = timesteps.repeat_interleave(members.shape[1])
         timestep_weight = None if timestep_weight is None else timestep_weight.repeat_interleave(members.shape[1])
-    scale = None
-    if balance == "probability":
-        process = model.process
-        scale = probability_scale(
-            process.alphas_cumprod, timesteps, noise[0, 0].numel(), tempering=balance_tempering, prediction=process.prediction
-        )
-    factors = balance_coefficients(policy_errors, reference_errors, mode=balance, clip=balance_clip, scale=scale)
-    scaled = scale_gradients(policy_errors, factors)
-    loss = objective_loss(
-        scaled,
-        reference_errors,
-        batch.target,
-        batch.weight,
-        kind=kind,
-        beta=beta,
-        options=options,
-        margin_cap=margin_cap,
-    )
+    objective: dict[str, Any] = {"kind": kind, "beta": beta, "options": options, "margin_cap": margin_cap}
+    scale = _scale(model.process, timesteps, noise[0, 0].numel(), balance, balance_tempering)
+    if balance == "adadpo":
+        assert scale is not None
+        coefficients = adadpo_coefficients(policy_errors, scale, clip=balance_clip)
+        factors = told_coefficients(coefficients, batch.target)
+        loss = adadpo_loss(policy_errors, reference_errors, batch.target, batch.weight, coefficients, **objective)
+    else:
+        factors = balance_coefficients(policy_errors, reference_errors, mode=balance, clip=balance_clip, scale=scale)
+        loss = objective_loss(scale_gradients(policy_errors, factors), reference_errors, batch.target, batch.weight, **objective)
     if timestep_weight is not None:
         loss = timestep_weight * loss
     if reference_errors is None:

@@ -30,9 +30,12 @@ class AlignSettings:
         training: further options of `dedpo train`, by name: {"data.reference_draws": "8"}.
         steps: optimizer steps of each LoRA; None takes the recipe's.
         rounds: how often pairs are proposed, labelled and trained on. From the second on the latest LoRA proposes the pairs and is trained
-            further, on these and all earlier ones. A round that gains nothing over the one before on the scorer of the verdict is the last.
+            further, on these and all earlier ones. A round that gains nothing over the one before on the scorer of the verdict, or looks
+            over-optimised, is the last.
         round_votes: how many answers of people to wait for in each further round, about the new pairs that judges are least sure of;
             0 asks nobody again.
+        round_drift: a round is the last if its images lie further from the base's than this many times what the base's images of one prompt
+            lie apart, by the embeddings of the scorers that have them.
         strengths: strengths at which each LoRA is sampled; of several the best is found.
         eval_prompts: prompts of the evaluation, as in `dedpo sample`; "shapes" are those of the embedded model.
         eval_limit: how many of them to take; None takes all.
@@ -70,6 +73,7 @@ class AlignSettings:
     steps: int | None = None
     rounds: int = 1
     round_votes: int = 0
+    round_drift: float = 2.0
     strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
     eval_prompts: str | None = None
     eval_limit: int | None = None

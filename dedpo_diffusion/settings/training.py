@@ -98,9 +98,9 @@ class ObjectiveSettings:
             model's own images instead of pairs, see the options of loop.
         options: numbers of the objective, by name; those left out keep their defaults.
         balance: Balanced-DPO's gradient reweighting, per pair at its own timestep, for objectives that move both errors of a pair by equal
-            and opposite gradients. none won wherever LoRAs were compared at their best strength.
+            and opposite gradients; adadpo is AdaDPO's. none won wherever LoRAs were compared at their best strength.
         balance_clip: bound of the balance's log-ratio u.
-        balance_tempering: factor of u in balance=probability, whose ratios are extreme at small timesteps without it.
+        balance_tempering: factor of u in balance=probability and adadpo, whose ratios are extreme at small timesteps without it.
         margin_cap: bound on what the part of a target outside [0, 1] can add to the margin; None leaves it unbounded.
         timesteps: the range [first, last) that timesteps are drawn from, in steps of the training schedule.
         timestep_sampling: how they are drawn from it. measured draws them in proportion to the size of the gradients in their tenth of the
@@ -131,7 +131,7 @@ class ObjectiveSettings:
     sharpness: float | None = None
     kind: Literal[Kind, Policy] | str = field(default="sigmoid", metadata={"plugins": ["dedpo_diffusion.objectives"]})
     options: dict[str, float] = field(default_factory=dict)
-    balance: Literal["none", "output", "relative", "probability"] = "none"
+    balance: Literal["none", "output", "relative", "probability", "adadpo"] = "none"
     balance_clip: float = 10.0
     balance_tempering: float = 1e-3
     margin_cap: float | None = 10.0

@@ -168,6 +168,11 @@ def check_measurable(objective: ObjectiveSettings) -> None:
             f"objective.power=measured is derived for losses of the margin that are affine in the label, which objective.kind="
             f"{objective.kind} is not; take sigmoid, linear, ipo or cdpo, or leave objective.power at fixed"
         )
+    if objective.balance == "adadpo":
+        raise UserError(
+            "objective.power=measured takes a pair's gradients at its two labels to be opposite, which objective.balance=adadpo makes "
+            "unequal; take another balance, or leave objective.power at fixed"
+        )
     if objective.power_pairs < LEAST_PAIRS:
         raise UserError(f"objective.power_pairs is {objective.power_pairs}; a noise ratio needs at least {LEAST_PAIRS} pairs")
     if objective.power_draws < 2:

@@ -361,6 +361,11 @@ def check_options(settings: TrainSettings) -> None:
             "objective.balance is derived for objectives that move both errors of a pair by equal and opposite gradients; "
             f"objective.kind={objective.kind} does not, so leave it out"
         )
+    if objective.balance == "adadpo" and not find_objective(objective.kind).affine:
+        raise UserError(
+            f"objective.balance=adadpo is for losses that are affine in the label, which objective.kind={objective.kind} is not; "
+            "take sigmoid, linear, ipo or cdpo, or another balance"
+        )
 
 
 def check_counts(settings: TrainSettings) -> None:

@@ -50,6 +50,13 @@ def at_best(results: Results) -> Results:
     return view
 
 
+def warnings(results: Results) -> dict[str, list[str]]:
+    """Of each LoRA at its best strength what `verdict.warnings` says; none of one that the verdict's scorer did not judge there."""
+    arms = at_best(results)["arms"]
+    shown = {lora: name for name, _, lora in places(results) if lora is not None}
+    return {lora: arms[shown[lora]]["warnings"] if lora in shown else [] for lora in results.get("loras") or {}}
+
+
 def _as_arm(results: Results, arm: str, lora: str) -> dict[str, Any]:
     entry, own = results["loras"][lora], results["arms"][arm]
     primary = entry["by_scorer"].get(results["primary"], {})

@@ -227,6 +227,9 @@ def lora_results(
         others = {other: _apart(best[name], best[other], arms, primary, **options) for other in best if other != name}
         for key, place in (("best_minus", 0), ("best_wins", 1)):
             entry[key] = {other: both[place] for other, both in others.items() if both is not None}
+        entry["best_minus_by_scorer"] = {
+            other: _apart_by_scorer(best[name], best[other], arms, **options) for other in found if other != name
+        }
     return found, notes
 
 
@@ -270,23 +273,30 @@ def _worth(best: _Best, base: Arm, shared: Sequence[str], primary: str, **option
     }
 
 
-def _apart(mine: _Best, other: _Best, arms: Sequence[Arm], primary: str, **options: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The paired difference between two, and the rate at which the first wins; None where people judged no two prompts of both."""
+def _apart(mine: _Best, other: _Best, arms: Sequence[Arm], scorer: str, **options: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The paired difference between two on a scorer, and the rate at which the first wins; None where people judged no two prompts of
+    both."""
     import numpy as np
 
     from dedpo_diffusion.evaluation.comparison.intervals import intervals, is_rate, wins
     from dedpo_diffusion.evaluation.comparison.numbers import within
 
-    if primary not in mine.gains or primary not in other.gains:
+    if scorer not in mine.gains or scorer not in other.gains:
         return None
-    there = ~np.isnan(mine.gains[primary]) & ~np.isnan(other.gains[primary])
+    there = ~np.isnan(mine.gains[scorer]) & ~np.isnan(other.gains[scorer])
     prompts = arms[0].prompts[there]
     if len(np.unique(prompts)) < 2:
         return None
-    a, b = ((one.gains if primary == PEOPLE else one.scores)[primary][there] for one in (mine, other))
+    a, b = ((one.gains if scorer == PEOPLE else one.scores)[scorer][there] for one in (mine, other))
     gap, won = intervals([(a - b, False), (wins(a, b), True)], prompts, **options)
-    rate = primary != PEOPLE and is_rate(np.concatenate([arm.scores[primary] for arm in arms]))
-    return within(gap, 2 if primary == PEOPLE else 1 if rate else np.inf).as_dict(), won.as_dict()
+    rate = scorer != PEOPLE and is_rate(np.concatenate([arm.scores[scorer] for arm in arms]))
+    return within(gap, 2 if scorer == PEOPLE else 1 if rate else np.inf).as_dict(), won.as_dict()
+
+
+def _apart_by_scorer(mine: _Best, other: _Best, arms: Sequence[Arm], **options: Any) -> dict[str, Any]:
+    """The paired difference between two LoRAs on each scorer that judged both."""
+    found = {scorer: _apart(mine, other, arms, scorer, **options) for scorer in mine.gains}
+    return {scorer: both[0] for scorer, both in found.items() if both is not None}
 
 
 def _notes(entry: Mapping[str, Any], name: str) -> list[str]:

@@ -15,7 +15,7 @@ from dedpo_diffusion import balance_errors, implicit_rewards, margin, preference
 from dedpo_diffusion.core.records import PairBatch
 from dedpo_diffusion.dpo.objectives import OBJECTIVES, objective_loss
 from dedpo_diffusion.models.backbone import Backbone
-from dedpo_diffusion.settings.training import Kind
+from dedpo_diffusion.settings.training import Kind, ObjectiveSettings
 from dedpo_diffusion.shapes.world import parse_prompt, render, sample_scene
 
 KINDS = list(OBJECTIVES)
@@ -23,7 +23,15 @@ AFFINE = [kind for kind in KINDS if OBJECTIVES[kind].affine]
 BETA = 20.0
 BATCH = {"dr_dpo", "kto"}
 DOCS = Path(__file__).parents[2] / "docs" / "objectives.md"
-ROWS = [re.split(r" +\| +", line.strip("| \n")) for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The table's rows in that section of docs/objectives.md."""
+    section = DOCS.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return [re.split(r" +\| +", line.strip("| \n")) for line in section.splitlines() if line.startswith("| `")]
+
+
+ROWS = rows("The table")
 BOUNDED, CAPPED = ({row[0].strip("`") for row in ROWS if row[column] == "yes"} for column in (5, 6))  # as the docs say
 
 
@@ -416,3 +424,9 @@ def test_the_docs_table_is_the_registry():
         for name, o in OBJECTIVES.items()
     ]
     assert all((row[5] == "refused") == (row[4] == "no") for row in ROWS)
+
+
+def test_the_docs_table_of_balances_is_what_the_settings_take():
+    told = {row[0].strip("`"): row[3] for row in rows("Balance")}
+    assert list(told) == list(typing.get_args(typing.get_type_hints(ObjectiveSettings)["balance"]))
+    assert [name for name, looks in told.items() if looks == "yes"] == ["adadpo"]

@@ -85,7 +85,7 @@ def test_no_step_of_a_unet_waits_or_copies(folders):
         assert step(model) == []
 
 
-@pytest.mark.parametrize("mode", ["none", "output", "relative", "probability"])
+@pytest.mark.parametrize("mode", ["none", "output", "relative", "probability", "adadpo"])
 def test_no_balance_waits_or_copies(mode):
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert step(Arithmetic(), balance=mode) == []

@@ -10,6 +10,7 @@ import torch
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Conditioning, PairBatch
+from dedpo_diffusion.dpo.adadpo import adadpo_coefficients
 from dedpo_diffusion.dpo.balance import balance_coefficients, probability_scale
 from dedpo_diffusion.dpo.noising import ForwardProcess, TimestepDraw, check_betas
 from dedpo_diffusion.dpo.objectives import OBJECTIVES
@@ -22,6 +23,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 LAST = torch.tensor([999])
 BALANCES = ("none", "output", "relative", "probability")
 STEPS = [(kind, balance) for kind in sorted(OBJECTIVES) for balance in (BALANCES if OBJECTIVES[kind].balanced else BALANCES[:1])]
+STEPS += [(kind, "adadpo") for kind in sorted(OBJECTIVES) if OBJECTIVES[kind].balanced and OBJECTIVES[kind].affine]
 
 
 def rescaled(rest: float = 0.0) -> torch.Tensor:
@@ -103,6 +105,14 @@ def test_the_probability_balance_of_noise_at_snr_0_is_the_clip_towards_the_large
     errors = torch.tensor([[0.1, 0.2], [0.2, 0.1], [0.3, 0.3]])
     found = balance_coefficients(errors, mode="probability", scale=scale, clip=2.0)
     torch.testing.assert_close(found[:, 0], 2 * torch.sigmoid(torch.tensor([2.0, -2.0, 0.0])))
+
+
+def test_adadpos_coefficient_of_noise_at_snr_0_is_one_of_its_ends():
+    scale = probability_scale(rescaled(), LAST.expand(4), 4096, tempering=1e-3)
+    errors = torch.tensor([[0.1, 0.2], [0.0, 9.0], [0.2, 0.1], [0.3, 0.3]])
+    found = adadpo_coefficients(errors, scale, clip=10.0)
+    least = math.exp(-10)
+    torch.testing.assert_close(found, torch.tensor([[2.0, least], [2.0, least], [least, 2.0], [1.0, 1.0]]))
 
 
 @pytest.mark.parametrize("mode", ["output", "relative"])

@@ -160,8 +160,28 @@ def test_the_gain_at_the_best_strength_is_worked_out_by_hand(folders):
     there, back = found["loras"]["tuned"]["best_minus"]["human"], found["loras"]["human"]["best_minus"]["tuned"]
     np.testing.assert_allclose([there["mean"], *there["ci"]], [gap.mean, gap.low, gap.high], rtol=1e-9)
     np.testing.assert_allclose([back["mean"], *back["ci"]], [-gap.mean, -gap.high, -gap.low], rtol=1e-9)
+    by_scorer = found["loras"]["tuned"]["best_minus_by_scorer"]
+    assert by_scorer.keys() == {"human"} and by_scorer["human"].keys() == {"truth", "proxy"} and by_scorer["human"]["truth"] == there
+    assert by_scorer["human"]["proxy"]["mean"] == pytest.approx(
+        found["loras"]["tuned"]["scores"]["proxy"]["mean"] - found["loras"]["human"]["scores"]["proxy"]["mean"]
+    )
     won = win_rate(at["tuned"], at["human"], CLUSTERS, resamples=500, seed=4)
     assert found["loras"]["tuned"]["best_wins"]["human"]["mean"] == pytest.approx(won.mean)
+
+
+def test_a_lora_is_warned_of_at_its_best_strength(tmp_path):
+    """Both please the proxy; at every strength one loses by the held-out truth, and the other wins by it."""
+    base = write_base(tmp_path / "base", truth=BASE, proxy=BASE)
+    rng, made = np.random.default_rng(3), {"good": 0.2, "bad": -0.2}
+    for lora, gain in made.items():
+        noise = 0.02 * rng.normal(size=(2, 12))
+        write_sweep(
+            tmp_path / lora, lora, {s: {"truth": BASE + gain + noise[0], "proxy": BASE + 0.2 * s + noise[1]} for s in STRENGTHS}
+        )  # fmt: skip
+    loras = compare(settings([base, *(tmp_path / lora for lora in made)], held_out=["truth"]))["loras"]
+    assert loras["good"]["warnings"] == []
+    [words] = loras["bad"]["warnings"]
+    assert words.startswith("Looks over-optimised: it rises on proxy (+") and "falls on truth (-0." in words
 
 
 def test_the_order_of_folders_and_rows_changes_no_number(folders):

@@ -230,6 +230,7 @@ GIVEN = {
         ({"held_out": ["clip"]}, "not among the scorers"),
         ({"strengths": [1, 1]}, "different numbers above 0"),
         ({"images_per_prompt": 3}, "an even number"),
+        ({"images_per_prompt": 1}, "images_per_prompt is 1; give 2 or more"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(changes, message, tmp_path):

@@ -13,11 +13,14 @@ and anywhere on a page: <!-- begins with: NAMES -->, what its folder holds (see 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shlex
 import subprocess
 import sys
+import types
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -270,6 +273,36 @@ def test_options_in_the_text_exist():
             named |= {name for name in dotted if name.rpartition(".")[2] not in ("py", "json", "jsonl")}
             short = {name.rpartition(".")[2] for name in options}
             assert not {name for name in named if name not in (options if "." in name else short | options)}, f"{page}: {span}"
+
+
+def choices(stage: str, option: str) -> tuple[object, ...]:
+    """The values that an option of a fixed choice takes; () of any other."""
+    read = site().read_stage(stage)
+    if option in read.flags:  # a list, of whatever
+        return ()
+    settings: Any = read.settings
+    *rooms, name = option.split(".")
+    for room in rooms:
+        settings = typing.get_type_hints(settings)[room]
+    kind = typing.get_type_hints(settings)[name]
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return tuple(value for part in parts if typing.get_origin(part) is typing.Literal for value in typing.get_args(part))
+
+
+def test_what_related_systems_are_here_exists():
+    """Stages, and the values of options, that docs/systems.md names."""
+    spans = re.findall(r"`([^`\n]+)`", (DOCS / "systems.md").read_text(encoding="utf-8"))
+    checked = 0
+    for words in map(str.split, spans):
+        assert words[0] != "dedpo" or words[1] in cli.STAGES, words
+        stage = words[1] if words[0] == "dedpo" else "train"
+        for option, value in itertools.pairwise(words):
+            if option.startswith("--") or "." in option:
+                taken = choices(stage, option.removeprefix("--"))
+                assert not taken or value in taken, (stage, option, value)
+                checked += bool(taken)
+    assert checked >= 15
+    assert {"loop", "apa", "adadpo"} & {word for words in map(str.split, spans) for word in words} == {"loop", "apa", "adadpo"}
 
 
 def test_every_curve_is_explained():

@@ -12,7 +12,7 @@ import pytest
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.journey.plan import Route
-from dedpo_diffusion.journey.rounds import best_round, curve, curve_words
+from dedpo_diffusion.journey.rounds import best_round, curve, curve_words, why_last
 from dedpo_diffusion.labels.files import read_labels
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import STAGES, align
@@ -44,6 +44,9 @@ def test_every_line_is_taken_by_its_stages_own_parser(capsys, tmp_path, monkeypa
     ("changes", "message"),
     [
         ({"rounds": 0}, "rounds is 0; give 1 or more"),
+        ({"strengths": [1.0]}, "rounds compare each LoRA at its best strength; give strengths two numbers or more"),
+        ({"round_drift": 0.0}, "round_drift is 0.0; give a number above 0"),
+        ({"round_drift": float("nan")}, "round_drift is nan; give a number above 0"),
         ({"round_votes": 5, "rounds": 1}, "round_votes is for rounds: 2 or more"),
         ({"prompts": None, "pairs": "p.csv"}, "rounds need prompts"),
         ({"methods": ["adapted", "naive"]}, "methods names 2; give one"),
@@ -59,14 +62,29 @@ def test_settings_that_cannot_be_meant_are_refused(changes, message, tmp_path):
         align.run(AlignSettings(**{"out": tmp_path / "out", **given, **changes}))
 
 
-def told(*minus: float) -> dict:
-    """Results of a first round and one for each difference to the round before."""
+ARMS = ["naive", "naive-round-2", "naive-round-3", "naive-round-4"]
+ROLES = {"judge": "made_labels", "held": "held_out", "other": "held_out", "people": "held_out"}
+
+
+def gap(mean: float, half: float = 0.01) -> dict:
+    """A difference with its interval."""
+    return {"mean": mean, "ci": [mean - half, mean + half]}
+
+
+def told(*minus: float, apart: float = 0.2) -> dict:
+    """Results of a first round and one for each difference to the round before; nothing else speaks against them."""
     loras = {}
-    for number, gain in enumerate([0.0, *minus], start=1):
-        arm, last = (["naive", "naive-round-2", "naive-round-3", "naive-round-4"][k] for k in (number - 1, max(number - 2, 0)))
-        entry = {"best_strength": 1.0, "gain_at_best_strength": {"mean": 0.1, "ci": [0.0, 0.2]}}
-        loras[arm] = entry | {"best_minus": {last: {"mean": gain, "ci": None}} if number > 1 else {}}
-    return {"loras": loras}
+    for number, gain in enumerate([0.0, *minus]):
+        last = {ARMS[number - 1]: gap(gain)} if number else {}
+        loras[ARMS[number]] = {
+            "best_strength": 1.0, "gain_at_best_strength": gap(0.1, 0.1), "best_minus": last, "warnings": [],
+            "best_minus_by_scorer": {arm: dict.fromkeys(ROLES, gap(0.02)) for arm in last},
+            "strengths": [{"strength": 0.5, "drift": {}}, {"strength": 1.0, "drift": {"clip": gap(0.1)}}],
+        }  # fmt: skip
+    return {
+        "loras": loras, "primary": "held", "base": "base", "scorers": {name: {"role": role} for name, role in ROLES.items()},
+        "arms": {"base": {"spread": {"clip": {"diversity": gap(apart)}}}},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -79,7 +97,76 @@ def test_the_best_round_is_the_last_before_one_that_gained_nothing(minus, best, 
     assert best_round(route, tmp_path / "results.json") == best
     found = curve(route, told(*minus))
     assert [entry["round"] for entry in found] == list(range(1, len(minus) + 2))
-    assert ("the last of at most 4" in curve_words(route, found)[-1]) == (len(minus) < 3)
+    ended = best < len(minus) + 1
+    assert (f"round {best + 1} ended the rounds: it gained nothing" in curve_words(route, found)[-1]) == ended
+    assert len(curve_words(route, found)) == len(found) + ended
+
+
+def ends(results: dict, *, drift: float = 2.0) -> str | None:
+    """Why the second round ends the rounds."""
+    return why_last(results, ARMS[1], ARMS[0], drift=drift)
+
+
+def changed(**by_scorer: dict) -> dict:
+    results = told(0.02)
+    results["loras"][ARMS[1]]["best_minus_by_scorer"][ARMS[0]] |= by_scorer
+    return results
+
+
+def test_nothing_ends_the_rounds_where_every_scorer_gains_and_drift_is_small():
+    assert ends(told(0.02)) is None
+    assert ends(told(0.0001)) is None
+
+
+@pytest.mark.parametrize("gain", [0.0, -0.0001, -1.0])
+def test_no_gain_on_the_verdicts_scorer_ends_them(gain):
+    assert ends(told(gain)) == f"it gained nothing over the round before on held ({gain:+.3f}, {gain - 0.01:+.3f} to {gain + 0.01:+.3f})"
+
+
+def test_a_rule_of_over_optimisation_against_the_base_ends_them():
+    results = told(0.02)
+    results["loras"][ARMS[1]]["warnings"] = ["Looks over-optimised: it rises on judge (+0.1), and falls on other (-0.1)."]
+    assert ends(results) == "looks over-optimised: it rises on judge (+0.1), and falls on other (-0.1)"
+    words = curve_words(
+        Route(AlignSettings(model="m", methods=["naive"], rounds=3)),
+        curve(Route(AlignSettings(model="m", methods=["naive"], rounds=3)), results),
+    )
+    assert words[-1].startswith("round 2 ended the rounds: looks over-optimised: it rises on judge") and words[-1].endswith(
+        "; round 1 is taken"
+    )
+    results["loras"][ARMS[0]]["warnings"], results["loras"][ARMS[1]]["warnings"] = results["loras"][ARMS[1]]["warnings"], []
+    assert ends(results) is None  # of the round before, which nobody goes back behind
+
+
+@pytest.mark.parametrize("whom", ["other", "people"])
+def test_a_rising_judge_with_a_falling_held_out_scorer_or_people_ends_them(whom):
+    assert ends(changed(judge=gap(0.3), **{whom: gap(-0.05)})) == (
+        "against the round before it rises on judge (+0.300, +0.290 to +0.310), which made its labels, and falls on "
+        f"{whom} (-0.050, -0.060 to -0.040), which had no part in them"
+    )
+    for judge, other in ((0.005, -0.05), (-0.3, -0.05), (0.3, -0.005), (0.3, 0.05)):  # one of the two is not clear, or goes the other way
+        assert ends(changed(judge=gap(judge), **{whom: gap(other)})) is None
+    assert ends(changed(judge={"mean": 0.3, "ci": None}, **{whom: gap(-0.05)})) is None
+
+
+def test_drift_beyond_its_bound_ends_them():
+    """0.1 with 0.01 to either side against 2 times 0.04: 0.09 is beyond 0.08; against 2 times 0.046 it is not."""
+    assert ends(told(0.02, apart=0.04)) == (
+        "its images lie 2.5 times as far from the base's, by clip, as the base's images of one prompt lie apart; round_drift allows 2"
+    )
+    assert ends(told(0.02, apart=0.046)) is None
+    assert ends(told(0.02, apart=0.046), drift=1.9) is not None
+    for nothing in ({"clip": {"diversity": None}}, {"clip": {"diversity": gap(0.0)}}, {}):  # one image a prompt, or no embeddings
+        results = told(0.02, apart=0.04)
+        results["arms"]["base"]["spread"] = nothing
+        assert ends(results) is None
+
+
+def test_results_of_an_earlier_version_are_judged_by_what_they_hold():
+    results = changed(judge=gap(0.3), other=gap(-0.05))
+    for entry in results["loras"].values():
+        del entry["warnings"], entry["best_minus_by_scorer"]
+    assert ends(results) is None
 
 
 @pytest.mark.slow

@@ -77,6 +77,38 @@ def test_rejection_sampling_goes_on_until_there_are_enough_and_takes_no_image_tw
         accepted(REWARDS, temperature=1.0, wanted=5, rng=rng)
 
 
+def rejection_sampling(rewards: tuple[float, ...], temperature: float, wanted: int) -> dict[tuple[int, ...], float]:
+    """How probable each outcome of all rounds is: every set that a round may accept, and for each what later rounds do with the rest."""
+
+    def rounds(left: tuple[int, ...], found: tuple[int, ...]) -> dict[tuple[int, ...], float]:
+        if len(found) >= wanted:
+            return {found[:wanted]: 1.0}
+        outcomes: dict[tuple[int, ...], float] = {}
+        for hits, chance in chances(np.array([rewards[k] for k in left]), temperature).items():
+            taken = tuple(left[k] for k in hits)
+            if chance:  # the best one is always accepted, so each round has fewer left
+                for outcome, later in rounds(tuple(k for k in left if k not in taken), found + taken).items():
+                    outcomes[outcome] = outcomes.get(outcome, 0) + chance * later
+        return outcomes
+
+    return rounds(tuple(range(len(rewards))), ())
+
+
+def test_all_rounds_of_rejection_sampling_are_as_enumerated():
+    """Rewards 0, ln 2, ln 4 at temperature 1: chances 1/4, 1/2, 1; of the first two alone 1/2, 1. By hand for two images:
+    (0, 1) 1/4 1/2, (0, 2) 1/4 1/2, (1, 2) 3/4 1/2; only 2 in the first round, 3/8: then (2, 0) 1/2, (2, 1) 1/2."""
+    rewards = (0.0, np.log(2), np.log(4))
+    exact = rejection_sampling(rewards, 1.0, 2)
+    assert {outcome: round(float(chance) * 16, 9) for outcome, chance in exact.items()} == {
+        (0, 1): 2, (0, 2): 2, (1, 2): 6, (2, 0): 3, (2, 1): 3,
+    }  # fmt: skip
+    rng, draws, counted = np.random.default_rng(2), 8000, dict.fromkeys(exact, 0)
+    for _ in range(draws):
+        counted[tuple(accepted(np.array(rewards), temperature=1.0, wanted=2, rng=rng))] += 1
+    for outcome, chance in exact.items():
+        assert abs(counted[outcome] / draws - chance) < 4 * np.sqrt(chance * (1 - chance) / draws)
+
+
 def test_a_high_temperature_accepts_all_alike_and_a_low_one_the_best():
     np.testing.assert_allclose(acceptance(REWARDS, 1e6), 1, atol=1e-5)
     np.testing.assert_allclose(acceptance(REWARDS, 1e-3), [0, 1, 0, 0], atol=1e-6)

@@ -114,6 +114,50 @@ def test_propose_pairs_images_by_their_rewards(tiny_model, prompts, tmp_path, ca
     assert f"{len(pairs)} pairs, paired {pairing}; " in " ".join(capsys.readouterr().out.split())
 
 
+def replies(monkeypatch, value: float | None) -> None:
+    """Make "brightness" a scorer that gives `value` to every image, or its own answer for None."""
+
+    class Odd(Brightness):
+        def score(self, prompts, images):
+            found = super().score(prompts, images)
+            return found if value is None else np.full(len(found), value)
+
+    monkeypatch.setitem(scorers.SCORERS, "brightness", lambda location, **options: Odd())
+
+
+@pytest.mark.parametrize(
+    ("pairing", "value", "words"),
+    [
+        ("best_worst", 0.5, "3 of 3 prompts have none: all their images have one reward; take another --pairing, --threshold or --reward"),
+        ("threshold", 0.5, "3 of 3 prompts have none: no two of their images differ by enough; take another"),
+        ("best_worst", np.nan, f"scorer brightness gave nan for an image of prompt {PROMPTS[0]!r}; use another scorer"),
+        ("rso", np.nan, "scorer brightness gave nan"),
+        ("threshold", np.inf, "scorer brightness gave inf"),
+    ],
+)
+def test_a_reward_that_tells_nothing_loses_no_image_and_a_better_one_goes_on(
+    tiny_model, prompts, tmp_path, capsys, monkeypatch, pairing, value, words
+):
+    out, asked = tmp_path / "data", {"images_per_prompt": 4, "reward": "brightness", "threshold": 0.5, "pairing": pairing}
+    replies(monkeypatch, value)
+    assert propose.main(arguments(tiny_model, prompts, out, **asked)) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert len(pixels(out / "proposals")) == 12 and not (out / "pairs").exists()
+
+    replies(monkeypatch, None)
+    monkeypatch.setattr(sampling, "sample", lambda *_, **__: pytest.fail("no image is sampled again"))
+    assert propose.main(arguments(tiny_model, prompts, out, **asked)) == 0
+    assert len(PairReader(out)) >= 3
+
+
+def test_rejection_sampling_by_a_constant_reward_takes_all_images_alike(tiny_model, prompts, tmp_path, monkeypatch):
+    """All are as good as the best one, so each is accepted, and the first of them make the pair."""
+    replies(monkeypatch, 0.5)
+    assert propose.main(arguments(tiny_model, prompts, tmp_path / "data", images_per_prompt=4, reward="brightness", pairing="rso")) == 0
+    pairs = list(PairReader(tmp_path / "data").iter_pairs())
+    assert [pair.source["seed_1"] - pair.source["seed_0"] for pair in pairs] == [1, 1, 1]
+
+
 def test_a_proposed_image_is_that_of_its_seed(tiny_model, prompts, tmp_path):
     assert propose.main(arguments(tiny_model, prompts, tmp_path / "data")) == 0
     pair = PairReader(tmp_path / "data").pair(1)

@@ -54,10 +54,10 @@ def decoded(text: str) -> Image.Image:
 class Server:
     """Counts what it is asked; `answer` maps a Request to a Reply and may be replaced at any time."""
 
-    def __init__(self, answer) -> None:
+    def __init__(self, answer, port: int = 0) -> None:
         self.answer, self.requests, self.lock = answer, [], threading.Lock()
         self.busy = self.most = 0  # requests under way now, and at most
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"owner": self}))
         self.http.daemon_threads = True
         self.root = f"http://127.0.0.1:{self.http.server_port}"
         self.url = f"{self.root}/v1"
@@ -116,8 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(answer) -> Iterator[Server]:
-    server = Server(answer)
+def serve(answer, port: int = 0) -> Iterator[Server]:
+    server = Server(answer, port)
     threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield server

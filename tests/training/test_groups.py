@@ -138,7 +138,7 @@ def test_a_group_has_the_losses_and_the_gradient_of_its_pairs(tiny_model):
         target,
         weight,
     )
-    for balance in ("output", "relative", "probability", "none"):
+    for balance in ("output", "relative", "probability", "adadpo", "none"):
         both = []
         for batch, each in ((grouped, 1), (single, 3)):
             at = {

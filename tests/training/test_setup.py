@@ -184,7 +184,7 @@ def first_of_one_pair(tiny_model, merged_pairs, tmp_path, **changes) -> dict:
     return line
 
 
-@pytest.mark.parametrize("mode", ["output", "relative", "probability"])
+@pytest.mark.parametrize("mode", ["output", "relative", "probability", "adadpo"])
 @pytest.mark.parametrize("clip", [10.0, 0.0004])
 def test_the_balance_of_the_settings_is_the_balance_of_the_step(tiny_model, merged_pairs, tmp_path, mode, clip):
     """error_ratio is sqrt(e_l / e_w) and reference_error (e_w + e_l) / 2, which give e_w and e_l; the coefficients are as exp(u)."""
@@ -194,9 +194,11 @@ def test_the_balance_of_the_settings_is_the_balance_of_the_step(tiny_model, merg
     winner = 2 * line["reference_error"] / (1 + ratio**2)
     timestep = draw(0, 0, 1, (4, 8, 8), timesteps=TimestepDraw(0, 1000, strata=True), caption_dropout=0.0).timesteps
     scale = probability_scale(Backbone(str(tiny_model), device=torch.device("cpu")).process.alphas_cumprod, timestep, 256, tempering=1.0)
-    u = {"output": np.log(ratio), "relative": 0.0, "probability": 0.5 * scale.item() * winner * (ratio**2 - 1)}[mode]
+    by_probability = 0.5 * scale.item() * winner * (ratio**2 - 1)
+    u = {"output": np.log(ratio), "relative": 0.0, "probability": by_probability, "adadpo": min(by_probability, np.log(2))}[mode]
     assert mode == "relative" or abs(u) > 0.0005
     assert line["buckets"][0]["ratio"] == pytest.approx(np.exp(np.clip(u, -clip, clip)), rel=1e-5)
+    assert mode != "adadpo" or line["loser_coefficient"] == 1
 
 
 def test_reference_errors_are_kept_apart_by_the_kernels_that_compute_them(tiny_model, merged_pairs, tmp_path):
@@ -266,6 +268,8 @@ def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path)
         ({"objective__kind": "cdpo", "objective__options": "{flips: .nan}"}, "flips is nan"),
         ({"objective__kind": "kto", "objective__balance": "output"}, "objective.kind=kto does not, so leave it out"),
         ({"objective__kind": "sft", "objective__balance": "relative"}, "objective.kind=sft does not, so leave it out"),
+        ({"objective__kind": "dr_dpo", "objective__balance": "adadpo"}, "affine in the label, which objective.kind=dr_dpo is not"),
+        ({"objective__power": "measured", "objective__balance": "adadpo"}, "which objective.balance=adadpo makes unequal"),
         ({"objective__kind": "cdpo", "objective__power": "adaptive"}, "not of cdpo"),
         ({"objective__kind": "dr_dpo", "objective__power": "adaptive"}, "not of dr_dpo"),
         ({"data__reference_draws": 2, "data__cache": "null"}, "needs data.cache"),
