@@ -45,6 +45,7 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
 
     from dedpo_diffusion.core.tables import SOURCE
     from dedpo_diffusion.labels.merge_columns import comparable
+    from dedpo_diffusion.pairs.clusters import label_clusters
 
     human, propensity = read_human(settings, ids)
     if propensity is not None and settings.population is None:
@@ -56,7 +57,7 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
         SOURCE + name for name, column in columns.items() if sources and SOURCE + name not in sources and str(column.type) != "null"
     ]
     features = None if settings.population else features_of(settings, reader, ids, judges)
-    clusters = read_clusters(settings.pairs, settings.human, ids)
+    clusters = label_clusters(reader, human, read_clusters(settings.pairs, settings.human, ids))
     return Answers(human, given, judges, propensity, sources, too_many, features, clusters)
 
 

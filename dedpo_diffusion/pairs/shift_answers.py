@@ -14,6 +14,7 @@ import numpy as np
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.labels.answers import Answers, choose_judges, read_clusters, read_judge
 from dedpo_diffusion.labels.files import CALIBRATED, align, label_names, label_origin, read_labels
+from dedpo_diffusion.pairs.clusters import label_clusters
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.populations import asked_rows, embedding_axes, judge_version, known_pairs, odd_differences, raw_judges, together
 from dedpo_diffusion.pairs.shift import Shift, measure_shift, teach
@@ -164,7 +165,9 @@ def pooled(settings: MergeSettings, other: Path, reader: PairReader) -> tuple[Sh
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"--from {other}: {error}") from error
-    clusters = read_clusters(other, settings.human, there.ids())
+    everyone = np.full(len(there), np.nan)
+    everyone[rows] = human
+    clusters = label_clusters(there, everyone, read_clusters(other, settings.human, there.ids()))
     tied = None if clusters is None else np.concatenate([np.full(len(ids), -1), clusters[rows]])
     answers = Answers(np.concatenate([np.full(len(ids), np.nan), human]), given, judges, None, {}, [], None, tied)
     return shift, answers
