@@ -4,6 +4,8 @@
     dedpo merge pairs --judges clip,vlm
     dedpo merge pairs --judge adapt --method adapted
     dedpo merge pairs --plan 400
+    dedpo merge pairs --population dataset=pickapic
+    dedpo merge pairs --from labelled_pairs --method adapted
 
 Reads `PAIRS/labels`, writes `PAIRS/targets/NAME.parquet`, its report `NAME.json` and its picture `NAME.png`; with --folds K also
 NAME-fold-0 and so on, each merged without the pairs of one fold. With --plan it writes `NAME.plan.json` alone.
@@ -11,6 +13,7 @@ NAME-fold-0 and so on, each merged without the pairs of one fold. With --plan it
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
     from dedpo_diffusion.debias import Merged
     from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pairs.shift import Shift
+
+UNBOUND = 1e9  # an overshoot that nothing reaches
 
 
 # ---- what is merged
@@ -39,9 +45,10 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
 
     from dedpo_diffusion.core.tables import SOURCE
     from dedpo_diffusion.labels.merge_columns import comparable
+    from dedpo_diffusion.pairs.clusters import label_clusters
 
     human, propensity = read_human(settings, ids)
-    if propensity is not None:
+    if propensity is not None and settings.population is None:
         say(f"{settings.human}: pairs were not labelled at random; the stored propensities make up for it")
     given = np.stack([read_judge(settings, ids, judge) for judge in judges], axis=1) if judges else None
     columns = reader.plain_sources()
@@ -49,7 +56,8 @@ def read_answers(settings: MergeSettings, reader: PairReader, ids: list[str], ju
     too_many = [
         SOURCE + name for name, column in columns.items() if sources and SOURCE + name not in sources and str(column.type) != "null"
     ]
-    features, clusters = features_of(settings, reader, ids, judges), read_clusters(settings.pairs, settings.human, ids)
+    features = None if settings.population else features_of(settings, reader, ids, judges)
+    clusters = label_clusters(reader, human, read_clusters(settings.pairs, settings.human, ids))
     return Answers(human, given, judges, propensity, sources, too_many, features, clusters)
 
 
@@ -120,6 +128,56 @@ def parts(settings: MergeSettings, reader: PairReader) -> dict[str, np.ndarray]:
     return every | {f"{name}-fold-{k}": fold != k for k in range(settings.folds)}
 
 
+# ---- labels of another dataset
+
+
+def merge_from(settings: MergeSettings, other: Path, reader: PairReader) -> Path:
+    """Merge the human labels of another dataset into targets of these pairs, whose images people never saw.
+
+    Raises:
+        UserError: labels that cannot be merged, or populations that cannot be compared.
+    """
+    import numpy as np
+
+    from dedpo_diffusion.core.files import file_digest
+    from dedpo_diffusion.debias import Merged, even_confidence
+    from dedpo_diffusion.labels.files import targets_path
+    from dedpo_diffusion.labels.merge_report import draw_report, print_report
+    from dedpo_diffusion.labels.next_stage import train_words
+    from dedpo_diffusion.labels.shift_words import carried_sentences, shift_sentences, shift_warnings, target_report
+    from dedpo_diffusion.labels.warnings import few_labels_warnings
+    from dedpo_diffusion.pairs.shift import carry
+    from dedpo_diffusion.pairs.shift_answers import pooled, shifted
+
+    name, ids = settings.name or settings.method, reader.ids()
+    shift, answers = pooled(settings, other, reader)
+    judges = answers.names
+    used, model = shifted(settings, shift, answers)
+    unbound = dataclasses.replace(settings, max_overshoot=UNBOUND)  # the labelled pairs, whose targets it bounds, are not trained on
+    merged = merge(unbound, used, f"{settings.human} of {other}; {', '.join(judges)}")
+    about: dict[str, Any] = {"from": other.name, **shift.about(), "carried": None}
+    if merged.predicted is not None:
+        target, weight = even_confidence(merged.predicted[~shift.labelled])
+    else:
+        assert merged.judge is not None and merged.powers is not None
+        carried = carry(shift, answers.human, merged.judge, merged.powers)
+        target, weight, about["carried"] = carried.target, np.ones(len(ids)), carried.about()
+    people = other / "labels" / f"{settings.human}.parquet"
+    files = _label_files(settings, judges) | {"human": {"file": f"{other.name}/labels/{people.name}", "sha256": file_digest(people)}}
+    report = {"name": name, "judge": ", ".join(judges), "human": settings.human, "label_files": files, "propensities": True}
+    report |= {"propensity_model": model, **target_report(merged.report, target, weight), "population": about}
+    report |= {"n_judge_missing": int(np.isnan(answers.judges).any(axis=1).sum()), "fold": None, "curve": None}
+    report["sentences"] = [*shift_sentences(about), *carried_sentences(about["carried"]), *report["sentences"]]
+    report["warnings"] = [*few_labels_warnings(about["n_labelled"], judged=True), *shift_warnings(about)]
+    print_report(report, f"targets {name}: {settings.human} of {other.name} and {', '.join(judges)}")
+    held = held_already(targets_path(settings.pairs, name))
+    path = write_part(settings, name, ids, np.ones(len(ids), dtype=bool), Merged(target, weight, merged.power, report), report)
+    draw_report(settings, report, path)
+    say_replaced(held)
+    say_next(*train_words(settings.pairs, path.stem))
+    return path
+
+
 # ---- what is written
 
 
@@ -188,17 +246,26 @@ def run(settings: MergeSettings) -> Path:
     from dedpo_diffusion.labels.merge_columns import with_propensity
     from dedpo_diffusion.labels.merge_report import complete, draw_report, further_sentences, print_report, write_plan
     from dedpo_diffusion.labels.next_stage import train_words
+    from dedpo_diffusion.labels.shift_words import about_populations, shift_sentences, unused_sentences
     from dedpo_diffusion.pairs.dataset import PairReader
+    from dedpo_diffusion.pairs.shift_answers import check_populations, shift_judges, shifted, shifted_parts
 
     reader = PairReader(settings.pairs)
     targets_path(settings.pairs, settings.name or settings.method)  # a name that leads elsewhere is refused before all else
-    ids, judges = reader.ids(), choose_judges(settings)
+    check_populations(settings)
+    if settings.other is not None:
+        return merge_from(settings, settings.other, reader)
+    ids, judges = reader.ids(), choose_judges(settings) if settings.population is None else shift_judges(settings, settings.pairs)
     wanted = parts(settings, reader)
     answers = read_answers(settings, reader, ids, judges)
+    shifts: dict[str, Shift] = {}
+    if settings.population is not None:
+        wanted, shifts = shifted_parts(settings, settings.population, reader, ids, answers, wanted)
     files = ", ".join([settings.human, *judges])
     merged, used, about = {}, {}, {}
     for name, rows in wanted.items():  # all of them, before any is written
-        used[name], about[name] = with_propensity(settings, answers.part(rows))
+        part = answers.part(rows)
+        used[name], about[name] = shifted(settings, shifts[name], part) if name in shifts else with_propensity(settings, part)
         merged[name] = merge(settings, used[name], files if rows.all() else f"{files}; targets {name}")
     if settings.plan is not None:
         [name] = wanted
@@ -212,9 +279,16 @@ def run(settings: MergeSettings) -> Path:
         given = used[name].judges
         report["n_judge_missing"] = None if given is None else int(np.isnan(given).any(axis=1).sum())
         report["fold"] = None if fold < 0 else {"number": fold, "of": settings.folds, "seed": settings.seed}
-        report["sentences"] = [*report["sentences"], *further_sentences(settings, used[name], report, int((~rows).sum()))]
+        left_out = int((~rows).sum())
+        if name in shifts:
+            report["population"] = {"column": settings.population, **shifts[name].about()}
+            report["sentences"] = [*shift_sentences(report["population"]), *report["sentences"], *unused_sentences(left_out)]
+            left_out = 0
+        report["sentences"] = [*report["sentences"], *further_sentences(settings, used[name], report, left_out)]
         if fold < 0:
             report |= complete(settings, used[name], merged[name])
+            if name in shifts:
+                report["warnings"] = about_populations(report["warnings"], report["population"])
             print_report(report, f"targets {name}: {settings.human} and {', '.join(judges) or 'no judge'}")
         path = write_part(settings, name, ids, rows, merged[name], report)
         if fold < 0:
@@ -231,7 +305,7 @@ def run(settings: MergeSettings) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this stage."""
-    return stage(MergeSettings, run, argv, prog="dedpo merge", positional=("pairs",), flags={"judges": "judges"})
+    return stage(MergeSettings, run, argv, prog="dedpo merge", positional=("pairs",), flags={"judges": "judges", "from": "other"})
 
 
 if __name__ == "__main__":

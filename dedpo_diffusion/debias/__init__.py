@@ -22,6 +22,7 @@ unbiased up to terms of order 1 / labels. Several judges have one power each.
     worth.py       agreement, bias, effective human labels, with intervals
     report.py      the report and its sentences
     propensity.py  probabilities of being labelled, estimated
+    density_ratio.py  labels of another population of pairs: how much each counts for the target's
 
 Public: merge_labels, Merged, power_cap, estimate_propensity, inverse_propensity.
 May import: core.
@@ -32,6 +33,7 @@ from __future__ import annotations
 from dedpo_diffusion.debias.clusters import cluster_sums, effective_number
 from dedpo_diffusion.debias.coefficients import METHODS, RULES, inverse_propensity, mix_judges, pair_targets, pair_weights
 from dedpo_diffusion.debias.compute import Run, best_scale, hard_power, run_report, run_terms
+from dedpo_diffusion.debias.density_ratio import DensityRatio, carry_over, estimate_density_ratio, shifted_mean
 from dedpo_diffusion.debias.estimate import Estimate, estimate
 from dedpo_diffusion.debias.imputation import Correction, answer_weight, even_confidence, james_stein, odd_directions
 from dedpo_diffusion.debias.merging import Merged, merge_labels
@@ -56,6 +58,7 @@ __all__ = [
     "RULES",
     "Basis",
     "Correction",
+    "DensityRatio",
     "Estimate",
     "Fit",
     "Merged",
@@ -66,9 +69,11 @@ __all__ = [
     "best_powers",
     "best_scale",
     "bootstrap_sums",
+    "carry_over",
     "cluster_sums",
     "effective_number",
     "estimate",
+    "estimate_density_ratio",
     "estimate_propensity",
     "even_confidence",
     "fit_power",
@@ -87,6 +92,7 @@ __all__ = [
     "run_report",
     "run_sentences",
     "run_terms",
+    "shifted_mean",
     "variance_ratio",
     "wilson_interval",
 ]

@@ -174,8 +174,8 @@ def _cluster_sentences(report: dict[str, Any]) -> list[str]:
     if report["clusters"] is None:
         return []
     return [
-        f"Human labels that depend on each other, such as comparisons of one ranking, are counted together: the {report['n_human']} come "
-        f"from {report['clusters']} independent ones, and intervals are as wide as that makes them."
+        "Human labels that depend on each other, such as comparisons of one ranking or pairs of one prompt, are counted together: the "
+        f"{report['n_human']} come from {report['clusters']} independent ones, and intervals are as wide as that makes them."
     ]
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 
-from dedpo_diffusion.debias import bootstrap_sums, wilson_interval
+from dedpo_diffusion.debias import bootstrap_sums, effective_number, wilson_interval
 
 METHODS = ("temperature", "stack")
 PRIOR_SD = 5.0  # of a slope, for differences of RMS 1: weak, but separable answers keep a finite slope
@@ -91,16 +91,22 @@ def _mean_one(weights: np.ndarray | None, n: int) -> np.ndarray:
     return np.ones(n) if weights is None else weights / np.mean(weights)
 
 
-def score_agreement(differences: np.ndarray, human: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+def score_agreement(
+    differences: np.ndarray, human: np.ndarray, weights: np.ndarray, groups: np.ndarray | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Weighted share of pairs on which the higher score is of the image that people chose, over the pairs that both decide.
 
-    `value`; `ci`, Wilson's for Kish's effective number of pairs; `n` pairs. Equal weights give `debias.agreement`.
+    `value`; `ci`, Wilson's for Kish's effective number of pairs, or for that of independent pairs that tell as much where there are
+    20 or more of `groups` (n,), such as prompts; `n` pairs. Equal weights give `debias.agreement`.
     """
     decided = (differences != 0) & (human != 0.5)
     if not decided.any():
         return {"value": None, "ci": None, "n": 0}
     w, hit = weights[decided], ((differences > 0) == (human > 0.5))[decided]
     value, effective = float(w @ hit / w.sum()), float(w.sum() ** 2 / (w @ w))
+    of = None if groups is None else groups[decided]
+    if of is not None and MIN_CLUSTERS <= len(np.unique(of)) < len(of):
+        effective = effective_number(hit, of, w)
     return {"value": value, "ci": wilson_interval(value * effective, effective), "n": len(w)}
 
 
@@ -383,7 +389,7 @@ def _report(
 def _judge(held: HeldOut, d: np.ndarray, name: str, j: int, maps: list[Linear]) -> dict[str, Any]:
     """How judge j, with differences (n,), agrees with people and enters the maps."""
     words, overall = {1: "as it is", 0: "undecided", -1: "inverted"}, maps[-1]
-    agrees = score_agreement(d, held.human, held.weights)
+    agrees = score_agreement(d, held.human, held.weights, held.group)
     slope = overall.slopes[j]
     below_half = agrees["value"] is not None and agrees["value"] < 0.5
     backwards = judge_sign(d, held.human, weights=held.weights, invert=True) < 0

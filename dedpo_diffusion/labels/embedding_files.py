@@ -101,10 +101,15 @@ def components(pairs: Path, name: str, *, count: int = COMPONENTS, seed: int = 0
     Raises:
         UserError: a file that cannot be read.
     """
+    both = projections(pairs, name, component_axes(pairs, name, count=count, seed=seed))
+    return (both[:, 0] - both[:, 1]).astype(np.float32)
+
+
+def projections(pairs: Path, name: str, axes: np.ndarray) -> np.ndarray:
+    """(N, 2, C): both images' embeddings along axes (D, C), which may be another dataset's. Raises: as `components`."""
     folder = embedding_folder(pairs, name)
-    uses, axes = _uses(folder), component_axes(pairs, name, count=count, seed=seed)
     seen = np.concatenate([vectors @ axes for _, vectors in _shards(folder)])
-    return (seen[uses[:, 0]] - seen[uses[:, 1]]).astype(np.float32)
+    return seen[_uses(folder)]
 
 
 def component_axes(pairs: Path, name: str, *, count: int = COMPONENTS, seed: int = 0) -> np.ndarray:

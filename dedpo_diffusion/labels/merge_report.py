@@ -98,7 +98,7 @@ def further_sentences(settings: MergeSettings, answers: Answers, report: dict[st
     model = report["propensity_model"]
     if model is not None and model["from"] == "estimate":
         texts.append(_model_sentence(model))
-    elif model is not None and answers.judges is not None:
+    elif model is not None and model["from"] == "stored" and answers.judges is not None:
         texts.append("Agreement and bias are those of all pairs, estimated with the stored propensities: labels were not drawn at random.")
     if report["worth_reference"] != "at_random" and settings.method in ("tuned", "dedpo"):
         texts.append("What further labels would add is not estimated: it depends on how they are taken.")

@@ -1,5 +1,5 @@
 """Pair datasets on disk: reading, writing, decoding images, importing public formats, exporting, inspecting.
 
 Public: dataset.PairReader, dataset.PairWriter, decoding.decode_image, pixels.pair_views, formats, inspection.
-May import: core, labels, settings.
+May import: core, debias, labels, settings.
 """

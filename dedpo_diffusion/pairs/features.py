@@ -28,8 +28,8 @@ def statistics_group(statistics: np.ndarray) -> Group:
     return Group("statistics", list(WORDS), values[:, :, 0] - values[:, :, 1])
 
 
-def generator_group(reader: PairReader) -> Group | None:
-    """For every generator 1 where it made image 0 alone, -1 where it made image 1 alone; None where no column names any."""
+def generator_sides(reader: PairReader) -> tuple[list[str], np.ndarray] | None:
+    """Names of generators, sorted, and (N, 2), which of them made image 0 and image 1; None where no column names any."""
     there = [names for names in GENERATORS if set(names) <= set(reader.source_types)]
     if not there:
         return None
@@ -41,11 +41,23 @@ def generator_group(reader: PairReader) -> Group | None:
     if SWAPPED in columns:
         swapped = np.array([value is True for value in columns[SWAPPED].to_pylist()])
         codes[swapped] = codes[swapped][:, ::-1]
-    names, codes = _common(names, codes)
+    return names, codes
+
+
+def generator_group(reader: PairReader) -> Group | None:
+    """For every generator 1 where it made image 0 alone, -1 where it made image 1 alone; None where no column names any."""
+    found = generator_sides(reader)
+    if found is None:
+        return None
+    return generator_differences(*_common(*found))
+
+
+def generator_differences(names: list[str], codes: np.ndarray) -> Group:
+    """The same of these names and sides (N, 2); a code below 0 is none of them."""
     values = np.zeros((len(codes), len(names)), np.float32)
-    rows = np.arange(len(codes))
-    np.add.at(values, (rows, codes[:, 0]), 1)
-    np.add.at(values, (rows, codes[:, 1]), -1)
+    for side, sign in ((0, 1), (1, -1)):
+        rows = np.flatnonzero(codes[:, side] >= 0)
+        np.add.at(values, (rows, codes[rows, side]), sign)
     return Group("generators", names, values)
 
 

@@ -91,7 +91,12 @@ def _join_labels(folders: Sequence[Path], readers: Sequence[PairReader], out: Pa
     empty = [str(folder) for folder, held in zip(folders, there, strict=True) if not held]
     if not empty:
         return []
-    return [f"labels {name}: nobody labelled {', '.join(empty)}, so these are no random sample of all pairs; merge with --method adapted"]
+    asked = [folder.resolve().name for folder, held in zip(folders, there, strict=True) if held]
+    weighted = f"--population {DATASET}={asked[0]}, or with " if len(asked) == 1 else ""
+    return [
+        f"labels {name}: nobody labelled {', '.join(empty)}, so these are no random sample of all pairs; "
+        f"merge with {weighted}--method adapted"
+    ]
 
 
 def _with_propensity(found: list[Labels], readers: Sequence[PairReader]) -> list[Labels]:

@@ -187,6 +187,11 @@ class MergeSettings:
         propensities: how likely each pair was to be labelled: stored takes what the human label file says, at random if it says
             nothing; estimate fits it to the judge's label and confidence and source columns (numbers, and texts of at
             most 50 values); none takes labels as taken at random.
+        population: people labelled pairs of another population than those that are trained on: a column that says which pairs were drawn
+            for them, source_NAME of the dataset or of the human label file, of truth values, or NAME=VALUE. Labels are then weighted
+            by a density ratio, estimated from what is known of the pairs, and the other pairs are what targets are for. With
+            method adapted, judges are taught with these weights.
+        other: the same where the human labels lie in another pair dataset, whose images are not trained on.
         correction: of method adapted, from 0 (labelled pairs keep the human label) to 1 (DeDPO); None takes what the labels ask for.
         rater_agreement: of method adapted: how often two people agree on a pair, if that is known; a single answer then moves its pair
             only as far as its noise allows.
@@ -210,6 +215,8 @@ class MergeSettings:
     rule: Literal["plug_in", "half", "minus_se", "cross_fitted"] = "plug_in"
     max_overshoot: float = 2.0
     propensities: Literal["stored", "estimate", "none"] = "stored"
+    population: str | None = None
+    other: Path | None = None
     correction: float | None = None
     rater_agreement: float | None = None
     visits: int | None = None

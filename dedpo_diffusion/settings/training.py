@@ -59,6 +59,9 @@ class DataSettings:
             groups; those of a step have equally many images. It needs a cache. None visits single pairs.
         sampling: how often each pair is visited: uniform, or importance, in proportion to its gradient at margin 0. The weights make up
             for it, so both estimate the same loss.
+        cluster_weights: what a prompt of many pairs counts against one of few: none weighs every pair as it was merged, sqrt divides by
+            the root of the number of its prompt's pairs, equal by that number, so that every prompt counts alike. The sum of all weights
+            stays.
         caption_dropout: share of pairs trained with the empty prompt, both images alike.
         reference_draws: draw this many timesteps and noises for each pair beforehand and keep the reference's errors at them beside the
             cache, shared by all runs on it that have the same optim.batch: none predicts with the reference again. It pays when several
@@ -80,6 +83,7 @@ class DataSettings:
     buckets: bool = False
     groups: int | None = None
     sampling: Literal["uniform", "importance"] = "importance"
+    cluster_weights: Literal["none", "sqrt", "equal"] = "none"
     caption_dropout: float = 0.0
     reference_draws: int | Literal["auto"] | None = None
     noise: Literal["shared", "independent", "own", "inverted"] = "shared"

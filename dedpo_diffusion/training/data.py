@@ -30,6 +30,7 @@ from dedpo_diffusion.pairs.decoding import decode_image, read_header
 from dedpo_diffusion.pairs.pixels import nearest_shape, pair_views
 from dedpo_diffusion.settings import DataSettings, TrainSettings
 from dedpo_diffusion.training.cache import PairCache, begin_cache, cache_folder, check_version, expected_bytes, fill, read_index
+from dedpo_diffusion.training.cluster_weights import cluster_factors, say_cluster_weights
 from dedpo_diffusion.training.groups import Groups, group_pairs, group_sizes
 from dedpo_diffusion.training.pair_sampler import BucketedPairSampler, Order, PairSampler, alike, gradient_size, visit_probability
 from dedpo_diffusion.training.reference_grid import ReferenceGrid
@@ -309,6 +310,7 @@ class PairLoader:
         adaptive: the power will change: pairs that weigh nothing at the present one are visited too, see `visited_pairs`.
         merged: targets to take in place of those in the file; the visits that follow from them can change again, see `retarget`.
         grouped: numbers (N, 2) of the dataset's images, and how many of them make a group at most, see `group_pairs`; None visits pairs.
+        cluster_weights: what prompts of many pairs count, see `training.cluster_weights`; not with a power that changes.
 
     Attributes:
         rows: the dataset's rows that are visited.
@@ -325,7 +327,7 @@ class PairLoader:
 
     def __init__(
         self, reader: PairReader, source: Source, *, targets: str, seed: int, sampling: str, together: int, adaptive: bool = False,
-        merged: Targets | None = None, grouped: tuple[np.ndarray, int] | None = None,
+        merged: Targets | None = None, grouped: tuple[np.ndarray, int] | None = None, cluster_weights: str = "none",
     ) -> None:  # fmt: skip
         path = targets_path(reader.folder, targets)
         merged = read_targets(reader.folder, targets) if merged is None else merged
@@ -334,13 +336,18 @@ class PairLoader:
             raise UserError(f"{path}: its pairs are not the dataset's; run `dedpo merge` again")
         self.source, self.seed, self.sampling, self.together, self.path = source, seed, sampling, together, path
         self.grid: ReferenceGrid | None = None
-        self.grouped = grouped
+        self.grouped, self.cluster_weights = grouped, cluster_weights
+        self.prompts = reader.prompts() if cluster_weights != "none" else []
         self.groups: Groups | None = None
         self.retarget(merged, adaptive=adaptive)
 
     def retarget(self, merged: Targets, *, adaptive: bool = False) -> None:
         """Take other targets of the same pairs: which pairs are visited, how often, and what is learned from each."""
         path = self.path
+        if self.cluster_weights != "none":
+            factor = cluster_factors(self.prompts, self.cluster_weights, merged.weight)
+            say_cluster_weights(self.prompts, self.cluster_weights, merged.weight, factor)
+            merged = replace(merged, weight=merged.weight * factor)
         self.rows = np.flatnonzero(visited_pairs(merged, path, adaptive=adaptive))
         if not len(self.rows):
             raise UserError(f"{path}: no pair carries any weight, so there is nothing to learn")

@@ -219,6 +219,7 @@ def prepare(
     loader = PairLoader(
         reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
         adaptive=settings.objective.power == "adaptive", merged=None if scalable is None else scalable.at(1.0), grouped=grouped,
+        cluster_weights=data.cluster_weights,
     )  # fmt: skip
     check(settings, loader)
     if accelerator.is_main_process:
@@ -312,6 +313,7 @@ def check_options(settings: TrainSettings) -> None:
         UserError: an option that cannot be used, or does not go with the objective.
     """
     from dedpo_diffusion.dpo.objectives import find_objective
+    from dedpo_diffusion.training.cluster_weights import check_cluster_weights
     from dedpo_diffusion.training.groups import check_groups
     from dedpo_diffusion.training.measured_power import check_measurable
     from dedpo_diffusion.training.measured_timesteps import check_timesteps
@@ -338,6 +340,7 @@ def check_options(settings: TrainSettings) -> None:
     check_measurable(objective)
     check_timesteps(settings)
     check_groups(settings)
+    check_cluster_weights(settings)
     check_noise(settings)
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap", "sharpness"):
         value = getattr(objective, name)

@@ -12,6 +12,8 @@ import numpy as np
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Labels, Votes
 from dedpo_diffusion.labels.files import aggregate, align, label_names, label_origin, read_labels, row_of, write_labels, write_votes
+from dedpo_diffusion.pairs.clusters import label_clusters
+from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.voting.queue import SKIP, Event
 from dedpo_diffusion.voting.rankings import RankService
 from dedpo_diffusion.voting.service import VoteService
@@ -158,7 +160,13 @@ def _judges(service: VoteService, name: str, labels: Labels) -> tuple[list[dict[
 
     folder, ids, judges, sentences = service.reader.folder, service.pair_ids, [], []
     rows, given = row_of(labels.pair_id, ids), labels.extra.get("cluster")
-    clusters = None if given is None else np.unique(given, return_inverse=True)[1]
+    ranked = None if given is None else np.unique(given, return_inverse=True)[1]
+    people, tied = np.full(len(ids), np.nan), None if ranked is None else np.full(len(ids), -1)
+    people[rows] = labels.label_0
+    if tied is not None:
+        tied[rows] = ranked
+    every = label_clusters(service.reader, people, tied) if isinstance(service.reader, PairReader) else tied
+    clusters = None if every is None else every[rows]
     for judge in label_names(folder):
         if judge == name:
             continue

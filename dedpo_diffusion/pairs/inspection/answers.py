@@ -13,6 +13,8 @@ from dedpo_diffusion.core.tables import open_parquet
 from dedpo_diffusion.labels.agreement import judge_agreement, share, vote_summary
 from dedpo_diffusion.labels.answers import read_clusters
 from dedpo_diffusion.labels.files import align, label_names, read_labels, read_targets, read_votes, target_names, vote_names
+from dedpo_diffusion.pairs.clusters import label_clusters
+from dedpo_diffusion.pairs.dataset import PairReader
 
 
 @dataclass
@@ -40,13 +42,22 @@ def look_at_answers(folder: Path, ids: list[str], human: str, found: Findings, *
     votes = {name: _votes(folder, name, known, found, resamples, seed) for name in vote_names(folder)}
     found.report["votes"] = {name: summary for name, summary in votes.items() if summary is not None}
     people = aligned.pop(human, None)
-    clusters = None if people is None else read_clusters(folder, human, ids)
+    clusters = None if people is None else _clusters(folder, ids, human, people)
     told = {} if people is None else {name: judge_agreement(people, label_0, clusters) for name, label_0 in aligned.items()}
     found.report["judges"] = told
     found.report["targets"] = [name for name in target_names(folder) if _fits(folder, name, ids, found)]
 
 
 # ---- labels
+
+
+def _clusters(folder: Path, ids: list[str], human: str, people: np.ndarray) -> np.ndarray | None:
+    """Which human labels (N,) hang together; by rankings alone where the pairs cannot be read, which is told elsewhere."""
+    ranked = read_clusters(folder, human, ids)
+    try:
+        return label_clusters(PairReader(folder), people, ranked)
+    except UserError:
+        return ranked
 
 
 def _aligned(folder: Path, name: str, ids: list[str], known: set[str], found: Findings) -> np.ndarray | None:
