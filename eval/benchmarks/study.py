@@ -52,6 +52,7 @@ class StudySettings:
         pool, pairs: pairs proposed once for all seeds, and pairs of a seed.
         steps, draws: of training, and pre-drawn noises of each pair (data.reference_draws).
         train: further options of `dedpo train`, such as --objective.balance=none; the rest is the quickstart's.
+        looks: further steps after which a training is judged, multiples of the first of them; the last step always is.
         strengths: of the LoRA, at which each training is judged.
         prompts, image_seeds: prompts that a policy is judged by, and images of each.
         minutes: no cell is begun after so many; None goes on until all are done.
@@ -65,6 +66,7 @@ class StudySettings:
     steps: int = 150
     draws: int = 16
     train: list[str] = field(default_factory=list)
+    looks: list[int] = field(default_factory=list)
     strengths: tuple[float, ...] = (0.7, 1.0, 1.5, 2.0, 3.0)
     prompts: int = 144
     image_seeds: int = 2
@@ -102,7 +104,10 @@ def cells(settings: StudySettings) -> list[Cell]:
     at = settings.strengths
     if not at or len(set(at)) < len(at) or min(at) <= 0 or settings.prompts < 2 or settings.pairs > settings.pool:
         raise UserError("give different strengths above 0, 2 prompts or more, and no more pairs than the pool has")
-    of = json.dumps({name: getattr(settings, name) for name in SHARED})
+    looks = settings.looks
+    if looks != sorted(looks) or any(not 0 < step < settings.steps or step % looks[0] for step in looks):
+        raise UserError(f"looks {looks}: give rising steps below {settings.steps}, all multiples of the first")
+    of = json.dumps({name: value for name in SHARED if (value := getattr(settings, name)) != []})
     found: dict[Cell, None] = {Cell("base", "none", 0.0, "none", 0, of): None}
     for block in settings.blocks:
         for what, given, known in zip(("arm", "judge", "people"), (block.arms, block.judges, block.people), KNOWN, strict=True):
@@ -127,7 +132,7 @@ class Study:
         self.verdict = world.Verdict(settings.prompts, settings.image_seeds)
 
     def do(self, cell: Cell) -> list[dict[str, Any]]:
-        """Train and judge one cell: a line for each strength."""
+        """Train and judge one cell: a line for each step that is looked at and each strength."""
         line: dict[str, Any] = asdict(cell)
         if cell.arm == "base":
             return [line | self.judged(None, 0.0)]
@@ -138,7 +143,7 @@ class Study:
         merging = time.monotonic()
         parameters = self.train(cell, sample.rows, merged)
         trained = time.monotonic()
-        found = [self.judged(parameters, strength) for strength in at.strengths]
+        found = [{"step": step} | self.judged(parameters[step], strength) for step in parameters for strength in at.strengths]
         line |= {"seconds_merge": merging - began, "seconds_train": trained - merging, "seconds_judge": time.monotonic() - trained}
         return [line | entry for entry in found]
 
@@ -147,8 +152,8 @@ class Study:
         self.verdict.load(parameters, strength)
         return {"strength": strength, "reward": float(np.mean(rewards := self.verdict.rewards())), "rewards": rewards}
 
-    def train(self, cell: Cell, rows: np.ndarray, merged: Merged) -> dict[str, Any]:
-        """`dedpo train` on these targets of the pool's `rows`, as the quickstart trains: the LoRA that it ends with.
+    def train(self, cell: Cell, rows: np.ndarray, merged: Merged) -> dict[int, dict[str, Any]]:
+        """`dedpo train` on these targets of the pool's `rows`, as the quickstart trains: the LoRA after each step that is looked at.
 
         The run's folder is removed again.
         """
@@ -162,12 +167,13 @@ class Study:
         out, told = at.work / "runs" / cell.name, io.StringIO()
         argv = ["--config", CONFIG, "--data.pairs", folder, "--data.targets", cell.name, "--data.cache", at.work / "cache", "--out", out]
         argv += ["--data.reference_draws", at.draws, "--optim.steps", at.steps, "--seed", cell.seed]
-        argv += ["--checkpoint_every", at.steps, "--log_every", at.steps, *at.train]
+        argv += ["--checkpoint_every", min(looks := [*at.looks, at.steps]), "--keep_checkpoints", at.steps, "--log_every", at.steps]
+        argv += at.train
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
             code = train.main([str(part) for part in argv])
         if code:
             raise UserError(f"training {out} ended with exit code {code}: {told.getvalue()[-2000:]}")
-        parameters = load_file(checkpoints(out)[-1][1] / "parameters.safetensors")
+        parameters = {step: load_file(at / "parameters.safetensors") for step, at in checkpoints(out) if step in looks}
         shutil.rmtree(out)
         for suffix in ("parquet", "json"):
             (folder / "targets" / f"{cell.name}.{suffix}").unlink()

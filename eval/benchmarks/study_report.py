@@ -21,10 +21,13 @@ Line = dict[str, Any]
 Runs = dict[tuple[str, str, float, str], dict[int, list[Line]]]  # lines of a training, by arm, judge, share, people of `placed`, and seed
 
 
-def group(lines: Sequence[Line]) -> Runs:
-    """The lines of each training, strengths rising."""
+def group(lines: Sequence[Line], step: int | None = None) -> Runs:
+    """The lines of each training after `step`, None for its last one, strengths rising; the base is there at every step."""
     runs: Runs = {}
+    last = max((line.get("step") or 0 for line in lines), default=0)  # 0 where nothing but the end was looked at
     for line in sorted(lines, key=lambda line: line["strength"]):
+        if line["arm"] != "base" and (line.get("step") or last) != (step or last):
+            continue
         runs.setdefault((line["arm"], line["judge"], line["share"], line["people"]), {}).setdefault(line["seed"], []).append(line)
     return runs
 
@@ -79,6 +82,59 @@ def summarise(lines: Sequence[Line]) -> Line:
     worst = {people: worst_regrets([row for row in rows if row["people"] == people]) for people in {row["people"]: 0 for row in rows}}
     default = choose_default({method: found["mean"] for method, found in worst.get("quickstart", {}).items()})
     return {"base_reward": base, "cells": rows, "worst_regret": worst, "default": default}
+
+
+def by_step(lines: Sequence[Line]) -> list[Line]:
+    """Gains over the base after each step that was looked at, each arm at the strength that is best there; [] where only the end was."""
+    found: list[Line] = []
+    for step in sorted({line["step"] for line in lines if line.get("step")}):
+        runs = group(lines, step)
+        base = at_best(runs["base", "none", 0.0, "none"][0])
+        for (arm, judge, share, people), seeds in runs.items():
+            if arm != "base":
+                gain = interval([at_best(run) - base for run in seeds.values()])
+                found.append(
+                    {"step": step, "arm": arm, "judge": judge, "share": share, "people": people, "seeds": len(seeds), "gain": gain}
+                )
+    return found if len({entry["step"] for entry in found}) > 1 else []
+
+
+def steps_table(found: Sequence[Line]) -> str:
+    """`by_step` as Markdown: a row an arm, a column a step."""
+    steps = sorted({entry["step"] for entry in found})
+    rows = [["people", "judge", "human labels", "arm", "seeds", *(f"{step} steps" for step in steps)]]
+    gains: dict[tuple[Any, ...], dict[int, str]] = {}
+    for entry in found:
+        key = (entry["people"], entry["judge"], f"{entry['share']:.0%}", entry["arm"], str(entry["seeds"]))
+        gains.setdefault(key, {})[entry["step"]] = words(entry["gain"])
+    rows += [[*key, *(at.get(step, "–") for step in steps)] for key, at in gains.items()]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def draw_steps(found: Sequence[Line], path: Path) -> None:
+    """Gain at the best strength against steps, one curve an arm and judge, with intervals over seeds where there are some."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[tuple[str, str, float, str], list[Line]] = {}
+    for entry in found:
+        curves.setdefault((entry["arm"], entry["judge"], entry["share"], entry["people"]), []).append(entry)
+    for (arm, judge, share, people), entries in curves.items():
+        name = (
+            f"{arm}, {share:.0%} human"
+            + ("" if judge == "none" else f", judge {judge}")
+            + ("" if people == "quickstart" else f", {people}")
+        )
+        x, mean = [entry["step"] for entry in entries], [entry["gain"]["mean"] for entry in entries]
+        ends = np.array([entry["gain"]["ci"] or [at, at] for entry, at in zip(entries, mean, strict=True)])
+        axes.errorbar(x, mean, yerr=np.abs(ends.T - mean), marker="o", capsize=3, color=COLOURS[arm], label=name)
+    axes.set(xlabel="steps of training", ylabel="gain in true reward at the best strength", xscale="log")
+    axes.set_xticks(ticks := sorted({entry["step"] for entry in found}), [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def regrets(gains: dict[str, dict[int, float]]) -> dict[str, Line] | None:
@@ -166,8 +222,10 @@ def write_report(folder: Path, lines: Sequence[Line], main: tuple[str, float, st
     columns = dict.fromkeys(key for line in lines for key in line)
     with atomic_file(folder / "results.parquet") as temporary:
         pq.write_table(pa.table({key: [line.get(key) for line in lines] for key in columns}), temporary)
-    found = summarise(lines)
-    write_json(folder / "summary.json", found)
-    write_text(folder / "tables.md", tables(found))
+    found, steps = summarise(lines), by_step(lines)
+    write_json(folder / "summary.json", found | ({"by_step": steps} if steps else {}))
+    write_text(folder / "tables.md", tables(found) + (f"\nAfter so many steps:\n\n{steps_table(steps)}" if steps else ""))
+    if steps:
+        draw_steps(steps, folder / "steps.png")
     draw(lines, folder / "figure.png", main)
     say(f"wrote results.parquet, summary.json, tables.md and figure.png into {folder}")

@@ -13,7 +13,16 @@ from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.parser import Parser
 from dedpo_diffusion.evaluation.benchmarks import study, teaching
 from dedpo_diffusion.evaluation.benchmarks.study import Block, StudySettings, cells
-from dedpo_diffusion.evaluation.benchmarks.study_report import at_best, choose_default, recovered, regrets, summarise, tables
+from dedpo_diffusion.evaluation.benchmarks.study_report import (
+    at_best,
+    by_step,
+    choose_default,
+    recovered,
+    regrets,
+    steps_table,
+    summarise,
+    tables,
+)
 from dedpo_diffusion.evaluation.benchmarks.study_world import (
     JUDGES,
     METHODS,
@@ -191,11 +200,33 @@ def test_gains_differences_and_regrets_are_paired_by_seed():
     assert "+0.040 (+0.015 to +0.065)" in tables(found) and "| quickstart | worst |" in tables(found)
 
 
+def test_gains_after_each_look_are_at_the_strength_that_is_best_there():
+    lines = runs("base", 0, {0.0: 0.5}, judge="none", share=0.0, people="none")
+    for seed, more in ((0, 0.0), (1, 0.1)):
+        early, late = (runs("tuned", seed, {0.5: at + more, 1.0: other + more}) for at, other in ((0.6, 0.7), (0.8, 0.4)))
+        lines += [line | {"step": 10} for line in early] + [line | {"step": 20} for line in late]
+    found = by_step(lines)
+    assert [(entry["step"], entry["arm"], entry["seeds"], round(entry["gain"]["mean"], 9)) for entry in found] == [
+        (10, "tuned", 2, 0.25),
+        (20, "tuned", 2, 0.35),
+    ]
+    assert steps_table(found).splitlines()[0].endswith("| 10 steps | 20 steps |") and steps_table(found).count("\n") == 3
+    [cell] = summarise(lines)["cells"]
+    assert cell["gain"]["tuned"]["mean"] == pytest.approx(0.35), "all else is of the last step"
+    assert by_step([line for line in lines if line.get("step") != 10]) == []
+
+
+@pytest.mark.parametrize("looks", [[2, 1], [2, 3], [150], [0]])
+def test_looks_that_no_checkpoint_has_are_refused(looks):
+    with pytest.raises(UserError, match="looks"):
+        cells(settings(Block(["tuned"]), looks=looks))
+
+
 @pytest.mark.slow
 def test_a_very_small_study_runs_resumes_and_reports(tmp_path, capsys):
     config = tmp_path / "small.yaml"
     config.write_text(
-        "pool: 40\npairs: 40\nsteps: 2\ndraws: 2\nprompts: 2\nimage_seeds: 1\nstrengths: [1.0, 2.0]\nblocks:\n"
+        "pool: 40\npairs: 40\nsteps: 3\nlooks: [1, 2]\ndraws: 2\nprompts: 2\nimage_seeds: 1\nstrengths: [1.0, 2.0]\nblocks:\n"
         "  - arms: [human_only, adapted]\n    shares: [0.5]\n    seeds: [0, 0]\n"
     )
     command = ["--config", str(config), "--work", str(tmp_path / "work"), "--report", str(tmp_path / "report")]
@@ -203,8 +234,9 @@ def test_a_very_small_study_runs_resumes_and_reports(tmp_path, capsys):
     assert "3 cells are not done yet" in capsys.readouterr().out and not (tmp_path / "work" / "pool").exists()
     assert study.main(command) == 0
     found = pq.read_table(tmp_path / "report" / "results.parquet").to_pylist()
-    assert [row["strength"] for row in found] == [0.0, 1.0, 2.0, 1.0, 2.0] and all(len(row["rewards"]) == 2 for row in found)
-    for name in ("summary.json", "tables.md", "figure.png"):
+    assert [row["strength"] for row in found] == [0.0, *[1.0, 2.0] * 6] and all(len(row["rewards"]) == 2 for row in found)
+    assert [row["step"] for row in found] == [None, *[1, 1, 2, 2, 3, 3] * 2]
+    for name in ("summary.json", "tables.md", "figure.png", "steps.png"):
         assert (tmp_path / "report" / name).stat().st_size > 500
     assert not list((tmp_path / "work" / "runs").iterdir()) and not list((tmp_path / "work" / "pool" / "targets").iterdir())
     command[3] = str(tmp_path / "elsewhere")  # the report alone is enough to go on from
