@@ -248,7 +248,7 @@ def test_a_very_small_study_runs_resumes_and_reports(tmp_path, capsys):
     )
     known = {name: [{k: v for k, v in line.items() if v is not None} for line in lines] for name, lines in before.items()}
     assert after == known
-    assert study.main([*command, "--steps", "3"]) == 2  # another study would lose these cells
+    assert study.main([*command, "--steps", "4"]) == 2  # another study would lose these cells
 
 
 @pytest.mark.slow
