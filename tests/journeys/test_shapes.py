@@ -42,6 +42,7 @@ def journey(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_results_have_every_key(journey):
     results = json.loads((journey / "results.json").read_text())
     for arm in ("base", *ARMS):
@@ -71,6 +72,7 @@ def test_there_are_three_arms_whatever_the_default():
     assert quickstart.arms("naive") == ["naive", "human_only", "adapted"]
 
 
+@pytest.mark.slow
 def test_every_promised_file_is_there(journey):
     for name in ("report.html", "contact_sheet.png", "frontier.png", "aligned.safetensors", *(f"{arm}.safetensors" for arm in ARMS)):
         assert (journey / name).stat().st_size > 1000, name
@@ -79,6 +81,7 @@ def test_every_promised_file_is_there(journey):
     assert 'src="http' not in page
 
 
+@pytest.mark.slow
 def test_arms_share_prompt_and_seed(journey):
     columns = ["file", "prompt", "prompt_index", "seed"]
     tables = [
@@ -89,6 +92,7 @@ def test_arms_share_prompt_and_seed(journey):
     assert tables[0].equals(tables[2])
 
 
+@pytest.mark.slow
 def test_human_labels_are_a_quarter_and_the_judge_labels_all(journey):
     human, judge = (pq.read_table(journey / "data" / "labels" / f"{name}.parquet") for name in ("human", "pickscore"))
     assert (len(human), len(judge)) == (12, 48)
@@ -108,6 +112,7 @@ def test_plain_diffusers_reproduces_the_images(journey, tmp_path):
         assert np.abs(ours - theirs).mean() < 0.1, job
 
 
+@pytest.mark.slow
 def test_the_same_command_again_repeats_nothing(journey, capsys):
     before = {file: file.stat().st_mtime_ns for file in journey.rglob("*.png") if file.name != "contact_sheet.png"}
     assert quickstart.main(["--out", str(journey), *SMALL]) == 0
@@ -115,6 +120,7 @@ def test_the_same_command_again_repeats_nothing(journey, capsys):
     assert "$ dedpo" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(journey, capsys):
     assert quickstart.main(["--out", str(journey), "--pairs", "50"]) == 2
     assert "limit is 48 there, 50 now" in capsys.readouterr().err
