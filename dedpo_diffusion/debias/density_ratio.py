@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from dedpo_diffusion.debias.propensity import area_under_curve
+from dedpo_diffusion.debias.propensity import area_under_curve, mean_area, refuse_infinite
 from dedpo_diffusion.debias.worth import NORMAL_975
 
 LEAST = 20  # labelled pairs
@@ -104,10 +104,7 @@ def _checked(labelled: Any, features: Any, bound: float) -> tuple[np.ndarray, np
     for kind, count in (("labelled", int(answered.sum())), ("target", int((~answered).sum()))):
         if count < LEAST:
             raise ValueError(f"there are {count} {kind} pairs, and a density ratio takes at least {LEAST} of either population")
-    bad = np.argwhere(~np.isfinite(x))
-    if len(bad):
-        row, column = bad[0]
-        raise ValueError(f"features[{row}, {column}] is {x[row, column]}: fill it in, or leave column {column} out")
+    refuse_infinite(x)
     if x.shape[1] == 0 or not (np.ptp(x, axis=0) > 0).any():
         raise ValueError("nothing that differs between pairs is known of both populations, so there is no density ratio")
     return answered, x
@@ -167,9 +164,7 @@ def _fitted_odds(answered: np.ndarray, x: np.ndarray, group: np.ndarray | None, 
 
 def _area(odds: np.ndarray, answered: np.ndarray, fold: np.ndarray) -> dict[str, Any]:
     """How well the populations are told apart: mean of the folds' areas under the curve."""
-    areas = [area_under_curve(odds[~answered & (fold == k)], odds[answered & (fold == k)]) for k in np.unique(fold)]
-    value, se = float(np.mean([area for area, _ in areas])), math.sqrt(sum(variance for _, variance in areas)) / len(areas)
-    return {"value": value, "se": se, "ci": [max(0.0, value - NORMAL_975 * se), min(1.0, value + NORMAL_975 * se)]}
+    return mean_area([area_under_curve(odds[~answered & (fold == k)], odds[answered & (fold == k)]) for k in np.unique(fold)])
 
 
 def _imbalance(x: np.ndarray, answered: np.ndarray, w: np.ndarray) -> np.ndarray:

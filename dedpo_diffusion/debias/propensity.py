@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +56,13 @@ def estimate_propensity(labelled: Any, features: Any, *, folds: int = 5, seed: i
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x[fit_rows], answered[fit_rows])
         p[rows] = model.predict_proba(x[rows])[:, 1]
         parts.append(area_under_curve(p[rows][answered[rows]], p[rows][~answered[rows]]))
-    value = float(np.mean([area for area, _ in parts]))
-    variance = float(np.sum([v for _, v in parts])) / folds**2
-    se = math.sqrt(variance)
-    auc = {"value": value, "se": se, "ci": [max(0.0, value - NORMAL_975 * se), min(1.0, value + NORMAL_975 * se)]}
-    return Propensity(np.clip(p, clip, 1.0), auc, int((p < clip).sum()))
+    return Propensity(np.clip(p, clip, 1.0), mean_area(parts), int((p < clip).sum()))
+
+
+def mean_area(parts: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """{value, se, ci} of the mean of the folds' areas, from each one's area and variance as `area_under_curve` gives them."""
+    value, se = float(np.mean([area for area, _ in parts])), math.sqrt(float(np.sum([v for _, v in parts])) / len(parts) ** 2)
+    return {"value": value, "se": se, "ci": [max(0.0, value - NORMAL_975 * se), min(1.0, value + NORMAL_975 * se)]}
 
 
 def area_under_curve(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
@@ -92,10 +95,7 @@ def _checked(labelled: Any, features: Any, folds: int, clip: float) -> tuple[np.
         raise ValueError(f"clip is {clip}: it must lie in (0, 1]")
     if folds < 2:
         raise ValueError(f"folds is {folds}: give 2 or more")
-    bad = np.argwhere(~np.isfinite(x))
-    if len(bad):
-        row, column = bad[0]
-        raise ValueError(f"features[{row}, {column}] is {x[row, column]}: fill it in, or leave column {column} out")
+    refuse_infinite(x)
     counts = {"labelled": int(answered.sum()), "unlabelled": int((~answered).sum())}
     kind = min(counts, key=lambda name: counts[name])
     least = counts[kind]
@@ -104,3 +104,11 @@ def _checked(labelled: Any, features: Any, folds: int, clip: float) -> tuple[np.
             f"there are {least} {kind} pairs, too few for {folds} folds; take labels as taken at random instead (--propensities none)"
         )
     return answered, x
+
+
+def refuse_infinite(features: np.ndarray) -> None:
+    """A ValueError that names the first of the features (N, P) that is NaN or infinite."""
+    bad = np.argwhere(~np.isfinite(features))
+    if len(bad):
+        row, column = bad[0]
+        raise ValueError(f"features[{row}, {column}] is {features[row, column]}: fill it in, or leave column {column} out")

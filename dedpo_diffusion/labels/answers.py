@@ -14,11 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def choose_judges(settings: MergeSettings) -> list[str]:
-    """The judges' label files: those named, or the only one that is not human (of adapted: that people taught); none only for
-    human_only."""
-    from dedpo_diffusion.labels.files import CALIBRATED, label_names, label_origin
-
+def named_judges(settings: MergeSettings) -> list[str]:
+    """The judges that --judge or --judges names, checked; none where neither is given."""
     named = [name.strip() for text in settings.judges for name in text.split(",") if name.strip()]
     if named and settings.judge is not None:
         raise UserError("--judge names one judge, --judges several; give one of them")
@@ -27,7 +24,15 @@ def choose_judges(settings: MergeSettings) -> list[str]:
         raise UserError(f"--judge and --human both name {settings.human!r}; name two label files")
     if len(set(named)) < len(named):
         raise UserError(f"--judges names one of {', '.join(named)} twice; name each once")
-    if named:
+    return named
+
+
+def choose_judges(settings: MergeSettings) -> list[str]:
+    """The judges' label files: those named, or the only one that is not human (of adapted: that people taught); none only for
+    human_only."""
+    from dedpo_diffusion.labels.files import CALIBRATED, label_names, label_origin
+
+    if named := named_judges(settings):
         return named
     judges = [name for name in label_names(settings.pairs) if name != settings.human]
     if settings.method == "adapted" and "adapt" in judges and label_origin(settings.pairs, "adapt") == CALIBRATED:

@@ -24,11 +24,11 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 
 from dedpo_diffusion.debias import bootstrap_sums, effective_number, wilson_interval
+from dedpo_diffusion.labels.clusters import MIN_CLUSTERS
 
 METHODS = ("temperature", "stack")
 PRIOR_SD = 5.0  # of a slope, for differences of RMS 1: weak, but separable answers keep a finite slope
 HELD = 1e-6  # probabilities are held this far from 0 and 1 in a log loss, where a wrong sure answer would cost infinity
-MIN_CLUSTERS = 20  # fewer resampled prompts or pairs make intervals that are too narrow
 MIN_BIN = 10  # pairs in one bin of the calibration error
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
+MIN_CLUSTERS = 20  # fewer prompts, rankings or pairs make intervals that are too narrow
 Node = TypeVar("Node", bound=Hashable)
 
 

@@ -66,8 +66,8 @@ def shift_warnings(about: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def about_populations(warnings: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Warnings of a merge without those that compare labelled pairs with the others as if of one population, and with those "
-    "of the ratio."""
+    """Warnings of a merge without those that compare labelled pairs with the others as if of one population, and with those
+    of the ratio."""
     return [*(dict(entry) for entry in warnings if entry["kind"] not in ("not_at_random", "seen")), *shift_warnings(about)]
 
 

@@ -11,10 +11,8 @@ from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
-from dedpo_diffusion.labels.clusters import joined
+from dedpo_diffusion.labels.clusters import MIN_CLUSTERS, joined
 from dedpo_diffusion.pairs.dataset import PairReader
-
-LEAST = 20  # clusters; an interval from fewer is too narrow to be told, see labels.calibration.MIN_CLUSTERS
 
 
 def label_clusters(reader: PairReader, human: np.ndarray, ranked: np.ndarray | None = None) -> np.ndarray | None:
@@ -35,9 +33,9 @@ def label_clusters(reader: PairReader, human: np.ndarray, ranked: np.ndarray | N
     rankings = [] if ranked is None else [(("pair", row), ("ranking", int(ranked[row]))) for row in rows.tolist() if ranked[row] >= 0]
     prompts = reader.prompts()
     found = _numbers(rows, [*rankings, *((("pair", row), ("prompt", prompts[row])) for row in rows.tolist())])
-    if len(set(found)) < min(LEAST, len(rows)):
+    if len(set(found)) < min(MIN_CLUSTERS, len(rows)):
         found = _numbers(rows, [*rankings, *_shared_images(reader, rows)])
-    if len(set(found)) < min(LEAST, len(rows)):
+    if len(set(found)) < min(MIN_CLUSTERS, len(rows)):
         found = _numbers(rows, rankings)
     if len(set(found)) == len(rows):
         return None

@@ -36,15 +36,15 @@ class Shift:
 
     @property
     def inverse(self) -> np.ndarray:
-        """(M,) how many pairs of the M each labelled pair stands for; 0 for target pairs."""
-        h = np.zeros(len(self.labelled))
+        """(M,) how many pairs of the M each labelled pair stands for; 1 for target pairs, which stand for themselves."""
+        h = np.ones(len(self.labelled))
         h[self.labelled] = self.ratio.inverse_propensity(int((~self.labelled).sum()))
         return h
 
     @property
     def propensity(self) -> np.ndarray:
-        """(M,) its inverse, for `merge_labels`; 1 for target pairs, where it counts for nothing."""
-        return np.where(self.labelled, 1 / np.maximum(self.inverse, 1.0), 1.0)
+        """(M,) its inverse, for `merge_labels`, where that of target pairs counts for nothing."""
+        return 1 / self.inverse
 
     def about(self) -> dict[str, Any]:
         """For the report, ready for JSON."""
@@ -70,10 +70,9 @@ def measure_shift(known: Known, labelled: np.ndarray, prompts: Sequence[str], *,
     """
     known, left_out = shared_generators(known, labelled)
     columns = even_features(known)
-    if not columns:
-        raise ValueError("nothing that differs between pairs is known of both populations, so there is no density ratio")
+    features = np.column_stack([np.empty((len(labelled), 0)), *columns.values()])  # of no column too, which the estimator refuses
     groups = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)[1]
-    ratio = estimate_density_ratio(labelled, np.stack(list(columns.values()), axis=1), groups=groups, seed=seed)
+    ratio = estimate_density_ratio(labelled, features, groups=groups, seed=seed)
     return Shift(known, labelled, list(prompts), ratio, list(columns), left_out)
 
 
@@ -90,7 +89,7 @@ def teach(shift: Shift, human: np.ndarray, judges: Sequence[str], *, seed: int) 
         ValueError: labels that nothing can be learned from, or scores that are missing.
     """
     scores, others = odd_groups(shift.known, judges)
-    return adapt(scores, others, human, prompts=shift.prompts, weights=np.maximum(shift.inverse, 1.0), seed=seed)
+    return adapt(scores, others, human, prompts=shift.prompts, weights=shift.inverse, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.core.console import UserError, say
-from dedpo_diffusion.labels.answers import Answers, choose_judges, read_clusters, read_judge
+from dedpo_diffusion.labels.answers import Answers, choose_judges, named_judges, read_clusters, read_judge
 from dedpo_diffusion.labels.files import CALIBRATED, align, label_names, label_origin, read_labels
 from dedpo_diffusion.pairs.clusters import label_clusters
 from dedpo_diffusion.pairs.dataset import PairReader
@@ -62,8 +62,8 @@ def shift_judges(settings: MergeSettings, *folders: Path) -> list[str]:
     """
     if settings.method != "adapted":
         return choose_judges(settings)
-    named = [name.strip() for text in settings.judges for name in text.split(",") if name.strip()] or [settings.judge or ""]
-    if named == [""]:
+    named = named_judges(settings)
+    if not named:
         common = [set(raw_judges(folder, settings.human)) for folder in folders]
         named = [name for name in sorted(set.intersection(*common)) if all(_has_scores(folder, name) for folder in folders)]
     if not named:

@@ -11,6 +11,7 @@ whoever labelled them: the factor does not depend on labels, so what was unbiase
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,11 +55,15 @@ def cluster_factors(prompts: Sequence[str], kind: str, weight: np.ndarray) -> np
 def say_cluster_weights(prompts: Sequence[str], kind: str, weight: np.ndarray, factor: np.ndarray) -> None:
     """Say how many prompts there are, how many pairs they have, and what the largest one's pairs count before and after.
 
+    Of several processes the first says it.
+
     Args:
         prompts, weight: (N,) as in `cluster_factors`.
         kind: as there.
         factor: (N,) that it returned.
     """
+    if int(os.environ.get("RANK", "0")):
+        return
     _, which, counts = np.unique(np.asarray(prompts, dtype=object), return_inverse=True, return_counts=True)
     largest = which == int(np.argmax(counts))
     before, after = (float(w[largest].sum() / w.sum()) for w in (weight, weight * factor))

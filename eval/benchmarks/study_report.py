@@ -108,7 +108,7 @@ def steps_table(found: Sequence[Line]) -> str:
         key = (entry["people"], entry["judge"], f"{entry['share']:.0%}", entry["arm"], str(entry["seeds"]))
         gains.setdefault(key, {})[entry["step"]] = words(entry["gain"])
     rows += [[*key, *(at.get(step, "–") for step in steps)] for key, at in gains.items()]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    return markdown(rows)
 
 
 def draw_steps(found: Sequence[Line], path: Path) -> None:
@@ -178,12 +178,14 @@ def tables(found: Line) -> str:
     for people, worst in found["worst_regret"].items():
         regret += [[people, "worst", "", "", *(f"{words(worst[m], '.3f')}, {worst[m]['judge']}" for m in METHODS)]] if worst else []
     title = f"Gain in true reward over the base ({found['base_reward']:.3f}), each arm at its best strength, and intervals over seeds:"
-    first, second = (
-        "".join(f"| {' | '.join(line)} |\n" for line in [part[0], ["---"] * len(part[0]), *part[1:]]) for part in (gains, regret)
-    )
     whole = sum(row["regret"] is not None for row in found["cells"])
     told = f"Regret where every method was trained ({whole} of these cells); by these alone the rule would name {found['default']}:"
-    return f"{title}\n\n{first}\n{told}\n\n{second}"
+    return f"{title}\n\n{markdown(gains)}\n{told}\n\n{markdown(regret)}"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a table of Markdown, the first its head."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def draw(lines: Sequence[Line], path: Path, main: tuple[str, float, str]) -> None:
