@@ -16,6 +16,7 @@ unbiased up to terms of order 1 / labels. Several judges have one power each.
     weights.py     labels, inverse propensities and powers -> weights and targets
     imputation.py  method adapted: the best prediction for every pair, between imputation and DeDPO
     compute.py     the power and the worth of the labels in a run of finite length
+    label_share.py how much of a run the pairs get that people labelled, with method adapted
     powers.py      the powers that make the gradient's variance at margin 0 least
     tuning.py      the powers of a rule, of all pairs or of each fold
     clusters.py    labels that depend on each other, such as those of one ranking
@@ -36,6 +37,7 @@ from dedpo_diffusion.debias.compute import Run, best_scale, hard_power, run_repo
 from dedpo_diffusion.debias.density_ratio import DensityRatio, carry_over, estimate_density_ratio, shifted_mean
 from dedpo_diffusion.debias.estimate import Estimate, estimate
 from dedpo_diffusion.debias.imputation import Correction, answer_weight, even_confidence, james_stein, odd_directions
+from dedpo_diffusion.debias.label_share import Shares, best_share, judge_worth, share_labels
 from dedpo_diffusion.debias.merging import Merged, merge_labels
 from dedpo_diffusion.debias.powers import Fit, best_powers, fit_power, fit_powers, judge_moments, power_cap
 from dedpo_diffusion.debias.propensity import Propensity, estimate_propensity
@@ -64,10 +66,12 @@ __all__ = [
     "Merged",
     "Propensity",
     "Run",
+    "Shares",
     "agreement",
     "answer_weight",
     "best_powers",
     "best_scale",
+    "best_share",
     "bootstrap_sums",
     "carry_over",
     "cluster_sums",
@@ -83,6 +87,7 @@ __all__ = [
     "james_stein",
     "judge_bias",
     "judge_moments",
+    "judge_worth",
     "merge_labels",
     "mix_judges",
     "odd_directions",
@@ -92,6 +97,7 @@ __all__ = [
     "run_report",
     "run_sentences",
     "run_terms",
+    "share_labels",
     "shifted_mean",
     "variance_ratio",
     "wilson_interval",

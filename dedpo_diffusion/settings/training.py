@@ -62,6 +62,8 @@ class DataSettings:
         cluster_weights: what a prompt of many pairs counts against one of few: none weighs every pair as it was merged, sqrt divides by
             the root of the number of its prompt's pairs, equal by that number, so that every prompt counts alike. The sum of all weights
             stays.
+        label_share: what part of the visits goes to the pairs that people labelled, with targets of method adapted. auto takes what suits
+            a run of this length, and no less than merged, which leaves the weights as they were merged; or a number from 0 to 1.
         caption_dropout: share of pairs trained with the empty prompt, both images alike.
         reference_draws: draw this many timesteps and noises for each pair beforehand and keep the reference's errors at them beside the
             cache, shared by all runs on it that have the same optim.batch: none predicts with the reference again. It pays when several
@@ -84,6 +86,7 @@ class DataSettings:
     groups: int | None = None
     sampling: Literal["uniform", "importance"] = "importance"
     cluster_weights: Literal["none", "sqrt", "equal"] = "none"
+    label_share: Literal["auto", "merged"] | float = "auto"
     caption_dropout: float = 0.0
     reference_draws: int | Literal["auto"] | None = None
     noise: Literal["shared", "independent", "own", "inverted"] = "shared"

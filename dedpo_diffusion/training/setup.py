@@ -196,6 +196,7 @@ def prepare(
     from dedpo_diffusion.training.cache_choice import decide
     from dedpo_diffusion.training.data import PairLoader, cache_identity
     from dedpo_diffusion.training.groups import image_numbers
+    from dedpo_diffusion.training.label_share import share_words, shared_targets
     from dedpo_diffusion.training.prediction_check import check_prediction
     from dedpo_diffusion.training.validation import open_validation
 
@@ -216,9 +217,13 @@ def prepare(
             folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs_fingerprint, size=size))
             grouped = image_numbers(reader, folder), data.groups
     together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
+    shared = shared_targets(settings, together) if scalable is None else None
+    merged = scalable.at(1.0) if scalable is not None else shared[0] if shared is not None else None
+    if shared is not None and accelerator.is_main_process:
+        say(share_words(shared[1], settings.optim.steps * together))
     loader = PairLoader(
         reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
-        adaptive=settings.objective.power == "adaptive", merged=None if scalable is None else scalable.at(1.0), grouped=grouped,
+        adaptive=settings.objective.power == "adaptive", merged=merged, grouped=grouped,
         cluster_weights=data.cluster_weights,
     )  # fmt: skip
     check(settings, loader)
@@ -250,6 +255,8 @@ def prepare(
     identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
     if given.data.reference_draws == "auto":
         identity["reference_draws"] = str(data.reference_draws)  # which a longer run must not change
+    if shared is not None and data.label_share == "auto":
+        identity["label_share"] = f"{shared[1].share:.6g}"  # which a longer run must not change either
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
     return model, loader, identity | ({} if validation is None else validation.identity()), validation
@@ -315,6 +322,7 @@ def check_options(settings: TrainSettings) -> None:
     from dedpo_diffusion.dpo.objectives import find_objective
     from dedpo_diffusion.training.cluster_weights import check_cluster_weights
     from dedpo_diffusion.training.groups import check_groups
+    from dedpo_diffusion.training.label_share import check_label_share
     from dedpo_diffusion.training.measured_power import check_measurable
     from dedpo_diffusion.training.measured_timesteps import check_timesteps
     from dedpo_diffusion.training.own_noise import check_noise
@@ -341,6 +349,7 @@ def check_options(settings: TrainSettings) -> None:
     check_timesteps(settings)
     check_groups(settings)
     check_cluster_weights(settings)
+    check_label_share(settings)
     check_noise(settings)
     for name in ("beta", "balance_clip", "balance_tempering", "margin_cap", "sharpness"):
         value = getattr(objective, name)

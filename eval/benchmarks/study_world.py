@@ -185,11 +185,23 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
     return merge_labels(human, label, method="adapted", features=np.concatenate([scores.values, images.values], axis=1))
 
 
-def write_rows(pool: Pool, name: str, rows: np.ndarray, target: np.ndarray, weight: np.ndarray | float) -> None:
-    """Write targets and weights (n,) of these rows of the pool; all other pairs have weight 0, and the weights make up for their number."""
-    whole, weights = np.full(len(pool.ids), 0.5), np.zeros(len(pool.ids))
-    whole[rows], weights[rows] = target, weight * len(pool.ids) / len(rows)
-    write_targets(pool.folder, name, Targets(pool.ids, whole, weights), {})
+def write_rows(
+    pool: Pool, name: str, rows: np.ndarray, target: np.ndarray, weight: np.ndarray | float, merged: Merged | None = None
+) -> None:
+    """Write targets and weights (n,) of these rows of the pool; all other pairs have weight 0, and the weights make up for their number.
+
+    With `merged`, that they are of, the file also says what a merge says of its labels and its method.
+    """
+
+    def placed(values: Any, elsewhere: float) -> np.ndarray:
+        every = np.full(len(pool.ids), elsewhere)
+        every[rows] = elsewhere if values is None else values
+        return every
+
+    scaled = placed(np.asarray(weight) * len(pool.ids) / len(rows), 0.0)
+    labels = {} if merged is None else {"human": placed(merged.human, np.nan), "judge": placed(merged.judge, np.nan)}
+    report = {} if merged is None else {"method": merged.report["method"]}
+    write_targets(pool.folder, name, Targets(pool.ids, placed(target, 0.5), scaled, **labels), report)
 
 
 class Verdict:

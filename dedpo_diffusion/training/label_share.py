@@ -1,0 +1,84 @@
+"""data.label_share: what part of a run's visits goes to the pairs that people labelled, with targets of method adapted.
+
+`debias.label_share` has the argument. Targets of other methods stay as they were merged: their weights make them unbiased.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+
+from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.records import Targets
+from dedpo_diffusion.debias import Shares, share_labels
+from dedpo_diffusion.labels.files import read_targets, targets_path
+from dedpo_diffusion.settings import TrainSettings
+
+
+def check_label_share(settings: TrainSettings) -> None:
+    """Refuse a share that is none.
+
+    Raises:
+        UserError: a number outside [0, 1].
+    """
+    share = settings.data.label_share
+    if not isinstance(share, str) and not 0 <= share <= 1:
+        raise UserError(f"data.label_share is {share}: give a number from 0 to 1, auto, or merged")
+
+
+def method_of(settings: TrainSettings) -> str | None:
+    """By which method the run's targets were merged, None where their report does not say."""
+    path = targets_path(settings.data.pairs, settings.data.targets).with_suffix(".json")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found.get("method") if isinstance(found, dict) else None
+
+
+def shared_targets(settings: TrainSettings, together: int) -> tuple[Targets, Shares] | None:
+    """The run's targets with its share of labelled pairs, None where they are to stay as they were merged.
+
+    Args:
+        settings: of the run.
+        together: pairs of a step.
+
+    Raises:
+        UserError: a share was given, and the targets are of another method, or do not say which pairs people labelled.
+    """
+    data, path = settings.data, targets_path(settings.data.pairs, settings.data.targets)
+    if data.label_share == "merged":
+        return None
+    given = None if data.label_share == "auto" else float(data.label_share)
+    method = method_of(settings)
+    if method != "adapted":
+        if given is not None:
+            raise UserError(
+                f"data.label_share={given:g} is for targets of method adapted, and {path} is "
+                f"{'of an unknown method' if method is None else f'of method {method}'}; leave it at auto"
+            )
+        return None
+    merged = read_targets(data.pairs, data.targets)
+    found = None
+    if merged.human is not None and merged.judge is not None:
+        columns = (merged.target, merged.weight, merged.human, np.asarray(merged.judge))
+        found = share_labels(*columns, visits=settings.optim.steps * together, share=given)
+    if found is None:
+        if given is not None:
+            raise UserError(f"data.label_share={given:g}: in {path} all of the pairs have a human label, or none; leave it at auto")
+        return None
+    target, weight, shares = found
+    return dataclasses.replace(merged, target=target, weight=weight), shares
+
+
+def share_words(shares: Shares, visits: int) -> str:
+    """What a run says of it at its start."""
+    told = (
+        f"{shares.labelled} pairs that people labelled get {shares.share:.0%} of {visits:,} visits (merged with {shares.merged:.0%}), "
+        f"{shares.judged} others the rest"
+    )
+    if shares.share == 1:
+        told += ": in so short a run the judge's labels are worth less than people's again"
+    return f"{told} (data.label_share)"
