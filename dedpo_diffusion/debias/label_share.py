@@ -25,7 +25,7 @@ import numpy as np
 
 NOISE = 300.0  # visits in which the visits' own noise is that of one pair's choice
 PEOPLE = 0.6  # how sure an answer is of the next person's: 2 A - 1 where two people agree on A = 80 % of the pairs
-TRUST = 0.8
+TRUST = 0.85
 
 
 @dataclass(frozen=True)
