@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -15,6 +17,11 @@ from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.debias import Shares, share_labels
 from dedpo_diffusion.labels.files import read_targets, targets_path
 from dedpo_diffusion.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+IDENTITY = "label_share"  # in a run's identity
 
 
 def check_label_share(settings: TrainSettings) -> None:
@@ -38,25 +45,41 @@ def method_of(settings: TrainSettings) -> str | None:
     return found.get("method") if isinstance(found, dict) else None
 
 
-def shared_targets(settings: TrainSettings, together: int) -> tuple[Targets, Shares] | None:
+def begun_share(out: Path) -> float | Literal["merged"] | None:
+    """The share that a run began with, which a longer one keeps; None for one that has not begun."""
+    file = out / "identity.json"
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8")).get(IDENTITY)
+    return "merged" if found is None else float(found)
+
+
+def shared_targets(settings: TrainSettings, together: int, accelerator: Accelerator) -> tuple[Targets, Shares] | None:
     """The run's targets with its share of labelled pairs, None where they are to stay as they were merged.
 
     Args:
         settings: of the run.
         together: pairs of a step.
+        accelerator: of the run, whose main process reads what it began with.
 
     Raises:
         UserError: a share was given, and the targets are of another method, or do not say which pairs people labelled.
     """
+    from accelerate.utils import broadcast_object_list
+
     data, path = settings.data, targets_path(settings.data.pairs, settings.data.targets)
-    if data.label_share == "merged":
+    wanted: float | str = data.label_share
+    if wanted == "auto":  # the main process reads, for the others may not see the folder
+        [begun] = broadcast_object_list([begun_share(settings.out) if accelerator.is_main_process else None])
+        wanted = "auto" if begun is None else begun
+    if wanted == "merged":
         return None
-    given = None if data.label_share == "auto" else float(data.label_share)
+    given = None if isinstance(wanted, str) else float(wanted)
     method = method_of(settings)
     if method != "adapted":
-        if given is not None:
+        if data.label_share != "auto":
             raise UserError(
-                f"data.label_share={given:g} is for targets of method adapted, and {path} is "
+                f"data.label_share={data.label_share} is for targets of method adapted, and {path} is "
                 f"{'of an unknown method' if method is None else f'of method {method}'}; leave it at auto"
             )
         return None
@@ -66,19 +89,21 @@ def shared_targets(settings: TrainSettings, together: int) -> tuple[Targets, Sha
         columns = (merged.target, merged.weight, merged.human, np.asarray(merged.judge))
         found = share_labels(*columns, visits=settings.optim.steps * together, share=given)
     if found is None:
-        if given is not None:
-            raise UserError(f"data.label_share={given:g}: in {path} all of the pairs have a human label, or none; leave it at auto")
+        if data.label_share != "auto":
+            raise UserError(
+                f"data.label_share={data.label_share}: in {path} all of the pairs have a human label, or none; leave it at auto"
+            )
         return None
     target, weight, shares = found
     return dataclasses.replace(merged, target=target, weight=weight), shares
 
 
-def share_words(shares: Shares, visits: int) -> str:
-    """What a run says of it at its start."""
+def share_words(shares: Shares, visits: int, *, chosen: bool) -> str:
+    """What a run says of it at its start; `chosen`: nobody gave the share."""
     told = (
         f"{shares.labelled} pairs that people labelled get {shares.share:.0%} of {visits:,} visits (merged with {shares.merged:.0%}), "
         f"{shares.judged} others the rest"
     )
-    if shares.share == 1:
+    if chosen and shares.share == 1:
         told += ": in so short a run the judge's labels are worth less than people's again"
     return f"{told} (data.label_share)"
