@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.debias import Shares, share_labels
 from dedpo_diffusion.labels.files import read_targets, targets_path
@@ -54,13 +54,13 @@ def begun_share(out: Path) -> float | Literal["merged"] | None:
     return "merged" if found is None else float(found)
 
 
-def shared_targets(settings: TrainSettings, together: int, accelerator: Accelerator) -> tuple[Targets, Shares] | None:
-    """The run's targets with its share of labelled pairs, None where they are to stay as they were merged.
+def shared_targets(settings: TrainSettings, together: int, accelerator: Accelerator) -> tuple[Targets | None, dict[str, str]]:
+    """The run's targets with its share of labelled pairs, None where they are to stay as they were merged; and its identity's part.
 
     Args:
         settings: of the run.
         together: pairs of a step.
-        accelerator: of the run, whose main process reads what it began with.
+        accelerator: of the run, whose main process reads what it began with, and says what it takes.
 
     Raises:
         UserError: a share was given, and the targets are of another method, or do not say which pairs people labelled.
@@ -73,7 +73,7 @@ def shared_targets(settings: TrainSettings, together: int, accelerator: Accelera
         [begun] = broadcast_object_list([begun_share(settings.out) if accelerator.is_main_process else None])
         wanted = "auto" if begun is None else begun
     if wanted == "merged":
-        return None
+        return None, {}
     given = None if isinstance(wanted, str) else float(wanted)
     method = method_of(settings)
     if method != "adapted":
@@ -82,20 +82,22 @@ def shared_targets(settings: TrainSettings, together: int, accelerator: Accelera
                 f"data.label_share={data.label_share} is for targets of method adapted, and {path} is "
                 f"{'of an unknown method' if method is None else f'of method {method}'}; leave it at auto"
             )
-        return None
-    merged = read_targets(data.pairs, data.targets)
+        return None, {}
+    merged, visits = read_targets(data.pairs, data.targets), settings.optim.steps * together
     found = None
     if merged.human is not None and merged.judge is not None:
         columns = (merged.target, merged.weight, merged.human, np.asarray(merged.judge))
-        found = share_labels(*columns, visits=settings.optim.steps * together, share=given)
+        found = share_labels(*columns, visits=visits, share=given)
     if found is None:
         if data.label_share != "auto":
             raise UserError(
                 f"data.label_share={data.label_share}: in {path} all of the pairs have a human label, or none; leave it at auto"
             )
-        return None
+        return None, {}
     target, weight, shares = found
-    return dataclasses.replace(merged, target=target, weight=weight), shares
+    if accelerator.is_main_process:
+        say(share_words(shares, visits, chosen=data.label_share == "auto"))
+    return dataclasses.replace(merged, target=target, weight=weight), {IDENTITY: repr(shares.share)}  # which a longer run keeps
 
 
 def share_words(shares: Shares, visits: int, *, chosen: bool) -> str:

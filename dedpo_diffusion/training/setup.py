@@ -196,7 +196,7 @@ def prepare(
     from dedpo_diffusion.training.cache_choice import decide
     from dedpo_diffusion.training.data import PairLoader, cache_identity
     from dedpo_diffusion.training.groups import image_numbers
-    from dedpo_diffusion.training.label_share import IDENTITY, share_words, shared_targets
+    from dedpo_diffusion.training.label_share import shared_targets
     from dedpo_diffusion.training.prediction_check import check_prediction
     from dedpo_diffusion.training.validation import open_validation
 
@@ -217,10 +217,7 @@ def prepare(
             folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs_fingerprint, size=size))
             grouped = image_numbers(reader, folder), data.groups
     together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
-    shared = shared_targets(settings, together, accelerator) if scalable is None else None
-    merged = scalable.at(1.0) if scalable is not None else shared[0] if shared is not None else None
-    if shared is not None and accelerator.is_main_process:
-        say(share_words(shared[1], settings.optim.steps * together, chosen=data.label_share == "auto"))
+    merged, shares = (scalable.at(1.0), {}) if scalable is not None else shared_targets(settings, together, accelerator)
     loader = PairLoader(
         reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
         adaptive=settings.objective.power == "adaptive", merged=merged, grouped=grouped,
@@ -252,11 +249,9 @@ def prepare(
     if settings.gradient_checkpointing:
         model.checkpoint(selective=settings.gradient_checkpointing == "selective")
     targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
-    identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)}
+    identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)} | shares
     if given.data.reference_draws == "auto":
         identity["reference_draws"] = str(data.reference_draws)  # which a longer run must not change
-    if shared is not None:
-        identity[IDENTITY] = repr(shared[1].share)  # which a longer run keeps
     if settings.lora.start is not None:
         identity["start"] = file_digest(settings.lora.start)
     return model, loader, identity | ({} if validation is None else validation.identity()), validation

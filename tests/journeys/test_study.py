@@ -80,13 +80,14 @@ def test_what_is_unknown_is_refused(block, words):
 
 def test_the_config_does_its_main_cells_first_and_one_seed_of_the_whole_table_before_a_second():
     found = cells(Parser(StudySettings).parse(["--config", str(CONFIG), "--work", "work"]))[1:]
-    assert {cell.seed for cell in found} == set(range(10, 20)), "fresh: no method was chosen by them"
-    main, table = found[:30], found[30 : 30 + 24 + 58]
+    assert {cell.seed for cell in found} == set(range(20, 30)), "fresh: no method was chosen by them"
+    main, table = found[:40], found[:40] + found[40 : 40 + 10 + 24 + 58]
     assert {(cell.arm, cell.judge, cell.seed) for cell in main} == {
-        (arm, "none" if arm.startswith("human") else "clip", seed) for arm in (*METHODS, "human_100") for seed in range(10, 15)
+        (arm, "none" if arm.startswith("human") else "clip", seed)
+        for arm in ("human_only", "human_100", "naive", "adapted")
+        for seed in range(20, 30)
     }
-    assert {cell.seed for cell in table} == {10}
-    first = [cell for cell in [*main, *table] if cell.seed == 10 and cell.arm != "human_100"]
+    first = [cell for cell in table if cell.seed == 20 and cell.arm != "human_100"]
     taking = {(cell.arm, cell.judge, cell.share) for cell in first if cell.arm != "human_only"}
     assert taking == {(arm, judge, share) for arm in METHODS[1:] for judge in JUDGES for share in (0.01, 0.05, 0.25)}
     assert {cell.share for cell in first if cell.arm == "human_only"} == {0.01, 0.05, 0.25}
