@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.debias import wilson_interval
+from dedpo_diffusion.debias import cluster_sums, effective_number, wilson_interval
 from dedpo_diffusion.dpo.losses import implicit_rewards, margin
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, step_generator
 from dedpo_diffusion.dpo.objectives import find_objective, objective_loss
@@ -93,8 +93,9 @@ def pair_losses(
 
 
 def summarise_held_out(
-    errors: Tensor, start: Tensor, label: Tensor, timesteps: Tensor, weight: Tensor, *, schedule: int, objective: Mapping[str, Any]
-) -> dict[str, Any]:
+    errors: Tensor, start: Tensor, label: Tensor, timesteps: Tensor, weight: Tensor, *, schedule: int, objective: Mapping[str, Any],
+    clusters: np.ndarray | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The numbers of one validation.
 
     Args:
@@ -102,11 +103,12 @@ def summarise_held_out(
         timesteps: (P, K).
         schedule: number of timesteps of the training schedule.
         objective: kind, beta, options and margin_cap.
+        clusters: (P,) of pairs that hang together, as those of one prompt; None where none do. Intervals count them.
 
     Returns:
-        objective, pairs, draws, loss with Student's interval loss_ci over pairs, start_loss (before training), accuracy (share of pairs
-        whose margin, its mean over the draws, has the label's sign; labels of 0.5 are left out) with Wilson's interval accuracy_ci over
-        pairs, margin (towards the preferred image), `buckets` as in `metrics.summarise` with first, last, count and margin, and
+        objective, pairs, draws, loss with Student's interval loss_ci, start_loss (before training), accuracy (share of pairs
+        whose margin, its mean over the draws, has the label's sign; labels of 0.5 are left out) with Wilson's interval
+        accuracy_ci, margin (towards the preferred image), `buckets` as in `metrics.summarise` with first, last, count and margin, and
         `pair_loss` (P,).
         Whatever is not finite, or cannot be said of so few pairs, is None.
     """
@@ -129,10 +131,10 @@ def summarise_held_out(
         "pairs": pairs,
         "draws": draws,
         "loss": finite(losses.mean()),
-        "loss_ci": mean_interval(losses.numpy()),
+        "loss_ci": mean_interval(losses.numpy(), clusters),
         "start_loss": finite(before.mean()),
         "accuracy": finite(hits.mean()) if known else None,
-        "accuracy_ci": wilson_interval(hits.sum().item(), len(hits)) if known else None,
+        "accuracy_ci": share_interval(hits.numpy(), None if clusters is None else clusters[decided.numpy()]) if known else None,
         "margin": finite(towards[decided].mean()) if known else None,
         "buckets": buckets,
         "pair_loss": [finite(value) for value in losses],
@@ -157,15 +159,26 @@ def summarise_scores(scores: np.ndarray, start: np.ndarray, prompts: Sequence[st
     }
 
 
-def mean_interval(values: np.ndarray) -> list[float] | None:
-    """Student's interval of the mean of independent values (N,); None for fewer than two, or where one is not finite."""
+def mean_interval(values: np.ndarray, clusters: np.ndarray | None = None) -> list[float] | None:
+    """Student's interval of the mean of values (N,), of which those of a cluster (N,) depend on each other.
+
+    None for fewer than two clusters, or where a value is not finite.
+    """
     from scipy.stats import t
 
     x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2 or not np.isfinite(x).all():
+    if not np.isfinite(x).all() or (count := len(x if clusters is None else np.unique(clusters))) < 2:
         return None
-    half = float(t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1)) / math.sqrt(len(x))
+    off = cluster_sums(x - x.mean(), clusters)
+    error = math.sqrt(count / (count - 1) * float(off @ off)) / len(x)
+    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * error
     return [float(x.mean()) - half, float(x.mean()) + half]
+
+
+def share_interval(hits: np.ndarray, clusters: np.ndarray | None = None) -> list[float]:
+    """Wilson's interval of a share of hits (N,), a tie being half of one, at the number of independent cases that tell it as well."""
+    effective = effective_number(hits, clusters)
+    return wilson_interval(float(hits.mean()) * effective, effective)
 
 
 def finite(value: Tensor) -> float | None:

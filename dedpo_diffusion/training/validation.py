@@ -8,6 +8,7 @@ prompts are encoded; the VAE's decoder stays, if images are to be sampled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -145,6 +146,18 @@ class HeldOut:
         self.fingerprint = self.reader.fingerprint()
         self.identity = {"held_out_pairs": self.fingerprint, "held_out_labels": file_digest(self.file)}
         self.source = open_source(settings, self.reader, model, data, accelerator, fingerprint=self.fingerprint, size=size, views=1)
+
+    @functools.cached_property
+    def clusters(self) -> np.ndarray | None:
+        """(n,) of the rows: pairs of one prompt hang together; None where no two do."""
+        import numpy as np
+
+        from dedpo_diffusion.pairs.clusters import label_clusters
+
+        labelled = np.full(len(self.label), np.nan)
+        labelled[self.rows] = self.label[self.rows]
+        found = label_clusters(self.reader, labelled)
+        return None if found is None else found[self.rows]
 
     def keep_apart(self, loader: PairLoader, trained: PairReader, fingerprint: str, accelerator: Accelerator) -> None:
         """Leave out what is trained on, in a dataset that is trained on; see to it that no image of the others is.
@@ -447,7 +460,8 @@ class Validation:
         weight = session.timesteps.weights(process, timesteps.flatten()).view(timesteps.shape)
         objective = {name: getattr(session.settings.objective, name) for name in OBJECTIVE}
         label = torch.tensor(self.held_out.label[rows])
-        return summarise_held_out(errors, self.start, label, timesteps, weight, schedule=len(process), objective=objective)
+        options: dict[str, Any] = {"schedule": len(process), "objective": objective, "clusters": self.held_out.clusters}
+        return summarise_held_out(errors, self.start, label, timesteps, weight, **options)
 
     def _tell(self, line: Mapping[str, Any]) -> None:
         words = []

@@ -163,3 +163,19 @@ def test_noise_between_validations_is_no_rise():
         start, *lines = validations(*[0.6] * 21, noise=0.5, seed=seed)
         fooled += any(held_out_symptom(lines[:k], start["pair_loss"]) for k in range(2, 21))
     assert fooled <= 15
+
+
+def test_copies_of_a_pair_in_one_cluster_narrow_no_interval():
+    rng = np.random.default_rng(0)
+    start = torch.full((12, 2, 2), 0.2)
+    policy, label = start + torch.tensor(rng.normal(0, 0.02, (12, 2, 2)), dtype=torch.float32), torch.tensor([1.0, 0.0, 0.0, 1.0] * 3)
+    timesteps, weight = torch.tensor([[10, 950]] * 12), torch.ones(12, 2)
+    rows = torch.arange(12).repeat_interleave(3)
+    options = {"schedule": 1000, "objective": SIGMOID}
+    once = summarise_held_out(policy, start, label, timesteps, weight, **options)
+    columns = [values[rows] for values in (policy, start, label, timesteps, weight)]
+    copies, alone = (summarise_held_out(*columns, **options, clusters=clusters) for clusters in (rows.numpy(), None))
+    for name in ("loss_ci", "accuracy_ci"):
+        assert copies[name] == pytest.approx(once[name], abs=1e-9 if name == "loss_ci" else 0.02)  # clusters count C / (C - 1)
+        assert alone[name][1] - alone[name][0] < 0.7 * (once[name][1] - once[name][0])
+    assert copies["loss"] == pytest.approx(once["loss"]) and copies["accuracy"] == pytest.approx(once["accuracy"])
