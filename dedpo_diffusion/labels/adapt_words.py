@@ -12,6 +12,10 @@ FARTHEST = 20.0  # a ratio whose interval reaches farther says that the judge ha
 def adapt_sentences(report: dict[str, Any]) -> list[str]:
     """What an `adapt` report means: what it gained, what people mind, which features were taken and which not."""
     texts = [f"{name} gives both images of every pair the same score and was left out." for name in report["left_out"]]
+    texts += [
+        f"{name} agrees with people no more often than a coin and counts for nothing here; `--invert true` turns it the other way round."
+        for name in report["contrary"]
+    ]
     texts += [_gain_sentence(report)]
     if report["adapted"]:
         texts += [text for entry in report["features"] if (text := _feature_sentence(entry, report["judges"])) is not None]

@@ -31,6 +31,7 @@ from dedpo_diffusion.labels.calibration import (
     assign_folds,
     calibrate,
     equal_bins,
+    judge_sign,
     log_losses,
     pair_folds,
     score_agreement,
@@ -177,6 +178,16 @@ def choose(sample: Taught, names: Sequence[str], seed: int) -> tuple[list[int], 
     return used, strength, chosen
 
 
+def heeded(sample: Taught, invert: bool) -> tuple[Taught, np.ndarray]:
+    """The sample without what `judge_sign` would not count of the judges, and which of them count (J,) bool.
+
+    A judge that people contradict counts for nothing, as in the other methods, unless it may count the other way round.
+    """
+    judges = sample.parts[0]
+    counts = np.array([judge_sign(column, sample.human, weights=sample.weights, invert=invert) != 0 for column in judges.T])
+    return Taught([judges * counts, *sample.parts[1:]], sample.human, sample.weights, sample.prompt), counts
+
+
 def learn(sample: Taught, names: Sequence[str], seed: int) -> AdaptedMap:
     """Choose groups and strength, and fit the weights."""
     used, strength, chosen = choose(sample.some(MOST_CHOSEN, seed), names, seed)
@@ -220,7 +231,7 @@ def adapt(
         folds: the labelled pairs are split into so many.
         prompts: (N,), kept together in folds and resamples; None makes every pair one of its own.
         weights: (N,) inverse probability of being labelled, read at labelled pairs; None for labels at random.
-        invert: of `calibrate`, for the temperature that this is compared with.
+        invert: let a judge that people contradict count the other way round; else it counts for nothing.
         seed: of folds, draws and bootstrap.
 
     Raises:
@@ -241,12 +252,13 @@ def adapt(
     rows = np.flatnonzero(labelled)
     parts = [group.values[rows].astype(np.float64) / scale for group, scale in zip(groups, scales, strict=True)]
     sample = Taught(parts, z[rows], w[rows], prompt)
-    maps = [learn(sample.rows(fold[rows] != k), names, seed) for k in range(folds)]
+    maps = [learn(heeded(sample.rows(fold[rows] != k), invert)[0], names, seed) for k in range(folds)]
     cross = np.empty(len(rows))
     for k, made in enumerate(maps):
         mine = np.flatnonzero(fold[rows] == k)
         cross[mine] = made.log_odds(sample.rows(mine).parts)
-    overall = learn(sample, names, seed)
+    whole, counts = heeded(sample, invert)
+    overall = learn(whole, names, seed)
     rivals = [
         calibrate(column, z, folds=folds, groups=prompts, invert=invert, seed=seed, weights=weights)
         for column in np.asarray(groups[0].values, dtype=np.float64).T
@@ -258,10 +270,11 @@ def adapt(
     held = HeldOut(z[rows], sample.weights, prompt, seed)
     report = {"method": "adapt", "folds": folds, "seed": seed, "invert": invert, "weighted": weights is not None, "n": len(z)}
     report |= {"n_human": len(rows), "n_missing": 0, "n_human_missing": 0, "left_out": left_out, "adapted": adapted}
+    report |= {"contrary": [name for name, counted in zip(groups[0].columns, counts, strict=True) if not counted]}
     report |= {"judges": groups[0].columns, "temperature_of": groups[0].columns[best], "gain_se": error}
     report |= compare(held, rivals[best].log_odds[rows], cross)
     report |= {"groups": overall.chosen, "l2": overall.strength, "fold_groups": [[names[k] for k in made.used] for made in maps]}
-    report |= {"fold_l2": [made.strength for made in maps], "features": describe(groups, spreads, sample, overall, seed)}
+    report |= {"fold_l2": [made.strength for made in maps], "features": describe(groups, spreads, whole, overall, seed)}
     if not adapted:
         return Adapted(rivals[best].probability, rivals[best].log_odds, rivals[best].fold, False, report)
     log_odds = predict(groups, scales, overall)

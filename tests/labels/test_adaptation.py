@@ -239,13 +239,26 @@ def test_ratios_tell_how_much_more_people_mind_than_the_judge():
     )
 
 
-def test_an_adversarial_judge_is_turned_round_and_a_silent_one_left_out():
+def test_an_adversarial_judge_is_turned_round_if_asked_and_a_silent_one_left_out():
     scores, others, human, prompts, likely = world(4)
     both = Group("scores", ["contrary", "silent"], np.column_stack([-scores.values[:, 0], np.zeros(N)]))
-    found = made(both, others, human, prompts)
+    found = made(both, others, human, prompts, invert=True)
     assert found.adapted and found.report["left_out"] == ["silent"] and found.report["judges"] == ["contrary"]
-    assert np.mean((found.probability > 0.5) == (likely > 0.5)) > 0.75
+    assert found.report["contrary"] == [] and np.mean((found.probability > 0.5) == (likely > 0.5)) > 0.75
     assert adapt_sentences(found.report)[0].startswith("silent gives both images of every pair the same score")
+
+
+def test_a_judge_that_people_contradict_counts_for_nothing():
+    """The labels are those of the statistics alone, as if the judge were random noise with no weight."""
+    scores, others, human, prompts, _ = world(4)
+    contrary = Group("scores", ["contrary"], -scores.values)
+    found = made(contrary, others, human, prompts)
+    assert found.report["contrary"] == ["contrary"]
+    judge = next(entry for entry in found.report["features"] if entry["name"] == "contrary")
+    assert judge["weight"] == 0 and any(entry["weight"] for entry in found.report["features"])
+    again = made(Group("scores", ["contrary"], -3 * scores.values**3), others, human, prompts)
+    np.testing.assert_allclose(again.log_odds, found.log_odds, atol=1e-9)
+    assert "contrary agrees with people no more often than a coin and counts for nothing here" in adapt_sentences(found.report)[0]
 
 
 @pytest.mark.slow
