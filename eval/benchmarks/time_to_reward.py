@@ -48,7 +48,7 @@ DEVICES: dict[str, dict[str, str]] = {  # options of `dedpo train`, one more dev
     "stored": OFF | STORED | STRATA,
     "balance": OFF | STORED | STRATA | BALANCE,
     "measured": OFF | CACHE | STRATA | {"objective.timestep_sampling": "measured"},
-    "equal_noise": OFF | STORED | STRATA | {"objective.timestep_weighting": "equal_noise"},
+    "equal_noise": OFF | STORED | STRATA | {"objective.timestep_weighting": "equal_noise", "objective.timestep_pairs": "8"},
 }
 ARMS = ("published", *DEVICES)
 PIXELS = 64

@@ -97,3 +97,8 @@ def test_shares_that_cannot_be_taken_are_refused(tiny_model, pairs, tmp_path, ca
 def test_other_methods_stay_as_they_were_merged(tiny_model, pairs, tmp_path, capsys):
     assert train.main(arguments(tiny_model, pairs, tmp_path / "run", **USUAL | {"data__targets": "tuned"})) == 0
     assert "people labelled get" not in told(capsys) and "label_share" not in begun(tmp_path / "run")
+
+
+def test_smoke_tries_a_share_on_targets_that_have_none(tiny_model, pairs, tmp_path, capsys):
+    argv = arguments(tiny_model, pairs, tmp_path / "run", **USUAL | {"data__label_share": 0.5})
+    assert train.main([*argv, "--smoke", "sd15"]) == 0, told(capsys)
