@@ -324,6 +324,8 @@ def _data(trained: Facts, identity: Facts, targets: Facts | None) -> list[str]:
         rows.append(["fingerprint of the pairs", code(str(identity["pairs"]), cell=True)])
     if "targets" in data:
         rows.append(["targets", code(str(data["targets"]), cell=True)])
+    if "label_share" in identity:
+        rows.append(["visits to pairs that people labelled", format(float(identity["label_share"]), ".0%")])
     return ["## Data", "", *table(["", ""], rows)] if rows else []
 
 

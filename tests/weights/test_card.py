@@ -384,3 +384,9 @@ def test_what_is_refused(trained, place, capsys):
     finally:
         targets.write_bytes(before)
     assert "changed since the run" in capsys.readouterr().out
+
+
+def test_a_share_of_the_visits_is_told_where_a_run_had_one():
+    told = model_card(TRAINED, LORA, identity={"label_share": "0.4812"}, targets=TARGETS)
+    assert "| visits to pairs that people labelled | 48% |" in told
+    assert "visits to pairs" not in model_card(TRAINED, LORA, identity={}, targets=TARGETS)
