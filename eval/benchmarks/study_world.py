@@ -29,7 +29,7 @@ from dedpo_diffusion.shapes.world import VOCABULARY
 METHODS = ("human_only", "tuned", "adapted", "naive", "dedpo")  # that could be the default, the simplest first
 ARMS = ("base", "human_100", "judge_only", *METHODS)
 HONESTY = {"perfect": 1.0, "random-90": 0.9, "random-80": 0.8, "coin": 0.5, "adversarial": 0.3}  # chance to repeat a person's answer
-JUDGES = ("clip", "biased-80", *HONESTY)
+JUDGES = ("clip", "clean", "biased-80", *HONESTY)
 PEOPLE = {"quickstart": None, "noisy": 0.70}  # how often two of them agree; None has the quickstart's temperature
 SAMPLER: dict[str, Any] = {"steps": 12, "guidance": 1.5}  # the quickstart's
 LORA: dict[str, Any] = {"rank": 8, "alpha": 8.0}  # the quickstart's
@@ -129,13 +129,16 @@ def draw_sample(pool: Pool, *, seed: int, pairs: int, people: str) -> Sample:
 
 
 def judge_answers_of(pool: Pool, sample: Sample, judge: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) labels and (n,) score differences of a judge; only the carried judge, clip, has scores that are more than its hard label.
+    """(n,) labels and (n,) score differences of a judge; clip and clean have scores that are more than their hard labels.
 
-    random-A repeats a person's answer with chance A; biased-80 names the more cluttered image where the clutter differs most, on as
+    clip is the carried judge; clean looks at clutter alone and prefers the cleaner image, whatever the prompt says. random-A repeats a person's answer with chance A; biased-80 names the more cluttered image where the clutter differs most, on as
     many pairs as leave 80 % agreement, and repeats the answer elsewhere.
     """
     if judge == "clip":
         return pool.clip[sample.rows, 0], pool.clip[sample.rows, 1]
+    if judge == "clean":
+        cleaner = pool.clutter[sample.rows, 1] - pool.clutter[sample.rows, 0]
+        return 0.5 + 0.5 * np.sign(cleaner), cleaner
     if judge in HONESTY:
         honest = np.random.default_rng((seed, 2)).random(len(sample.rows)) < HONESTY[judge]
         labels = np.where(honest, sample.answer, 1 - sample.answer)

@@ -81,7 +81,7 @@ def test_what_is_unknown_is_refused(block, words):
 def test_the_config_does_its_main_cells_first_and_one_seed_of_the_whole_table_before_a_second():
     found = cells(Parser(StudySettings).parse(["--config", str(CONFIG), "--work", "work"]))[1:]
     assert {cell.seed for cell in found} == set(range(20, 30)), "fresh: no method was chosen by them"
-    main, table = found[:40], found[:40] + found[40 : 40 + 10 + 24 + 58]
+    main, table = found[:40], found[:40] + found[40 : 40 + 10 + 28 + 66]
     assert {(cell.arm, cell.judge, cell.seed) for cell in main} == {
         (arm, "none" if arm.startswith("human") else "clip", seed)
         for arm in ("human_only", "human_100", "naive", "adapted")
@@ -133,6 +133,14 @@ def test_a_judge_repeats_the_answer_as_often_as_its_name_says(judge, right):
     if judge == "biased-80":
         wrong, gap = labels != sample.answer, world.clutter[sample.rows, 0] - world.clutter[sample.rows, 1]
         assert (labels[wrong] == (gap[wrong] > 0)).all()
+
+
+def test_a_judge_of_clutter_prefers_the_cleaner_image_and_knows_no_prompt():
+    world = pool()
+    sample = draw_sample(world, seed=1, pairs=400, people="quickstart")
+    labels, difference = judge_answers_of(world, sample, "clean", 1)
+    cleaner = world.clutter[sample.rows, 1] - world.clutter[sample.rows, 0]
+    assert (difference == cleaner).all() and ((labels > 0.5) == (cleaner > 0)).all() and (labels[cleaner == 0] == 0.5).all()
 
 
 @pytest.mark.slow
