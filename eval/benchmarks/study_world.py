@@ -131,8 +131,9 @@ def draw_sample(pool: Pool, *, seed: int, pairs: int, people: str) -> Sample:
 def judge_answers_of(pool: Pool, sample: Sample, judge: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(n,) labels and (n,) score differences of a judge; clip and clean have scores that are more than their hard labels.
 
-    clip is the carried judge; clean looks at clutter alone and prefers the cleaner image, whatever the prompt says. random-A repeats a person's answer with chance A; biased-80 names the more cluttered image where the clutter differs most, on as
-    many pairs as leave 80 % agreement, and repeats the answer elsewhere.
+    clip is the carried judge; clean looks at clutter alone and prefers the cleaner image, whatever the prompt says. random-A
+    repeats a person's answer with chance A; biased-80 names the more cluttered image where the clutter differs most, on as many
+    pairs as leave 80 % agreement, and repeats the answer elsewhere.
     """
     if judge == "clip":
         return pool.clip[sample.rows, 0], pool.clip[sample.rows, 1]
