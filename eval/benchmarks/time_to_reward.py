@@ -37,6 +37,7 @@ from dedpo_diffusion.evaluation.benchmarks.throughput import hardware
 from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 
 OFF = {"objective.balance": "none", "objective.timestep_strata": "false", "data.sampling": "uniform"}
+OFF |= {"objective.timestep_pairs": "8"}  # read where timesteps are measured alone
 CACHE = {"data.cache": "CACHE"}
 STORED = CACHE | {"data.reference_draws": "16"}
 STRATA = {"objective.timestep_strata": "true"}
@@ -48,7 +49,7 @@ DEVICES: dict[str, dict[str, str]] = {  # options of `dedpo train`, one more dev
     "stored": OFF | STORED | STRATA,
     "balance": OFF | STORED | STRATA | BALANCE,
     "measured": OFF | CACHE | STRATA | {"objective.timestep_sampling": "measured"},
-    "equal_noise": OFF | STORED | STRATA | {"objective.timestep_weighting": "equal_noise", "objective.timestep_pairs": "8"},
+    "equal_noise": OFF | STORED | STRATA | {"objective.timestep_weighting": "equal_noise"},
 }
 ARMS = ("published", *DEVICES)
 PIXELS = 64
