@@ -49,6 +49,7 @@ from dedpo_diffusion.debias.worth import (
     agreement,
     bootstrap_sums,
     judge_bias,
+    share_interval,
     variance_ratio,
     wilson_interval,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "run_report",
     "run_sentences",
     "run_terms",
+    "share_interval",
     "share_labels",
     "shifted_mean",
     "variance_ratio",

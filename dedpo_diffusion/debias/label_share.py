@@ -82,6 +82,5 @@ def share_labels(
     if share is None:
         share = max(merged, best_share(effective(weight[people]), effective(weight[others]), worth, visits))
     made = np.where(people, weight * share / weight[people].sum(), weight * (1 - share) / weight[others].sum()) * weight.sum()
-    made[~seen] = 0.0
     common = min(1.0, float(made @ confidence / made.sum()))
     return 0.5 + np.sign(target - 0.5) * common / 2, made, Shares(share, merged, worth, int(people.sum()), int(others.sum()))

@@ -24,6 +24,12 @@ def wilson_interval(hits: float, n: float) -> list[float]:
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
+def share_interval(hits: np.ndarray, clusters: np.ndarray | None = None) -> list[float]:
+    """Wilson's interval of a share of hits (n,), a tie being half of one, at the number of independent cases that tell it as well."""
+    effective = effective_number(hits, clusters)
+    return wilson_interval(float(hits.mean()) * effective, effective)
+
+
 def agreement(
     z: np.ndarray, g: np.ndarray, weights: np.ndarray | None = None, clusters: np.ndarray | None = None
 ) -> dict[str, Any]:  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dedpo_diffusion.core.records import Votes
-from dedpo_diffusion.debias import agreement, effective_number, judge_bias, wilson_interval
+from dedpo_diffusion.debias import agreement, judge_bias, share_interval, wilson_interval
 from dedpo_diffusion.labels.clusters import components
 
 CATEGORIES = 3  # image 1, tie, image 0
@@ -123,9 +123,7 @@ def share(hits: np.ndarray, clusters: np.ndarray | None = None) -> dict[str, Any
     """A statistic: the share of (n,) true cases, with Wilson's interval; `clusters` (n,) where cases depend on each other."""
     n = len(hits)
     if n and clusters is not None:
-        effective = effective_number(hits, clusters)
-        interval = wilson_interval(float(hits.mean()) * effective, effective)
-        return {"value": float(hits.mean()), "ci": interval, "n": n}
+        return {"value": float(hits.mean()), "ci": share_interval(hits, clusters), "n": n}
     return {"value": float(hits.mean()), "ci": wilson_interval(int(hits.sum()), n), "n": n} if n else _nothing()
 
 

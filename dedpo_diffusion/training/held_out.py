@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedpo_diffusion.debias import cluster_sums, effective_number, wilson_interval
+from dedpo_diffusion.debias import cluster_sums, share_interval
 from dedpo_diffusion.dpo.losses import implicit_rewards, margin
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, step_generator
 from dedpo_diffusion.dpo.objectives import find_objective, objective_loss
@@ -173,12 +173,6 @@ def mean_interval(values: np.ndarray, clusters: np.ndarray | None = None) -> lis
     error = math.sqrt(count / (count - 1) * float(off @ off)) / len(x)
     half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * error
     return [float(x.mean()) - half, float(x.mean()) + half]
-
-
-def share_interval(hits: np.ndarray, clusters: np.ndarray | None = None) -> list[float]:
-    """Wilson's interval of a share of hits (N,), a tie being half of one, at the number of independent cases that tell it as well."""
-    effective = effective_number(hits, clusters)
-    return wilson_interval(float(hits.mean()) * effective, effective)
 
 
 def finite(value: Tensor) -> float | None:

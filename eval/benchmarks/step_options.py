@@ -10,29 +10,26 @@ done; start the command once for each core, and the same one again to go on. The
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
-from dedpo_diffusion.core.files import write_json
-from dedpo_diffusion.core.locks import hold_lock
 from dedpo_diffusion.evaluation.benchmarks.record import write_record
-from dedpo_diffusion.evaluation.benchmarks.study import Block, Cell, Study, StudySettings, cells
+from dedpo_diffusion.evaluation.benchmarks.study import Block, Cell, StudySettings, cells, make_folders, open_study
 from dedpo_diffusion.evaluation.benchmarks.study_report import at_best, interval, minus
 from dedpo_diffusion.evaluation.benchmarks.throughput import hardware
 
-PLAIN = ["--objective.balance=none", "--objective.timestep_strata=false"]
-EQUAL = ["--objective.balance=none", "--objective.timestep_weighting=equal_noise", "--objective.timestep_pairs=8"]
+EQUAL = ["--objective.timestep_weighting=equal_noise", "--objective.timestep_pairs=8"]
 OPTIONS: dict[str, list[str]] = {
-    "plain": PLAIN,
-    "strata": ["--objective.balance=none"],
-    "min_snr": ["--objective.balance=none", "--objective.timestep_weighting=min_snr"],
-    "noisier-half": ["--objective.balance=none", "--objective.timesteps=[500,1000]"],
+    "plain": ["--objective.timestep_strata=false"],
+    "strata": [],
+    "min_snr": ["--objective.timestep_weighting=min_snr"],
+    "noisier-half": ["--objective.timesteps=[500,1000]"],
     "equal_noise": EQUAL,
-    "equal_noise-output": ["--objective.balance=output", *EQUAL[1:]],
-    "equal_noise-relative": ["--objective.balance=relative", *EQUAL[1:]],
-    "equal_noise-adadpo": ["--objective.balance=adadpo", *EQUAL[1:]],
+    "equal_noise-output": [*EQUAL, "--objective.balance=output"],
+    "equal_noise-relative": [*EQUAL, "--objective.balance=relative"],
+    "equal_noise-adadpo": [*EQUAL, "--objective.balance=adadpo"],
 }
 
 
@@ -83,18 +80,13 @@ def wanted(settings: OptionSettings) -> list[tuple[str, Cell, Path]]:
 def run(settings: OptionSettings) -> None:
     """Train and judge what is missing, and write the table when nothing is."""
     jobs, study = wanted(settings), None
-    for name in ("locks", "cells"):
-        (settings.work / name).mkdir(parents=True, exist_ok=True)
+    make_folders(settings.work)
     with Progress("trainings", len(jobs)) as progress:
         for name, cell, file in jobs:
             if not file.is_file():
-                if study is None:
-                    with hold_lock(settings.work / "locks" / "pool.lock", wait=True):
-                        study = Study(study_of(settings, name))
-                with hold_lock(settings.work / "locks" / f"{cell.name}.lock") as mine:
-                    if mine and not file.is_file():
-                        study.settings = replace(study.settings, train=OPTIONS[name])
-                        write_json(file, study.do(cell))
+                study = study or open_study(study_of(settings, name))
+                study.settings = study_of(settings, name)
+                study.keep(cell, file)
             progress.advance(note=f"{name}, {cell.arm} seed {cell.seed}")
     missing = sum(not file.is_file() for _, _, file in jobs)
     if missing:

@@ -131,6 +131,12 @@ class Study:
         self.pool = world.make_pool(settings.work, settings.pool)
         self.verdict = world.Verdict(settings.prompts, settings.image_seeds)
 
+    def keep(self, cell: Cell, file: Path) -> None:
+        """Do a cell that is not there and that no other process is at, and write it to its file."""
+        with hold_lock(self.settings.work / "locks" / f"{cell.name}.lock") as mine:
+            if mine and not file.is_file():
+                write_json(file, self.do(cell))
+
     def do(self, cell: Cell) -> list[dict[str, Any]]:
         """Train and judge one cell: a line for each step that is looked at and each strength."""
         line: dict[str, Any] = asdict(cell)
@@ -180,6 +186,18 @@ class Study:
         return parameters
 
 
+def make_folders(work: Path) -> None:
+    """Make the folders of cells and locks."""
+    for name in ("locks", "cells"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+
+
+def open_study(settings: StudySettings) -> Study:
+    """The study, with its pool, which one process makes while the others wait."""
+    with hold_lock(settings.work / "locks" / "pool.lock", wait=True):
+        return Study(settings)
+
+
 def restore(settings: StudySettings, wanted: dict[Cell, Path]) -> None:
     """Put the cells of an earlier report back into the work folder, where they are missing; a UserError for cells of another study."""
     import pyarrow.parquet as pq
@@ -200,8 +218,7 @@ def restore(settings: StudySettings, wanted: dict[Cell, Path]) -> None:
 def run(settings: StudySettings) -> None:
     """Do all cells of the study that are not done yet, and report."""
     wanted, began = {cell: settings.work / "cells" / f"{cell.name}.json" for cell in cells(settings)}, time.monotonic()
-    for name in ("locks", "cells"):
-        (settings.work / name).mkdir(parents=True, exist_ok=True)
+    make_folders(settings.work)
     if settings.report is not None:
         restore(settings, wanted)
     left, study = [cell for cell, file in wanted.items() if not file.is_file()], None
@@ -210,12 +227,8 @@ def run(settings: StudySettings) -> None:
         for cell in left:
             if settings.minutes is not None and time.monotonic() - began >= 60 * settings.minutes:
                 break
-            if study is None:
-                with hold_lock(settings.work / "locks" / "pool.lock", wait=True):
-                    study = Study(settings)
-            with hold_lock(settings.work / "locks" / f"{cell.name}.lock") as mine:
-                if mine and not wanted[cell].is_file():
-                    write_json(wanted[cell], study.do(cell))
+            study = study or open_study(settings)
+            study.keep(cell, wanted[cell])
             progress.advance(note=f"{cell.arm} {cell.judge} {cell.share:g} {cell.people} seed {cell.seed}")
     done = [file for file in wanted.values() if file.is_file()]
     if len(done) < len(wanted):
