@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.core.sample_size import effective_size
 from dedpo_diffusion.debias.propensity import area_under_curve, mean_area, refuse_infinite
 from dedpo_diffusion.debias.worth import NORMAL_975
 
@@ -90,9 +91,9 @@ def estimate_density_ratio(
     ratio = ratio / ratio.mean()
     before, after = (_imbalance(x, answered, w) for w in (np.ones(len(ratio)), ratio))
     beyond = float((odds[~answered] > odds[answered].max()).mean())
-    effective = float(ratio.sum() ** 2 / (ratio @ ratio))
     furthest = int(np.argmax(after))
-    return DensityRatio(ratio, auc, bound, int((raw > bound).sum()), effective, beyond, (float(before.max()), float(after.max())), furthest)
+    clipped, imbalance = int((raw > bound).sum()), (float(before.max()), float(after.max()))
+    return DensityRatio(ratio, auc, bound, clipped, effective_size(ratio), beyond, imbalance, furthest)
 
 
 def _checked(labelled: Any, features: Any, bound: float) -> tuple[np.ndarray, np.ndarray]:

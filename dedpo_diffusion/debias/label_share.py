@@ -52,7 +52,7 @@ def best_share(labelled: float, judged: float, worth: float, visits: float) -> f
 
 
 def effective(weight: np.ndarray) -> float:
-    """(sum w)^2 / sum w^2: how many pairs of equal weight these are like."""
+    """As `core.sample_size.effective_size`, with squares summed in another order: so a run's share stays what it was, to the last bit."""
     return float(weight.sum() ** 2 / np.sum(weight**2))
 
 

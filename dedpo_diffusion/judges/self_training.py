@@ -35,7 +35,7 @@ from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pairs.pixels import pair_views
 from dedpo_diffusion.settings import SelfTrainingSettings
 from dedpo_diffusion.weights.checkpoints import check_checkpoint
-from dedpo_diffusion.weights.run_folder import checkpoints, read_settings
+from dedpo_diffusion.weights.run_folder import checkpoints, read_identity, read_settings
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def read_policy(run: Path, reader: PairReader, fingerprint: str) -> Policy:
     Raises:
         UserError: no training run, no checkpoint, another dataset, or targets that have changed since.
     """
-    trained, identity_file = read_settings(run), run / "identity.json"
-    if not {"data", "lora", "objective"} <= set(trained) or not identity_file.is_file():
+    trained, identity = read_settings(run), read_identity(run)
+    if not {"data", "lora", "objective"} <= set(trained) or not identity:
         raise UserError(f"{run}: no training run; give the --out of `dedpo train`")
-    identity, name = json.loads(identity_file.read_text(encoding="utf-8")), trained["data"]["targets"]
+    name = trained["data"]["targets"]
     if identity["pairs"] != fingerprint:
         raise UserError(
             f"{run}: was trained on other pairs than {reader.folder}; which of these it has seen is unknown: give runs on this dataset"

@@ -32,8 +32,11 @@ def _range(ci: list[float] | None, form: str) -> str:
 def _gain_sentence(report: dict[str, Any]) -> str:
     loss, agree, judge = report["log_loss"], report["agreement"], report["temperature_of"]
     change = f"{loss['difference']['value']:+.3f}{_range(loss['difference']['ci'], '+.3f')}"
-    shares = [agree[key]["value"] for key in ("adapt", "temperature")]
-    told = "" if None in shares else f", and agrees with people on {shares[0]:.1%}, where {judge} by itself does on {shares[1]:.1%}"
+    own, before = (agree[key] for key in ("adapt", "temperature"))
+    told = ""
+    if own["value"] is not None and before["value"] is not None:
+        told = f", and agrees with people on {own['value']:.1%}{_range(own['ci'], '.1%')}, where {judge} by itself does on "
+        told += f"{before['value']:.1%}{_range(before['ci'], '.1%')}"
     if report["adapted"]:
         return (
             f"Taught by {report['n_human']} answers, and held out from each pair's own, the judge has a log loss of "

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from dedpo_diffusion.debias import wilson_interval
+from dedpo_diffusion.debias import effective_number, wilson_interval
 from dedpo_diffusion.labels.calibration import (
     MIN_BIN,
     HeldOut,
@@ -335,7 +335,7 @@ def compare(held: HeldOut, before: np.ndarray, after: np.ndarray) -> dict[str, A
     losses = [log_losses(expit(odds), held.human) for odds in (before, after)]
     hits = [np.where((odds == 0) | (held.human == 0.5), 0.5, (odds > 0) == (held.human > 0.5)) for odds in (before, after)]
     stats = held.means([*losses, losses[1] - losses[0], hits[1] - hits[0]])
-    agree = [score_agreement(odds, held.human, held.weights) for odds in (before, after)]
+    agree = [score_agreement(odds, held.human, held.weights, held.group) for odds in (before, after)]
     return {
         "reliability": {key: reliability(odds, held) for key, odds in (("temperature", before), ("adapt", after))},
         "log_loss": {"temperature": stats[0], "adapt": stats[1], "difference": stats[2]},
@@ -344,12 +344,13 @@ def compare(held: HeldOut, before: np.ndarray, after: np.ndarray) -> dict[str, A
 
 
 def reliability(log_odds: np.ndarray, held: HeldOut, *, bins: int = 6) -> list[dict[str, Any]]:
-    """How often people agree (`observed`, Wilson's `ci`) at each level of `confidence`, in bins of equally many pairs."""
+    """How often people agree (`observed`, Wilson's `ci` with groups as the draws) at each level of `confidence`, in bins of equal size."""
     sure, agreed = stated_confidence(expit(log_odds), held.human)
     points = []
     for rows in equal_bins(sure, min(bins, len(sure) // MIN_BIN)):
         share = float(np.average(agreed[rows], weights=held.weights[rows]))
-        ci = wilson_interval(share * len(rows), len(rows))
+        independent = effective_number(agreed[rows], held.group[rows], held.weights[rows])
+        ci = wilson_interval(share * independent, independent)
         points.append({"confidence": float(sure[rows].mean()), "observed": share, "ci": ci, "n": len(rows)})
     return points
 

@@ -23,6 +23,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 
+from dedpo_diffusion.core.sample_size import effective_size
 from dedpo_diffusion.debias import bootstrap_sums, effective_number, wilson_interval
 from dedpo_diffusion.labels.clusters import MIN_CLUSTERS
 
@@ -103,7 +104,7 @@ def score_agreement(
     if not decided.any():
         return {"value": None, "ci": None, "n": 0}
     w, hit = weights[decided], ((differences > 0) == (human > 0.5))[decided]
-    value, effective = float(w @ hit / w.sum()), float(w.sum() ** 2 / (w @ w))
+    value, effective = float(w @ hit / w.sum()), effective_size(w)
     of = None if groups is None else groups[decided]
     if of is not None and MIN_CLUSTERS <= len(np.unique(of)) < len(of):
         effective = effective_number(hit, of, w)

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dedpo_diffusion.core.console import UserError
-from dedpo_diffusion.core.files import atomic_file, write_text
+from dedpo_diffusion.core.files import atomic_file, read_object, write_text
 from dedpo_diffusion.core.records import Labels, Targets, Votes
 from dedpo_diffusion.core.tables import check_columns, check_no_nulls, check_types, check_unique, open_parquet
 
@@ -319,6 +319,16 @@ def read_targets(folder: Path, name: str) -> Targets:
     check_no_nulls(path, "pair_id", ids)
     _check_targets(path, ids, found["target"], found["weight"])
     return Targets(ids, **found)
+
+
+def read_report(folder: Path, name: str) -> dict[str, Any] | None:
+    """The report that `dedpo merge` wrote beside `folder/targets/<name>.parquet`; None where there is none.
+
+    Raises:
+        UserError: the report is damaged.
+    """
+    path = targets_path(folder, name, ".json")
+    return read_object(path, "run `dedpo merge` again") if path.is_file() else None
 
 
 def write_targets(folder: Path, name: str, targets: Targets, report: dict[str, Any]) -> Path:

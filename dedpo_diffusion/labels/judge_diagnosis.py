@@ -1,8 +1,8 @@
 """Where a judge errs: its labels held against people's, as numbers with intervals and as sentences.
 
 A statistic is {"value", "ci", "n"}: the number or None where it does not exist, its 95 % interval or None, and the pairs it
-rests on. Pairs of one prompt are no independent draws, so bootstrap intervals and tests go by prompts; Wilson's intervals
-of single shares do not. Nothing depends on which image of a pair is called image 0, but for `side`, which asks that.
+rests on. Pairs of one prompt are no independent draws, so all intervals and tests go by prompts; Wilson's of a share are those of as
+many independent pairs as tell it as well. Nothing depends on which image of a pair is called image 0, but for `side`, which asks that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import logit
 from scipy.stats import t as student
 
-from dedpo_diffusion.debias import NORMAL_975, agreement, judge_bias, wilson_interval
+from dedpo_diffusion.debias import NORMAL_975, agreement, effective_number, judge_bias, wilson_interval
 from dedpo_diffusion.labels.agreement import share
 from dedpo_diffusion.labels.calibration import (
     HELD,
@@ -92,11 +92,11 @@ def diagnose(
         d = apart
     sample = _Sample(np.unique(np.array(said), return_inverse=True)[1], resamples, seed)
     report: dict[str, Any] = {"n": len(z), "prompts": sample.units, "ties": int(((z == 0.5) | (g == 0.5)).sum())}
-    report |= {"agreement": agreement(z, g), "auc": _auc(z, d, sample), "log_loss": _log_loss(z, g, sample)}
-    report |= _confidence(z, g, sample) | {"order_consistency": _order(order_consistent, rows), "side": _side(z, g)}
+    report |= {"agreement": agreement(z, g, clusters=sample.unit), "auc": _auc(z, d, sample), "log_loss": _log_loss(z, g, sample)}
+    report |= _confidence(z, g, sample) | {"order_consistency": _order(order_consistent, rows), "side": _side(z, g, sample.unit)}
     x = {name: values[kept, 0] - values[kept, 1] for name, values in statistics.items()}
     x = {name: apart for name, apart in x.items() if apart.any()}
-    report["by_statistic"] = {name: _by_difference(z, g, apart) for name, apart in x.items()}
+    report["by_statistic"] = {name: _by_difference(z, g, apart, sample.unit) for name, apart in x.items()}
     report |= _by(z, g, said, {name: np.array(values, dtype=object)[kept] for name, values in (groups or {}).items()}, sample)
     fair, report["compared"] = _comparable(z, g, d, said, report["agreement"]["value"], seed)
     report["leans"] = _leans(z, fair, x, sample)
@@ -197,13 +197,17 @@ def _confidence(z: np.ndarray, g: np.ndarray, sample: _Sample) -> dict[str, Any]
         drawn = [np.abs(drawn * (confidence - right) @ inside).sum(axis=1) / drawn.sum(axis=1) for drawn in sample.draws()]
         low, middle, high = np.quantile(np.concatenate(drawn), [0.025, 0.5, 0.975])
         error["ci"] = [max(0.0, error["value"] - float(middle - low)), error["value"] + float(high - middle)]
-    spread = [(float(confidence[rows].mean()), float(right[rows].sum()), len(rows)) for rows in bins]
+    reliability = []
+    for rows in bins:
+        observed, independent = float(right[rows].mean()), effective_number(right[rows], sample.unit[rows])
+        ci = wilson_interval(observed * independent, independent)
+        reliability.append({"confidence": float(confidence[rows].mean()), "observed": observed, "ci": ci, "n": len(rows)})
     return {
         "calibration_error": error,
         "confidence": float(confidence.mean()),
         "right": float(right.mean()),
         "histogram": np.histogram(confidence, bins=BINS, range=(0.5, 1))[0].tolist(),
-        "reliability": [{"confidence": c, "observed": hits / n, "ci": wilson_interval(hits, n), "n": n} for c, hits, n in spread],
+        "reliability": reliability,
     }
 
 
@@ -211,8 +215,13 @@ def _order(consistent: Sequence[bool | None] | None, rows: list[int]) -> dict[st
     return share(np.array([consistent[row] for row in rows if consistent and consistent[row] is not None], dtype=bool))
 
 
-def _side(z: np.ndarray, g: np.ndarray) -> dict[str, Any]:
-    return {"bias": judge_bias(z, g), "image_0": agreement(z[z > 0.5], g[z > 0.5]), "image_1": agreement(z[z < 0.5], g[z < 0.5])}
+def _agreement(z: np.ndarray, g: np.ndarray, rows: np.ndarray, unit: np.ndarray) -> dict[str, Any]:
+    return agreement(z[rows], g[rows], clusters=unit[rows])
+
+
+def _side(z: np.ndarray, g: np.ndarray, unit: np.ndarray) -> dict[str, Any]:
+    chose = {"image_0": z > 0.5, "image_1": z < 0.5}
+    return {"bias": judge_bias(z, g), **{name: _agreement(z, g, rows, unit) for name, rows in chose.items()}}
 
 
 # ---- agreement by what the pairs are
@@ -227,24 +236,25 @@ def _by(z: np.ndarray, g: np.ndarray, prompts: list[str], groups: dict[str, np.n
         name: {value: values == value for value, _ in Counter(values.tolist()).most_common(MOST_VALUES)} for name, values in groups.items()
     }
     return {
-        "by_margin": _ranges(z, g, margin, equal_bins(margin, 5)),
-        "by_length": _ranges(z, g, length, equal_bins(length, 4)),
+        "by_margin": _ranges(z, g, margin, equal_bins(margin, 5), sample.unit),
+        "by_length": _ranges(z, g, length, equal_bins(length, 4), sample.unit),
         "by_word": _split(z, g, {word: np.array([word in found for found in words]) for word in asked}, sample),
         "by_group": {name: _split(z, g, of_name, sample) for name, of_name in parts.items()},
     }
 
 
-def _ranges(z: np.ndarray, g: np.ndarray, values: np.ndarray, bins: list[np.ndarray]) -> list[dict[str, Any]]:
-    return [{"low": float(values[rows].min()), "high": float(values[rows].max())} | agreement(z[rows], g[rows]) for rows in bins]
+def _ranges(z: np.ndarray, g: np.ndarray, values: np.ndarray, bins: list[np.ndarray], unit: np.ndarray) -> list[dict[str, Any]]:
+    ends = [{"low": float(values[rows].min()), "high": float(values[rows].max())} for rows in bins]
+    return [end | _agreement(z, g, rows, unit) for end, rows in zip(ends, bins, strict=True)]
 
 
-def _by_difference(z: np.ndarray, g: np.ndarray, apart: np.ndarray) -> dict[str, Any]:
+def _by_difference(z: np.ndarray, g: np.ndarray, apart: np.ndarray, unit: np.ndarray) -> dict[str, Any]:
     """Agreement by a statistic's difference s_0 - s_1, (N,)."""
     towards = (z - 0.5) * _visible(apart)
     return {
-        "by_difference": _ranges(z, g, np.abs(apart), equal_bins(np.abs(apart), 5)),
-        "chose_higher": agreement(z[towards > 0], g[towards > 0]),
-        "chose_lower": agreement(z[towards < 0], g[towards < 0]),
+        "by_difference": _ranges(z, g, np.abs(apart), equal_bins(np.abs(apart), 5), unit),
+        "chose_higher": _agreement(z, g, towards > 0, unit),
+        "chose_lower": _agreement(z, g, towards < 0, unit),
     }
 
 
@@ -266,7 +276,9 @@ def _split(z: np.ndarray, g: np.ndarray, parts: dict[str, np.ndarray], sample: _
     influence = inside * (hit - mean_in) / n_in - outside * (hit - mean_out) / n_out
     p = holm(sample.p_values(mean_in - mean_out, influence, np.minimum(sample.prompts(inside), sample.prompts(outside))))
     found = [
-        {"is": name} | agreement(z[rows], g[rows]) | {"others": float(mean_out[k]) if outside[:, k].any() else None, "p": float(p[k])}
+        {"is": name}
+        | _agreement(z, g, rows, sample.unit)
+        | {"others": float(mean_out[k]) if outside[:, k].any() else None, "p": float(p[k])}
         for k, (name, rows) in enumerate(parts.items())
     ]
     return sorted((entry for entry in found if entry["n"]), key=lambda entry: entry["value"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.core.sample_size import effective_size
 from dedpo_diffusion.core.tables import categories
 
 LEVEL = 0.01  # of a test, after Holm's correction for all columns
@@ -154,7 +155,6 @@ def _balance(labelled: np.ndarray, h: np.ndarray, values: np.ndarray) -> dict[st
     if not 2 <= np.count_nonzero(share) <= MOST:
         return None
     parts = w**2 * np.maximum(1 - 1 / h[labelled], 0.0)  # of the variance
-    known_by = float(parts.sum() ** 2 / max(parts @ parts, 1e-300))  # so many labels of equal weight know it as well: Satterthwaite
     alike = 1 / float(w @ w)  # so many tell the shares as well
     common = np.flatnonzero(share * alike >= WEIGHTED)
     if len(common) and 1e-9 < (1 - share[common].sum()) * alike < WEIGHTED:  # too rare even together: with the next value
@@ -165,6 +165,7 @@ def _balance(labelled: np.ndarray, h: np.ndarray, values: np.ndarray) -> dict[st
     if freedom == 0:
         return None
     statistic = float(off @ np.linalg.pinv(covariance, rcond=1e-9, hermitian=True) @ off)
+    known_by = effective_size(parts)  # so many labels of equal weight know the variance as well: Satterthwaite
     spare = max(1.0, known_by - freedom)
     p = float(f.sf(statistic / freedom * spare / max(1.0, known_by - 1), freedom, spare))  # as Hotelling's, for few labels
     if not names:

@@ -43,7 +43,7 @@ from dedpo_diffusion.sampling.fitting import batch_limit, changes_text, encode_o
 from dedpo_diffusion.sampling.loras import add_loras, set_strengths
 from dedpo_diffusion.sampling.png import Whole, parameters, tensor_hash, write_png
 from dedpo_diffusion.sampling.recipe import SCHEDULERS, Recipe
-from dedpo_diffusion.weights.run_folder import began, has_begun, open_run
+from dedpo_diffusion.weights.run_folder import began, has_begun, open_run, read_identity
 
 # ---- one batch
 
@@ -293,7 +293,7 @@ def _fill(targets: Sequence[Target], work: Sequence[Job], device: str | None, en
     whole = {target.folder: Whole(target.folder) for target in targets}
     begun = [target for target in targets if (target.folder / "identity.json").is_file() and has_begun(target.folder)]
     for target in begun:  # say before a model is loaded what can be said
-        held = json.loads((target.folder / "identity.json").read_text(encoding="utf-8"))
+        held = read_identity(target.folder, "choose another --out, or remove the folder")
         open_run(target.folder, target.settings, identity | ({"model": held["model"]} if "model" in held else {}), free=("out",))
     finished = [target for target in begun if all(whole[target.folder](job.file) for job in work)]
     for target in finished:

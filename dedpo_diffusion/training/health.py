@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.debias import cluster_sums
+
 WINDOW = 10  # lines of metrics that a symptom is read from
 SURE = 3.0  # standard errors by which a mean must lie beyond its bound
 RISE = 0.05  # of the reference's error: runs that end well reach a few hundredths
@@ -59,7 +61,7 @@ def symptoms(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def held_out_symptom(lines: Sequence[Mapping[str, Any]], start: Sequence[float]) -> str | None:
+def held_out_symptom(lines: Sequence[Mapping[str, Any]], start: Sequence[float], clusters: np.ndarray | None = None) -> str | None:
     """In words, that the held-out loss surely rises; None where it does not, or too little is known.
 
     Validations have their pairs and draws in common, so they are compared pair by pair: the mean rise above the best of the earlier
@@ -68,13 +70,14 @@ def held_out_symptom(lines: Sequence[Mapping[str, Any]], start: Sequence[float])
     Args:
         lines: of `validation.jsonl`, oldest first, with `step`, `loss` and `pair_loss`.
         start: the loss of each held-out pair before training.
+        clusters: (P,) of pairs that hang together, as those of one prompt; None where none do. The standard errors go by them.
     """
     known = [line for line in lines if line.get("loss") is not None]
     if len(known) < AGAIN or len(start) < FEW:
         return None
     earlier = [{"step": 0, "loss": float(np.mean(start)), "pair_loss": list(start)}, *known[:-AGAIN]]
     best = min(earlier, key=lambda line: line["loss"])
-    if not all(_beyond(np.subtract(line["pair_loss"], best["pair_loss"]), 0.0) for line in known[-AGAIN:]):
+    if not all(_beyond(np.subtract(line["pair_loss"], best["pair_loss"]), 0.0, clusters) for line in known[-AGAIN:]):
         return None
     seen = f"held-out loss rises: {known[-1]['loss']:.4f} on the pairs and draws that gave {best['loss']:.4f} "
     if best["step"] == 0:
@@ -105,9 +108,11 @@ def score_symptom(lines: Sequence[Mapping[str, Any]], rewards: Sequence[str]) ->
     return None
 
 
-def _beyond(values: np.ndarray, bound: float) -> bool:
-    """Whether the mean of values, all of them known, is surely beyond a bound."""
-    return bool(values.mean() - SURE * values.std(ddof=1) / np.sqrt(len(values)) > bound)
+def _beyond(values: np.ndarray, bound: float, clusters: np.ndarray | None = None) -> bool:
+    """Whether the mean of values (n,), all of them known, is surely beyond a bound; those of a cluster (n,) depend on each other."""
+    off = cluster_sums(values - values.mean(), clusters)
+    count = len(off)
+    return count > 1 and bool(values.mean() - SURE * np.sqrt(count / (count - 1) * (off @ off)) / len(values) > bound)
 
 
 class Watch:

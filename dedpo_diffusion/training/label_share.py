@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,8 +14,9 @@ import numpy as np
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.debias import Shares, share_labels
-from dedpo_diffusion.labels.files import read_targets, targets_path
+from dedpo_diffusion.labels.files import read_report, read_targets, targets_path
 from dedpo_diffusion.settings import TrainSettings
+from dedpo_diffusion.weights.run_folder import read_identity
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,23 +35,10 @@ def check_label_share(settings: TrainSettings) -> None:
         raise UserError(f"data.label_share is {share}: give a number from 0 to 1, auto, or merged")
 
 
-def method_of(settings: TrainSettings) -> str | None:
-    """By which method the run's targets were merged, None where their report does not say."""
-    path = targets_path(settings.data.pairs, settings.data.targets).with_suffix(".json")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found.get("method") if isinstance(found, dict) else None
-
-
 def begun_share(out: Path) -> float | Literal["merged"] | None:
     """The share that a run began with, which a longer one keeps; None for one that has not begun."""
-    file = out / "identity.json"
-    if not file.is_file():
-        return None
-    found = json.loads(file.read_text(encoding="utf-8")).get(IDENTITY)
-    return "merged" if found is None else float(found)
+    identity = read_identity(out)
+    return float(identity[IDENTITY]) if IDENTITY in identity else "merged" if identity else None
 
 
 def shared_targets(settings: TrainSettings, together: int, accelerator: Accelerator) -> tuple[Targets | None, dict[str, str]]:
@@ -63,7 +50,8 @@ def shared_targets(settings: TrainSettings, together: int, accelerator: Accelera
         accelerator: of the run, whose main process reads what it began with, and says what it takes.
 
     Raises:
-        UserError: a share was given, and the targets are of another method, or do not say which pairs people labelled.
+        UserError: a share was given, and the targets are of another method, or do not say which pairs people labelled; or what the run
+            began with, or the report of the merge, is damaged.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -75,7 +63,7 @@ def shared_targets(settings: TrainSettings, together: int, accelerator: Accelera
     if wanted == "merged":
         return None, {}
     given = None if isinstance(wanted, str) else float(wanted)
-    method = method_of(settings)
+    method = (read_report(data.pairs, data.targets) or {}).get("method")
     if method != "adapted":
         if data.label_share != "auto":
             raise UserError(

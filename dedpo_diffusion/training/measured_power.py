@@ -11,7 +11,6 @@ In this order:
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.debias import Run, best_scale, fit_power, pair_targets, pair_weights, power_cap, run_report, run_sentences, run_terms
 from dedpo_diffusion.dpo.gradient_noise import NoiseRatio, draw_moments, noise_ratio
 from dedpo_diffusion.dpo.noising import TimestepDraw, draw, step_generator
-from dedpo_diffusion.labels.files import read_targets, targets_path
-from dedpo_diffusion.settings import ObjectiveSettings, TrainSettings
+from dedpo_diffusion.labels.files import read_report, read_targets, targets_path
+from dedpo_diffusion.settings import DataSettings, ObjectiveSettings, TrainSettings
 from dedpo_diffusion.training.visit_gradients import read_measurement, visit_gradient
 from dedpo_diffusion.weights.run_folder import POWER_FILE
 
@@ -87,7 +86,7 @@ def open_scalable(settings: TrainSettings) -> ScalableTargets | None:
     if objective.power != "measured":
         return None
     path, merged = targets_path(data.pairs, data.targets), read_targets(data.pairs, data.targets)
-    report = _read_report(path.with_suffix(".json"))
+    report = _report_of(data)
     _check_merge(path, merged, report)
     found = ScalableTargets(merged)
     human, judge, inverse, power = found.columns()
@@ -103,15 +102,12 @@ def open_scalable(settings: TrainSettings) -> ScalableTargets | None:
     return ScalableTargets(dataclasses.replace(merged, power=endless))
 
 
-def _read_report(path: Path) -> dict[str, Any]:
+def _report_of(data: DataSettings) -> dict[str, Any]:
     """The report of a merge."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); objective.power=measured needs this report of the merge; merge again"
-        ) from error
-    if not isinstance(found, dict) or not isinstance(found.get("method"), str):
+    path, found = targets_path(data.pairs, data.targets, ".json"), read_report(data.pairs, data.targets)
+    if found is None:
+        raise UserError(f"{path}: cannot be read (there is none); objective.power=measured needs this report of the merge; merge again")
+    if not isinstance(found.get("method"), str):
         raise UserError(f"{path}: does not say by which method its targets were merged, which objective.power=measured needs; merge again")
     return found
 

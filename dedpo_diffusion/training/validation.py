@@ -440,7 +440,10 @@ class Validation:
         from dedpo_diffusion.training.health import held_out_symptom, score_symptom
 
         rewards = [spec.partition("=")[0] for spec in self.settings.loop.reward]
-        words = None if self.told else held_out_symptom(self.lines, self.start_loss) or score_symptom(self.lines, rewards)
+        words = None
+        if not self.told:
+            clusters = None if self.held_out is None else self.held_out.clusters
+            words = held_out_symptom(self.lines, self.start_loss, clusters) or score_symptom(self.lines, rewards)
         self.told |= words is not None
         return [] if words is None else [words]
 

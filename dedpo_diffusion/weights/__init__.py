@@ -2,7 +2,7 @@
 
 Public: run_folder.open_run, checkpoints.save_checkpoint, source, lora.Lora, algebra, kohya, diffusers_layout, inspection, card,
     hub.
-May import: core, models, settings.
+May import: core, labels, models, settings.
 
 | file | what it is |
 |---|---|

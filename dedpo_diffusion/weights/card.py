@@ -17,12 +17,13 @@ import yaml
 
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.files import atomic_file, file_digest, write_text
+from dedpo_diffusion.labels.files import read_report, targets_path
 from dedpo_diffusion.weights.adapters import find_adapter
 from dedpo_diffusion.weights.card_text import Exported, model_card
 from dedpo_diffusion.weights.header import Header, read_header
 from dedpo_diffusion.weights.inspection import inspect_path
 from dedpo_diffusion.weights.provenance import own_facts, portable, rewarded
-from dedpo_diffusion.weights.run_folder import first_difference, read_settings
+from dedpo_diffusion.weights.run_folder import first_difference, read_identity, read_settings
 
 _MARK = re.compile(r"<!-- model card by dedpo_diffusion, sha256 ([0-9a-f]{64}) -->\n")
 
@@ -55,9 +56,7 @@ def add_card(out: Path, run: Path, *, results: Path | None = None, arm: str | No
         if difference:
             raise UserError(f"{out}: it was not exported from {run} ({difference}); give the run that it came from")
         trained = {**trained, **({"step": embedded["step"]} if "step" in embedded else {})}
-    identity_file = run / "identity.json"
-    identity = json.loads(identity_file.read_text(encoding="utf-8")) if identity_file.is_file() else {}
-    identity |= (report.get("own") or {}).get("sources") or {}
+    identity = read_identity(run) | ((report.get("own") or {}).get("sources") or {})
     given: dict[str, Any] = {"identity": identity, "targets": targets_report(trained, identity)}
     path = place_for(out)
     if results is not None:
@@ -118,23 +117,23 @@ def _origin(header: Header) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 def targets_report(trained: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of the targets that a run trained on; None where they are gone or have changed, which is said."""
+    """The report of the targets that a run trained on; None where they are gone or have changed, which is said.
+
+    Raises:
+        UserError: the report is damaged.
+    """
     data = trained.get("data") or {}
     if not {"pairs", "targets"} <= set(data) or rewarded(trained):
         return None
-    file = Path(data["pairs"]) / "targets" / f"{data['targets']}.json"
-    table = file.with_suffix(".parquet")
+    pairs, name = Path(data["pairs"]), data["targets"]
+    file, table = targets_path(pairs, name, ".json"), targets_path(pairs, name)
     if not file.is_file() or not table.is_file():
         say(f"{file}: not there, so the model card does not describe the labels")
         return None
     if identity.get("targets") not in (None, file_digest(table)):
         say(f"{table}: changed since the run trained on it, so the model card does not describe the labels")
         return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: cannot be read ({error}); run `dedpo merge` again") from error
-    return found if isinstance(found, dict) else None
+    return read_report(pairs, name)
 
 
 # ---- the comparison
@@ -203,8 +202,7 @@ def _strength_of(folder: Path | None) -> float | None:
 def _sampling(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[Path]]:
     """A sample folder's settings, its identity, and the LoRAs that it was sampled with."""
     settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8")) or {}
-    file, lora = folder / "identity.json", settings.get("lora")
-    identity = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    identity, lora = read_identity(folder, "put back a copy of it, or remove it"), settings.get("lora")
     return settings, identity, [Path(name) for name in (lora if isinstance(lora, list) else [lora] if lora else [])]
 
 

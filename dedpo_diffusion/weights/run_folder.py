@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dedpo_diffusion.core.console import UserError, say
-from dedpo_diffusion.core.files import is_leftover, remove_folder, remove_leftovers, temporary_name, write_text, writing
+from dedpo_diffusion.core.files import is_leftover, read_object, remove_folder, remove_leftovers, temporary_name, write_text, writing
 from dedpo_diffusion.weights.checkpoints import check_checkpoint
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ TIMESTEPS_FILE = "timesteps.json"  # the gradients' second moments by timestep, 
 POWER_FILE = "power.json"  # of a run that measured its power
 MARK = "starting"  # of the file that says, by its name, which process claimed a folder and has done no step yet
 CLAIMED = ("settings.yaml", "identity.json", POWER_FILE, "metrics.jsonl", "validation.jsonl", "tensorboard", "samples")  # by a start
+AS_TRAINED = "give the run folder as training left it"
 NOTHING_GROWS: Mapping[str, str | None] = MappingProxyType({})
 
 
@@ -98,7 +99,7 @@ def _recognise(folder: Path, wanted: Mapping[str, Any], free: Sequence[str], gro
         raise UserError(f"{folder}: holds another run ({difference}); choose another --out, or remove the folder")
     if not identity_file.is_file():
         write_text(identity_file, json.dumps(wanted["identity"], indent=2) + "\n")
-    known = {**wanted["identity"], **json.loads(identity_file.read_text(encoding="utf-8"))}
+    known = wanted["identity"] | read_identity(folder, "choose another --out, or remove the folder")
     changed = first_difference(known, wanted["identity"])
     if changed:
         raise UserError(f"{folder}: cannot be resumed, as its inputs have changed since it began ({changed}); choose another --out")
@@ -255,6 +256,16 @@ def read_settings(run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{run}: no run folder (it has no settings.yaml); `dedpo train --out {run}` makes one")
     return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def read_identity(folder: Path, remedy: str = AS_TRAINED) -> dict[str, str]:
+    """The fingerprints of a folder's inputs that `open_run` noted, by name; {} where it noted none.
+
+    Raises:
+        UserError: the file is damaged; `remedy` tells what to do.
+    """
+    file = folder / "identity.json"
+    return read_object(file, remedy) if file.is_file() else {}
 
 
 def read_metrics(run: Path, last: int, name: str = "metrics") -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, say
+from dedpo_diffusion.core.files import read_object
 from dedpo_diffusion.settings import ExportSettings
-from dedpo_diffusion.weights.run_folder import POWER_FILE
+from dedpo_diffusion.weights.run_folder import AS_TRAINED, POWER_FILE, read_identity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,12 +183,12 @@ def measured_facts(run: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
     if trained["objective"].get("power") != "measured":
         return {}
     file = run / POWER_FILE
-    found = _dictionary(file)
+    found = read_object(file, AS_TRAINED)
     try:
         told = {"power": found["power"], "noise_ratio": found["measured"]["value"], "standard_error": found["measured"]["standard_error"]}
         told |= {"endless_power": found["run"]["endless_power"], "visits": found["run"]["visits"]}
     except (KeyError, TypeError) as error:
-        raise UserError(f"{file}: does not say which power was used; give the run folder as training left it") from error
+        raise UserError(f"{file}: does not say which power was used; {AS_TRAINED}") from error
     return {"measured_power": told}
 
 
@@ -201,11 +202,11 @@ def run_settings(run: Path) -> dict[str, Any]:
 
     from dedpo_diffusion.weights.run_folder import read_settings
 
-    file, remedy = run / "settings.yaml", "give the run folder as training left it"
+    file = run / "settings.yaml"
     try:
         found = read_settings(run)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {remedy}") from error
+        raise UserError(f"{file}: cannot be read ({error}); {AS_TRAINED}") from error
     parts: dict[str, Any] = {name: found.get(name) if isinstance(found, dict) else None for name in ("data", "objective", "lora")}
     needed = ["data", "objective"]
     if isinstance(found, dict) and found.get("weights", "lora") == "lora":
@@ -217,18 +218,7 @@ def run_settings(run: Path) -> dict[str, Any]:
         whole |= {"data.targets": "targets" in found["data"], "lora.alpha": alpha or "lora" not in needed}
         lacking = next((name for name, fits in whole.items() if not fits), None)
     if lacking is not None:
-        raise UserError(f"{file}: it does not say {lacking} as settings of a run do; {remedy}")
-    return found
-
-
-def _dictionary(file: Path) -> dict[str, Any]:
-    """The dictionary in a JSON file of a run. Raises UserError where there is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); give the run folder as training left it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: no JSON dictionary; give the run folder as training left it")
+        raise UserError(f"{file}: it does not say {lacking} as settings of a run do; {AS_TRAINED}")
     return found
 
 
@@ -239,8 +229,7 @@ def digests(run: Path, trained: Mapping[str, Any]) -> dict[str, str]:
     """
     from dedpo_diffusion.core.files import file_digest
 
-    file = run / "identity.json"
-    found: dict[str, str] = _dictionary(file) if file.is_file() else {}
+    found = read_identity(run)
     if "targets" not in found:
         return found
     targets = Path(trained["data"]["pairs"]) / "targets" / f"{trained['data']['targets']}.parquet"
@@ -262,9 +251,9 @@ def chosen(settings: ExportSettings) -> tuple[int, Path]:
 
     run = settings.source
     file, found = best_folder(run) / "state.json", checkpoints(run)
-    best = _dictionary(file) if file.is_file() else None
+    best = read_object(file, AS_TRAINED) if file.is_file() else None
     if best is not None and not (isinstance(best.get("step"), int) and "by" in best and isinstance(best.get("value"), int | float)):
-        raise UserError(f"{file}: it does not say which step was best, and by what; give the run folder as training left it")
+        raise UserError(f"{file}: it does not say which step was best, and by what; {AS_TRAINED}")
     if best is not None and (settings.checkpoint == "best" or (found and found[-1][0] != best["step"])):
         other = "" if settings.checkpoint == "best" else ", which --checkpoint best takes"
         say(f"{run}: step {best['step']} was best{other} ({best['by']} {best['value']:.4f})")

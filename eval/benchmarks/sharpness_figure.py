@@ -91,7 +91,7 @@ def train_run(settings: SharpnessFigure, name: str, pool: world.Pool) -> tuple[d
     merged = world.merged_targets(pool, drawn, "adapted", "clip", settings.share, settings.seed).target
     plain = oracle.preference(*pool.reward[drawn.rows].T) if name.startswith("truth") else merged
     _, divided, factor = RUNS[name]
-    world.write_rows(pool, name, drawn.rows, sharpened(plain, factor), 1.0)
+    world.write_rows(pool, name, drawn.rows, sharpened(plain, factor))
     run = settings.work / "runs" / name
     call(
         train.main, "train", "--config", files("dedpo_diffusion.configs") / "shapes_lora.yaml", "--data.pairs", pool.folder,

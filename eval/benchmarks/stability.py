@@ -18,7 +18,6 @@ import numpy as np
 
 from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.core.files import write_json
-from dedpo_diffusion.debias import merge_labels
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
 from dedpo_diffusion.evaluation.benchmarks.record import write_record
 from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
@@ -97,8 +96,7 @@ def run(settings: StabilitySettings) -> None:
         raise UserError(f"unknown arm {unknown[0]!r}; known: {', '.join(ARMS)}")
     pool = world.make_pool(settings.work, settings.pool)
     answers = world.draw_sample(pool, seed=0, pairs=settings.pool, people="quickstart")
-    merged = merge_labels(answers.answer, None, method="human_only")
-    world.write_rows(pool, TARGETS, answers.rows, merged.target, merged.weight)
+    world.write_rows(pool, TARGETS, answers.rows, answers.answer)
     verdict = world.Verdict(settings.prompts, 1)
     verdict.load(None)
     base, rewards = np.array(verdict.rewards()), {}

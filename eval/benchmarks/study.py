@@ -169,7 +169,7 @@ class Study:
         from dedpo_diffusion.weights.run_folder import checkpoints
 
         at, folder = self.settings, self.pool.folder
-        world.write_rows(self.pool, cell.name, rows, merged.target, merged.weight, merged)
+        world.write_rows(self.pool, cell.name, rows, merged)
         out, told = at.work / "runs" / cell.name, io.StringIO()
         argv = ["--config", CONFIG, "--data.pairs", folder, "--data.targets", cell.name, "--data.cache", at.work / "cache", "--out", out]
         argv += ["--data.reference_draws", at.draws, "--optim.steps", at.steps, "--seed", cell.seed]

@@ -189,12 +189,10 @@ def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: floa
     return merge_labels(human, label, method="adapted", features=np.concatenate([scores.values, images.values], axis=1))
 
 
-def write_rows(
-    pool: Pool, name: str, rows: np.ndarray, target: np.ndarray, weight: np.ndarray | float, merged: Merged | None = None
-) -> None:
-    """Write targets and weights (n,) of these rows of the pool; all other pairs have weight 0, and the weights make up for their number.
+def write_rows(pool: Pool, name: str, rows: np.ndarray, made: Merged | np.ndarray) -> None:
+    """Write targets of these rows of the pool; all other pairs have weight 0, and the weights make up for their number.
 
-    With `merged`, that they are of, the file also says what a merge says of its labels and its method.
+    `made` is a merge, whose labels and method the files then tell too, or (n,) targets of weight 1.
     """
 
     def placed(values: Any, elsewhere: float) -> np.ndarray:
@@ -202,9 +200,11 @@ def write_rows(
         every[rows] = elsewhere if values is None else values
         return every
 
-    scaled = placed(np.asarray(weight) * len(pool.ids) / len(rows), 0.0)
-    labels = {} if merged is None else {"human": placed(merged.human, np.nan), "judge": placed(merged.judge, np.nan)}
-    report = {} if merged is None else {"method": merged.report["method"]}
+    target, weight, labels, report = made, np.ones(len(rows)), {}, {}
+    if isinstance(made, Merged):
+        target, weight, report = made.target, made.weight, {"method": made.report["method"]}
+        labels = {"human": placed(made.human, np.nan), "judge": placed(made.judge, np.nan)}
+    scaled = placed(weight * len(pool.ids) / len(rows), 0.0)
     write_targets(pool.folder, name, Targets(pool.ids, placed(target, 0.5), scaled, **labels), report)
 
 

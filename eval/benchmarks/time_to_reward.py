@@ -183,7 +183,7 @@ def train_ours(settings: RewardSettings, pool: world.Pool, sample: world.Sample,
 
     name, clock, spent = f"time-{arm}-{seed}", Clock(), {}  # type: ignore[var-annotated]
     out, cache = settings.work / "runs" / name, settings.work / "caches" / name
-    world.write_rows(pool, name, sample.rows, sample.answer, 1.0)
+    world.write_rows(pool, name, sample.rows, sample.answer)
     shared = {
         "data.pairs": pool.folder, "data.targets": name, "out": out, "seed": seed, "optim.steps": settings.steps,
         "optim.batch": settings.batch, "optim.learning_rate": settings.learning_rate, "objective.beta": settings.beta,

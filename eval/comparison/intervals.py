@@ -29,6 +29,8 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.core.sample_size import effective_size
+
 RESAMPLES = 10000
 LEVEL = 0.95
 CHUNK = 1 << 21  # cluster counts taken at once: bounds the memory
@@ -132,7 +134,7 @@ def estimates(values: np.ndarray, clusters: np.ndarray, *, resamples: int = RESA
         total += shifts.sum(axis=0)
         squares += (shifts**2).sum(axis=0)
     variance = np.maximum(squares / resamples - (total / resamples) ** 2, 0.0)
-    effective = max(2.0, float(size**2 / (counts**2).sum()))
+    effective = max(2.0, effective_size(counts))
     rows = np.asarray(values, dtype=np.float64)
     extent = np.sqrt(np.sort(rows**2, axis=0).mean(axis=0))  # sorted: the order of the rows changes no bit
     return Estimates(mean, np.sqrt(variance * effective / (effective - 1)), extent, (rows == 0.5).all(axis=0), effective)

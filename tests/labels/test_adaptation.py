@@ -11,8 +11,8 @@ from scipy.special import expit
 
 from dedpo_diffusion.labels import adaptation
 from dedpo_diffusion.labels.adapt_words import adapt_sentences
-from dedpo_diffusion.labels.adaptation import Group, Taught, adapt, choose, fit_weights, mean_and_error
-from dedpo_diffusion.labels.calibration import calibrate
+from dedpo_diffusion.labels.adaptation import Group, Taught, adapt, choose, compare, fit_weights, mean_and_error
+from dedpo_diffusion.labels.calibration import HeldOut, calibrate
 
 N = 400
 STATISTICS = ["brightness", "contrast", "detail"]
@@ -276,6 +276,20 @@ def test_a_standard_error_goes_by_prompts():
     values, w = np.array([1.0, 1.0, -1.0, -1.0]), np.ones(4)
     assert mean_and_error(values, w, np.arange(4)) == (0.0, pytest.approx(np.sqrt(4 / 3 / 4)))
     assert mean_and_error(values, w, np.array([0, 0, 1, 1]))[1] == pytest.approx(1.0)
+
+
+def test_shares_go_by_prompts_and_their_sentence_tells_intervals():
+    rng = np.random.default_rng(0)
+    human, odds, prompts = (rng.random(30) < 0.7).astype(float), rng.normal(0.5, 1, 30), np.arange(30)
+    once = compare(HeldOut(human, np.ones(30), prompts, 0), odds, odds + 0.3)
+    human, odds, prompts = (np.repeat(values, 40) for values in (human, odds, prompts))
+    copies = compare(HeldOut(human, np.ones(1200), prompts, 0), odds, odds + 0.3)
+    for key in ("temperature", "adapt"):
+        assert copies["agreement"][key]["ci"] == pytest.approx(once["agreement"][key]["ci"], abs=0.02)  # clusters count C / (C - 1)
+        assert all(entry["ci"][1] - entry["ci"][0] > 0.3 for entry in copies["reliability"][key])
+    told = f"{once['agreement']['adapt']['value']:.1%} (95 %: {once['agreement']['adapt']['ci'][0]:.1%} to"
+    report = once | {"adapted": True, "n_human": 30, "temperature_of": "clip", "left_out": [], "contrary": [], "features": [], "groups": []}
+    assert told in adapt_sentences(report | {"weighted": False})[0]
 
 
 def test_choosing_sees_its_sample_alone():

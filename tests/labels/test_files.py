@@ -19,6 +19,7 @@ from dedpo_diffusion.labels.files import (
     label_names,
     label_origin,
     read_labels,
+    read_report,
     read_targets,
     read_votes,
     vote_names,
@@ -108,6 +109,16 @@ def test_targets_round_trip_outside_the_unit_interval(tmp_path):
     found = read_targets(tmp_path, "tuned")
     assert found.pair_id == ["a", "b"] and found.target.tolist() == [-3.0, 1.75] and found.weight.tolist() == [0.0, 1.5]
     assert path.with_suffix(".json").read_text() == '{\n  "power": 0.5\n}\n'
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"method": "tuned"'])
+def test_a_damaged_report_is_named(tmp_path, text):
+    assert read_report(tmp_path, "tuned") is None
+    path = write_targets(tmp_path, "tuned", Targets(["a"], np.array([1.0]), np.array([1.0])), {"method": "tuned"}).with_suffix(".json")
+    assert read_report(tmp_path, "tuned") == {"method": "tuned"}
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"targets/tuned\.json: cannot be read \(.+\); run `dedpo merge` again"):
+        read_report(tmp_path, "tuned")
 
 
 @pytest.mark.parametrize(

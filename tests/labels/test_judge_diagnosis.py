@@ -225,6 +225,23 @@ def test_log_loss_by_hand():
 # ---- parts of the pairs, missing answers, words
 
 
+def test_copies_of_a_pair_narrow_no_interval():
+    """Each pair thirty times, all under its own prompt, tells as much as the pairs do once: so every share's interval is as wide."""
+    rng = np.random.default_rng(0)
+    z, g, prompts = (rng.random(60) < 0.7).astype(float), rng.uniform(0.3, 0.9, 60), [f"prompt {k}" for k in range(60)]
+    apart = {"brightness": rng.normal(size=(60, 2))}
+    once = diagnose(z, g, prompts=prompts, statistics=apart, resamples=20)
+    rows = np.repeat(np.arange(60), 30)
+    copied = {name: values[rows] for name, values in apart.items()}
+    copies = diagnose(z[rows], g[rows], prompts=[prompts[row] for row in rows], statistics=copied, resamples=20)
+    for found, alone in ((copies["agreement"], once["agreement"]), (copies["side"]["image_0"], once["side"]["image_0"])):
+        assert found["value"] == alone["value"] and found["ci"] == pytest.approx(alone["ci"], abs=0.01)  # clusters count C / (C - 1)
+        assert found["n"] == 30 * alone["n"] and found["clusters"] == alone["n"]
+    assert {entry["n"] for entry in once["reliability"]} == {10} and {entry["n"] for entry in copies["reliability"]} == {180}
+    for entry in [*copies["reliability"], *copies["by_margin"], *copies["by_statistic"]["brightness"]["by_difference"]]:
+        assert entry["ci"][1] - entry["ci"][0] > 0.2  # 180 pairs of their own have at most 0.15
+
+
 def test_a_word_on_which_the_judge_fails_stands_out(shapes):
     rng = np.random.default_rng(3)
     z = shapes.people(rng)

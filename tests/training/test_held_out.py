@@ -165,6 +165,15 @@ def test_noise_between_validations_is_no_rise():
     assert fooled <= 15
 
 
+def test_copies_of_a_pair_in_one_cluster_make_no_rise_surer():
+    start, *lines = validations(0.69, 0.72, 0.72, pairs=12, noise=0.1)
+    assert held_out_symptom(lines, start["pair_loss"]) is None
+    copied = [line | {"pair_loss": np.repeat(line["pair_loss"], 20).tolist()} for line in (start, *lines)]
+    assert held_out_symptom(copied[1:], copied[0]["pair_loss"]) is not None  # as if all were draws of their own
+    assert held_out_symptom(copied[1:], copied[0]["pair_loss"], np.repeat(np.arange(12), 20)) is None
+    assert held_out_symptom(copied[1:], copied[0]["pair_loss"], np.zeros(240)) is None
+
+
 def test_copies_of_a_pair_in_one_cluster_narrow_no_interval():
     rng = np.random.default_rng(0)
     start = torch.full((12, 2, 2), 0.2)
