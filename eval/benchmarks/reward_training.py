@@ -1,28 +1,43 @@
-"""Does training on a reward raise it? On Shapes, with the true preference as the reward: before and after, same prompts and noise.
+"""What training on a reward wins, and whether it games a judge: LOOP on Shapes with rewards that differ, judged by the true preference.
 
     python eval/benchmarks/reward_training.py --work WORK --out eval/results/loop.json
 
-Trains by configs/shapes_loop.yaml, samples the base and what was trained by the quickstart's sampler, which is not that of training, and
-compares the oracle's reward image by image. What is there already in WORK is kept.
+`dedpo train --config shapes_loop.yaml` with the oracle's reward (a ceiling), with the carried judge as it is (`raw`), with that judge as the
+answers of a seed's people taught it (`adapted`), and with the oracle's rewards shuffled among the images of a rollout, which tell nothing
+(`shuffled`). After every look's steps the LoRA is sampled at several strengths, scored and compared with the base by `dedpo sample`,
+`score` and `compare`, as a user would; the page's words of over-optimisation are kept. The same seed gives every arm the same first
+weights, prompts and noise. Every training is kept in WORK when it is done; start the command once for each core, and the same one again to
+go on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
-from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.console import Progress, UserError, say, stage
+from dedpo_diffusion.core.files import write_json, write_text
+from dedpo_diffusion.core.locks import hold_lock
+from dedpo_diffusion.core.records import Labels
+from dedpo_diffusion.evaluation.benchmarks import study_world as world
 from dedpo_diffusion.evaluation.benchmarks.record import write_record
-from dedpo_diffusion.evaluation.benchmarks.study_world import SAMPLER
+from dedpo_diffusion.evaluation.benchmarks.study import make_folders
+from dedpo_diffusion.evaluation.benchmarks.study_report import interval, minus
+from dedpo_diffusion.evaluation.benchmarks.throughput import hardware
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-WINDOW = 10  # rollouts at each end of training, whose own rewards are told
+ARMS = ("oracle", "adapted", "raw", "shuffled")
+TRUTH = "oracle_reward"
+JUDGE = files("dedpo_diffusion.shapes") / "model" / "judge"
 
 
 @dataclass(frozen=True)
@@ -30,87 +45,205 @@ class RewardSettings:
     """Settings of the measurement.
 
     Args:
-        work: folder for prompts, run and samples.
+        work: folder for the pool, the runs and what is done.
         out: file for the result (JSON).
-        config: recipe of the run.
-        steps: optimizer steps; None takes the recipe's.
-        seeds: images of each of the grammar's 144 prompts.
-        seed: of training.
-        strengths: of the LoRA, each told.
+        arms: rewards that are compared.
+        seeds: the first and the last, of people's answers and of training.
+        looks: optimizer steps after which a LoRA is judged, rising; a rollout is every second one.
+        strengths: at which each is sampled; the best is chosen on one half of the prompts and judged on the other, both ways.
+        pool, pairs: pairs proposed once for all seeds, and pairs of a seed.
+        share: of these that people label, for `adapted`.
+        prompts: of the verdict, an image each; at most the grammar's 144.
     """
 
     work: Path
     out: Path
-    config: str = "shapes_loop.yaml"
-    steps: int | None = None
-    seeds: int = 2
-    seed: int = 0
-    strengths: tuple[float, ...] = (1.0, 2.0)
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    seeds: tuple[int, int] = (50, 55)
+    looks: list[int] = field(default_factory=lambda: [40, 80, 120])
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
+    pool: int = 1600
+    pairs: int = 800
+    share: float = 0.05
+    prompts: int = 144
 
 
-def done(main: Callable[[list[str]], int], arguments: Sequence[object]) -> None:
-    """Run a stage.
+def call(main: Any, *arguments: object) -> None:
+    """Run a stage, without what it says.
 
     Raises:
-        UserError: it failed.
+        UserError: it failed; with its last words.
     """
-    words = [str(word) for word in arguments]
-    if main(words) != 0:
-        raise UserError(f"a stage failed: {' '.join(words)}")
+    argv, said = [str(argument) for argument in arguments], io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = main(argv)
+    if code:
+        raise UserError(f"a stage ended with exit code {code}: {' '.join(argv)}\n{said.getvalue()[-2000:]}")
 
 
-def rewards(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """The oracle's reward (N,) of the images of a folder, and their prompts."""
-    import pyarrow.parquet as pq
-    from PIL import Image
+@contextlib.contextmanager
+def shuffled() -> Iterator[None]:
+    """Rewards of images that are scored together change places among them; by their first seed, so that a resumed run does the same."""
+    from dedpo_diffusion.training.rewards import Reward
 
-    from dedpo_diffusion.shapes import oracle
+    score = Reward.score
 
-    rows = pq.read_table(folder / "index.parquet").to_pylist()
-    images = [Image.open(folder / row["file"]) for row in rows]
-    prompts = [row["prompt"] for row in rows]
-    return oracle.reward(prompts, images), prompts
+    def mixed(reward: Reward, prompts: Any, images: Any, seeds: Any) -> np.ndarray:
+        return np.random.default_rng(seeds[0]).permutation(score(reward, prompts, images, seeds))
+
+    with mock.patch.object(Reward, "score", mixed):
+        yield
 
 
-def curve(run: Path) -> dict[str, Any]:
-    """What training saw of its own images, by its first and last rollouts."""
+class Rewards:
+    """The world of the measurement: what is there already is kept."""
+
+    def __init__(self, settings: RewardSettings) -> None:
+        from dedpo_diffusion.labels.files import label_names
+        from dedpo_diffusion.pipelines import label
+        from dedpo_diffusion.shapes.people import spread_prompts
+        from dedpo_diffusion.shapes.world import VOCABULARY
+
+        self.settings, work = settings, settings.work
+        self.pool = world.make_pool(work, settings.pool)
+        self.folder = self.pool.folder
+        if "pickscore" not in label_names(self.folder):  # by the name that the taught judge looks for it by
+            call(label.main, self.folder, "--with", f"pickscore={JUDGE}", "--device", "cpu", "--summary", "false")
+        self.trained, self.judged = work / "prompts-trained.txt", work / "prompts-judged.txt"
+        write_text(self.trained, "\n".join(attributes.prompt for attributes in VOCABULARY) + "\n")
+        write_text(self.judged, "\n".join(spread_prompts(settings.prompts)) + "\n")
+        if not (work / "base" / "index.parquet").is_file():
+            self.sample(work / "base")
+
+    def sample(self, out: Path, *options: object) -> None:
+        """Images of the verdict, by the quickstart's sampler, which is not that of training."""
+        from dedpo_diffusion.pipelines import sample
+
+        drawn: list[object] = ["--model", "shapes", "--prompts", self.judged, "--seed", 1000, "--device", "cpu", "--dtype", "bfloat16"]
+        drawn += ["--steps", world.SAMPLER["steps"], "--guidance", world.SAMPLER["guidance"], "--batch", 48]
+        call(sample.main, *drawn, "--out", out, *options)
+
+    def taught(self, seed: int) -> str:
+        """The judge that a seed's people taught, as a scorer; the judge as it is where they taught it nothing, as its labels are then."""
+        from dedpo_diffusion.labels.files import write_labels
+        from dedpo_diffusion.pipelines import calibrate
+
+        at, name = self.settings, f"adapt-{seed}"
+        drawn = world.draw_sample(self.pool, seed=seed, pairs=at.pairs, people="quickstart")
+        human = drawn.human(at.share)
+        asked = np.flatnonzero(~np.isnan(human))
+        write_labels(self.folder, f"human-{seed}", Labels([self.pool.ids[row] for row in drawn.rows[asked]], human[asked]))
+        report = self.folder / "labels" / f"{name}.json"
+        call(calibrate.main, self.folder, "--judges", "pickscore", "--human", f"human-{seed}", "--method", "adapt", "--name", name)
+        taught = json.loads(report.read_text(encoding="utf-8"))["calibration"]["adapted"]
+        return f"adapted={report},pickscore={JUDGE}" if taught else f"pickscore={JUDGE}"
+
+    def do(self, arm: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+        """Train an arm, and judge it after each look's steps."""
+        from dedpo_diffusion.evaluation import compare, score
+        from dedpo_diffusion.pipelines import export, train
+
+        at = self.settings
+        reward = {"adapted": lambda: self.taught(seed), "raw": lambda: f"pickscore={JUDGE}"}.get(arm, lambda: TRUTH)()
+        shutil.copytree(at.work / "base", folder / "base", dirs_exist_ok=True)
+        for step in at.looks:
+            with shuffled() if arm == "shuffled" else contextlib.nullcontext():
+                call(
+                    train.main, "--config", "shapes_loop.yaml", "--data.pairs", self.trained, "--out", folder / "run", "--seed", seed,
+                    "--loop.reward", json.dumps([reward]), "--optim.steps", step, "--checkpoint_every", at.looks[0],
+                )  # fmt: skip
+            lora = folder / f"look-{step}.safetensors"
+            call(export.main, folder / "run", "--out", lora)
+            self.sample(folder / f"look-{step}", "--lora", lora, "--strength", *at.strengths)
+        looks = [folder / f"look-{step}" for step in at.looks]
+        scorers = [TRUTH, f"pickscore={JUDGE}", *([reward] if reward.startswith("adapted") else [])]
+        call(score.main, folder / "base", *looks, "--with", *scorers, "--embeddings", "false", "--device", "cpu")
+        held_out = [] if arm == "oracle" else ["--held_out", TRUTH]
+        call(compare.main, folder / "base", *looks, "--out", folder / "report.html", "--primary", TRUTH, *held_out)
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        rollouts = _rollouts(folder / "run")
+        found = [{"reward": reward.partition("=")[0], **_look(results["loras"][f"look-{step}"], step), "rollouts": rollouts[: step // 2]}
+                 for step in at.looks]  # fmt: skip
+        shutil.rmtree(folder)
+        return found
+
+
+def _look(entry: dict[str, Any], step: int) -> dict[str, Any]:
+    """What is kept of a LoRA's comparison."""
+    gains = {scorer: told["gain_over_base"]["mean"] for scorer, told in entry["by_scorer"].items()}
+    by_strength = {f"{at['strength']:g}": at["gain"][TRUTH]["mean"] for at in entry["strengths"]}
+    return {
+        "step": step, "best_strength": entry["best_strength"], "gain": gains, "gain_by_strength": by_strength,
+        "warnings": entry.get("warnings", []),
+    }  # fmt: skip
+
+
+def _rollouts(run: Path) -> list[float]:
+    """The mean reward of each rollout, as training saw it."""
     lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = list(dict.fromkeys((line["reward"]) for line in lines))
-    ends = {"first": found[:WINDOW], "last": found[-WINDOW:]}
-    told = {name: {"mean": float(np.mean(part)), "rollouts": len(part)} for name, part in ends.items()}
-    return told | {"steps": lines[-1]["step"], "rewards": [round(value, 4) for value in found]}
+    return [round(line["reward"], 4) for line in lines if line["step"] % 2 == 0]
+
+
+def summarise(read: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
+    """By arm and look: the true gain at the best strength and at 1, that of the reward itself, both over seeds; and what `compare` said."""
+    found: dict[str, Any] = {}
+    for arm, seeds in read.items():
+        looks = []
+        for k, first in enumerate(next(iter(seeds.values()))):
+            mine = {seed: lines[k] for seed, lines in seeds.items()}
+            gains = {seed: line["gain"][TRUTH] for seed, line in mine.items()}
+            told = {"step": first["step"], "gain": interval(list(gains.values()))}
+            told["gain_at_1"] = interval([line["gain_by_strength"]["1"] for line in mine.values() if "1" in line["gain_by_strength"]])
+            told["gain_of_reward"] = interval([line["gain"][line["reward"]] for line in mine.values() if line["reward"] in line["gain"]])
+            told["over_optimised"] = sum(any("over-optimised" in text for text in line["warnings"]) for line in mine.values())
+            told["minus"] = {
+                other: minus(gains, {seed: lines[k]["gain"][TRUTH] for seed, lines in read[other].items()})
+                for other in read if other != arm and read[other].keys() & gains.keys()
+            }  # fmt: skip
+            looks.append(told)
+        found[arm] = {"seeds": sorted(seeds), "looks": looks}
+    return found
+
+
+def check(settings: RewardSettings) -> None:
+    """Raises UserError for settings that do not go together."""
+    unknown = [arm for arm in settings.arms if arm not in ARMS]
+    if unknown or not settings.arms:
+        raise UserError(f"arms {settings.arms}: give some of {', '.join(ARMS)}")
+    looks = settings.looks
+    if looks != sorted(set(looks)) or not looks or any(step % 2 or step <= 0 for step in looks):
+        raise UserError(f"looks {looks}: give rising even numbers, as a rollout is every second step")
+    if settings.seeds[1] < settings.seeds[0] or len(settings.strengths) < 2:
+        raise UserError("give the first and the last seed, and two strengths or more")
 
 
 def run(settings: RewardSettings) -> None:
-    """Train, sample, compare."""
-    from dedpo_diffusion.core.files import write_text
-    from dedpo_diffusion.pipelines import export, sample, train
-    from dedpo_diffusion.shapes.world import VOCABULARY
-    from dedpo_diffusion.training.held_out import summarise_scores
-
-    work = settings.work
-    work.mkdir(parents=True, exist_ok=True)
-    prompts, lora = work / "prompts.txt", work / "loop.safetensors"
-    write_text(prompts, "\n".join(attributes.prompt for attributes in VOCABULARY))
-    steps = [] if settings.steps is None else ["--optim.steps", settings.steps]
-    given = ["--config", settings.config, "--data.pairs", prompts, "--out", work / "run", "--seed", settings.seed, *steps]
-    done(train.main, given)
-    done(export.main, [work / "run", "--out", lora])
-    drawn: list[object] = ["--model", "shapes", "--prompts", prompts, "--seeds", settings.seeds, "--seed", 1000, "--device", "cpu"]
-    drawn += ["--steps", SAMPLER["steps"], "--guidance", SAMPLER["guidance"], "--batch", 48]
-    done(sample.main, [*drawn, "--out", work / "base"])
-    before, of = rewards(work / "base")
-    result: dict[str, Any] = {"training": curve(work / "run"), "images": len(before), "base": float(before.mean()), "strengths": {}}
-    for strength in settings.strengths:
-        folder = work / f"trained-{strength:g}"
-        done(sample.main, [*drawn, "--out", folder, "--lora", lora, "--strength", strength])
-        after, _ = rewards(folder)
-        found = summarise_scores(after, before, of)
-        result["strengths"][f"{strength:g}"] = found
-        low, high = found["gain_ci"]
-        means = f"{found['mean']:.3f}, base {found['start']:.3f}"
-        say(f"strength {strength:g}: {means}, gain {found['gain']:+.4f} (95 %: {low:+.4f} to {high:+.4f})")
-    write_record(settings, result)
+    """Train and judge what is missing, and write the table of what is done."""
+    check(settings)
+    make_folders(settings.work)
+    seeds = range(settings.seeds[0], settings.seeds[1] + 1)
+    jobs = {(arm, seed): settings.work / "cells" / f"{arm}-{seed}.json" for seed in seeds for arm in settings.arms}
+    made = None
+    with Progress("trainings", len(jobs)) as progress:
+        for (arm, seed), file in jobs.items():
+            if made is None and not file.is_file():
+                with hold_lock(settings.work / "locks" / "pool.lock", wait=True):
+                    made = Rewards(settings)
+            with hold_lock(settings.work / "locks" / f"{arm}-{seed}.lock") as mine:
+                if made is not None and mine and not file.is_file():
+                    write_json(file, made.do(arm, seed, settings.work / "runs" / f"{arm}-{seed}"))
+            progress.advance(note=f"{arm}, seed {seed}")
+    read: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for (arm, seed), file in jobs.items():
+        if file.is_file():
+            read.setdefault(arm, {})[seed] = json.loads(file.read_text(encoding="utf-8"))
+    if missing := sum(not file.is_file() for file in jobs.values()):
+        say(f"{missing} trainings are not done yet: start the same command again, or wait for the other processes")
+    found = summarise(read)
+    for arm, entry in found.items():
+        last = entry["looks"][-1]
+        say(f"{arm}, {len(entry['seeds'])} seeds: gain {last['gain']} after {last['step']} steps, over-optimised {last['over_optimised']}")
+    write_record(settings, {"hardware": hardware("cpu"), "arms": found, "trainings": read})
 
 
 if __name__ == "__main__":
