@@ -2,12 +2,12 @@
 
     python eval/benchmarks/reward_training.py --work WORK --out eval/results/loop.json
 
-`dedpo train --config shapes_loop.yaml` with the oracle's reward (a ceiling), with the carried judge as it is (`raw`), with that judge as the
-answers of a seed's people taught it (`adapted`), and with the oracle's rewards shuffled among the images of a rollout, which tell nothing
-(`shuffled`). After every look's steps the LoRA is sampled at several strengths, scored and compared with the base by `dedpo sample`,
-`score` and `compare`, as a user would; the page's words of over-optimisation are kept. The same seed gives every arm the same first
-weights, prompts and noise. Every training is kept in WORK when it is done; start the command once for each core, and the same one again to
-go on.
+`dedpo train --config shapes_loop.yaml` with the oracle's reward (a ceiling), with the carried judge as it is (`raw`), with that judge as
+the answers of a seed's people taught it (`adapted`), and with the oracle's rewards shuffled among the images of a rollout, which tell
+nothing (`shuffled`). After every look's steps the LoRA is sampled at several strengths, scored and compared with the base by `dedpo
+sample`, `score` and `compare`, as a user would; the page's words of over-optimisation are kept. The same seed gives every arm the same
+first weights, prompts and noise. Every training is kept in WORK when it is done; start the command once for each core, and the same one
+again to go on.
 """
 
 from __future__ import annotations
