@@ -25,13 +25,11 @@ from unittest import mock
 
 import numpy as np
 
-from dedpo_diffusion.core.console import Progress, UserError, say, stage
-from dedpo_diffusion.core.files import write_json, write_text
-from dedpo_diffusion.core.locks import hold_lock
+from dedpo_diffusion.core.console import UserError, say, stage
+from dedpo_diffusion.core.files import write_text
 from dedpo_diffusion.core.records import Labels
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
-from dedpo_diffusion.evaluation.benchmarks.record import write_record
-from dedpo_diffusion.evaluation.benchmarks.study import make_folders
+from dedpo_diffusion.evaluation.benchmarks.record import check_arms, take_arms, write_record
 from dedpo_diffusion.evaluation.benchmarks.study_report import interval, minus
 from dedpo_diffusion.evaluation.benchmarks.throughput import hardware
 
@@ -207,38 +205,16 @@ def summarise(read: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any
 
 def check(settings: RewardSettings) -> None:
     """Raises UserError for settings that do not go together."""
-    unknown = [arm for arm in settings.arms if arm not in ARMS]
-    if unknown or not settings.arms:
-        raise UserError(f"arms {settings.arms}: give some of {', '.join(ARMS)}")
+    check_arms(settings, ARMS)
     looks = settings.looks
     if looks != sorted(set(looks)) or not looks or any(step % 2 or step <= 0 for step in looks):
         raise UserError(f"looks {looks}: give rising even numbers, as a rollout is every second step")
-    if settings.seeds[1] < settings.seeds[0] or len(settings.strengths) < 2:
-        raise UserError("give the first and the last seed, and two strengths or more")
 
 
 def run(settings: RewardSettings) -> None:
     """Train and judge what is missing, and write the table of what is done."""
     check(settings)
-    make_folders(settings.work)
-    seeds = range(settings.seeds[0], settings.seeds[1] + 1)
-    jobs = {(arm, seed): settings.work / "cells" / f"{arm}-{seed}.json" for seed in seeds for arm in settings.arms}
-    made = None
-    with Progress("trainings", len(jobs)) as progress:
-        for (arm, seed), file in jobs.items():
-            if made is None and not file.is_file():
-                with hold_lock(settings.work / "locks" / "pool.lock", wait=True):
-                    made = Rewards(settings)
-            with hold_lock(settings.work / "locks" / f"{arm}-{seed}.lock") as mine:
-                if made is not None and mine and not file.is_file():
-                    write_json(file, made.do(arm, seed, settings.work / "runs" / f"{arm}-{seed}"))
-            progress.advance(note=f"{arm}, seed {seed}")
-    read: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for (arm, seed), file in jobs.items():
-        if file.is_file():
-            read.setdefault(arm, {})[seed] = json.loads(file.read_text(encoding="utf-8"))
-    if missing := sum(not file.is_file() for file in jobs.values()):
-        say(f"{missing} trainings are not done yet: start the same command again, or wait for the other processes")
+    read = take_arms(settings, lambda: Rewards(settings))
     found = summarise(read)
     for arm, entry in found.items():
         last = entry["looks"][-1]
