@@ -56,7 +56,9 @@ def check_settings(settings: AlignSettings) -> None:
         raise UserError("scorers is missing: name what scores the images, such as [pickscore, hps]")
     named = [spec.partition("=")[0] for spec in settings.scorers]
     for name in settings.held_out:
-        if name not in named:
+        if name == "http":
+            raise UserError("held_out names http, by which a scorer is reached; give the name that its server says (`curl URL` shows it)")
+        if name not in named and "http" not in named:
             raise UserError(f"held_out names {name}, which is not among the scorers ({', '.join(named)})")
 
 

@@ -41,7 +41,8 @@ class AlignSettings:
         eval_limit: how many of them to take; None takes all.
         eval_seeds: images of each of these prompts.
         scorers: what scores these images, as in `dedpo score --with`.
-        held_out: scorers that made no training label; the first of them gives the verdict.
+        held_out: scorers that made no training label, by their names; the first gives the verdict. A served one bears the name that its
+            server says.
         sampler_steps: sampler steps of every image; None takes the stages' own number.
         guidance: classifier-free guidance scale of every image; None takes the stages' own.
         size: pixels of a side of every image; None takes the model's own.

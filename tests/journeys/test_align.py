@@ -207,6 +207,11 @@ GIVEN = {
 }  # fmt: skip
 
 
+def test_a_served_scorer_is_held_out_by_the_name_that_its_server_says(tmp_path):
+    given = {**GIVEN, "scorers": ["hps", "http=http://localhost:1"], "held_out": ["imagereward"], "out": tmp_path / "out"}
+    align.check_settings(AlignSettings(**given))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -228,6 +233,7 @@ GIVEN = {
         ({"model": "shapes", "prompts": "shapes"}, "give limit"),
         ({"scorers": []}, "scorers is missing"),
         ({"held_out": ["clip"]}, "not among the scorers"),
+        ({"scorers": ["http=http://localhost:1"], "held_out": ["http"]}, "give the name that its server says"),
         ({"strengths": [1, 1]}, "different numbers above 0"),
         ({"images_per_prompt": 3}, "an even number"),
         ({"images_per_prompt": 1}, "images_per_prompt is 1; give 2 or more"),
