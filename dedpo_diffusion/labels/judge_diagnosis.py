@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import logit
 from scipy.stats import t as student
 
-from dedpo_diffusion.debias import NORMAL_975, agreement, effective_number, judge_bias, wilson_interval
+from dedpo_diffusion.debias import NORMAL_975, agreement, judge_bias, share_interval
 from dedpo_diffusion.labels.agreement import share
 from dedpo_diffusion.labels.calibration import (
     HELD,
@@ -93,7 +93,10 @@ def diagnose(
     sample = _Sample(np.unique(np.array(said), return_inverse=True)[1], resamples, seed)
     report: dict[str, Any] = {"n": len(z), "prompts": sample.units, "ties": int(((z == 0.5) | (g == 0.5)).sum())}
     report |= {"agreement": agreement(z, g, clusters=sample.unit), "auc": _auc(z, d, sample), "log_loss": _log_loss(z, g, sample)}
-    report |= _confidence(z, g, sample) | {"order_consistency": _order(order_consistent, rows), "side": _side(z, g, sample.unit)}
+    report |= _confidence(z, g, sample) | {
+        "order_consistency": _order(order_consistent, rows, sample.unit),
+        "side": _side(z, g, sample.unit),
+    }
     x = {name: values[kept, 0] - values[kept, 1] for name, values in statistics.items()}
     x = {name: apart for name, apart in x.items() if apart.any()}
     report["by_statistic"] = {name: _by_difference(z, g, apart, sample.unit) for name, apart in x.items()}
@@ -197,11 +200,10 @@ def _confidence(z: np.ndarray, g: np.ndarray, sample: _Sample) -> dict[str, Any]
         drawn = [np.abs(drawn * (confidence - right) @ inside).sum(axis=1) / drawn.sum(axis=1) for drawn in sample.draws()]
         low, middle, high = np.quantile(np.concatenate(drawn), [0.025, 0.5, 0.975])
         error["ci"] = [max(0.0, error["value"] - float(middle - low)), error["value"] + float(high - middle)]
-    reliability = []
-    for rows in bins:
-        observed, independent = float(right[rows].mean()), effective_number(right[rows], sample.unit[rows])
-        ci = wilson_interval(observed * independent, independent)
-        reliability.append({"confidence": float(confidence[rows].mean()), "observed": observed, "ci": ci, "n": len(rows)})
+    reliability = [
+        {"confidence": float(confidence[rows].mean()), "observed": float(right[rows].mean()),
+         "ci": share_interval(right[rows], sample.unit[rows]), "n": len(rows)} for rows in bins
+    ]  # fmt: skip
     return {
         "calibration_error": error,
         "confidence": float(confidence.mean()),
@@ -211,8 +213,10 @@ def _confidence(z: np.ndarray, g: np.ndarray, sample: _Sample) -> dict[str, Any]
     }
 
 
-def _order(consistent: Sequence[bool | None] | None, rows: list[int]) -> dict[str, Any]:
-    return share(np.array([consistent[row] for row in rows if consistent and consistent[row] is not None], dtype=bool))
+def _order(consistent: Sequence[bool | None] | None, rows: list[int], unit: np.ndarray) -> dict[str, Any]:
+    said = [None if consistent is None else consistent[row] for row in rows]
+    asked = [k for k, same in enumerate(said) if same is not None]
+    return share(np.array([said[k] for k in asked], dtype=bool), unit[asked])
 
 
 def _agreement(z: np.ndarray, g: np.ndarray, rows: np.ndarray, unit: np.ndarray) -> dict[str, Any]:
@@ -221,7 +225,7 @@ def _agreement(z: np.ndarray, g: np.ndarray, rows: np.ndarray, unit: np.ndarray)
 
 def _side(z: np.ndarray, g: np.ndarray, unit: np.ndarray) -> dict[str, Any]:
     chose = {"image_0": z > 0.5, "image_1": z < 0.5}
-    return {"bias": judge_bias(z, g), **{name: _agreement(z, g, rows, unit) for name, rows in chose.items()}}
+    return {"bias": judge_bias(z, g, clusters=unit), **{name: _agreement(z, g, rows, unit) for name, rows in chose.items()}}
 
 
 # ---- agreement by what the pairs are

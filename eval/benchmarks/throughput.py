@@ -71,6 +71,17 @@ def peak_memory(bench: Bench, device: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def time_first(bench: Bench) -> dict[str, float]:
+    """Seconds of each arm's first step. All of this project's arms share one model, so the first of them compiles it."""
+    found = {}
+    for name, arm in bench.arms.items():
+        began = time.perf_counter()
+        arm.step(None)
+        bench.wait()
+        found[name] = time.perf_counter() - began
+    return found
+
+
 def time_rounds(bench: Bench, settings: ThroughputSettings) -> dict[str, list[float]]:
     """Seconds of a step of each arm in each round."""
     names, seconds = list(bench.arms), {name: [] for name in bench.arms}  # type: ignore[var-annotated]
@@ -214,12 +225,13 @@ def measure(settings: ThroughputSettings) -> dict[str, Any]:
         flop = count_flop(bench)  # before anything is compiled, which the counter cannot look into
         if settings.compile:
             model.compile_blocks()
+        first = time_first(bench)
         memory = peak_memory(bench, settings.device)
         peak = matrix_peak(settings, bench.wait)
         seconds = time_rounds(bench, settings)
         phases = time_phases(bench, max(2, settings.rounds // 4))
     found = summarise(settings, seconds, flop, memory, phases, max(peak, matrix_peak(settings, bench.wait)))
-    return {"hardware": hardware(settings.device), "sizes": SIZES[settings.model], **found}
+    return {"hardware": hardware(settings.device), "sizes": SIZES[settings.model], "first_step_seconds": first, **found}
 
 
 def run(settings: ThroughputSettings) -> None:
