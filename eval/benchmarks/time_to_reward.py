@@ -47,9 +47,9 @@ DEVICES: dict[str, dict[str, str]] = {  # options of `dedpo train`, one more dev
     "cached": OFF | CACHE,
     "strata": OFF | CACHE | STRATA,
     "stored": OFF | STORED | STRATA,
-    "balance": OFF | STORED | STRATA | BALANCE,
+    "balance": OFF | CACHE | STRATA | BALANCE,
     "measured": OFF | CACHE | STRATA | {"objective.timestep_sampling": "measured"},
-    "equal_noise": OFF | STORED | STRATA | {"objective.timestep_weighting": "equal_noise"},
+    "equal_noise": OFF | CACHE | STRATA | {"objective.timestep_weighting": "equal_noise"},
 }
 ARMS = ("published", *DEVICES)
 PIXELS = 64
