@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,6 +21,25 @@ def check_arms(settings: Any, known: Sequence[str]) -> None:
         raise UserError("give the first and the last seed, and two strengths or more")
 
 
+def make_folders(work: Path) -> None:
+    """Make the folders of cells and locks."""
+    for name in ("locks", "cells"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+
+
+def call(main: Callable[[list[str]], int], *arguments: object) -> None:
+    """Run a stage, without what it says.
+
+    Raises:
+        UserError: it failed; with its last words.
+    """
+    argv, said = [str(argument) for argument in arguments], io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = main(argv)
+    if code:
+        raise UserError(f"a stage ended with exit code {code}: {' '.join(argv)}\n{said.getvalue()[-2000:]}")
+
+
 def take_arms(settings: Any, make: Callable[[], Any]) -> dict[str, dict[int, Any]]:
     """Do every arm of every seed that is not done yet, seed by seed; returns what is done, by arm and seed.
 
@@ -31,8 +52,7 @@ def take_arms(settings: Any, make: Callable[[], Any]) -> dict[str, dict[int, Any
     from dedpo_diffusion.core.locks import hold_lock
 
     work, made = settings.work, None
-    for name in ("locks", "cells"):
-        (work / name).mkdir(parents=True, exist_ok=True)
+    make_folders(work)
     seeds = range(settings.seeds[0], settings.seeds[1] + 1)
     jobs = {(arm, seed): work / "cells" / f"{arm}-{seed}.json" for seed in seeds for arm in settings.arms}
     with Progress("trainings", len(jobs)) as progress:

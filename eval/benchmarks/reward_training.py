@@ -13,7 +13,6 @@ again to go on.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.core.files import write_text
 from dedpo_diffusion.core.records import Labels
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
-from dedpo_diffusion.evaluation.benchmarks.record import check_arms, take_arms, write_record
+from dedpo_diffusion.evaluation.benchmarks.record import call, check_arms, take_arms, write_record
 from dedpo_diffusion.evaluation.benchmarks.study_report import interval, minus
 from dedpo_diffusion.evaluation.benchmarks.throughput import hardware
 
@@ -64,19 +63,6 @@ class RewardSettings:
     pairs: int = 800
     share: float = 0.05
     prompts: int = 144
-
-
-def call(main: Any, *arguments: object) -> None:
-    """Run a stage, without what it says.
-
-    Raises:
-        UserError: it failed; with its last words.
-    """
-    argv, said = [str(argument) for argument in arguments], io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = main(argv)
-    if code:
-        raise UserError(f"a stage ended with exit code {code}: {' '.join(argv)}\n{said.getvalue()[-2000:]}")
 
 
 @contextlib.contextmanager

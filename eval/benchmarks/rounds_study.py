@@ -21,8 +21,8 @@ import numpy as np
 
 from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
-from dedpo_diffusion.evaluation.benchmarks.record import check_arms, take_arms, write_record
-from dedpo_diffusion.evaluation.benchmarks.reward_training import JUDGE, TRUTH, call
+from dedpo_diffusion.evaluation.benchmarks.record import call, check_arms, take_arms, write_record
+from dedpo_diffusion.evaluation.benchmarks.reward_training import JUDGE, TRUTH
 from dedpo_diffusion.evaluation.benchmarks.study_report import at_best, interval, minus
 from dedpo_diffusion.evaluation.benchmarks.throughput import hardware
 
@@ -63,10 +63,10 @@ class RoundsSettings:
 def journey_of(settings: RoundsSettings, arm: str, seed: int, out: Path) -> dict[str, Any]:
     """The settings of an arm's `dedpo align`."""
     rounds = 1 if arm.startswith("one") else ROUNDS
-    first = settings.answers if arm != "three" else settings.answers // ROUNDS + settings.answers % ROUNDS
+    first = settings.answers if arm != "three" else settings.answers // ROUNDS
     pairs = settings.pairs // rounds
     given: dict[str, Any] = {
-        "model": "shapes", "out": out, "prompts": "shapes", "limit": pairs, "sampler_steps": world.SAMPLER["steps"],
+        "model": "shapes", "out": str(out), "prompts": "shapes", "limit": pairs, "sampler_steps": world.SAMPLER["steps"],
         "guidance": world.SAMPLER["guidance"], "batch": 48, "dtype": "bfloat16", "judges": [f"pickscore={JUDGE}"], "people": "simulated",
         "human_share": first / pairs, "methods": ["human_only" if arm == "one_human" else "adapted"], "recipe": "shapes_lora.yaml",
         "training": settings.train | {"optim.warmup": str(round(WARMUP / rounds))}, "steps": settings.steps // rounds, "rounds": rounds,
@@ -95,7 +95,7 @@ class Journeys:
 
         folder.mkdir(parents=True, exist_ok=True)
         given, out = folder / "align.yaml", folder / "out"
-        told = {key: str(value) if isinstance(value, Path) else value for key, value in journey_of(self.settings, arm, seed, out).items()}
+        told = journey_of(self.settings, arm, seed, out)
         given.write_text(yaml.safe_dump(told), encoding="utf-8")
         call(align.main, "--config", given)
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -112,11 +112,7 @@ class Journeys:
 
     def judged(self, parameters: dict[str, Any]) -> float:
         """The true reward of a LoRA at its best strength."""
-        lines = []
-        for strength in self.settings.strengths:
-            self.verdict.load(parameters, strength)
-            lines.append({"strength": strength, "rewards": self.verdict.rewards()})
-        return at_best(lines)
+        return at_best(self.verdict.at_strengths(parameters, self.settings.strengths))
 
 
 def summarise(read: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:

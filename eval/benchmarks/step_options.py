@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
-from dedpo_diffusion.evaluation.benchmarks.record import write_record
-from dedpo_diffusion.evaluation.benchmarks.study import Block, Cell, StudySettings, cells, make_folders, open_study
+from dedpo_diffusion.evaluation.benchmarks.record import make_folders, write_record
+from dedpo_diffusion.evaluation.benchmarks.study import Block, Cell, StudySettings, cells, open_study
 from dedpo_diffusion.evaluation.benchmarks.study_report import at_best, interval, minus
 from dedpo_diffusion.evaluation.benchmarks.throughput import hardware
 

@@ -10,13 +10,12 @@ the cells among processes; a stopped study goes on, from the cells in WORK or th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import itertools
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +28,7 @@ from dedpo_diffusion.core.files import write_json
 from dedpo_diffusion.core.locks import hold_lock
 from dedpo_diffusion.debias import Merged
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
+from dedpo_diffusion.evaluation.benchmarks.record import call, make_folders
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Study:
         """Train and judge one cell: a line for each step that is looked at and each strength."""
         line: dict[str, Any] = asdict(cell)
         if cell.arm == "base":
-            return [line | self.judged(None, 0.0)]
+            return [line | entry for entry in self.judged(None, [0.0])]
         began, at = time.monotonic(), self.settings
         sample = world.draw_sample(self.pool, seed=cell.seed, pairs=at.pairs, people=cell.people)
         merged = world.merged_targets(self.pool, sample, cell.arm, cell.judge, cell.share, cell.seed)
@@ -149,14 +149,14 @@ class Study:
         merging = time.monotonic()
         parameters = self.train(cell, sample.rows, merged)
         trained = time.monotonic()
-        found = [{"step": step} | self.judged(parameters[step], strength) for step in parameters for strength in at.strengths]
+        found = [{"step": step} | entry for step in parameters for entry in self.judged(parameters[step], at.strengths)]
         line |= {"seconds_merge": merging - began, "seconds_train": trained - merging, "seconds_judge": time.monotonic() - trained}
         return [line | entry for entry in found]
 
-    def judged(self, parameters: dict[str, Any] | None, strength: float) -> dict[str, Any]:
-        """The verdict on a LoRA at one strength; None is the base."""
-        self.verdict.load(parameters, strength)
-        return {"strength": strength, "reward": float(np.mean(rewards := self.verdict.rewards())), "rewards": rewards}
+    def judged(self, parameters: dict[str, Any] | None, strengths: Sequence[float]) -> list[dict[str, Any]]:
+        """The verdict on a LoRA at each strength; None is the base."""
+        found = self.verdict.at_strengths(parameters, strengths)
+        return [entry | {"reward": float(np.mean(entry["rewards"]))} for entry in found]
 
     def train(self, cell: Cell, rows: np.ndarray, merged: Merged) -> dict[int, dict[str, Any]]:
         """`dedpo train` on these targets of the pool's `rows`, as the quickstart trains: the LoRA after each step that is looked at.
@@ -170,26 +170,16 @@ class Study:
 
         at, folder = self.settings, self.pool.folder
         world.write_rows(self.pool, cell.name, rows, merged)
-        out, told = at.work / "runs" / cell.name, io.StringIO()
+        out = at.work / "runs" / cell.name
         argv = ["--config", CONFIG, "--data.pairs", folder, "--data.targets", cell.name, "--data.cache", at.work / "cache", "--out", out]
         argv += ["--data.reference_draws", at.draws, "--optim.steps", at.steps, "--seed", cell.seed]
         argv += ["--checkpoint_every", min(looks := [*at.looks, at.steps]), "--keep_checkpoints", at.steps, "--log_every", at.steps]
-        argv += at.train
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-            code = train.main([str(part) for part in argv])
-        if code:
-            raise UserError(f"training {out} ended with exit code {code}: {told.getvalue()[-2000:]}")
+        call(train.main, *argv, *at.train)
         parameters = {step: load_file(at / "parameters.safetensors") for step, at in checkpoints(out) if step in looks}
         shutil.rmtree(out)
         for suffix in ("parquet", "json"):
             (folder / "targets" / f"{cell.name}.{suffix}").unlink()
         return parameters
-
-
-def make_folders(work: Path) -> None:
-    """Make the folders of cells and locks."""
-    for name in ("locks", "cells"):
-        (work / name).mkdir(parents=True, exist_ok=True)
 
 
 def open_study(settings: StudySettings) -> Study:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -253,3 +254,11 @@ class Verdict:
                 part = range(start, min(start + 48, len(self.prompts)))
                 made += sample(self.pipe, [self.prompts[k] for k in part], [VERDICT_SEED + k for k in part], **SAMPLER)
         return oracle.reward(self.prompts, made).reshape(-1, self.seeds).mean(axis=1).tolist()
+
+    def at_strengths(self, parameters: dict[str, Any] | None, strengths: Sequence[float]) -> list[dict[str, Any]]:
+        """The rewards of a policy at each of these strengths, a line each."""
+        found = []
+        for strength in strengths:
+            self.load(parameters, strength)
+            found.append({"strength": strength, "rewards": self.rewards()})
+        return found

@@ -15,7 +15,6 @@ seed) is kept in WORK when it is done, and a stopped run goes on. Start it once:
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import shutil
 import time
@@ -30,7 +29,7 @@ import numpy as np
 from dedpo_diffusion.core.console import Progress, UserError, say, stage
 from dedpo_diffusion.core.files import write_json
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
-from dedpo_diffusion.evaluation.benchmarks.record import write_record
+from dedpo_diffusion.evaluation.benchmarks.record import call, write_record
 from dedpo_diffusion.evaluation.benchmarks.study import CONFIG
 from dedpo_diffusion.evaluation.benchmarks.study_report import at_best, interval
 from dedpo_diffusion.evaluation.benchmarks.throughput import hardware
@@ -190,18 +189,16 @@ def train_ours(settings: RewardSettings, pool: world.Pool, sample: world.Sample,
         "checkpoint_every": settings.every, "keep_checkpoints": settings.steps // settings.every + 1,
     }  # fmt: skip
     options = shared | {key: cache if value == "CACHE" else value for key, value in DEVICES[arm].items()}
-    argv = ["--config", str(CONFIG), *(str(part) for key, value in options.items() for part in (f"--{key}", value))]
-    save, said = train.save, io.StringIO()
+    argv = ["--config", CONFIG, *(part for key, value in options.items() for part in (f"--{key}", value))]
+    save = train.save
 
     def told(session: Any, step: int) -> None:
         with clock.stopped():
             spent[step] = (clock.seconds, clock.images)
             save(session, step)
 
-    with mock.patch.object(train, "save", told), clock.running(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = train.main(argv)
-    if code:
-        raise UserError(f"training {out} ended with exit code {code}: {said.getvalue()[-2000:]}")
+    with mock.patch.object(train, "save", told), clock.running():
+        call(train.main, *argv)
     points = [Point(step, *spent[step], load_file(folder / "parameters.safetensors")) for step, folder in checkpoints(out)]
     for folder in (out, cache):
         shutil.rmtree(folder, ignore_errors=True)
@@ -212,11 +209,8 @@ def judged(verdict: world.Verdict, points: Sequence[Point], strengths: Sequence[
     """Of every checkpoint step, seconds, images, and the gain over the base's reward at the best strength."""
     found = []
     for point in points:
-        lines = []
-        for strength in strengths:
-            verdict.load(point.parameters, strength)
-            lines.append({"strength": strength, "rewards": verdict.rewards()})
-        found.append({"step": point.step, "seconds": point.seconds, "images": point.images, "gain": at_best(lines) - base})
+        gain = at_best(verdict.at_strengths(point.parameters, strengths)) - base
+        found.append({"step": point.step, "seconds": point.seconds, "images": point.images, "gain": gain})
     return found
 
 

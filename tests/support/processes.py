@@ -42,7 +42,7 @@ def main() -> int:
     from dedpo_diffusion.pipelines import train
     from dedpo_diffusion.training.data import PairLoader
 
-    PartialState.destroy_process_group = lambda self, group=None: None  # the next run goes on with it
+    destroy, PartialState.destroy_process_group = PartialState.destroy_process_group, lambda self, group=None: None  # the next run's too
     seen: list[list[tuple[int, int, int]]] = []
     load = PairLoader.load
 
@@ -65,6 +65,7 @@ def main() -> int:
             return code
     if job["visits"]:
         (Path(job["visits"]) / f"visits-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    destroy(PartialState())  # threads of a group that outlives Python's end may abort the process
     return 0
 
 

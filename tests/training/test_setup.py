@@ -248,7 +248,7 @@ def test_two_processes_take_the_steps_of_one(tiny_model, merged_pairs, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "(2 x 2 x 1)" in done.stdout
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    for name, close in {"loss": 3e-5, "power": 1e-5, "margin_abs_max": 1e-4}.items():
+    for name, close in {"loss": 3e-5, "power": 3e-5, "margin_abs_max": 1e-4}.items():
         np.testing.assert_allclose(*([line[name] for line in lines] for lines in (one, two)), rtol=0, atol=close)
     assert max(line["margin_abs_max"] for line in one) > 1e-3 and len({line["power"] for line in one}) == 4
 
