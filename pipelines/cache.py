@@ -42,7 +42,8 @@ def run(settings: CacheSettings) -> None:
 
     def line(cache: Cache) -> str:
         about = cache.about
-        what = f"pairs {about.get('pairs', '?')}, model {about.get('model', '?')}" if about else "made by an earlier version"
+        pairs = (f"{about['some']} of " if "some" in about else "") + f"pairs {about.get('pairs', '?')}"
+        what = f"{pairs}, model {about.get('model', '?')}" if about else "made by an earlier version"
         state = ("" if cache.whole else ", not finished") + (", in use" if in_use(cache.folder) else "")
         day = time.strftime("%Y-%m-%d", time.localtime(cache.used))
         return f"{cache.folder.name}  {size_words(cache.size):>9}  last used {day}  {what}{state}"

@@ -1,6 +1,7 @@
 """Encoded pairs on disk: VAE posteriors, sizes and text embeddings, made once and shared between runs.
 
-One folder per (VAE and text encoders, pair dataset, size, views), named by their digest. Pictures lie in one safetensors file per
+One folder per (VAE and text encoders, pair dataset, size, views), named by their digest; a run that visits few of the pairs has one of
+these alone. Pictures lie in one safetensors file per
 shard of the pair dataset, those of one shape as rows of one tensor, prompts in files of 256, each once. Files are memory-mapped and
 read by row, so memory does not grow with the number of pairs; every row carries a checksum that is looked at whenever it is read.
 """
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -112,8 +114,27 @@ def expected_bytes(views: int, shape: tuple[int, int, int], prompts: int, text: 
     return views * 2 * 2 * channels * height * width * 4 + prompts * words
 
 
+def choose_folder(root: Path, identity: Mapping[str, Any], pairs: int, rows: np.ndarray | None) -> tuple[Path, np.ndarray | None]:
+    """The folder of the cache that a run has, and the rows that it holds, None for all.
+
+    A run that visits fewer than half of the pairs has one of these alone, unless one of all is there already.
+
+    Args:
+        root: where caches lie.
+        identity: what one of all pairs depends on.
+        pairs: of the dataset.
+        rows: that the run visits, rising; None for all.
+    """
+    whole = cache_folder(root, identity)
+    if rows is None or 2 * len(rows) >= pairs:
+        return whole, None
+    digest = hashlib.sha256(np.asarray(rows, dtype="<i8").tobytes()).hexdigest()[:16]
+    some = cache_folder(root, {**identity, "rows": digest})
+    return (whole, None) if read_index(some) is None and read_index(whole) is not None else (some, rows)
+
+
 def begin_cache(folder: Path, wanted: int, about: Mapping[str, str], *, optional: bool) -> None:
-    """Say where a cache is made and what it will take, `wanted` bytes, and keep what it is of.
+    """Say where a cache is made and what it will take, `wanted` bytes, and keep what it is of: `pairs`, `model`, and `some` of them.
 
     Raises:
         NoSpace: the disk is full, or too full for an optional one.
@@ -121,7 +142,8 @@ def begin_cache(folder: Path, wanted: int, about: Mapping[str, str], *, optional
     there = caches.bytes_in(folder) if folder.is_dir() else 0
     if optional and (not folder.is_dir() or wanted - there > ROOM * shutil.disk_usage(folder).free):
         raise NoSpace(folder)
-    say(f"the pairs are encoded once, into {folder}: about {size_words(wanted)} in all")
+    which = f"{about['some']} pairs, those that this run visits," if "some" in about else "the pairs"
+    say(f"{which} are encoded once, into {folder}: about {size_words(wanted)} in all")
     caches.describe(folder, {**about, "layout": LAYOUT, "version": version("dedpo_diffusion")})
 
 
@@ -129,10 +151,11 @@ class PairCache:
     """Reads what `fill` wrote.
 
     Args:
-        folder: as `cache_folder` names it, filled.
+        folder: as `choose_folder` names it, filled.
 
     Attributes:
-        shapes: (N, 2) int64, height and width of the latents of every pair of the dataset.
+        rows: (n,) int64, rising, the dataset's rows that it holds; None for all.
+        shapes: (n, 2) int64, height and width of the latents of every pair that it holds.
 
     Raises:
         ValueError: the folder is not complete.
@@ -145,6 +168,7 @@ class PairCache:
             raise ValueError(f"{folder} is no complete cache; fill it first")
         self.folder, self.counts, self.views = folder, index["counts"], int(index["identity"].get("views", 1))
         self.starts = torch.tensor([0, *self.counts]).cumsum(0)
+        self.rows = np.array(index["rows"]) if "rows" in index else None
         self.text_row = torch.tensor(index["text_row"])
         shapes = torch.tensor(index["shapes"])
         self.shapes = shapes[torch.tensor(index["shape"])]
@@ -155,8 +179,28 @@ class PairCache:
             self._open[name] = Rows(self.folder / name)
         return self._open[name]
 
-    def posterior(self, pair: int, view: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def holds(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the dataset's rows it holds, bool."""
+        return np.ones(len(rows), dtype=bool) if self.rows is None else np.isin(rows, self.rows)
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Where the dataset's rows are among those that it holds.
+
+        Raises:
+            ValueError: it does not hold one.
+        """
+        if self.rows is None:
+            return rows
+        if not (there := self.holds(rows)).all():
+            raise ValueError(f"{self.folder} does not hold row {int(rows[~there][0])}")
+        return np.searchsorted(self.rows, rows)
+
+    def _place(self, row: int) -> int:
+        return row if self.rows is None else int(self.places(np.array([row]))[0])
+
+    def posterior(self, row: int, view: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and standard deviation, each (2, C, h, w), and sizes (2, 6), float32, of a view of the pair at this row of the dataset."""
+        pair = self._place(row)
         shard = int(torch.searchsorted(self.starts, pair, right=True)) - 1
         before = self.shapes[int(self.starts[shard]) : pair]
         alike = int((before == self.shapes[pair]).all(dim=1).sum())  # pairs of the shard that come before it in its tensor
@@ -165,7 +209,7 @@ class PairCache:
         return mean, std, found["sizes"]
 
     def originals(self) -> Tensor:
-        """Height and width in pixels of both images of every pair before they were cropped, (N, 2, 2)."""
+        """Height and width in pixels of both images of every pair that it holds, before they were cropped, (n, 2, 2)."""
         found = torch.zeros(len(self.shapes), 2, 2)
         for shard, count in enumerate(self.counts):
             rows, start = self._rows(f"shard-{shard:05d}.safetensors"), int(self.starts[shard])
@@ -175,10 +219,10 @@ class PairCache:
                 found[start : start + count][(here == shape).all(dim=1)] = sizes[:: self.views, :, :2]
         return found
 
-    def embedding(self, pair: int, *, empty: bool = False) -> Conditioning:
-        """Text (L, D), and pooled (P,) where the model has it, of the pair's prompt or of the absent one."""
-        row = 0 if empty else int(self.text_row[pair])
-        found = self._rows(f"text-{row // PROMPTS:05d}.safetensors").at(row % PROMPTS, "text")
+    def embedding(self, row: int, *, empty: bool = False) -> Conditioning:
+        """Text (L, D), and pooled (P,) where the model has it, of the prompt of the pair at this row, or of the absent one."""
+        text = 0 if empty else int(self.text_row[self._place(row)])
+        found = self._rows(f"text-{text // PROMPTS:05d}.safetensors").at(text % PROMPTS, "text")
         return Conditioning(found["text"], found.get("pooled"))
 
 
@@ -198,19 +242,21 @@ def fill(
     encode_prompts: Callable[[Sequence[str | None]], Conditioning],
     advance: Callable[[int], object] = lambda count: None,
     locate: Callable[[int], str] = "pair {}".format,
+    rows: Sequence[int] | None = None,
 ) -> None:
-    """Encode every pair; files that are there already are kept, so a killed run goes on.
+    """Encode the pairs; files that are there already are kept, so a killed run goes on.
 
     Args:
         folder: of the cache.
         identity: what it depends on, kept in the index.
         prompts: the prompt of every pair, in the dataset's order.
-        shards: pairs in each shard of the dataset.
+        shards: how many of the pairs are in each shard of the dataset.
         read_shard: shard number -> pixels (2, 3, H, W) and sizes (2, 6) of each view of each of its pairs, one after the other.
         encode_images: (N, 3, H, W) -> posterior mean and standard deviation, (N, C, h, w) each.
         encode_prompts: N prompts, None for the absent one.
         advance: told how many views were just done.
-        locate: where in the dataset the pair of a row is, to be named.
+        locate: where in the dataset each of the pairs is, to be named.
+        rows: of the dataset, where these are not all of its pairs.
 
     Raises:
         UserError: an image or a prompt whose encoding is not finite, or the disk is full.
@@ -229,8 +275,8 @@ def fill(
         else:
             advance(count * views)
         found_shapes += _read_shapes(path)
-    rows: dict[str | None, int] = {prompt: row for row, prompt in enumerate([None, *dict.fromkeys(prompts)])}
-    unique = list(rows)
+    texts: dict[str | None, int] = {prompt: row for row, prompt in enumerate([None, *dict.fromkeys(prompts)])}
+    unique = list(texts)
     for start in range(0, len(unique), PROMPTS):
         path = folder / f"text-{start // PROMPTS:05d}.safetensors"
         if not path.is_file():
@@ -244,9 +290,9 @@ def fill(
             write_rows(path, {"text": tensors})
     shapes = sorted(set(found_shapes))
     index = {
-        "identity": dict(identity), "counts": list(shards), "text_row": [rows[prompt] for prompt in prompts],
+        "identity": dict(identity), "counts": list(shards), "text_row": [texts[prompt] for prompt in prompts],
         "shapes": shapes, "shape": [shapes.index(shape) for shape in found_shapes],
-    }  # fmt: skip
+    } | ({} if rows is None else {"rows": list(rows)})  # fmt: skip
     write_json(folder / "index.json", index)
 
 

@@ -25,7 +25,7 @@ def decide(settings: TrainSettings, pairs: int, processes: int) -> TrainSettings
 
     Args:
         settings: of a run.
-        pairs: of its dataset.
+        pairs: that it visits.
         processes: that train.
     """
     data, optim = settings.data, settings.optim

@@ -26,7 +26,7 @@ from dedpo_diffusion.training.pair_sampler import alike
 if TYPE_CHECKING:
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import Source
+    from dedpo_diffusion.training.sources import Source
 
 SEEDS, LEFT = "seeds", "left"  # tensors of a file of noises: seeds of a shard's images, and what iterations left unsolved
 FAR = 10.0  # tolerances beyond which an image is told to be poorly inverted

@@ -21,7 +21,7 @@ from dedpo_diffusion.models.backbone import Backbone, Network
 from dedpo_diffusion.models.marks import WORDS, schedule
 
 if TYPE_CHECKING:
-    from dedpo_diffusion.training.data import Source
+    from dedpo_diffusion.training.sources import Source
 
 PLACES = (0.5, 0.7, 0.85)  # of the schedule: mid and high noise, where the two targets differ most
 ENOUGH, CLEAR = 0.15, 0.3  # share of the target's mean square that the better hypothesis must explain, and be ahead of the other by

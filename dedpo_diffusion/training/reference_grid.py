@@ -23,8 +23,8 @@ from dedpo_diffusion.training.pair_sampler import alike
 
 if TYPE_CHECKING:
     from dedpo_diffusion.models.backbone import Backbone
-    from dedpo_diffusion.training.data import Source
     from dedpo_diffusion.training.own_noise import OwnNoise
+    from dedpo_diffusion.training.sources import Source
 
 CHOICE = 1001  # stream of `step_generator` for which of a pair's pre-drawn noises a visit gets
 GRID = 1002  # for the pre-drawn noises
@@ -100,7 +100,8 @@ class ReferenceGrid:
 
     def _there(self, part: slice) -> np.ndarray:
         """The rows of a shard that may be visited."""
-        return np.array([row for row in range(part.start, part.stop) if self.groups is None or row in self._group])
+        rows = np.arange(part.start, part.stop)
+        return rows[self.source.holds(rows)] if self.groups is None else np.array([row for row in rows if row in self._group], dtype=int)
 
     def _find_noises(self, own: OwnNoise, shards: Sequence[int], model: Backbone) -> None:
         """Each image's own noise, of shards without errors."""

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from dedpo_diffusion.dpo.timestep_moments import TimestepMoments
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
-    from dedpo_diffusion.training.data import PairLoader, Source
+    from dedpo_diffusion.training.data import PairLoader
     from dedpo_diffusion.training.measured_power import MeasuredPower, ScalableTargets
     from dedpo_diffusion.training.optimizers import Average
     from dedpo_diffusion.training.reference_grid import ReferenceGrid
     from dedpo_diffusion.training.rollouts import Rollouts
+    from dedpo_diffusion.training.sources import Source
     from dedpo_diffusion.training.trackers import Trackers
     from dedpo_diffusion.training.validation import Validation
 
@@ -190,38 +191,41 @@ def prepare(
 
     from dedpo_diffusion.core.files import file_digest
     from dedpo_diffusion.dpo.step import needs_reference
+    from dedpo_diffusion.labels.files import targets_path
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.training.base import add_lora, load_model
-    from dedpo_diffusion.training.cache import cache_folder
     from dedpo_diffusion.training.cache_choice import decide
-    from dedpo_diffusion.training.data import PairLoader, cache_identity
+    from dedpo_diffusion.training.data import PairLoader, targets_of, visited_rows
     from dedpo_diffusion.training.groups import image_numbers
     from dedpo_diffusion.training.label_share import shared_targets
     from dedpo_diffusion.training.prediction_check import check_prediction
+    from dedpo_diffusion.training.sources import CachedSource
     from dedpo_diffusion.training.validation import open_validation
 
     reader = PairReader(settings.data.pairs)
-    given, settings = settings, decide(settings, len(reader), accelerator.num_processes)
+    together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
+    file, adaptive = targets_path(settings.data.pairs, settings.data.targets), settings.objective.power == "adaptive"
+    merged = targets_of(reader, settings.data.targets)
+    shared, shares = (scalable.at(1.0), {}) if scalable is not None else shared_targets(settings, together, accelerator)
+    merged = merged if shared is None else shared
+    rows = visited_rows(merged, file, adaptive=adaptive)
+    given, settings = settings, decide(settings, len(rows), accelerator.num_processes)
     model = load_model(settings, accelerator)
     size = settings.data.size or model.size
     model.latent_shape(size)  # or the size is refused
     pairs_fingerprint = reader.fingerprint()
-    settings, source = source_of(settings, given, reader, model, accelerator, pairs_fingerprint, size)
+    settings, source = source_of(settings, given, reader, model, accelerator, pairs_fingerprint, size, rows)
     data = settings.data
     validation = open_validation(settings, model, accelerator, size=size)
     if data.cache is not None:
         model.drop_encoders(keep_text=settings.lora.text_encoders)
     grouped = None
-    if data.groups is not None and isinstance(data.cache, Path):
+    if data.groups is not None and isinstance(source, CachedSource):
         with accelerator.main_process_first():
-            folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs_fingerprint, size=size))
-            grouped = image_numbers(reader, folder), data.groups
-    together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
-    merged, shares = (scalable.at(1.0), {}) if scalable is not None else shared_targets(settings, together, accelerator)
+            grouped = image_numbers(reader, source.cache.folder), data.groups
     loader = PairLoader(
         reader, source, targets=data.targets, seed=settings.seed, sampling=data.sampling, together=together,
-        adaptive=settings.objective.power == "adaptive", merged=merged, grouped=grouped,
-        cluster_weights=data.cluster_weights,
+        adaptive=adaptive, merged=merged, grouped=grouped, cluster_weights=data.cluster_weights,
     )  # fmt: skip
     check(settings, loader)
     if accelerator.is_main_process:
@@ -240,7 +244,7 @@ def prepare(
         model.compile_blocks()
     if data.reference_draws is not None:  # by the kernels that the policy will be computed by
         with accelerator.main_process_first():
-            loader.grid = open_grid(settings, reader, source, model, loader, pairs_fingerprint, size)
+            loader.grid = open_grid(settings, reader, source, model, loader)
     if settings.weights == "full":
         asked = needs_reference(settings.objective.kind, settings.objective.balance)
         model.train_all(reference=loader.grid is None and asked)
@@ -248,8 +252,7 @@ def prepare(
     check_prediction(model, settings.model, source, int(loader.rows[0]), overruled=overruled, tell=speaks)
     if settings.gradient_checkpointing:
         model.checkpoint(selective=settings.gradient_checkpointing == "selective")
-    targets_file = data.pairs / "targets" / f"{data.targets}.parquet"
-    identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(targets_file)} | shares
+    identity = {"base_model": model.fingerprint, "pairs": pairs_fingerprint, "targets": file_digest(file)} | shares
     if given.data.reference_draws == "auto":
         identity["reference_draws"] = str(data.reference_draws)  # which a longer run must not change
     if settings.lora.start is not None:
@@ -265,6 +268,7 @@ def source_of(
     accelerator: Accelerator,
     fingerprint: str,
     size: int,
+    rows: np.ndarray,
 ) -> tuple[TrainSettings, Source]:
     """Where a run's encoded pairs come from, and its settings without a cache where there was no room for one that nobody asked for.
 
@@ -274,12 +278,14 @@ def source_of(
         reader, fingerprint: the dataset.
         model, accelerator: of the run.
         size: pixels of a side.
+        rows: of the dataset, that are visited.
     """
     from dedpo_diffusion.training.cache_choice import needs_cache
-    from dedpo_diffusion.training.data import CachedSource, open_source
+    from dedpo_diffusion.training.sources import CachedSource, open_source
 
     optional = given.data.cache == "auto" and not needs_cache(settings.data)
-    source = open_source(settings, reader, model, settings.data, accelerator, fingerprint=fingerprint, size=size, optional=optional)
+    known: Any = {"fingerprint": fingerprint, "size": size, "optional": optional, "rows": rows}
+    source = open_source(settings, reader, model, settings.data, accelerator, **known)
     if not isinstance(source, CachedSource):
         settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, cache=None))
     return settings, source
@@ -299,7 +305,7 @@ def say_cut(model: Backbone, name: str, reader: PairReader, rows: np.ndarray) ->
 def say_cropped(source: Source, rows: np.ndarray) -> None:
     """Say how many images of the visited pairs a square crops; of many pairs whose files must be opened for it, of the first ones."""
     from dedpo_diffusion.pairs.pixels import crop_warning, not_square
-    from dedpo_diffusion.training.data import LiveSource
+    from dedpo_diffusion.training.sources import LiveSource
 
     some = rows[:LOOKED_AT] if isinstance(source, LiveSource) else rows
     sides = source.originals(some)  # (n, 2, 2)
@@ -431,25 +437,21 @@ def open_grid(
     source: Source,
     model: Backbone,
     loader: PairLoader,
-    pairs: str,
-    size: int,
 ) -> ReferenceGrid:
     """The pre-drawn noises of every visited pair, with the reference's errors, computed now if need be.
 
     Raises:
         UserError: there is no cache to keep them in.
     """
-    from dedpo_diffusion.training.cache import cache_folder
-    from dedpo_diffusion.training.data import cache_identity
     from dedpo_diffusion.training.own_noise import OwnNoise
     from dedpo_diffusion.training.reference_grid import ReferenceGrid
+    from dedpo_diffusion.training.sources import CachedSource
 
     data = settings.data
-    if not isinstance(data.cache, Path):
+    if not isinstance(source, CachedSource):
         raise UserError("data.reference_draws needs data.cache, which the reference's errors are kept beside")
-    folder = cache_folder(data.cache, cache_identity(model, data, pairs=pairs, size=size))
     return ReferenceGrid(
-        folder, source, model, loader.rows, pairs=len(reader), draws=int(data.reference_draws or 0),
+        source.cache.folder, source, model, loader.rows, pairs=len(reader), draws=int(data.reference_draws or 0),
         timesteps=timestep_draw(settings.objective, len(model.process)), caption_dropout=data.caption_dropout,
         batch=settings.optim.batch, kernels=[settings.attention, settings.compile], groups=loader.groups,
         noise=OwnNoise(data.noise, settings.model, reader, data.inversion_steps) if data.noise in ("own", "inverted") else data.noise,

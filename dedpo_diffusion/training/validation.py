@@ -129,7 +129,7 @@ class HeldOut:
         from dedpo_diffusion.core.files import file_digest
         from dedpo_diffusion.labels.files import align, read_labels
         from dedpo_diffusion.pairs.dataset import PairReader
-        from dedpo_diffusion.training.data import open_source
+        from dedpo_diffusion.training.sources import open_source
 
         self.settings, self.wanted, self.shape = settings, settings.validation, model.latent_shape(size)
         folder, name = Path(str(self.wanted.pairs)), self.wanted.human

@@ -85,7 +85,8 @@ def run(settings: NoiseSettings) -> None:
     from dedpo_diffusion.models.backbone import Backbone
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.settings import DataSettings
-    from dedpo_diffusion.training.data import CachedSource, PairLoader, open_cache
+    from dedpo_diffusion.training.data import PairLoader
+    from dedpo_diffusion.training.sources import CachedSource, open_cache
 
     model, reader = Backbone(settings.model, device=torch.device("cpu")), PairReader(settings.pairs)
     cache = open_cache(reader, model, DataSettings(settings.pairs), root=settings.cache, fingerprint=reader.fingerprint(), size=model.size)

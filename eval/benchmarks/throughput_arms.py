@@ -204,9 +204,10 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
     from dedpo_diffusion.evaluation.benchmarks.published_step import Examples, PublishedStep
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.training.base import add_lora
-    from dedpo_diffusion.training.data import CachedSource, LiveSource, PairLoader, open_cache
+    from dedpo_diffusion.training.data import PairLoader
     from dedpo_diffusion.training.optimizers import build_optimizer
     from dedpo_diffusion.training.setup import Session, open_grid, timestep_draw
+    from dedpo_diffusion.training.sources import CachedSource, LiveSource, open_cache
     from dedpo_diffusion.training.trackers import Trackers
 
     size = model.size

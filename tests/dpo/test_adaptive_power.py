@@ -17,7 +17,8 @@ from dedpo_diffusion.dpo.adaptive_power import AdaptivePower, Parts, loss_parts,
 from dedpo_diffusion.labels.files import read_targets, write_labels, write_targets
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import merge
-from dedpo_diffusion.training.data import PairLoader, Source
+from dedpo_diffusion.training.data import PairLoader
+from dedpo_diffusion.training.sources import Source
 from support.pictures import write_pairs
 
 

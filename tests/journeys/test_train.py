@@ -144,7 +144,7 @@ def test_flip_and_crop_treat_both_images_alike(tiny_model, tmp_path):
     from dedpo_diffusion.dpo.noising import step_generator
     from dedpo_diffusion.pairs.dataset import PairReader
     from dedpo_diffusion.settings import DataSettings
-    from dedpo_diffusion.training.data import view_pair
+    from dedpo_diffusion.training.sources import view_pair
 
     pair = PairReader(tmp_path / "data").pair(0)
     data = DataSettings(tmp_path / "data", flip=True, crop="random")

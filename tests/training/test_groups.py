@@ -17,8 +17,9 @@ from dedpo_diffusion.dpo.noising import TimestepDraw, draw
 from dedpo_diffusion.dpo.step import preference_step
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import train
-from dedpo_diffusion.training.data import Encoded, PairLoader
+from dedpo_diffusion.training.data import PairLoader
 from dedpo_diffusion.training.groups import group_pairs, image_numbers
+from dedpo_diffusion.training.sources import Encoded
 from support.pictures import picture
 from support.processes import together
 from support.rankings import write_rankings

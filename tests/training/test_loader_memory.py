@@ -16,7 +16,8 @@ from dedpo_diffusion.core.records import Conditioning, Pair, Targets
 from dedpo_diffusion.labels.files import write_targets
 from dedpo_diffusion.pairs.dataset import PairReader, PairWriter
 from dedpo_diffusion.training.cache import PairCache, fill
-from dedpo_diffusion.training.data import CachedSource, PairLoader
+from dedpo_diffusion.training.data import PairLoader
+from dedpo_diffusion.training.sources import CachedSource
 from support.pictures import picture
 
 

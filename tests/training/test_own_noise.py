@@ -21,9 +21,9 @@ from dedpo_diffusion.pipelines import propose, train
 from dedpo_diffusion.sampling.sampler import initial_noise
 from dedpo_diffusion.settings import DataSettings
 from dedpo_diffusion.training.cache import cache_folder
-from dedpo_diffusion.training.data import CachedSource, cache_identity, open_cache
 from dedpo_diffusion.training.own_noise import OwnNoise, sampled_seed
 from dedpo_diffusion.training.reference_grid import ReferenceGrid
+from dedpo_diffusion.training.sources import CachedSource, cache_identity, open_cache
 from support.pictures import picture
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 

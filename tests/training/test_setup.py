@@ -23,8 +23,9 @@ from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.settings import DataSettings, TrainSettings
 from dedpo_diffusion.training.cache import cache_folder
-from dedpo_diffusion.training.data import LiveSource, PairLoader, cache_identity
+from dedpo_diffusion.training.data import PairLoader
 from dedpo_diffusion.training.setup import open_grid
+from dedpo_diffusion.training.sources import LiveSource, cache_identity
 from support.pictures import write_pairs
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 

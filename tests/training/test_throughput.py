@@ -25,7 +25,7 @@ from dedpo_diffusion.models import tiny
 from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.settings import DataSettings
-from dedpo_diffusion.training.data import LiveSource
+from dedpo_diffusion.training.sources import LiveSource
 from support.training import fresh_accelerate_state  # noqa: F401
 
 CPU = torch.device("cpu")
