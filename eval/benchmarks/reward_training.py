@@ -146,20 +146,24 @@ class Rewards:
         call(compare.main, folder / "base", *looks, "--out", folder / "report.html", "--primary", TRUTH, *held_out)
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         rollouts = _rollouts(folder / "run")
-        found = [{"reward": reward.partition("=")[0], **_look(results["loras"][f"look-{step}"], step), "rollouts": rollouts[: step // 2]}
+        found = [{"step": step, "reward": reward.partition("=")[0], **_look(results, f"look-{step}"), "rollouts": rollouts[: step // 2]}
                  for step in at.looks]  # fmt: skip
         shutil.rmtree(folder)
         return found
 
 
-def _look(entry: dict[str, Any], step: int) -> dict[str, Any]:
-    """What is kept of a LoRA's comparison."""
+def _look(results: dict[str, Any], lora: str) -> dict[str, Any]:
+    """What is kept of a LoRA's comparison: its gains at the strength that is best for the truth, and those at every strength."""
+    entry = results["loras"][lora]
+    by_strength = {
+        f"{at['strength']:g}": {
+            "gain": {scorer: gain["mean"] for scorer, gain in at["gain"].items()},
+            "over_optimised": any("over-optimised" in text for text in results["arms"][at["arm"]]["warnings"]),
+        }
+        for at in entry["strengths"]
+    }
     gains = {scorer: told["gain_over_base"]["mean"] for scorer, told in entry["by_scorer"].items()}
-    by_strength = {f"{at['strength']:g}": at["gain"][TRUTH]["mean"] for at in entry["strengths"]}
-    return {
-        "step": step, "best_strength": entry["best_strength"], "gain": gains, "gain_by_strength": by_strength,
-        "warnings": entry.get("warnings", []),
-    }  # fmt: skip
+    return {"best_strength": entry["best_strength"], "gain": gains, "by_strength": by_strength, "warnings": entry.get("warnings", [])}
 
 
 def _rollouts(run: Path) -> list[float]:
@@ -169,7 +173,8 @@ def _rollouts(run: Path) -> list[float]:
 
 
 def summarise(read: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
-    """By arm and look: the true gain at the best strength and at 1, that of the reward itself, both over seeds; and what `compare` said."""
+    """By arm and look, over seeds: the true gain and the reward's own, at the strength that is best for the truth, at each strength, and at
+    the one that the reward itself would choose; and how often `compare` said that a strength looks over-optimised."""
     found: dict[str, Any] = {}
     for arm, seeds in read.items():
         looks = []
@@ -177,9 +182,16 @@ def summarise(read: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any
             mine = {seed: lines[k] for seed, lines in seeds.items()}
             gains = {seed: line["gain"][TRUTH] for seed, line in mine.items()}
             told = {"step": first["step"], "gain": interval(list(gains.values()))}
-            told["gain_at_1"] = interval([line["gain_by_strength"]["1"] for line in mine.values() if "1" in line["gain_by_strength"]])
-            told["gain_of_reward"] = interval([line["gain"][line["reward"]] for line in mine.values() if line["reward"] in line["gain"]])
-            told["over_optimised"] = sum(any("over-optimised" in text for text in line["warnings"]) for line in mine.values())
+            told["gain_of_reward"] = interval([line["gain"][line["reward"]] for line in mine.values()])
+            told["by_strength"] = {
+                strength: {
+                    "gain": interval([line["by_strength"][strength]["gain"][TRUTH] for line in mine.values()]),
+                    "gain_of_reward": interval([line["by_strength"][strength]["gain"][line["reward"]] for line in mine.values()]),
+                    "over_optimised": sum(line["by_strength"][strength]["over_optimised"] for line in mine.values()),
+                }
+                for strength in first["by_strength"]
+            }
+            told["gain_where_reward_is_highest"] = interval([_highest(line) for line in mine.values()])
             told["minus"] = {
                 other: minus(gains, {seed: lines[k]["gain"][TRUTH] for seed, lines in read[other].items()})
                 for other in read if other != arm and read[other].keys() & gains.keys()
@@ -187,6 +199,11 @@ def summarise(read: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any
             looks.append(told)
         found[arm] = {"seeds": sorted(seeds), "looks": looks}
     return found
+
+
+def _highest(line: dict[str, Any]) -> float:
+    """The true gain at the strength that the reward likes best: what one gets who has no truth."""
+    return float(max((at["gain"] for at in line["by_strength"].values()), key=lambda gain: gain[line["reward"]])[TRUTH])
 
 
 def check(settings: RewardSettings) -> None:
@@ -204,7 +221,8 @@ def run(settings: RewardSettings) -> None:
     found = summarise(read)
     for arm, entry in found.items():
         last = entry["looks"][-1]
-        say(f"{arm}, {len(entry['seeds'])} seeds: gain {last['gain']} after {last['step']} steps, over-optimised {last['over_optimised']}")
+        seen = {strength: told["over_optimised"] for strength, told in last["by_strength"].items()}
+        say(f"{arm}, {len(entry['seeds'])} seeds: gain {last['gain']} after {last['step']} steps, over-optimised by strength {seen}")
     write_record(settings, {"hardware": hardware("cpu"), "arms": found, "trainings": read})
 
 

@@ -26,18 +26,22 @@ def test_shuffled_rewards_are_the_same_ones_and_no_longer_go_with_their_images(m
     assert (reward.score([], [], [1]) == found).all()
 
 
-def line(gain: float, words: list[str]) -> list[dict]:
-    """What is kept of a training with one look."""
-    gains = {"oracle_reward": gain, "pickscore": 2 * gain}
-    return [{"step": 2, "reward": "pickscore", "gain": gains, "gain_by_strength": {"1": gain / 2, "2": gain}, "warnings": words}]
+def line(gain: float, *, doubted: bool = False) -> list[dict]:
+    """What is kept of a training with one look: the truth is best at strength 1, the judge at 2."""
+    by_strength = {
+        "1": {"gain": {"oracle_reward": gain, "pickscore": gain}, "over_optimised": False},
+        "2": {"gain": {"oracle_reward": -gain, "pickscore": 2 * gain}, "over_optimised": doubted},
+    }
+    return [{"step": 2, "reward": "pickscore", "gain": by_strength["1"]["gain"], "by_strength": by_strength}]
 
 
 def test_arms_are_compared_within_seeds():
-    bad = ["Looks over-optimised: it rises on pickscore."]
-    found = summarise({"raw": {1: line(0.1, []), 2: line(0.3, bad)}, "shuffled": {2: line(0.2, []), 3: line(9.0, [])}})
+    found = summarise({"raw": {1: line(0.1), 2: line(0.3, doubted=True)}, "shuffled": {2: line(0.2), 3: line(9.0)}})
     [raw] = found["raw"]["looks"]
-    assert raw["gain"]["mean"] == pytest.approx(0.2) and raw["gain_at_1"]["mean"] == pytest.approx(0.1)
-    assert raw["gain_of_reward"]["mean"] == pytest.approx(0.4) and raw["over_optimised"] == 1
+    assert raw["gain"]["mean"] == pytest.approx(0.2) and raw["gain_of_reward"]["mean"] == pytest.approx(0.2)
+    assert raw["by_strength"]["2"]["gain"]["mean"] == pytest.approx(-0.2) and raw["by_strength"]["2"]["over_optimised"] == 1
+    assert raw["by_strength"]["2"]["gain_of_reward"]["mean"] == pytest.approx(0.4) and raw["by_strength"]["1"]["over_optimised"] == 0
+    assert raw["gain_where_reward_is_highest"]["mean"] == pytest.approx(-0.2)  # the judge would take strength 2
     assert raw["minus"]["shuffled"] == {"mean": pytest.approx(0.1), "ci": None}  # seed 2 alone has both
 
 

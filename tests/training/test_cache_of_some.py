@@ -52,7 +52,10 @@ def test_few_pairs_have_a_cache_of_their_own_unless_one_of_all_is_there(tmp_path
     assert choose_folder(tmp_path, identity, 10, few)[0] == own
 
 
-@pytest.mark.parametrize("stored", [{}, {"data__reference_draws": 3}], ids=["plain", "stored"])
+STORED = pytest.param({"data__reference_draws": 3}, marks=pytest.mark.slow, id="stored")
+
+
+@pytest.mark.parametrize("stored", [pytest.param({}, id="plain"), STORED])
 def test_a_run_on_few_pairs_encodes_these_alone_and_is_the_same_to_the_bit(tiny_model, pairs, tmp_path, capsys, stored):
     changes = SHORT | stored | {"data__targets": "few"}
     root, other = tmp_path / "cache", tmp_path / "other"
