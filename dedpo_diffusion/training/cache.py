@@ -179,10 +179,6 @@ class PairCache:
             self._open[name] = Rows(self.folder / name)
         return self._open[name]
 
-    def holds(self, rows: np.ndarray) -> np.ndarray:
-        """Which of the dataset's rows it holds, bool."""
-        return np.ones(len(rows), dtype=bool) if self.rows is None else np.isin(rows, self.rows)
-
     def places(self, rows: np.ndarray) -> np.ndarray:
         """Where the dataset's rows are among those that it holds.
 
@@ -191,7 +187,7 @@ class PairCache:
         """
         if self.rows is None:
             return rows
-        if not (there := self.holds(rows)).all():
+        if not (there := np.isin(rows, self.rows)).all():
             raise ValueError(f"{self.folder} does not hold row {int(rows[~there][0])}")
         return np.searchsorted(self.rows, rows)
 

@@ -43,7 +43,7 @@ class ReferenceGrid:
         source: encoded pairs.
         model: the model, whose reference is its base.
         pairs: pairs of the dataset.
-        rows: those that will be visited; only their shards are computed, with progress, and only once.
+        rows: those that will be visited; only theirs are computed, with progress, and only once.
         draws: K, draws of each pair.
         timesteps: how they are drawn.
         caption_dropout: share of draws with the empty prompt.
@@ -72,39 +72,48 @@ class ReferenceGrid:
         self.own = noise if not isinstance(noise, str) else None
         self.independent = noise == "independent"
         parts += [] if noise == "shared" else [noise if isinstance(noise, str) else noise.key]
-        key = json.dumps(parts, sort_keys=True)
         rows = rows if groups is None else groups.rows
+        if self.own is not None and groups is None and len(rows) < pairs:  # a file of noises is of the rows that it was made for
+            parts += [hashlib.sha256(np.asarray(rows, dtype="<i8").tobytes()).hexdigest()]
+        key = json.dumps(parts, sort_keys=True)
         self.groups, self._group = groups, {} if groups is None else {int(row): k for k, row in enumerate(rows)}
         self.draws, self.timesteps, self.source, self.caption_dropout, self.batch = draws, timesteps, source, caption_dropout, batch
         self.folder = folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.folder.mkdir(exist_ok=True)
         remove_leftovers(self.folder)
-        shards = np.unique(rows // self.SHARD)
-        missing = [shard for shard in shards if not self._is_there(int(shard))]
+        self._visited = np.zeros(pairs, dtype=bool)
+        self._visited[rows] = True
         most = 2 if groups is None else int(groups.sizes.max(initial=2))
         self.errors = torch.full((pairs, draws, most), torch.nan)
-        if self.own is not None:
-            self._find_noises(self.own, missing, model)
-        if missing:
-            with Progress("reference errors", len(missing) * self.SHARD) as progress:
-                for shard in missing:
-                    errors = self._shard(self._part(shard), model)
-                    with atomic_file(self._file(shard)) as temporary:
-                        save_file({"errors": errors}, temporary)
-                    progress.advance(self.SHARD)
+        shards = np.unique(rows // self.SHARD).tolist()
         for shard in shards:
-            self.errors[self._part(shard)] = load_file(self._file(shard))["errors"]
+            if self._file(shard).is_file():
+                self.errors[self._part(shard)] = load_file(self._file(shard))["errors"]
+        if self.own is not None:
+            self._find_noises(self.own, [shard for shard in shards if not self.own.file(self.folder, shard).is_file()], model)
+        missing = {shard: some for shard in shards if len(some := self._missing(shard))}
+        if missing:
+            with Progress("reference errors", sum(map(len, missing.values()))) as progress:
+                for shard, some in missing.items():
+                    self._fill(some, model)
+                    with atomic_file(self._file(shard)) as temporary:
+                        save_file({"errors": self.errors[self._part(shard)].clone()}, temporary)
+                    progress.advance(len(some))
 
     def _part(self, shard: int) -> slice:
         return slice(int(shard) * self.SHARD, min((int(shard) + 1) * self.SHARD, len(self.errors)))
 
     def _there(self, part: slice) -> np.ndarray:
-        """The rows of a shard that may be visited."""
-        rows = np.arange(part.start, part.stop)
-        return rows[self.source.holds(rows)] if self.groups is None else np.array([row for row in rows if row in self._group], dtype=int)
+        """The rows of a shard that are visited."""
+        return part.start + np.flatnonzero(self._visited[part])
+
+    def _missing(self, shard: int) -> np.ndarray:
+        """Those of a shard whose errors are not there."""
+        rows = self._there(self._part(shard))
+        return rows[self.errors[rows, 0, 0].isnan().numpy()]
 
     def _find_noises(self, own: OwnNoise, shards: Sequence[int], model: Backbone) -> None:
-        """Each image's own noise, of shards without errors."""
+        """Each image's own noise, of these shards."""
         from dedpo_diffusion.training.own_noise import say_noises
 
         own.begin(self.folder, self.SHARD)
@@ -126,22 +135,16 @@ class ReferenceGrid:
             return self._strata(row)
         return torch.cat([self._drawn(row, number).timesteps for number in range(self.draws)])
 
-    def _shard(self, part: slice, model: Backbone) -> Tensor:
-        """The errors at all draws of a shard's pairs, (64, K, images) or fewer; NaN where nothing is visited."""
-        errors = torch.full_like(self.errors[part], torch.nan)
-        there = self._there(part)
-        keys = np.column_stack([self.source.shapes(there), [len(self.images(int(row))) for row in there]])
+    def _fill(self, rows: np.ndarray, model: Backbone) -> None:
+        """The errors at all draws of these rows."""
+        keys = np.column_stack([self.source.shapes(rows), [len(self.images(int(row))) for row in rows]])
         for (*_, images), some in alike(keys):
-            found = self._errors([(int(there[place]), number) for place in some for number in range(self.draws)], model)
-            errors[there[some] - part.start, :, :images] = found.view(len(some), self.draws, images)
-        return errors
+            found = self._errors([(int(rows[place]), number) for place in some for number in range(self.draws)], model)
+            self.errors[rows[some], :, :images] = found.view(len(some), self.draws, images)
 
     def images(self, row: int) -> np.ndarray:
         """Where the images of a visit of this row are, (K, 2) rows and sides: those of its pair, or of the group that it stands for."""
         return np.array([(row, 0), (row, 1)]) if self.groups is None else self.groups.images_of(self._group[row])
-
-    def _is_there(self, shard: int) -> bool:
-        return self._file(shard).is_file() and (self.own is None or self.own.file(self.folder, shard).is_file())
 
     def _file(self, shard: int) -> Path:
         return self.folder / f"shard-{int(shard):05d}.safetensors"

@@ -74,10 +74,6 @@ class Source(ABC):
     def originals(self, rows: np.ndarray) -> np.ndarray:
         """Height and width in pixels of the images of the pairs at dataset rows, as the dataset has them: (n, 2, 2)."""
 
-    def holds(self, rows: np.ndarray) -> np.ndarray:
-        """Which of the dataset's rows it has, bool: all, but for a cache of some pairs."""
-        return np.ones(len(rows), dtype=bool)
-
     @abstractmethod
     def encode(self, loaded: Any) -> Encoded:
         """What the model's encoders make of what was loaded."""
@@ -110,10 +106,6 @@ class CachedSource(Source):
     def originals(self, rows: np.ndarray) -> np.ndarray:
         """See `Source`."""
         return self.cache.originals()[torch.from_numpy(self.cache.places(rows))].numpy()
-
-    def holds(self, rows: np.ndarray) -> np.ndarray:
-        """See `Source`."""
-        return self.cache.holds(rows)
 
     def load(self, rows: Sequence[int], visits: Sequence[int], drop_caption: Tensor, images: np.ndarray | None = None) -> Encoded:
         """See `Source`."""

@@ -38,8 +38,9 @@ from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 OFF = {"objective.balance": "none", "objective.timestep_strata": "false", "data.sampling": "uniform"}
 OFF |= {"objective.timestep_pairs": "8"}  # read where timesteps are measured alone
 CACHE = {"data.cache": "CACHE"}
-STORED = CACHE | {"data.reference_draws": "16"}
+STORED = CACHE | {"data.reference_draws": "4"}  # of a pair that 150 steps visit six times
 STRATA = {"objective.timestep_strata": "true"}
+EQUAL = {"objective.timestep_weighting": "equal_noise"}
 BALANCE = {"objective.balance": "output"}
 DEVICES: dict[str, dict[str, str]] = {  # options of `dedpo train`, one more device each
     "live": OFF | {"data.cache": "null"},
@@ -48,7 +49,9 @@ DEVICES: dict[str, dict[str, str]] = {  # options of `dedpo train`, one more dev
     "stored": OFF | STORED | STRATA,
     "balance": OFF | CACHE | STRATA | BALANCE,
     "measured": OFF | CACHE | STRATA | {"objective.timestep_sampling": "measured"},
-    "equal_noise": OFF | CACHE | STRATA | {"objective.timestep_weighting": "equal_noise"},
+    "equal_noise": OFF | CACHE | STRATA | EQUAL,
+    "equal_noise-stored": OFF | STORED | STRATA | EQUAL,
+    "equal_noise-relative": OFF | CACHE | STRATA | EQUAL | {"objective.balance": "relative"},
 }
 ARMS = ("published", *DEVICES)
 PIXELS = 64

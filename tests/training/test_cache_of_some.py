@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dedpo_diffusion.core import caches
 from dedpo_diffusion.core.records import Targets
@@ -81,6 +84,27 @@ def test_a_run_on_few_pairs_encodes_these_alone_and_is_the_same_to_the_bit(tiny_
     for unknown in (0, 12, 23):
         with pytest.raises(ValueError, match=f"does not hold row {unknown}"):
             some.posterior(unknown)
+
+
+@pytest.mark.slow
+def test_the_references_errors_are_computed_for_visited_pairs_alone_and_added_to(tiny_model, pairs, tmp_path):
+    changes = SHORT | {"data__reference_draws": 2}
+    for name in ("one", "two"):
+        assert train.main(arguments(tiny_model, pairs, tmp_path / "filled", data__cache=tmp_path / name, **SHORT)) == 0
+        shutil.rmtree(tmp_path / "filled")
+
+    def errors(name: str) -> torch.Tensor:
+        return load_file(next((tmp_path / name).glob("*/reference-*/shard-00000.safetensors")))["errors"]
+
+    few = changes | {"data__targets": "few", "data__cache": tmp_path / "one"}
+    assert train.main(arguments(tiny_model, pairs, tmp_path / "few", **few)) == 0
+    first = errors("one")
+    assert (~first.isnan().flatten(1).any(dim=1)).nonzero().flatten().tolist() == FEW
+    assert first.isnan().flatten(1).all(dim=1).sum() == 24 - len(FEW)
+    assert train.main(arguments(tiny_model, pairs, tmp_path / "all", data__cache=tmp_path / "one", **changes)) == 0
+    assert train.main(arguments(tiny_model, pairs, tmp_path / "at once", data__cache=tmp_path / "two", **changes)) == 0
+    assert torch.equal(errors("one"), errors("two")) and torch.equal(errors("one")[FEW], first[FEW])
+    assert deviation(final(tmp_path / "all"), final(tmp_path / "at once")) == (0, 0)
 
 
 def test_targets_without_weight_are_refused_before_anything_is_encoded(tiny_model, pairs, tmp_path, capsys):
