@@ -131,13 +131,14 @@ class Rewards:
         reward = {"adapted": lambda: self.taught(seed), "raw": lambda: f"pickscore={JUDGE}"}.get(arm, lambda: TRUTH)()
         shutil.copytree(at.work / "base", folder / "base", dirs_exist_ok=True)
         for step in at.looks:
-            with shuffled() if arm == "shuffled" else contextlib.nullcontext():
-                call(
-                    train.main, "--config", "shapes_loop.yaml", "--data.pairs", self.trained, "--out", folder / "run", "--seed", seed,
-                    "--loop.reward", json.dumps([reward]), "--optim.steps", step, "--checkpoint_every", at.looks[0],
-                )  # fmt: skip
             lora = folder / f"look-{step}.safetensors"
-            call(export.main, folder / "run", "--out", lora)
+            if not lora.is_file():  # or it was stopped after it
+                with shuffled() if arm == "shuffled" else contextlib.nullcontext():
+                    call(
+                        train.main, "--config", "shapes_loop.yaml", "--data.pairs", self.trained, "--out", folder / "run", "--seed", seed,
+                        "--loop.reward", json.dumps([reward]), "--optim.steps", step, "--checkpoint_every", at.looks[0],
+                    )  # fmt: skip
+                call(export.main, folder / "run", "--out", lora)
             self.sample(folder / f"look-{step}", "--lora", lora, "--strength", *at.strengths)
         looks = [folder / f"look-{step}" for step in at.looks]
         scorers = [TRUTH, f"pickscore={JUDGE}", *([reward] if reward.startswith("adapted") else [])]

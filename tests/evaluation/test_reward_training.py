@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.evaluation import score
 from dedpo_diffusion.evaluation.benchmarks import reward_training
 from dedpo_diffusion.evaluation.benchmarks.reward_training import RewardSettings, check, shuffled, summarise
 from dedpo_diffusion.training.rewards import Reward
@@ -61,9 +62,16 @@ def test_settings_that_do_not_go_together(wrong, words):
 
 
 @pytest.mark.slow
-def test_a_very_small_measurement_takes_every_reward(tmp_path):
+def test_a_very_small_measurement_takes_every_reward_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     small = {"seeds": (0, 0), "looks": [2, 4], "strengths": (1.0, 2.0), "pool": 60, "pairs": 60, "share": 0.5, "prompts": 4}
     settings = RewardSettings(tmp_path / "work", tmp_path / "found.json", **small)
+
+    def stopped(argv):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(score, "main", stopped)  # after the first arm's training
+        reward_training.run(settings)
     reward_training.run(settings)
     found = json.loads(settings.out.read_text())
     assert set(found["arms"]) == set(reward_training.ARMS)
