@@ -36,12 +36,15 @@ def choose_primary(settings: CompareSettings, scorers: dict[str, dict[str, Any]]
     return settings.primary or (held_out or (["people"] if people else list(scorers)))[0]
 
 
-def describe_scorers(settings: CompareSettings, base: Arm, shared: Sequence[str], people: bool) -> tuple[dict[str, Any], list[str]]:
+def describe_scorers(
+    settings: CompareSettings, arms: Sequence[Arm], shared: Sequence[str], people: bool
+) -> tuple[dict[str, Any], list[str]]:
     """`scorers` of the results, and what there is to tell of their roles."""
+    from dedpo_diffusion.evaluation.comparison.rewards import rewards_of
     from dedpo_diffusion.evaluation.comparison.verdict import roles
 
-    versions = {scorer: base.versions[scorer] for scorer in shared}
-    role, notes = roles(versions, settings.held_out, settings.targets)
+    versions = {scorer: arms[0].versions[scorer] for scorer in shared}
+    role, notes = roles(versions, settings.held_out, settings.targets, rewards_of(arms[1:]), len(arms) - 1)
     found: dict[str, Any] = {
         scorer: {"version": version, "kind": "scorer", "role": role[scorer], "held_out": role[scorer] == "held_out"}
         for scorer, version in versions.items()
@@ -77,7 +80,7 @@ def analyse(settings: CompareSettings, arms: Sequence[Arm], told: Sequence[str] 
         by_category = numbers.by_category(arms, shared, judged, names, progress.advance, **options)
         spreads, left_out = spread(arms, **options)
         progress.advance()
-    scorers, role_notes = describe_scorers(settings, base, shared, any(NAME in entry for entry in measured.values()))
+    scorers, role_notes = describe_scorers(settings, arms, shared, any(NAME in entry for entry in measured.values()))
     primary = choose_primary(settings, scorers, people=all(NAME in measured[arm.name] for arm in arms[1:]))
     found: dict[str, Any] = {}
     for arm in arms:
@@ -167,7 +170,12 @@ def print_tables(results: dict[str, Any]) -> None:
 
     from dedpo_diffusion.evaluation.comparison import verdict
 
-    words = {"held_out": "held out", "made_labels": "made the labels", "unknown": "not known to be held out"}
+    words = {
+        "held_out": "held out",
+        "made_labels": "made the labels",
+        "reward": "the reward in training",
+        "unknown": "not known to be held out",
+    }
     for scorer, facts in results["scorers"].items():
         title = f"{scorer} ({facts['version']}), {words[facts['role']]}"
         table = Table(

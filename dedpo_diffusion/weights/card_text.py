@@ -52,7 +52,12 @@ def items(texts: Iterable[str]) -> list[str]:
 # ---- what a comparison measured
 
 
-ROLES = {"held_out": "held out", "made_labels": "**made the labels**", "unknown": "not known to be held out"}
+ROLES = {
+    "held_out": "held out",
+    "made_labels": "**made the labels**",
+    "reward": "**the reward in training**",
+    "unknown": "not known to be held out",
+}
 
 
 def interval(entry: Mapping[str, Any], *, sign: bool = False, percent: bool = False) -> str:
@@ -68,7 +73,7 @@ def interval(entry: Mapping[str, Any], *, sign: bool = False, percent: bool = Fa
 
 
 def role_of(scorer: Mapping[str, Any]) -> str:
-    """held_out, made_labels or unknown; older results say only whether a scorer was held out."""
+    """held_out, made_labels, reward or unknown; older results say only whether a scorer was held out."""
     return scorer.get("role") or ("held_out" if scorer.get("held_out") else "unknown")
 
 

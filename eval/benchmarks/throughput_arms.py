@@ -230,7 +230,7 @@ def set_up(settings: ThroughputSettings, model: Backbone, folder: Path) -> Bench
         theirs = [published.unet, published.vae, *published.text_encoders]
         arms["published"] = Arm(lambda phases: _published(published, phases), lambda: _tensors(theirs, published.optimizer))
         add_lora(told, model)
-    loaders["stored"].grid = open_grid(told, reader, cached, model, loaders["stored"], reader.fingerprint(), size)
+    loaders["stored"].grid = open_grid(told, reader, cached, model, loaders["stored"])
     if settings.weights == "full":
         model.train_all(reference=True)
     if settings.gradient_checkpointing:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,10 @@ NAMED = 5  # scorers or categories in one sentence
 CAUTIONS = {
     "held_out": "",
     "made_labels": ", which made the training labels",
+    "reward": ", which was the reward in training",
     "unknown": "",
 }
-OWN = {"made_labels": "which made its labels", "unknown": "which is not known to be held out"}
+OWN = {"made_labels": "which made its labels", "reward": "which it was trained to raise", "unknown": "which is not known to be held out"}
 
 
 # ---- numbers in words
@@ -90,20 +91,32 @@ def judges_of(path: Path, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, ""
 
 
-def roles(versions: dict[str, str], held_out: Sequence[str], targets: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
-    """The role of each scorer, by this module's rule; and the notes on those called held out that made labels.
+def roles(
+    versions: dict[str, str], held_out: Sequence[str], targets: Sequence[Path], rewards: Mapping[str, Collection[str]], arms: int
+) -> tuple[dict[str, str], list[str]]:
+    """The role of each scorer, by this module's rule; and the notes on those called held out that made labels, or were a reward.
 
     A judge that was calibrated, stacked or taught made labels, too: their version names its own.
+
+    Args:
+        versions: of the scorers.
+        held_out: those that are said to be.
+        targets: reports of targets that were trained on.
+        rewards: by arm, the scorers that it was trained to raise, as far as that is known.
+        arms: how many there are beside the base; where the rewards of all are known, every other scorer is held out.
     """
     found, notes = {}, []
     reports = [(path, read_targets_report(path)) for path in targets]
     judges = [(path, *judge) for path, report in reports for judge in judges_of(path, report)]
-    known = any("judge" in report or "judges" in report for _, report in reports)
+    known = any("judge" in report or "judges" in report for _, report in reports) or 0 < arms == len(rewards)
     for scorer, version in versions.items():
         made = [path for path, name, said in judges if name == scorer or (version and version in said.split())]
-        found[scorer] = "made_labels" if made else "held_out" if known or scorer in held_out else "unknown"
+        raised = [arm for arm, names in rewards.items() if scorer in names]
+        found[scorer] = "made_labels" if made else "reward" if raised else "held_out" if known or scorer in held_out else "unknown"
         if made and scorer in held_out:
             notes += [f"{scorer} is called held out, yet it is a judge of the targets {path.stem}." for path in made]
+        if raised and scorer in held_out:
+            notes += [f"{scorer} is called held out, yet {arm} was trained to raise it." for arm in raised]
     return found, notes
 
 
@@ -142,7 +155,7 @@ def warnings(results: Results, name: str) -> list[str]:
     held = [scorer for scorer in gains if role[scorer] == "held_out"]
     pleased = [scorer for scorer in gains if scorer not in held and rises(gains[scorer]) and gains[scorer]["p_holm"] < LEVEL]
     hurt = [scorer for scorer in held if falls(gains[scorer])]
-    made = [scorer for scorer in pleased if role[scorer] == "made_labels"]
+    made = [scorer for scorer in pleased if role[scorer] in ("made_labels", "reward")]
 
     def change(scorer: str) -> str:
         return _ends(gains[scorer], decimals(results, scorer))
@@ -153,7 +166,7 @@ def warnings(results: Results, name: str) -> list[str]:
 
     if pleased and hurt:
         losses = [f"{'people' if scorer == PEOPLE else scorer} ({change(scorer)})" for scorer in hurt]
-        return [f"Looks over-optimised: {rising(pleased)}, and falls on {_list(losses)}, which had no part in its labels."]
+        return [f"Looks over-optimised: {rising(pleased)}, and falls on {_list(losses)}, which had no part in its training."]
     if not made or any(rises(gains[scorer]) for scorer in held):
         return []
     changes = {embedder: entry["diversity_minus_base"] for embedder, entry in arm["spread"].items()}
@@ -164,7 +177,7 @@ def warnings(results: Results, name: str) -> list[str]:
         return [f"Looks over-optimised: {rising(made)}, {rest}, and its images of one prompt are less diverse by {fewer}."]
     if held:
         others = _list([f"{scorer} {change(scorer)}" for scorer in held])
-        return [f"Better only on the scorer that made its labels: {rising(made)}, and on no scorer that is held out ({others})."]
+        return [f"Better only on what it was trained by: {rising(made)}, and on no scorer that is held out ({others})."]
     return []
 
 

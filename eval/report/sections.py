@@ -15,9 +15,15 @@ from dedpo_diffusion.evaluation.comparison.verdict import decimals, gains_of
 Results = dict[str, Any]
 WARNING = "Warning: "  # how a sentence of a report begins that is one
 MANY = 14  # categories; more are folded away
-ROLES = {"held_out": "held out", "made_labels": "made the labels", "unknown": "not known to be held out"}
+ROLES = {
+    "held_out": "held out",
+    "made_labels": "made the labels",
+    "reward": "the reward in training",
+    "unknown": "not known to be held out",
+}
 CAUTIONS = {
     "made_labels": "made the training labels: a model can please it without being better.",
+    "reward": "was the reward in training: a model can please it without being better.",
     "unknown": "may have made the training labels; a model can please it without being better.",
 }
 

@@ -46,7 +46,7 @@ def test_a_judge_that_rises_alone_while_images_grow_alike():
     assert "and no scorer here is held out" in alone
     for otherwise in (narrowed(dino=-0.05, clip=0.05), narrowed(dino=0.0), {}):
         (text,) = warned(judge=0.3, eye=0.0, spread=otherwise)
-        assert text.startswith("Better only on the scorer that made its labels: it rises on judge (+0.300), which made its labels")
+        assert text.startswith("Better only on what it was trained by: it rises on judge (+0.300), which made its labels")
         assert warned({"judge": "made"}, judge=0.3, spread=otherwise) == []
 
 
@@ -140,15 +140,15 @@ VERSIONS = {"pickscore": "pickscore-07-logit", "hps": "hps-2.1"}
     ],
 )
 def test_roles_by_the_targets_report(tmp_path, judge, version, held_out, expected):
-    found, notes = verdict.roles(VERSIONS, held_out, [write_targets(tmp_path, judge, version)])
+    found, notes = verdict.roles(VERSIONS, held_out, [write_targets(tmp_path, judge, version)], {}, 1)
     assert (found["pickscore"], found["hps"]) == expected
     assert notes == [f"{name} is called held out, yet it is a judge of the targets mix." for name in held_out]
 
 
 def test_roles_without_a_report_that_names_judges(tmp_path):
-    assert verdict.roles(VERSIONS, ["hps"], [])[0] == {"pickscore": "unknown", "hps": "held_out"}
+    assert verdict.roles(VERSIONS, ["hps"], [], {}, 1)[0] == {"pickscore": "unknown", "hps": "held_out"}
     (tmp_path / "old.json").write_text('{"sentences": []}')
-    assert set(verdict.roles(VERSIONS, [], [tmp_path / "old.json"])[0].values()) == {"unknown"}
+    assert set(verdict.roles(VERSIONS, [], [tmp_path / "old.json"], {}, 1)[0].values()) == {"unknown"}
 
 
 # ---- the verdict
@@ -173,7 +173,7 @@ def test_the_verdict_goes_by_the_primary_interval_and_names_what_survives():
 def test_the_verdict_says_who_judges_and_ends_with_the_warning():
     text = told("judge", gains(judge=0.3, eye=-0.05, people=0.0))
     assert text.startswith("On judge, which made the training labels, arm is better than base")
-    assert text.endswith("and falls on eye (-0.050, -0.060 to -0.040), which had no part in its labels.")
+    assert text.endswith("and falls on eye (-0.050, -0.060 to -0.040), which had no part in its training.")
     text = told("clip", gains(clip=0.0), {"clip": "unknown"})
     assert text.startswith("On clip, arm and base cannot be told apart: gain")
     assert "Unknown whether clip made the training labels: give --targets or --held_out." in text

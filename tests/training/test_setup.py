@@ -214,7 +214,7 @@ def test_reference_errors_are_kept_apart_by_the_kernels_that_compute_them(tiny_m
     settings = TrainSettings(model=str(tiny_model), out=tmp_path / "run", data=data)
     changes = ({}, {"compile": True}, {"attention": "xformers"}, {"seed": 1})
     ways = [dataclasses.replace(settings, **changed) for changed in changes]
-    folders = [open_grid(way, reader, loader.source, model, loader, "p", model.size).folder for way in ways]
+    folders = [open_grid(way, reader, loader.source, model, loader).folder for way in ways]
     assert len(set(folders)) == 3 and folders[3] == folders[0]
 
 
