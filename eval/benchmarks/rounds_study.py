@@ -116,8 +116,12 @@ class Journeys:
 
 
 def summarise(read: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
-    """By arm, over seeds: the gain of what `dedpo align` gives and of each round, and differences paired by seed."""
+    """By arm, over seeds: the gain of what `dedpo align` gives, of each round and of the last; differences paired by seed.
+
+    The last round's, too, are from what `dedpo align` gives of the other arms.
+    """
     given = {arm: {seed: entry["gains"][entry["given"] - 1] for seed, entry in seeds.items()} for arm, seeds in read.items()}
+    last = {arm: {seed: entry["gains"][-1] for seed, entry in seeds.items()} for arm, seeds in read.items()}
     found: dict[str, Any] = {}
     for arm, seeds in read.items():
         longest = max(len(entry["gains"]) for entry in seeds.values())
@@ -127,8 +131,13 @@ def summarise(read: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
             "rounds": [{"seeds": len(gains), "gain": interval(list(gains.values())),
                         "minus_last": minus(gains, by_round[k - 1]) if k else None} for k, gains in enumerate(by_round)],
             "given": [entry["given"] for entry in seeds.values()], "ended": [entry["ended"] for entry in seeds.values()],
-            "minus": {other: minus(given[arm], given[other]) for other in read if other != arm and given[other].keys() & given[arm].keys()},
         }  # fmt: skip
+        others = [other for other in read if other != arm and given[other].keys() & given[arm].keys()]
+        found[arm]["minus"] = {other: minus(given[arm], given[other]) for other in others}
+        found[arm]["last"] = {
+            "gain": interval(list(last[arm].values())),
+            "minus": {other: minus(last[arm], given[other]) for other in others},
+        }
     return found
 
 

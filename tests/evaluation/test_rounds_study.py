@@ -35,6 +35,8 @@ def test_what_is_given_is_what_is_compared():
     assert [told["seeds"] for told in found["three"]["rounds"]] == [2, 2, 1]
     assert found["three"]["rounds"][1]["minus_last"]["mean"] == pytest.approx(0.2)
     assert found["three"]["ended"] == ["it gained nothing", None]
+    assert found["three"]["last"]["gain"]["mean"] == pytest.approx(0.2)
+    assert found["three"]["last"]["minus"]["one"]["mean"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
