@@ -44,7 +44,7 @@ def describe_scorers(
     from dedpo_diffusion.evaluation.comparison.verdict import roles
 
     versions = {scorer: arms[0].versions[scorer] for scorer in shared}
-    role, notes = roles(versions, settings.held_out, settings.targets, rewards_of(arms[1:]), len(arms) - 1)
+    role, notes = roles(versions, settings.held_out, settings.targets, *rewards_of(arms[1:]))
     found: dict[str, Any] = {
         scorer: {"version": version, "kind": "scorer", "role": role[scorer], "held_out": role[scorer] == "held_out"}
         for scorer, version in versions.items()

@@ -1,9 +1,9 @@
 """Encoded pairs on disk: VAE posteriors, sizes and text embeddings, made once and shared between runs.
 
 One folder per (VAE and text encoders, pair dataset, size, views), named by their digest; a run that visits few of the pairs has one of
-these alone. Pictures lie in one safetensors file per
-shard of the pair dataset, those of one shape as rows of one tensor, prompts in files of 256, each once. Files are memory-mapped and
-read by row, so memory does not grow with the number of pairs; every row carries a checksum that is looked at whenever it is read.
+these alone. Pictures lie in one safetensors file per shard of the pair dataset, those of one shape as rows of one tensor, prompts in files
+of 256, each once. Files are memory-mapped and read by row, so memory does not grow with the number of pairs; every row carries a checksum
+that is looked at whenever it is read.
 """
 
 from __future__ import annotations
@@ -187,9 +187,11 @@ class PairCache:
         """
         if self.rows is None:
             return rows
-        if not (there := np.isin(rows, self.rows)).all():
+        found = np.searchsorted(self.rows, rows)  # each in the time of a few comparisons: rows are asked for one by one
+        there = self.rows[np.minimum(found, len(self.rows) - 1)] == rows
+        if not there.all():
             raise ValueError(f"{self.folder} does not hold row {int(rows[~there][0])}")
-        return np.searchsorted(self.rows, rows)
+        return found
 
     def _place(self, row: int) -> int:
         return row if self.rows is None else int(self.places(np.array([row]))[0])

@@ -24,6 +24,9 @@ EQUAL = ["--objective.timestep_weighting=equal_noise", "--objective.timestep_pai
 OPTIONS: dict[str, list[str]] = {
     "plain": ["--objective.timestep_strata=false"],
     "strata": [],
+    "output": ["--objective.balance=output"],
+    "relative": ["--objective.balance=relative"],
+    "adadpo": ["--objective.balance=adadpo"],
     "min_snr": ["--objective.timestep_weighting=min_snr"],
     "noisier-half": ["--objective.timesteps=[500,1000]"],
     "equal_noise": EQUAL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation.comparison.arms import Arm, sampling_settings
@@ -11,30 +12,32 @@ from dedpo_diffusion.weights.header import read_header
 from dedpo_diffusion.weights.provenance import rewarded
 
 
-def rewards_of(arms: Sequence[Arm]) -> dict[str, set[str]]:
-    """Names of the scorers that each arm's LoRAs were trained to raise, by objective.kind loop or apa; without the arms of which a file
-    is gone, or was trained otherwise.
+def rewards_of(arms: Sequence[Arm]) -> tuple[dict[str, set[str]], bool]:
+    """Names of the scorers that each arm's LoRAs were trained to raise, by objective.kind loop or apa, without the arms that tell of none;
+    and whether they are all that these arms were trained by: each has LoRAs, and all of them tell and began afresh.
 
     Raises:
         UserError: a settings.yaml that holds no settings.
     """
-    found = {}
+    found, complete = {}, bool(arms)
     for arm in arms:
         loras = sampling_settings(arm.folder).get("lora") or []
-        told = [_rewards(Path(file)) for file in loras if isinstance(file, str)] if isinstance(loras, list) else []
-        if told and all(told):
-            found[arm.name] = set[str]().union(*told)
-    return found
+        trained = [_trained(Path(file)) for file in loras if isinstance(file, str)] if isinstance(loras, list) else []
+        names = {name for one in trained for spec in one["loop"]["reward"] for name in reward_names(spec)}
+        if names:
+            found[arm.name] = names
+        complete &= bool(names) and all(one["loop"]["reward"] and not one["lora"].get("start") for one in trained)
+    return found, complete
 
 
-def _rewards(file: Path) -> set[str]:
-    """Of one LoRA file; empty where it tells of none."""
+def _trained(file: Path) -> dict[str, Any]:
+    """How one LoRA was trained, as far as it matters: no reward where it tells of none."""
     try:
-        trained = read_header(file).stored_json("dedpo_settings") or {}
+        told = read_header(file).stored_json("dedpo_settings") or {}
     except UserError:  # gone, or somebody else's
-        return set()
-    specs = (trained.get("loop") or {}).get("reward") or [] if rewarded(trained) else []
-    return {name for spec in specs for name in reward_names(spec)}
+        told = {}
+    reward = (told.get("loop") or {}).get("reward") or [] if rewarded(told) else []
+    return {"loop": {"reward": reward}, "lora": told.get("lora") or {}}
 
 
 def reward_names(spec: str) -> list[str]:

@@ -92,7 +92,7 @@ def judges_of(path: Path, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def roles(
-    versions: dict[str, str], held_out: Sequence[str], targets: Sequence[Path], rewards: Mapping[str, Collection[str]], arms: int
+    versions: dict[str, str], held_out: Sequence[str], targets: Sequence[Path], rewards: Mapping[str, Collection[str]], complete: bool
 ) -> tuple[dict[str, str], list[str]]:
     """The role of each scorer, by this module's rule; and the notes on those called held out that made labels, or were a reward.
 
@@ -103,12 +103,12 @@ def roles(
         held_out: those that are said to be.
         targets: reports of targets that were trained on.
         rewards: by arm, the scorers that it was trained to raise, as far as that is known.
-        arms: how many there are beside the base; where the rewards of all are known, every other scorer is held out.
+        complete: nothing else trained the arms, so every other scorer is held out.
     """
     found, notes = {}, []
     reports = [(path, read_targets_report(path)) for path in targets]
     judges = [(path, *judge) for path, report in reports for judge in judges_of(path, report)]
-    known = any("judge" in report or "judges" in report for _, report in reports) or 0 < arms == len(rewards)
+    known = any("judge" in report or "judges" in report for _, report in reports) or complete
     for scorer, version in versions.items():
         made = [path for path, name, said in judges if name == scorer or (version and version in said.split())]
         raised = [arm for arm, names in rewards.items() if scorer in names]

@@ -17,9 +17,9 @@ from support.comparing import gains, results
 VERSIONS = {"pickscore": "p-1", "adapted": "a-1", "eye": "e-1"}
 
 
-def lora(path, kind: str, rewards: list[str]):
+def lora(path, kind: str, rewards: list[str], start: str | None = None):
     """A LoRA file that tells how it was trained."""
-    told = {"objective": {"kind": kind}, "loop": {"reward": rewards}}
+    told = {"objective": {"kind": kind}, "loop": {"reward": rewards}, "lora": {"start": start}}
     save_file({"w": torch.zeros(1)}, path, {"dedpo_settings": json.dumps(told)})
     return str(path)
 
@@ -40,26 +40,33 @@ def test_a_lora_file_tells_what_it_was_trained_to_raise(tmp_path):
         arm(tmp_path / "mixed", [raised, of_pairs]), arm(tmp_path / "gone", [str(tmp_path / "none.safetensors")]),
         arm(tmp_path / "base", None),
     ]  # fmt: skip
-    assert rewards_of(arms) == {"one": {"adapted", "pickscore", "eye"}, "two": {"adapted", "pickscore", "eye", "hps"}}
+    one, two = {"adapted", "pickscore", "eye"}, {"adapted", "pickscore", "eye", "hps"}
+    assert rewards_of(arms) == ({"one": one, "two": two, "mixed": one}, False)
+    assert rewards_of(arms[:2]) == ({"one": one, "two": two}, True)
+    for others in range(2, len(arms)):
+        assert not rewards_of([arms[0], arms[others]])[1]
+    begun = arm(tmp_path / "begun", [lora(tmp_path / "d.safetensors", "loop", ["hps"], start="of_pairs.safetensors")])
+    assert rewards_of([begun]) == ({"begun": {"hps"}}, False)  # who made the labels of its beginning is not known
+    assert rewards_of([]) == ({}, False)
     assert reward_names("pickscore=openai/x") == ["pickscore"] and reward_names("oracle_reward") == ["oracle_reward"]
 
 
 @pytest.mark.parametrize(
-    ("rewards", "arms", "expected"),
+    ("rewards", "complete", "expected"),
     [
-        ({"one": {"adapted", "pickscore"}}, 1, ("reward", "reward", "held_out")),
-        ({"one": {"pickscore"}}, 2, ("reward", "unknown", "unknown")),  # nobody knows what the other arm was trained by
-        ({"one": {"pickscore"}, "two": {"adapted"}}, 2, ("reward", "reward", "held_out")),
-        ({}, 0, ("unknown", "unknown", "unknown")),
+        ({"one": {"adapted", "pickscore"}}, True, ("reward", "reward", "held_out")),
+        ({"one": {"pickscore"}}, False, ("reward", "unknown", "unknown")),  # nobody knows what the other arm was trained by
+        ({"one": {"pickscore"}, "two": {"adapted"}}, True, ("reward", "reward", "held_out")),
+        ({}, False, ("unknown", "unknown", "unknown")),
     ],
 )
-def test_a_reward_is_not_held_out_and_the_others_are_where_all_rewards_are_known(rewards, arms, expected):
-    found, notes = verdict.roles(VERSIONS, [], [], rewards, arms)
+def test_a_reward_is_not_held_out_and_the_others_are_where_nothing_else_trained(rewards, complete, expected):
+    found, notes = verdict.roles(VERSIONS, [], [], rewards, complete)
     assert tuple(found.values()) == expected and notes == []
 
 
 def test_a_reward_that_is_called_held_out_is_told():
-    found, notes = verdict.roles(VERSIONS, ["pickscore"], [], {"one": {"pickscore"}}, 2)
+    found, notes = verdict.roles(VERSIONS, ["pickscore"], [], {"one": {"pickscore"}}, False)
     assert found["pickscore"] == "reward" and notes == ["pickscore is called held out, yet one was trained to raise it."]
 
 

@@ -72,7 +72,12 @@ def test_a_very_small_measurement_takes_every_reward_and_goes_on_where_it_was_st
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(score, "main", stopped)  # after the first arm's training
         reward_training.run(settings)
+    seen, look = [], reward_training._look
+    monkeypatch.setattr(reward_training, "_look", lambda results, lora: (seen.append(results["scorers"]), look(results, lora))[1])
     reward_training.run(settings)
+    roles = [{name: facts["role"] for name, facts in scorers.items()} for scorers in seen]
+    assert {"oracle_reward": "reward", "pickscore": "held_out"} in roles  # as the LoRA's file tells
+    assert {"oracle_reward": "held_out", "pickscore": "reward"} in roles
     found = json.loads(settings.out.read_text())
     assert set(found["arms"]) == set(reward_training.ARMS)
     lines = {arm: seeds["0"] for arm, seeds in found["trainings"].items()}

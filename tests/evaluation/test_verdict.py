@@ -140,15 +140,15 @@ VERSIONS = {"pickscore": "pickscore-07-logit", "hps": "hps-2.1"}
     ],
 )
 def test_roles_by_the_targets_report(tmp_path, judge, version, held_out, expected):
-    found, notes = verdict.roles(VERSIONS, held_out, [write_targets(tmp_path, judge, version)], {}, 1)
+    found, notes = verdict.roles(VERSIONS, held_out, [write_targets(tmp_path, judge, version)], {}, False)
     assert (found["pickscore"], found["hps"]) == expected
     assert notes == [f"{name} is called held out, yet it is a judge of the targets mix." for name in held_out]
 
 
 def test_roles_without_a_report_that_names_judges(tmp_path):
-    assert verdict.roles(VERSIONS, ["hps"], [], {}, 1)[0] == {"pickscore": "unknown", "hps": "held_out"}
+    assert verdict.roles(VERSIONS, ["hps"], [], {}, False)[0] == {"pickscore": "unknown", "hps": "held_out"}
     (tmp_path / "old.json").write_text('{"sentences": []}')
-    assert set(verdict.roles(VERSIONS, [], [tmp_path / "old.json"], {}, 1)[0].values()) == {"unknown"}
+    assert set(verdict.roles(VERSIONS, [], [tmp_path / "old.json"], {}, False)[0].values()) == {"unknown"}
 
 
 # ---- the verdict
