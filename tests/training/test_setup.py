@@ -22,10 +22,9 @@ from dedpo_diffusion.models.backbone import Backbone
 from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.settings import DataSettings, TrainSettings
-from dedpo_diffusion.training.cache import cache_folder
 from dedpo_diffusion.training.data import PairLoader
 from dedpo_diffusion.training.setup import open_grid
-from dedpo_diffusion.training.sources import LiveSource, cache_identity
+from dedpo_diffusion.training.sources import CachedSource, open_cache
 from support.pictures import write_pairs
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
 
@@ -206,11 +205,9 @@ def test_reference_errors_are_kept_apart_by_the_kernels_that_compute_them(tiny_m
     """Of no rows, so that the folders are made and nothing is computed."""
     model, reader = Backbone(str(tiny_model), device=torch.device("cpu")), PairReader(merged_pairs)
     data = DataSettings(merged_pairs, "plain", cache=tmp_path, reference_draws=1)
-    loader = PairLoader(
-        reader, LiveSource(reader, model, data, size=model.size, seed=0), targets="plain", seed=0, sampling="uniform", together=4
-    )
+    cache = open_cache(reader, model, data, root=tmp_path, fingerprint="p", size=model.size)
+    loader = PairLoader(reader, CachedSource(cache, model.channels), targets="plain", seed=0, sampling="uniform", together=4)
     loader.rows = loader.rows[:0]
-    cache_folder(tmp_path, cache_identity(model, data, pairs="p", size=model.size)).mkdir(parents=True)
     settings = TrainSettings(model=str(tiny_model), out=tmp_path / "run", data=data)
     changes = ({}, {"compile": True}, {"attention": "xformers"}, {"seed": 1})
     ways = [dataclasses.replace(settings, **changed) for changed in changes]
