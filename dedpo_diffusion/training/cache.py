@@ -114,6 +114,11 @@ def expected_bytes(views: int, shape: tuple[int, int, int], prompts: int, text: 
     return views * 2 * 2 * channels * height * width * 4 + prompts * words
 
 
+def rows_digest(rows: np.ndarray) -> str:
+    """Which of a dataset's rows these are, in 16 hexadecimal digits."""
+    return hashlib.sha256(np.asarray(rows, dtype="<i8").tobytes()).hexdigest()[:16]
+
+
 def choose_folder(root: Path, identity: Mapping[str, Any], pairs: int, rows: np.ndarray | None) -> tuple[Path, np.ndarray | None]:
     """The folder of the cache that a run has, and the rows that it holds, None for all.
 
@@ -128,8 +133,7 @@ def choose_folder(root: Path, identity: Mapping[str, Any], pairs: int, rows: np.
     whole = cache_folder(root, identity)
     if rows is None or 2 * len(rows) >= pairs:
         return whole, None
-    digest = hashlib.sha256(np.asarray(rows, dtype="<i8").tobytes()).hexdigest()[:16]
-    some = cache_folder(root, {**identity, "rows": digest})
+    some = cache_folder(root, {**identity, "rows": rows_digest(rows)})
     return (whole, None) if read_index(some) is None and read_index(whole) is not None else (some, rows)
 
 

@@ -25,9 +25,9 @@ from dedpo_diffusion.training.reference_grid import ReferenceGrid
 from dedpo_diffusion.training.sources import Encoded, Pictures, Source
 
 
-def targets_of(reader: PairReader, name: str) -> Targets:
-    """The targets of this name in the dataset's folder, which are of its pairs, or a UserError."""
-    merged = read_targets(reader.folder, name)
+def targets_of(reader: PairReader, name: str, merged: Targets | None = None) -> Targets:
+    """The targets of this name in the dataset's folder, or what was made of them; a UserError where they are not of its pairs."""
+    merged = read_targets(reader.folder, name) if merged is None else merged
     if not reader.has_ids(merged.pair_id):
         reader.ids()  # which tells of one that comes twice
         raise UserError(f"{targets_path(reader.folder, name)}: its pairs are not the dataset's; run `dedpo merge` again")

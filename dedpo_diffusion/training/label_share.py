@@ -14,7 +14,7 @@ import numpy as np
 from dedpo_diffusion.core.console import UserError, say
 from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.debias import Shares, share_labels
-from dedpo_diffusion.labels.files import read_report, read_targets, targets_path
+from dedpo_diffusion.labels.files import read_report, targets_path
 from dedpo_diffusion.settings import TrainSettings
 from dedpo_diffusion.weights.run_folder import read_identity
 
@@ -41,11 +41,12 @@ def begun_share(out: Path) -> float | Literal["merged"] | None:
     return float(identity[IDENTITY]) if IDENTITY in identity else "merged" if identity else None
 
 
-def shared_targets(settings: TrainSettings, together: int, accelerator: Accelerator) -> tuple[Targets | None, dict[str, str]]:
-    """The run's targets with its share of labelled pairs, None where they are to stay as they were merged; and its identity's part.
+def shared_targets(settings: TrainSettings, merged: Targets, together: int, accelerator: Accelerator) -> tuple[Targets, dict[str, str]]:
+    """The run's targets with its share of labelled pairs, as they are where they are to stay as they were merged; and its identity's part.
 
     Args:
         settings: of the run.
+        merged: its targets.
         together: pairs of a step.
         accelerator: of the run, whose main process reads what it began with, and says what it takes.
 
@@ -61,7 +62,7 @@ def shared_targets(settings: TrainSettings, together: int, accelerator: Accelera
         [begun] = broadcast_object_list([begun_share(settings.out) if accelerator.is_main_process else None])
         wanted = "auto" if begun is None else begun
     if wanted == "merged":
-        return None, {}
+        return merged, {}
     given = None if isinstance(wanted, str) else float(wanted)
     method = (read_report(data.pairs, data.targets) or {}).get("method")
     if method != "adapted":
@@ -70,8 +71,8 @@ def shared_targets(settings: TrainSettings, together: int, accelerator: Accelera
                 f"data.label_share={data.label_share} is for targets of method adapted, and {path} is "
                 f"{'of an unknown method' if method is None else f'of method {method}'}; leave it at auto"
             )
-        return None, {}
-    merged, visits = read_targets(data.pairs, data.targets), settings.optim.steps * together
+        return merged, {}
+    visits = settings.optim.steps * together
     found = None
     if merged.human is not None and merged.judge is not None:
         columns = (merged.target, merged.weight, merged.human, np.asarray(merged.judge))
@@ -81,7 +82,7 @@ def shared_targets(settings: TrainSettings, together: int, accelerator: Accelera
             raise UserError(
                 f"data.label_share={data.label_share}: in {path} all of the pairs have a human label, or none; leave it at auto"
             )
-        return None, {}
+        return merged, {}
     target, weight, shares = found
     if accelerator.is_main_process:
         say(share_words(shares, visits, chosen=data.label_share == "auto"))

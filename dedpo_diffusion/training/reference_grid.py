@@ -18,6 +18,7 @@ from dedpo_diffusion.core.console import Progress, UserError, say
 from dedpo_diffusion.core.files import atomic_file, remove_leftovers
 from dedpo_diffusion.core.texts import size_words
 from dedpo_diffusion.dpo.noising import Draws, TimestepDraw, draw, image_noise, step_generator
+from dedpo_diffusion.training.cache import rows_digest
 from dedpo_diffusion.training.groups import Groups
 from dedpo_diffusion.training.pair_sampler import alike
 
@@ -74,7 +75,7 @@ class ReferenceGrid:
         parts += [] if noise == "shared" else [noise if isinstance(noise, str) else noise.key]
         rows = rows if groups is None else groups.rows
         if self.own is not None and groups is None and len(rows) < pairs:  # a file of noises is of the rows that it was made for
-            parts += [hashlib.sha256(np.asarray(rows, dtype="<i8").tobytes()).hexdigest()]
+            parts += [rows_digest(rows)]
         key = json.dumps(parts, sort_keys=True)
         self.groups, self._group = groups, {} if groups is None else {int(row): k for k, row in enumerate(rows)}
         self.draws, self.timesteps, self.source, self.caption_dropout, self.batch = draws, timesteps, source, caption_dropout, batch

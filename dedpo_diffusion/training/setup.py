@@ -205,9 +205,9 @@ def prepare(
     reader = PairReader(settings.data.pairs)
     together = settings.optim.batch * settings.optim.accumulation * accelerator.num_processes
     file, adaptive = targets_path(settings.data.pairs, settings.data.targets), settings.objective.power == "adaptive"
-    merged = targets_of(reader, settings.data.targets)
-    shared, shares = (scalable.at(1.0), {}) if scalable is not None else shared_targets(settings, together, accelerator)
-    merged = merged if shared is None else shared
+    merged, shares = targets_of(reader, settings.data.targets, None if scalable is None else scalable.at(1.0)), dict[str, str]()
+    if scalable is None:
+        merged, shares = shared_targets(settings, merged, together, accelerator)
     rows = visited_rows(merged, file, adaptive=adaptive)
     given, settings = settings, decide(settings, len(rows), accelerator.num_processes)
     model = load_model(settings, accelerator)

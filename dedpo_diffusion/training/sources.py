@@ -252,9 +252,9 @@ def open_cache(
         ends = np.searchsorted(every, np.cumsum([0, *reader.counts])).tolist()
 
         def views(shard: int) -> Iterator[tuple[Tensor, Tensor]]:
-            wanted, first = set(every[ends[shard] : ends[shard + 1]].tolist()), sum(reader.counts[:shard])
-            for row, pair in enumerate(reader.shard_pairs(shard) if wanted else (), first):
-                for view in range(data.views) if row in wanted else ():
+            visited, first = set(every[ends[shard] : ends[shard + 1]].tolist()), sum(reader.counts[:shard])
+            for row, pair in enumerate(reader.shard_pairs(shard) if visited else (), first):
+                for view in range(data.views) if row in visited else ():
                     generator, where = step_generator(row, view, VIEWS), reader.location(row)
                     yield view_pair(pair, where, shapes, data, generator, mirrored=view % 2 == 1)  # half of them, whatever their number
 

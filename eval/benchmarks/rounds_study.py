@@ -104,15 +104,12 @@ class Journeys:
         for name in names:
             if (out / "runs" / name).is_dir():
                 _, last = checkpoints(out / "runs" / name)[-1]
-                gains.append(self.judged(load_file(last / "parameters.safetensors")) - self.base)
+                lines = self.verdict.at_strengths(load_file(last / "parameters.safetensors"), self.settings.strengths)
+                gains.append(at_best(lines) - self.base)
         ended = next((entry["ended"] for entry in results.get("rounds", []) if entry["ended"]), None)
         found = {"gains": gains, "given": names.index(results["default"]) + 1, "ended": ended, "seconds": results["seconds"]["total"]}
         shutil.rmtree(folder)
         return found
-
-    def judged(self, parameters: dict[str, Any]) -> float:
-        """The true reward of a LoRA at its best strength."""
-        return at_best(self.verdict.at_strengths(parameters, self.settings.strengths))
 
 
 def summarise(read: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.evaluation.comparison.arms import Arm, sampling_settings
@@ -22,22 +21,22 @@ def rewards_of(arms: Sequence[Arm]) -> tuple[dict[str, set[str]], bool]:
     found, complete = {}, bool(arms)
     for arm in arms:
         loras = sampling_settings(arm.folder).get("lora") or []
-        trained = [_trained(Path(file)) for file in loras if isinstance(file, str)] if isinstance(loras, list) else []
-        names = {name for one in trained for spec in one["loop"]["reward"] for name in reward_names(spec)}
+        told = [_rewards(Path(file)) for file in loras if isinstance(file, str)] if isinstance(loras, list) else []
+        names = {name for specs, _ in told for spec in specs for name in reward_names(spec)}
         if names:
             found[arm.name] = names
-        complete &= bool(names) and all(one["loop"]["reward"] and not one["lora"].get("start") for one in trained)
+        complete &= bool(names) and all(specs and afresh for specs, afresh in told)
     return found, complete
 
 
-def _trained(file: Path) -> dict[str, Any]:
-    """How one LoRA was trained, as far as it matters: no reward where it tells of none."""
+def _rewards(file: Path) -> tuple[list[str], bool]:
+    """A LoRA's rewards as they were given, none where it tells of none; and whether it began without another LoRA."""
     try:
-        told = read_header(file).stored_json("dedpo_settings") or {}
+        trained = read_header(file).stored_json("dedpo_settings") or {}
     except UserError:  # gone, or somebody else's
-        told = {}
-    reward = (told.get("loop") or {}).get("reward") or [] if rewarded(told) else []
-    return {"loop": {"reward": reward}, "lora": told.get("lora") or {}}
+        return [], False
+    specs = (trained.get("loop") or {}).get("reward") or [] if rewarded(trained) else []
+    return specs, not (trained.get("lora") or {}).get("start")
 
 
 def reward_names(spec: str) -> list[str]:
