@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dedpo_diffusion.core.console import say, stage
+from dedpo_diffusion.evaluation.benchmarks.study import ALIKE, CONFIG
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,9 +109,9 @@ def train_run(settings: CurvesFigure, name: str, pairs: Path, held_out: Path) ->
     judge = files("dedpo_diffusion.shapes") / "model" / "judge"
     changes = [part for key, value in RUNS[name][1].items() for part in (f"--{key}", value)]
     call(
-        train.main, "train", "--config", files("dedpo_diffusion.configs") / "shapes_lora.yaml", "--data.pairs", pairs, "--out", run,
+        train.main, "train", "--config", CONFIG, "--data.pairs", pairs, "--out", run,
         "--data.cache", settings.work / "cache", "--optim.steps", settings.steps, "--optim.batch", 16, "--seed", settings.seed,
-        "--objective.balance", "none", "--log_every", 5, "--validation.every", settings.every, "--validation.pairs", held_out,
+        "--objective.balance", "none", *ALIKE, "--log_every", 5, "--validation.every", settings.every, "--validation.pairs", held_out,
         "--validation.prompts", prompts, "--validation.steps", 12, "--validation.guidance", 1.5, *changes,
         "--validation.scorers", f'["oracle_reward", "pickscore={judge}"]',
     )  # fmt: skip

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from dedpo_diffusion.core.console import say, stage
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
+from dedpo_diffusion.evaluation.benchmarks.study import ALIKE, CONFIG
 from dedpo_diffusion.shapes import oracle
 
 if TYPE_CHECKING:
@@ -94,9 +94,10 @@ def train_run(settings: SharpnessFigure, name: str, pool: world.Pool) -> tuple[d
     world.write_rows(pool, name, drawn.rows, sharpened(plain, factor))
     run = settings.work / "runs" / name
     call(
-        train.main, "train", "--config", files("dedpo_diffusion.configs") / "shapes_lora.yaml", "--data.pairs", pool.folder,
+        train.main, "train", "--config", CONFIG, "--data.pairs", pool.folder,
         "--data.targets", name, "--data.cache", settings.work / "cache", "--data.reference_draws", settings.draws, "--out", run,
         "--optim.steps", settings.steps, "--seed", settings.seed, "--objective.beta", BETA / divided, "--checkpoint_every", settings.steps,
+        *ALIKE,
     )  # fmt: skip
     return load_file(checkpoints(run)[-1][1] / "parameters.safetensors"), read_metrics(run, settings.steps)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dedpo_diffusion.core.console import UserError, say, stage
 from dedpo_diffusion.core.files import write_json
 from dedpo_diffusion.evaluation.benchmarks import study_world as world
 from dedpo_diffusion.evaluation.benchmarks.record import write_record
+from dedpo_diffusion.evaluation.benchmarks.study import ALIKE, CONFIG
 from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 
 ARMS: dict[str, list[str]] = {  # what differs from the defaults
@@ -30,7 +30,6 @@ ARMS: dict[str, list[str]] = {  # what differs from the defaults
     "linear, balance": ["--objective.kind", "linear", "--objective.balance", "output"],
 }
 TARGETS = "stability"
-CONFIG = files("dedpo_diffusion.configs") / "shapes_lora.yaml"
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ def train(settings: StabilitySettings, folder: Path, out: Path, arm: str, seed: 
     rate = settings.rate * float(yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["optim"]["learning_rate"])
     argv = ["--config", CONFIG, "--data.pairs", folder, "--data.targets", TARGETS, "--data.cache", settings.work / "cache", "--out", out]
     argv += ["--optim.steps", settings.steps, "--optim.batch", settings.batch, "--optim.learning_rate", rate, "--seed", seed]
-    argv += ["--checkpoint_every", settings.steps // settings.looks, "--keep_checkpoints", settings.looks, "--log_every", 100, *ARMS[arm]]
-    call(train.main, "train", *argv)
+    argv += ["--checkpoint_every", settings.steps // settings.looks, "--keep_checkpoints", settings.looks, "--log_every", 100]
+    call(train.main, "train", *argv, *ALIKE, *ARMS[arm])
 
 
 def look(verdict: world.Verdict, out: Path) -> dict[str, list[float]]:

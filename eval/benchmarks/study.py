@@ -4,6 +4,7 @@
 
 One cell is one LoRA trained by `dedpo train` with pairs, human answers and first weights all from the cell's seed, judged by the oracle
 at several strengths. The same seed gives every arm the same pairs, answers, weights and noises, so differences between arms are paired.
+Methods that make the same targets of a seed share one training.
 All seeds draw from one pool, and two share about half of their pairs if it is twice a seed's. Start the command several times to share
 the cells among processes; a stopped study goes on, from the cells in WORK or those in the report's results.parquet.
 """
@@ -51,7 +52,8 @@ class StudySettings:
         blocks: which cells, in the order in which they are done; the report's figure is of the first one's first judge and share.
         pool, pairs: pairs proposed once for all seeds, and pairs of a seed.
         steps, draws: of training, and pre-drawn noises of each pair (data.reference_draws).
-        train: further options of `dedpo train`, such as --objective.balance=none; the rest is the quickstart's.
+        train: further options of `dedpo train`, such as --objective.balance=none; the rest is the quickstart's, but that all
+            timesteps weigh alike where these do not say otherwise.
         looks: further steps after which a training is judged, multiples of the first of them; the last step always is.
         strengths: of the LoRA, at which each training is judged.
         prompts, image_seeds: prompts that a policy is judged by, and images of each.
@@ -75,6 +77,7 @@ class StudySettings:
 
 
 CONFIG = files("dedpo_diffusion.configs") / "shapes_lora.yaml"
+ALIKE = ["--objective.timestep_weighting", "none"]  # not as in the recipe, unless a study says otherwise
 SHARED = [entry.name for entry in fields(StudySettings) if entry.name not in ("work", "blocks", "minutes", "report")]
 
 
@@ -123,6 +126,15 @@ def cells(settings: StudySettings) -> list[Cell]:
     return list(found)
 
 
+def run_name(cell: Cell, rows: np.ndarray, merged: Merged) -> str:
+    """64 hexadecimal digits over all that a training follows from: where a judge counts for nothing, methods have one training."""
+    given = [rows, merged.target, merged.weight]
+    if cell.arm == "adapted" and (np.isnan(merged.human) & (merged.weight > 0)).any():  # training shares out the visits
+        given += [merged.human, merged.judge]
+    told = json.dumps([cell.of, cell.seed, len(given)]).encode()
+    return hashlib.sha256(told + b"".join(np.ascontiguousarray(values, dtype=np.float64).tobytes() for values in given)).hexdigest()
+
+
 class Study:
     """Does cells, one after the other, in one process."""
 
@@ -146,11 +158,16 @@ class Study:
         sample = world.draw_sample(self.pool, seed=cell.seed, pairs=at.pairs, people=cell.people)
         merged = world.merged_targets(self.pool, sample, cell.arm, cell.judge, cell.share, cell.seed)
         line |= {"power": merged.report["power"], "target_agreement": float(np.mean((merged.target > 0.5) == (sample.answer > 0.5)))}
-        merging = time.monotonic()
-        parameters = self.train(cell, sample.rows, merged)
-        trained = time.monotonic()
-        found = [{"step": step} | entry for step in parameters for entry in self.judged(parameters[step], at.strengths)]
-        line |= {"seconds_merge": merging - began, "seconds_train": trained - merging, "seconds_judge": time.monotonic() - trained}
+        line["seconds_merge"] = (merging := time.monotonic()) - began
+        name = run_name(cell, sample.rows, merged)
+        with hold_lock(at.work / "locks" / f"{name}.lock", wait=True):
+            if (file := at.work / "judged" / f"{name}.json").is_file():
+                return [line | entry for entry in json.loads(file.read_text(encoding="utf-8"))]
+            parameters = self.train(cell, sample.rows, merged)
+            line["seconds_train"] = (trained := time.monotonic()) - merging
+            found = [{"step": step} | entry for step in parameters for entry in self.judged(parameters[step], at.strengths)]
+            line["seconds_judge"] = time.monotonic() - trained
+            write_json(file, found)
         return [line | entry for entry in found]
 
     def judged(self, parameters: dict[str, Any] | None, strengths: Sequence[float]) -> list[dict[str, Any]]:
@@ -174,7 +191,7 @@ class Study:
         argv = ["--config", CONFIG, "--data.pairs", folder, "--data.targets", cell.name, "--data.cache", at.work / "cache", "--out", out]
         argv += ["--data.reference_draws", at.draws, "--optim.steps", at.steps, "--seed", cell.seed]
         argv += ["--checkpoint_every", min(looks := [*at.looks, at.steps]), "--keep_checkpoints", at.steps, "--log_every", at.steps]
-        call(train.main, *argv, *at.train)
+        call(train.main, *argv, *ALIKE, *at.train)
         parameters = {step: load_file(at / "parameters.safetensors") for step, at in checkpoints(out) if step in looks}
         shutil.rmtree(out)
         for suffix in ("parquet", "json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.parser import Parser
+from dedpo_diffusion.debias import merge_labels
 from dedpo_diffusion.evaluation.benchmarks import study, teaching
-from dedpo_diffusion.evaluation.benchmarks.study import Block, StudySettings, cells
+from dedpo_diffusion.evaluation.benchmarks.study import Block, Cell, StudySettings, cells, run_name
 from dedpo_diffusion.evaluation.benchmarks.study_report import (
     at_best,
     by_step,
@@ -154,6 +156,20 @@ def test_adapted_targets_learn_from_people_what_the_judge_does_not_see():
     few = merged_targets(world, sample, "adapted", "coin", 0.02, 0)  # 8 labels: temperature
     asked = ~np.isnan(sample.human(0.02))
     assert len(np.unique(few.target[~asked])) <= 2 and np.isfinite(few.target).all()
+
+
+def test_methods_share_a_training_where_their_targets_and_visits_are_the_same():
+    human, rows = np.array([1.0, 0.0, np.nan, np.nan]), np.array([3, 5, 8, 9])
+    alone, useless = merge_labels(human, None, method="human_only"), merge_labels(human, np.full(4, 0.5), method="adapted")
+    assert useless.weight[2:].tolist() == [0, 0]
+    arms = [Cell(arm, "coin", 0.5, "quickstart", 3, "{}") for arm in ("human_only", "adapted", "tuned")]
+    names = {run_name(cell, rows, merged) for cell, merged in zip(arms, (alone, useless, alone), strict=True)}
+    assert len(names) == 1
+    others = [run_name(replace(arms[0], seed=4), rows, alone), run_name(replace(arms[0], of="[]"), rows, alone)]
+    others += [run_name(arms[0], rows[::-1], alone), run_name(arms[0], rows, merge_labels(1 - human, None, method="human_only"))]
+    useful = merge_labels(human, np.array([0.9, 0.2, 0.8, 0.1]), method="adapted")
+    others += [run_name(arms[1], rows, useful), run_name(arms[2], rows, useful)]  # adapted shares out the visits
+    assert len({*names, *others}) == 7
 
 
 def runs(arm: str, seed: int, rewards, *, judge="clip", share=0.05, people="quickstart") -> list[dict]:
