@@ -212,7 +212,8 @@ def write_rows(pool: Pool, name: str, rows: np.ndarray, made: Merged | np.ndarra
 class Verdict:
     """Judges policies by `seeds` images of each of `prompts` prompts of the grammar (at most 144, spread evenly), the same for all.
 
-    The LoRA is merged into weights held in memory and the UNet samples in bfloat16, which halves the time.
+    The LoRA is merged into weights held in memory. The UNet samples in bfloat16 on CPUs that compute in it, which halves the time; others
+    would take three times as long as in float32. The base's mean reward on 144 prompts is the same within .0015 in both.
     """
 
     def __init__(self, prompts: int, seeds: int) -> None:
@@ -221,6 +222,8 @@ class Verdict:
         from dedpo_diffusion.models.backbone import Backbone
         from dedpo_diffusion.sampling.sampler import load_sampler
 
+        computes = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
+        self.half = bool(computes.get("amx_bf16") or computes.get("avx512_bf16"))
         self.model: Backbone = Backbone("shapes", device=torch.device("cpu"))
         self.model.add_lora(**LORA)
         self.pipe = load_sampler("shapes", device="cpu")
@@ -249,7 +252,7 @@ class Verdict:
         from dedpo_diffusion.sampling.sampler import sample
 
         made = []
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
             for start in range(0, len(self.prompts), 48):
                 part = range(start, min(start + 48, len(self.prompts)))
                 made += sample(self.pipe, [self.prompts[k] for k in part], [VERDICT_SEED + k for k in part], **SAMPLER)
