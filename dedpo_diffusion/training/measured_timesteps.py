@@ -48,7 +48,7 @@ def check_timesteps(settings: TrainSettings) -> None:
         raise UserError(
             "objective.timestep_weighting=equal_noise goes with objective.timestep_sampling=uniform, not "
             f"{objective.timestep_sampling}: with these weights every tenth is as noisy as another, so uniform timesteps have the least "
-            "noise"
+            "noise. Set timestep_sampling to uniform, or timestep_weighting to none"
         )
     if measured and data.reference_draws is not None:
         raise UserError(

@@ -41,13 +41,16 @@ def check_noise(settings: TrainSettings) -> None:
     data, objective = settings.data, settings.objective
     if data.noise == "shared":
         return
-    measured = {
-        "objective.power=measured": objective.power == "measured",
-        "objective.timestep_sampling=measured": objective.timestep_sampling == "measured",
-        "objective.timestep_weighting=equal_noise": objective.timestep_weighting == "equal_noise",
-    }
-    for name in (name for name, asked in measured.items() if asked):
-        raise UserError(f"{name} measures gradients at noise that both images share, not at data.noise={data.noise}; leave one of them out")
+    for name, asked, instead in (
+        ("power", "measured", "fixed"),
+        ("timestep_sampling", "measured", "uniform"),
+        ("timestep_weighting", "equal_noise", "none"),
+    ):
+        if getattr(objective, name) == asked:
+            raise UserError(
+                f"objective.{name}={asked} measures gradients at noise that both images share, not at data.noise={data.noise}; set "
+                f"objective.{name} to {instead}, or data.noise to shared"
+            )
     if data.noise == "independent":
         return
     if data.reference_draws is None:
