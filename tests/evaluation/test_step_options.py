@@ -29,7 +29,7 @@ def test_options_are_known_and_plain_is_among_them():
 @pytest.mark.slow
 def test_a_very_small_comparison_resumes_and_pairs_by_seed(tmp_path):
     settings = OptionSettings(
-        tmp_path / "work", tmp_path / "found.json", ["plain", "equal_noise"], (0, 1), (1.0,), pool=40, pairs=40, steps=2, prompts=2
+        tmp_path / "work", tmp_path / "found.json", ["plain", "equal_noise"], (0, 1), (50.0,), pool=40, pairs=40, steps=2, prompts=2
     )
     step_options.run(settings)
     found = json.loads(settings.out.read_text())
