@@ -22,8 +22,8 @@ def check_arms(settings: Any, known: Sequence[str]) -> None:
 
 
 def make_folders(work: Path) -> None:
-    """Make the folders of cells, of trainings that several cells may share, and of locks."""
-    for name in ("locks", "cells", "judged"):
+    """Make the folders of cells and locks."""
+    for name in ("locks", "cells"):
         (work / name).mkdir(parents=True, exist_ok=True)
 
 

@@ -36,8 +36,7 @@ from dedpo_diffusion.evaluation.benchmarks.throughput import hardware
 from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 
 OFF = {"objective.balance": "none", "objective.timestep_strata": "false", "data.sampling": "uniform"}
-OFF |= {"objective.timestep_weighting": "none"}  # the recipe has equal_noise
-OFF |= {"objective.timestep_pairs": "8"}  # read where timesteps are measured alone
+OFF |= {"objective.timestep_weighting": "none", "objective.timestep_pairs": "8"}  # the pairs are read where timesteps are measured
 CACHE = {"data.cache": "CACHE"}
 STORED = CACHE | {"data.reference_draws": "4"}  # of a pair that 150 steps visit six times
 STRATA = {"objective.timestep_strata": "true"}
