@@ -15,6 +15,7 @@ from dedpo_diffusion.evaluation.comparison.intervals import seed_interval
 from dedpo_diffusion.evaluation.comparison.strengths import at_chosen, cross_choose, halves
 from dedpo_diffusion.labels.judge_figure import STYLE
 
+SIMPLE, MERGED = ("human_only", "naive"), ("tuned", "adapted", "dedpo")  # what needs no toolkit, and what it is compared with
 TIE = 0.002  # worst regrets that differ by no more are alike
 COLOURS = dict(zip(ARMS, ("#626a77", "#191d24", "#ca8a04", "#0f766e", "#2f6fd0", "#be185d", "#c2410c", "#9333ea"), strict=True))
 Line = dict[str, Any]
@@ -76,12 +77,13 @@ def summarise(lines: Sequence[Line]) -> Line:
         mine = {arm: gains.get(placed(arm, judge, share, people), {}) for arm in ARMS[1:]}
         row: Line = {"people": people, "share": share, "judge": judge, "seeds": {arm: len(found) for arm, found in mine.items()}}
         row["gain"] = {arm: interval(list(found.values())) for arm, found in mine.items()}
-        row["adapted_minus"] = {arm: minus(mine["adapted"], mine[arm]) for arm in ("human_only", "naive")}
+        row["minus"] = {method: {arm: minus(mine[method], mine[arm]) for arm in SIMPLE} for method in MERGED}
         row["recovered"] = {arm: recovered(mine[arm], mine["human_100"]) for arm in METHODS}
         rows.append(row | {"regret": regrets({method: mine[method] for method in METHODS})})
     worst = {people: worst_regrets([row for row in rows if row["people"] == people]) for people in {row["people"]: 0 for row in rows}}
     default = choose_default({method: found["mean"] for method, found in worst.get("quickstart", {}).items()})
-    return {"base_reward": base, "cells": rows, "worst_regret": worst, "default": default}
+    mean = {people: mean_regrets([row for row in rows if row["people"] == people]) for people in worst}
+    return {"base_reward": base, "cells": rows, "worst_regret": worst, "mean_regret": mean, "default": default}
 
 
 def by_step(lines: Sequence[Line]) -> list[Line]:
@@ -153,6 +155,12 @@ def worst_regrets(rows: Sequence[Line]) -> dict[str, Line]:
     return {method: row["regret"][method] | {"judge": row["judge"], "share": row["share"]} for method, row in found.items()}
 
 
+def mean_regrets(rows: Sequence[Line]) -> dict[str, float]:
+    """For each method the mean over the cells that have all methods; {} where none has."""
+    whole = [row["regret"] for row in rows if row["regret"]]
+    return {method: float(np.mean([regret[method]["mean"] for regret in whole])) for method in METHODS if whole}
+
+
 def choose_default(worst: dict[str, float]) -> str | None:
     """The method of least worst regret; the simplest of those within .002 of it, in the order of METHODS. None of none."""
     return next((method for method in METHODS if worst[method] <= min(worst.values()) + TIE), None) if worst else None
@@ -166,21 +174,25 @@ def words(entry: Line | None, form: str = "+.3f") -> str:
 
 
 def tables(found: Line) -> str:
-    """The summary as Markdown: gains and differences, then regrets."""
-    arms, heads = ARMS[1:], ["people", "judge", "human labels", "seeds"]
-    gains = [[*heads, *arms, "adapted minus human_only", "adapted minus naive", "adapted: share of human_100's gain"]]
-    regret = [[*heads, *METHODS]]
+    """The summary as Markdown: gains, differences, then regrets."""
+    heads = ["people", "judge", "human labels"]
+    gains, regret = [[*heads, *ARMS[1:]]], [[*heads, *METHODS]]
+    less = [[*heads, "method", "seeds", *(f"minus {arm}" for arm in SIMPLE), "share of human_100's gain"]]
     for row in found["cells"]:
-        start = [row["people"], row["judge"], f"{row['share']:.0%}", str(row["seeds"]["adapted"])]
-        differences = [words(row["adapted_minus"][arm]) for arm in ("human_only", "naive")]
-        gains.append([*start, *(words(row["gain"][arm]) for arm in arms), *differences, words(row["recovered"]["adapted"], ".0%")])
+        start = [row["people"], row["judge"], f"{row['share']:.0%}"]
+        gains.append([*start, *(f"{words(row['gain'][arm])}, n = {row['seeds'][arm]}" if row["seeds"][arm] else "–" for arm in ARMS[1:])])
+        for method in MERGED if row["seeds"]["human_only"] else ():
+            differences = [words(row["minus"][method][arm]) for arm in SIMPLE]
+            less.append([*start, method, str(row["seeds"][method]), *differences, words(row["recovered"][method], ".0%")])
         regret += [[*start, *(words(row["regret"][m], ".3f") for m in METHODS)]] if row["regret"] else []
     for people, worst in found["worst_regret"].items():
-        regret += [[people, "worst", "", "", *(f"{words(worst[m], '.3f')}, {worst[m]['judge']}" for m in METHODS)]] if worst else []
-    title = f"Gain in true reward over the base ({found['base_reward']:.3f}), each arm at its best strength, and intervals over seeds:"
+        regret += [[people, "worst", "", *(f"{words(worst[m], '.3f')}, {worst[m]['judge']}" for m in METHODS)]] if worst else []
+    for people, mean in found["mean_regret"].items():
+        regret += [[people, "mean", "", *(f"{mean[m]:.3f}" for m in METHODS)]] if mean else []
+    title = f"Gain in true reward over the base ({found['base_reward']:.3f}), each arm at its best strength, with intervals over n seeds:"
     whole = sum(row["regret"] is not None for row in found["cells"])
     told = f"Regret where every method was trained ({whole} of these cells); by these alone the rule would name {found['default']}:"
-    return f"{title}\n\n{markdown(gains)}\n{told}\n\n{markdown(regret)}"
+    return f"{title}\n\n{markdown(gains)}\nDifferences:\n\n{markdown(less)}\n{told}\n\n{markdown(regret)}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -220,9 +220,11 @@ def test_gains_differences_and_regrets_are_paired_by_seed():
     found = summarise(lines)
     (cell,) = found["cells"]
     assert cell["gain"]["adapted"]["mean"] == pytest.approx(0.19) and cell["gain"]["human_100"] is None
-    assert cell["adapted_minus"]["human_only"]["ci"] == pytest.approx([0.0152, 0.0648], abs=1e-4)
+    assert cell["minus"]["adapted"]["human_only"]["ci"] == pytest.approx([0.0152, 0.0648], abs=1e-4)
     assert cell["regret"]["human_only"]["mean"] == pytest.approx(0.04) and found["default"] == "adapted"
-    assert "+0.040 (+0.015 to +0.065)" in tables(found) and "| quickstart | worst |" in tables(found)
+    assert found["mean_regret"]["quickstart"]["adapted"] == 0 and found["mean_regret"]["quickstart"]["human_only"] == pytest.approx(0.04)
+    told = tables(found)
+    assert "+0.040 (+0.015 to +0.065)" in told and "| quickstart | worst |" in told and "| quickstart | mean |" in told
 
 
 def test_gains_after_each_look_are_at_the_strength_that_is_best_there():
