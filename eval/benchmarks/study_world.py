@@ -54,17 +54,26 @@ class Pool:
     statistics: Group
 
 
-def make_pool(work: Path, pairs: int) -> Pool:
-    """Propose the pool (seed 0), label it with the carried judge, measure it, and ask the oracle; what is there already is kept."""
+def all_pairs(images: int) -> int:
+    """Of so many images."""
+    return images * (images - 1) // 2
+
+
+def make_pool(work: Path, pairs: int, images: int = 2) -> Pool:
+    """Propose the pool (seed 0), label it with the carried judge, measure it, and ask the oracle; what is there already is kept.
+
+    Of `images` images of a prompt all pairs are made, one after another; `pairs` is a multiple of their number.
+    """
     from dedpo_diffusion.pipelines import label, propose
     from dedpo_diffusion.pipelines.align import call
 
     folder, prompts = work / "pool", work / "prompts.txt"
     work.mkdir(parents=True, exist_ok=True)
     if not (folder / "pairs").exists():
-        drawn = np.random.default_rng(0).integers(len(VOCABULARY), size=pairs)
+        drawn = np.random.default_rng(0).integers(len(VOCABULARY), size=pairs // all_pairs(images))
         write_text(prompts, "\n".join(VOCABULARY[i].prompt for i in drawn) + "\n")
         options = ["--steps", SAMPLER["steps"], "--guidance", SAMPLER["guidance"], "--batch", 48, "--device", "cpu"]
+        options += ["--images_per_prompt", images, "--pairing", "all"]
         call(propose.main, "propose", "--model", "shapes", "--prompts", prompts, "--out", folder, *options)
     if "clip" not in label_names(folder):
         judge = files("dedpo_diffusion.shapes") / "model" / "judge"
@@ -119,12 +128,17 @@ class Sample:
         return found
 
 
-def draw_sample(pool: Pool, *, seed: int, pairs: int, people: str) -> Sample:
-    """Fresh pairs, fresh answers, fresh order, all from `seed`; for all people the same pairs, order and chance."""
+def draw_sample(pool: Pool, *, seed: int, pairs: int, people: str, images: int = 2) -> Sample:
+    """Fresh pairs, fresh answers, fresh order, all from `seed`; for all people the same pairs, order and chance.
+
+    Of a pool of more than two `images` a prompt, prompts are drawn with all their pairs; each pair gets an answer of its own.
+    """
     agreement = PEOPLE[people]
     temperature = oracle.TEMPERATURE if agreement is None else temperature_at(pool.reward, agreement)
     rng = np.random.default_rng((seed, 1))
-    rows = np.sort(rng.choice(len(pool.ids), pairs, replace=False))
+    together = all_pairs(images)
+    first = together * np.sort(rng.choice(len(pool.ids) // together, pairs // together, replace=False))
+    rows = (first[:, None] + np.arange(together)).ravel()
     answer = oracle.answers(rng, pool.reward[rows, 0], pool.reward[rows, 1], temperature=temperature)
     return Sample(rows, answer, rng.permutation(pairs))
 

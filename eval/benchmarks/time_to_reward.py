@@ -3,8 +3,9 @@
     python eval/benchmarks/time_to_reward.py --work WORK --out eval/results/time_to_reward.json
 
 `published` trains as the published scripts do (`published_step.py`): timesteps uniform, nothing cached. The other arms are `dedpo train`
-with one more device each. All train on the same pairs with everybody's answers and one learning rate. At every checkpoint the LoRA is
-judged at its best strength, chosen on one half of the prompts and judged on the other, both ways; the clock stands still meanwhile.
+with one more device each; `groups` visits rankings in place of pairs, as many images a step. All train on the same pairs with everybody's
+answers and one learning rate. At every checkpoint the LoRA is judged at its best strength, chosen on one half of the prompts and judged
+on the other, both ways; the clock stands still meanwhile.
 Time is what a user waits for: it includes loading, and what fills a cache. A mark is a share of the gain that the published recipe ends
 with, of the same seed; between checkpoints the gain is read off a straight line.
 
@@ -41,17 +42,16 @@ CACHE = {"data.cache": "CACHE"}
 STORED = CACHE | {"data.reference_draws": "4"}  # of a pair that 150 steps visit six times
 STRATA = {"objective.timestep_strata": "true"}
 EQUAL = {"objective.timestep_weighting": "equal_noise"}
-BALANCE = {"objective.balance": "output"}
 DEVICES: dict[str, dict[str, str]] = {  # options of `dedpo train`, one more device each
     "live": OFF | {"data.cache": "null"},
     "cached": OFF | CACHE,
     "strata": OFF | CACHE | STRATA,
     "stored": OFF | STORED | STRATA,
-    "balance": OFF | CACHE | STRATA | BALANCE,
     "measured": OFF | CACHE | STRATA | {"objective.timestep_sampling": "measured"},
     "equal_noise": OFF | CACHE | STRATA | EQUAL,
-    "equal_noise-stored": OFF | STORED | STRATA | EQUAL,
-    "equal_noise-relative": OFF | CACHE | STRATA | EQUAL | {"objective.balance": "relative"},
+    "relative": OFF | CACHE | STRATA | EQUAL | {"objective.balance": "relative"},
+    "own": OFF | STORED | STRATA | {"data.noise": "own"},
+    "groups": OFF | CACHE | STRATA | EQUAL | {"data.groups": "IMAGES", "optim.batch": "GROUPS"},  # as many images a step
 }
 ARMS = ("published", *DEVICES)
 PIXELS = 64
@@ -74,13 +74,14 @@ class RewardSettings:
         strengths: at which a checkpoint is judged.
         prompts, image_seeds: that it is judged by.
         pool, pairs: pairs proposed once for all seeds, and pairs of a seed.
+        images: of each prompt; all pairs among them are proposed. The arm `groups` asks for more than two.
         marks: shares of the published recipe's final gain.
         threads: of torch.
     """
 
     work: Path
     out: Path
-    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    arms: list[str] = field(default_factory=lambda: [arm for arm in ARMS if arm != "groups"])
     seeds: tuple[int, int] = (300, 305)
     steps: int = 150
     every: int = 15
@@ -92,6 +93,7 @@ class RewardSettings:
     image_seeds: int = 1
     pool: int = 1600
     pairs: int = 800
+    images: int = 2
     marks: tuple[float, ...] = (0.5, 0.75, 1.0)
     threads: int = 2
 
@@ -191,7 +193,8 @@ def train_ours(settings: RewardSettings, pool: world.Pool, sample: world.Sample,
         "optim.batch": settings.batch, "optim.learning_rate": settings.learning_rate, "objective.beta": settings.beta,
         "checkpoint_every": settings.every, "keep_checkpoints": settings.steps // settings.every + 1,
     }  # fmt: skip
-    options = shared | {key: cache if value == "CACHE" else value for key, value in DEVICES[arm].items()}
+    given = {"CACHE": cache, "IMAGES": settings.images, "GROUPS": 2 * settings.batch // settings.images}
+    options = shared | {key: given.get(value, value) for key, value in DEVICES[arm].items()}
     argv = ["--config", CONFIG, *(part for key, value in options.items() for part in (f"--{key}", value))]
     save = train.save
 
@@ -267,6 +270,13 @@ def check(settings: RewardSettings) -> None:
     unknown = [arm for arm in settings.arms if arm not in ARMS]
     if unknown or "published" not in settings.arms:
         raise UserError(f"arms {settings.arms}: give published, which makes the marks, and others of {', '.join(DEVICES)}")
+    pairs = world.all_pairs(settings.images)
+    if settings.images < 2 or settings.pool % pairs or settings.pairs % pairs:
+        raise UserError(
+            f"images {settings.images}: give 2 or more, and a pool and pairs that are multiples of the {pairs} pairs of a prompt"
+        )
+    if "groups" in settings.arms and (settings.images == 2 or 2 * settings.batch % settings.images):
+        raise UserError("groups: give more than two images, a divisor of twice the batch, so that each step has as many images")
     if settings.steps % settings.every or settings.seeds[1] < settings.seeds[0]:
         raise UserError("give steps that are a multiple of every, and the first and the last seed")
 
@@ -278,7 +288,7 @@ def run(settings: RewardSettings) -> None:
     check(settings)
     torch.set_num_threads(settings.threads)
     (settings.work / "done").mkdir(parents=True, exist_ok=True)
-    pool = world.make_pool(settings.work, settings.pool)
+    pool = world.make_pool(settings.work, settings.pool, settings.images)
     verdict = world.Verdict(settings.prompts, settings.image_seeds)
     verdict.load(None)
     base = float(np.mean(verdict.rewards()))
@@ -286,7 +296,7 @@ def run(settings: RewardSettings) -> None:
     curves: dict[str, dict[int, list[dict[str, Any]]]] = {arm: {} for arm in settings.arms}
     with Progress("trainings", len(seeds) * len(settings.arms)) as progress:
         for turn, seed in enumerate(seeds):
-            sample = world.draw_sample(pool, seed=seed, pairs=settings.pairs, people="quickstart")
+            sample = world.draw_sample(pool, seed=seed, pairs=settings.pairs, people="quickstart", images=settings.images)
             for place in range(len(settings.arms)):
                 arm = settings.arms[(turn + place) % len(settings.arms)]
                 file = settings.work / "done" / f"{arm}-{seed}.json"

@@ -67,6 +67,9 @@ def test_bad_settings(tmp_path):
         ({"arms": ["cached"]}, "published, which makes the marks"),
         ({"arms": ["published", "cashed"]}, "others of live, cached"),
         ({"steps": 10, "every": 3}, "multiple of every"),
+        ({"images": 4}, "multiples of the 6 pairs"),
+        ({"arms": ["published", "groups"]}, "more than two images"),
+        ({"arms": ["published", "groups"], "images": 3, "pool": 1599, "pairs": 801}, "a divisor of twice the batch"),
     ):
         with pytest.raises(UserError, match=words):
             check(RewardSettings(**given, **changed))
@@ -76,7 +79,7 @@ def test_each_arm_adds_a_device_to_one_before_it():
     names = list(DEVICES)
     for name in names[1:]:
         added = [len(set(DEVICES[name].items()) - set(DEVICES[other].items())) for other in names[: names.index(name)]]
-        assert min(added) == 1
+        assert min(added) == (2 if name == "groups" else 1), "groups, and how many of them are as many images"
 
 
 @pytest.mark.slow
@@ -106,3 +109,21 @@ def test_two_arms_end_to_end_and_a_stopped_run_goes_on(tmp_path):
         assert json.loads(out.read_text())["curves"]["published"] == found["curves"]["published"]
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_rankings_in_groups_take_as_many_images_a_step(tmp_path):
+    """8 images a step, as 4 pairs and as 2 groups, with the reference's; `own` has the reference's errors from before the first step."""
+    argv = [
+        "--work", str(tmp_path / "work"), "--out", str(tmp_path / "found.json"), "--arms", "published", "groups", "own", "--images", "4",
+        "--seeds", "[0, 0]", "--steps", "2", "--every", "1", "--batch", "4", "--pool", "12", "--pairs", "12", "--prompts", "4",
+        "--strengths", "[1, 2]",
+    ]  # fmt: skip
+    threads = torch.get_num_threads()
+    try:
+        assert time_to_reward.main(argv) == 0
+    finally:
+        torch.set_num_threads(threads)
+    curves = json.loads((tmp_path / "found.json").read_text())["curves"]
+    images = {arm: points["0"][1]["images"] - points["0"][0]["images"] for arm, points in curves.items()}
+    assert images == {"published": 16, "groups": 16, "own": 8}

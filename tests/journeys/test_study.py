@@ -197,6 +197,13 @@ def test_regret_is_0_for_the_best_of_a_cell_and_never_below():
     assert regrets({"tuned": {0: 1.0}, "naive": {1: 1.0}}) is None
 
 
+def test_the_pairs_of_a_ranking_are_drawn_together():
+    whole = pool(240)
+    rows = draw_sample(whole, seed=3, pairs=60, people="quickstart", images=4).rows
+    assert len(set(rows)) == 60 and (np.sort(rows) == rows).all() and (rows.reshape(10, 6) // 6 == rows[::6, None] // 6).all()
+    assert (rows[::6] % 6 == 0).all()
+
+
 def test_the_default_is_of_least_worst_regret_and_the_simpler_one_of_alike():
     worst = dict(zip(METHODS, (0.02, 0.0119, 0.01, 0.05, 0.06), strict=True))
     assert choose_default(worst) == "tuned"
