@@ -326,9 +326,10 @@ def print_report(report: dict[str, Any], title: str) -> None:
         say(sentence)
 
 
-def run(settings: CalibrateSettings) -> list[Path]:
-    """Calibrate judges' labels on the human ones, or stack several judges into one."""
+def make(settings: CalibrateSettings) -> dict[str, dict[str, Any]]:
+    """Write and tell the new label files; what is known of each, by its name."""
     from dedpo_diffusion.core.files import write_json
+    from dedpo_diffusion.labels.adapt_figure import draw_adapted
 
     asked, files = read_human(settings), choose_judges(settings)
     made = plan(settings, list(files))
@@ -342,14 +343,18 @@ def run(settings: CalibrateSettings) -> list[Path]:
         about["propensities"] = asked.weights is not None
         write_json(label_path(settings, name).with_suffix(".json"), about | reports[name])
     for name, report in reports.items():
-        further = ["--missing", "tie"] if report["calibration"]["n_missing"] else []
         if settings.method == "adapt":
-            from dedpo_diffusion.labels.adapt_figure import draw_adapted
-
-            further = ["--method", "adapted"]
             draw_adapted(report["calibration"], label_path(settings, name).with_suffix(".png"), f"{name}: what people taught")
+    return reports
+
+
+def run(settings: CalibrateSettings) -> list[Path]:
+    """Calibrate judges' labels on the human ones, or stack several judges into one."""
+    reports = make(settings)
+    for name, report in reports.items():
+        further = ["--missing", "tie"] if report["calibration"]["n_missing"] and settings.method != "adapt" else []
         say_next("merge", settings.pairs, "--judge", name, *further)
-    return [label_path(settings, name) for name in made]
+    return [label_path(settings, name) for name in reports]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

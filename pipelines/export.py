@@ -1,12 +1,12 @@
 """Write what a run trained, or another LoRA, so that other programs load it.
 
-    dedpo export runs/tuned --out tuned.safetensors                                   a LoRA for diffusers
-    dedpo export runs/tuned --format kohya --out tuned.safetensors                    a LoRA for ComfyUI, A1111 and their kin
-    dedpo export runs/tuned --format merged --out models/tuned                        the whole model as a diffusers folder
-    dedpo export runs/tuned --format checkpoint --out tuned.safetensors               the whole model as one file
-    dedpo export runs/tuned --out share/tuned.safetensors --results report/results.json   with a model card
-    dedpo export runs/tuned --out best.safetensors --strength best --results report/results.json   at the strength found best
-    dedpo export runs/tuned --out share/tuned.safetensors --push OWNER/NAME           and send it to a model hub
+    dedpo export runs/mine --out mine.safetensors                                   a LoRA for diffusers
+    dedpo export runs/mine --format kohya --out mine.safetensors                    a LoRA for ComfyUI, A1111 and their kin
+    dedpo export runs/mine --format merged --out models/mine                        the whole model as a diffusers folder
+    dedpo export runs/mine --format checkpoint --out mine.safetensors               the whole model as one file
+    dedpo export runs/mine --out share/mine.safetensors --results report/results.json   with a model card
+    dedpo export runs/mine --out best.safetensors --strength best --results report/results.json   at the strength found best
+    dedpo export runs/mine --out share/mine.safetensors --push OWNER/NAME           and send it to a model hub
     dedpo export one.safetensors --add other.safetensors=0.5 --rank 16 --format kohya --out both.safetensors
 
 Of a run the newest checkpoint is taken, or with --checkpoint best what was trained at the best validation. The same export gives the same

@@ -2,7 +2,7 @@
 
     dedpo inspect lora.safetensors
     dedpo inspect checkpoint.safetensors --hash true
-    dedpo inspect runs/tuned --json true
+    dedpo inspect runs/mine --json true
 
 Of a model only names and shapes are read, so that gigabytes take a second; of an adapter its weights too. Pickles are never opened.
 """

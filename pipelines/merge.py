@@ -1,12 +1,12 @@
 """Merge human and judge labels into one target and weight per pair, and tell what the labels are worth.
 
-    dedpo merge pairs --method tuned
-    dedpo merge pairs --judges clip,vlm
-    dedpo merge pairs --judge adapt --method adapted
+    dedpo merge pairs
+    dedpo merge pairs --method tuned --judges clip,vlm
     dedpo merge pairs --plan 400
     dedpo merge pairs --population dataset=pickapic
     dedpo merge pairs --from labelled_pairs --method adapted
 
+Without --method people first teach the judges, as `dedpo calibrate --method adapt` does, where that can be done.
 Reads `PAIRS/labels`, writes `PAIRS/targets/NAME.parquet`, its report `NAME.json` and its picture `NAME.png`; with --folds K also
 NAME-fold-0 and so on, each merged without the pairs of one fold. With --plan it writes `NAME.plan.json` alone.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedpo_diffusion.core.console import UserError, held_already, say, say_next, say_replaced, stage
-from dedpo_diffusion.labels.answers import Answers, choose_judges, read_clusters, read_human, read_judge
-from dedpo_diffusion.settings import MergeSettings
+from dedpo_diffusion.labels.answers import Answers, choose_judges, named_judges, read_clusters, read_human, read_judge
+from dedpo_diffusion.settings import CalibrateSettings, MergeSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,81 @@ if TYPE_CHECKING:
     from dedpo_diffusion.pairs.shift import Shift
 
 UNBOUND = 1e9  # an overshoot that nothing reaches
+
+
+TAUGHT_JUDGE = "adapt"  # the labels of the judge that people taught
+OF_POWER = ("power", "rule", "visits", "noise_ratio", "plan", "folds", "missing")  # options that --method auto takes tuned for
+
+
+# ---- which method
+
+
+def resolved(settings: MergeSettings) -> MergeSettings:
+    """With a method in place of auto, and, of adapted, with labels of a judge that people taught, which are made where they are missing.
+
+    Raises:
+        UserError: a judge that cannot be taught, in words of `dedpo calibrate`.
+    """
+    auto = settings.method == "auto"
+    otherwise = dataclasses.replace(settings, method="tuned") if auto else settings
+    if settings.population is not None or settings.other is not None:  # adapted teaches its judges by weights of its own
+        return otherwise
+    if not auto and (settings.method != "adapted" or named_judges(settings)):  # labels that are named are taken as they are
+        return otherwise
+    given = [name for name in OF_POWER if getattr(settings, name) != getattr(MergeSettings(settings.pairs), name)]
+    judges, reason = ([], f"--{given[0]} is given") if given else teachable(settings)
+    if reason is None:
+        found = {"judge": taught(settings, judges), "judges": []} if judges else {}
+        return dataclasses.replace(settings, method="adapted", **found)
+    if auto and reason:
+        say(f"method tuned, since {reason}")
+    return otherwise
+
+
+def teachable(settings: MergeSettings) -> tuple[list[str], str | None]:
+    """The judges that people can teach, none where those that are named learned already; and why none can be taught, None if some can."""
+    import numpy as np
+
+    from dedpo_diffusion.labels.adaptation import LEAST
+    from dedpo_diffusion.labels.files import label_names, read_labels
+    from dedpo_diffusion.pairs.populations import has_scores, is_raw, judge_version, raw_judges
+
+    if settings.human not in label_names(settings.pairs):
+        return [], ""  # that they are missing is told where they are read
+    named = named_judges(settings)
+    learned = [name for name in named if not is_raw(settings.pairs, name)]
+    if learned:
+        other = [name for name in named if not str(judge_version(settings.pairs, name)).startswith("calibrated adapt ")]
+        return [], f"{other[0]} was not taught by method adapt" if other else None
+    human = read_labels(settings.pairs, settings.human, extras=()).label_0
+    if len(human) < LEAST:
+        return [], f"{len(human)} human labels teach no judge, as {LEAST} do"
+    if (np.asarray(human) == human[0]).all():
+        return [], "human labels that are all alike teach no judge"
+    scored = [name for name in named or raw_judges(settings.pairs, settings.human) if has_scores(settings.pairs, name)]
+    return scored, None if scored else "no judge has raw scores, by which people could teach it"
+
+
+def taught(settings: MergeSettings, judges: list[str]) -> str:
+    """The name of the labels of these judges as people taught them, which are made if they are missing or of other labels."""
+    from dedpo_diffusion.core.files import file_digest, read_object
+    from dedpo_diffusion.labels.files import CALIBRATED, label_origin
+    from dedpo_diffusion.pipelines import calibrate
+
+    folder, made_of = settings.pairs / "labels", {}
+    report = folder / f"{TAUGHT_JUDGE}.json"
+    if label_origin(settings.pairs, TAUGHT_JUDGE) == CALIBRATED and report.is_file():
+        found = read_object(report, f"remove it, or run `dedpo calibrate {settings.pairs} --method adapt` again")
+        made_of = {entry["file"]: entry["sha256"] for entry in found.get("label_files", [])}
+    files = [f"labels/{name}.parquet" for name in (settings.human, *judges)]
+    if made_of and (list(made_of) == files or not named_judges(settings)) and files[0] in made_of:
+        there = {file: settings.pairs / file for file in made_of}
+        if all(path.is_file() and file_digest(path) == made_of[file] for file, path in there.items()):
+            return TAUGHT_JUDGE
+    again = " again, since labels have changed" if made_of else ""
+    say(f"people teach {', '.join(judges)}{again}, as by `dedpo calibrate --method adapt`:")
+    calibrate.make(CalibrateSettings(settings.pairs, judges=judges, method="adapt", human=settings.human, seed=settings.seed))
+    return TAUGHT_JUDGE
 
 
 # ---- what is merged
@@ -252,6 +327,7 @@ def run(settings: MergeSettings) -> Path:
 
     reader = PairReader(settings.pairs)
     targets_path(settings.pairs, settings.name or settings.method)  # a name that leads elsewhere is refused before all else
+    settings = resolved(settings)
     check_populations(settings)
     if settings.other is not None:
         return merge_from(settings, settings.other, reader)

@@ -1,13 +1,13 @@
 """Sample images, seed-paired with every other model sampled with the same prompts and seed.
 
-    dedpo sample --model shapes --lora tuned.safetensors --prompts prompts.txt --out samples/tuned
-    dedpo sample --model shapes --lora tuned.safetensors --strength 0.5 1 1.5 2 3 --prompts prompts.txt --out samples/tuned
+    dedpo sample --model shapes --lora mine.safetensors --prompts prompts.txt --out samples/mine
+    dedpo sample --model shapes --lora mine.safetensors --strength 0.5 1 1.5 2 3 --prompts prompts.txt --out samples/mine
     accelerate launch --num_processes 4 pipelines/sample.py --model MODEL --prompts parti --out samples/base   # the GPUs of this machine
     dedpo sample --model MODEL --prompts parti --out samples/base --engine ray                                 # a Ray cluster
 
 Writes PNG files, index.parquet (file, prompt, prompt_index, seed, category) and settings.yaml. Processes of one machine that run
 the same command on the same folder share the images; several machines need `--engine ray`. Several strengths of one LoRA make a folder
-each, samples/tuned/strength-0.5 and so on, as if each had been sampled by itself.
+each, samples/mine/strength-0.5 and so on, as if each had been sampled by itself.
 """
 
 from __future__ import annotations

@@ -138,11 +138,12 @@ def run(settings: ValidateSettings) -> dict[str, Any]:
 
 def _say_next(settings: ValidateSettings) -> None:
     """The training on targets that are there already, or the first stage that is missing before it."""
+    from dedpo_diffusion.core.defaults import DEFAULT_METHOD
     from dedpo_diffusion.labels.files import target_names
     from dedpo_diffusion.labels.next_stage import next_stage, train_words
 
     targets = target_names(settings.pairs)
-    name = "tuned" if "tuned" in targets else next(iter(targets), None)
+    name = DEFAULT_METHOD if DEFAULT_METHOD in targets else next(iter(targets), None)
     say_next(*(next_stage(settings.pairs, human=settings.human) if name is None else train_words(settings.pairs, name)))
 
 

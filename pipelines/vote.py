@@ -3,7 +3,7 @@
     dedpo vote pairs
     dedpo vote pairs --order disagreement --share true --host 0.0.0.0
     dedpo vote pairs --rank true
-    dedpo vote samples/base samples/tuned
+    dedpo vote samples/base samples/mine
 
 Each answer is kept in `PAIRS/votes/NAME.sqlite` before the page shows the next pair. When the server stops, and whenever
 the page asks for it, `PAIRS/votes/NAME.parquet` (single answers) and `PAIRS/labels/NAME.parquet` are written. Votes on two

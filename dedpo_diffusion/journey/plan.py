@@ -199,41 +199,35 @@ def people_steps(route: Route, known: costs.Known) -> Iterator[Step]:
 
 
 def merge_steps(route: Route, known: costs.Known, method: str) -> Iterator[Step]:
-    """Targets by one method; for adapted, first the judge that people teach."""
-    judges = list(route.judges())
-    if method == "adapted":
-        made, step = calibrate_step(route, known)
+    """Targets by one method; for adapted, first the judge that people teach, or, with too few labels to teach one, by method tuned."""
+    from dedpo_diffusion.labels.adaptation import LEAST
+
+    named, by, cost, labels = list(route.judges()), method, "seconds", known.labels()
+    if method == "adapted" and (labels or LEAST) >= LEAST:
+        step = calibrate_step(route, known)
         yield step
-        chosen = ["--judge", made] if isinstance(made, str) else ["--judges", ",".join(made)]
-    elif len(judges) == 1:
-        chosen = ["--judge", judges[0]]
-    else:
-        chosen = [] if method == "human_only" else ["--judges", ",".join(judges)]
-    named = chosen[1].split(",") if chosen else []
-    argv = (str(route.pairs), "--method", method, *chosen, "--name", route.own(method))
+        named = [route.own("adapt")]
+    elif method == "adapted":
+        by, cost = "tuned", f"seconds; {labels} labels are too few to teach a judge ({LEAST}), so the method is tuned"
+    chosen = ["--judge", *named] if len(named) == 1 else ["--judges", ",".join(named)]
+    if method == "human_only" and len(named) != 1:
+        named, chosen = [], []
+    argv = (str(route.pairs), "--method", by, *chosen, "--name", route.own(method))
     report = route.targets(method)
     made_files = tuple(report.with_suffix(suffix) for suffix in (".parquet", ".json", ".png"))
     inputs = (route.pairs / "pairs", route.label("human"), *map(route.label, named))
-    yield Step(route.step(f"merge {method}"), "merge", argv, inputs, made_files[:2], made_files, cost="seconds")
+    yield Step(route.step(f"merge {method}"), "merge", argv, inputs, made_files[:2], made_files, cost=cost)
 
 
-def calibrate_step(route: Route, known: costs.Known) -> tuple[str | list[str], Step]:
-    """The judge that people teach, or, with too few labels to teach one, every judge's temperature; with the names of the labels."""
-    from dedpo_diffusion.labels.adaptation import LEAST
-
+def calibrate_step(route: Route, known: costs.Known) -> Step:
+    """The judge that people teach."""
     judges, data = list(route.judges()), route.pairs
     inputs = (data / "pairs", route.label("human"), *map(route.label, judges))
-    head, tail = [str(data), "--judges", *judges], ["--seed", str(route.settings.seed)]
-    if (known.labels() or LEAST) >= LEAST:
-        name = route.own("adapt")
-        argv, names = (*head, "--method", "adapt", "--name", name, *tail), [name]
-        cost = f"statistics of {known.images()}, once; then seconds"
-    else:
-        argv, names = (*head, "--method", "temperature", *tail), [f"{judge}-temperature" for judge in judges]
-        cost = f"seconds; {known.labels()} labels are too few to teach a judge ({LEAST}), so its temperature alone is fitted"
-    made = tuple(route.label(name).with_suffix(suffix) for name in names for suffix in (".parquet", ".json", ".png"))
-    step = Step(route.step("calibrate"), "calibrate", argv, inputs, made[::3], made, cost=cost)
-    return (names[0] if len(names) == 1 else names), step
+    argv = (str(data), "--judges", *judges, "--method", "adapt", "--name", route.own("adapt"), "--seed", str(route.settings.seed))
+    made = tuple(route.label(route.own("adapt")).with_suffix(suffix) for suffix in (".parquet", ".json", ".png"))
+    return Step(
+        route.step("calibrate"), "calibrate", argv, inputs, made[::3], made, cost=f"statistics of {known.images()}, once; then seconds"
+    )
 
 
 # ---- LoRAs

@@ -148,15 +148,19 @@ def judge_version(folder: Path, name: str) -> str | None:
     return str(found.pop()) if len(found) == 1 else None
 
 
+def is_raw(folder: Path, name: str) -> bool:
+    """Whether the judge of a label file learned from nobody's answers."""
+    return label_origin(folder, name) != CALIBRATED and not str(judge_version(folder, name)).startswith(TAUGHT)
+
+
 def raw_judges(folder: Path, human: str) -> list[str]:
     """The judges' label files that learned from nobody's answers."""
-    found = []
-    for name in label_names(folder):
-        if name == human or label_origin(folder, name) == CALIBRATED:
-            continue
-        if not str(judge_version(folder, name)).startswith(TAUGHT):
-            found.append(name)
-    return found
+    return [name for name in label_names(folder) if name != human and is_raw(folder, name)]
+
+
+def has_scores(folder: Path, name: str) -> bool:
+    """Whether a label file holds raw scores."""
+    return {"score_0", "score_1"} <= set(read_labels(folder, name, extras=("score_0", "score_1")).extra)
 
 
 def _has_embeddings(reader: PairReader, name: str) -> bool:

@@ -16,7 +16,16 @@ from dedpo_diffusion.labels.answers import Answers, choose_judges, named_judges,
 from dedpo_diffusion.labels.files import CALIBRATED, align, label_names, label_origin, read_labels
 from dedpo_diffusion.pairs.clusters import label_clusters
 from dedpo_diffusion.pairs.dataset import PairReader
-from dedpo_diffusion.pairs.populations import asked_rows, embedding_axes, judge_version, known_pairs, odd_differences, raw_judges, together
+from dedpo_diffusion.pairs.populations import (
+    asked_rows,
+    embedding_axes,
+    has_scores,
+    judge_version,
+    known_pairs,
+    odd_differences,
+    raw_judges,
+    together,
+)
 from dedpo_diffusion.pairs.shift import Shift, measure_shift, teach
 from dedpo_diffusion.settings import MergeSettings
 
@@ -65,7 +74,7 @@ def shift_judges(settings: MergeSettings, *folders: Path) -> list[str]:
     named = named_judges(settings)
     if not named:
         common = [set(raw_judges(folder, settings.human)) for folder in folders]
-        named = [name for name in sorted(set.intersection(*common)) if all(_has_scores(folder, name) for folder in folders)]
+        named = [name for name in sorted(set.intersection(*common)) if all(has_scores(folder, name) for folder in folders)]
     if not named:
         raise UserError(
             f"no judge has raw scores in {' and in '.join(str(folder / 'labels') for folder in folders)}, and method adapted teaches one; "
@@ -75,16 +84,12 @@ def shift_judges(settings: MergeSettings, *folders: Path) -> list[str]:
         for folder in folders:
             if label_origin(folder, name) == CALIBRATED:
                 raise UserError(f"{folder / 'labels' / name}.parquet learned from people already; name the judge that it was made from")
-            if name in label_names(folder) and not _has_scores(folder, name):
+            if name in label_names(folder) and not has_scores(folder, name):
                 raise UserError(
                     f"{folder / 'labels' / name}.parquet has no raw scores (score_0, score_1), and method adapted teaches by them; name "
                     "another judge"
                 )
     return named
-
-
-def _has_scores(folder: Path, name: str) -> bool:
-    return {"score_0", "score_1"} <= set(read_labels(folder, name, extras=("score_0", "score_1")).extra)
 
 
 # ---- one dataset, a column of which tells populations apart

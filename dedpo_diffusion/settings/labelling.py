@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from dedpo_diffusion.core.defaults import DEFAULT_METHOD
 from dedpo_diffusion.settings.engine import RaySettings
 
 
@@ -174,7 +173,9 @@ class MergeSettings:
     Args:
         pairs: the pair dataset.
         method: the estimator; tuned fits the judge's power to the labels, dedpo is the published power 1. adapted takes the labels of a
-            judge that people taught (`dedpo calibrate --method adapt`) everywhere, and corrects them by what is surely systematic.
+            judge that people taught everywhere, and corrects them by what is surely systematic; where nobody taught one yet, and 20
+            human labels or more are there, it is taught first (`dedpo calibrate --method adapt`). auto is adapted where a judge
+            can be taught, and tuned elsewhere, with an option of the power, and with population, other, folds or missing.
         judge: name of the judge's label file; None takes the only one there is.
         judges: several judges' label files, each of which gets a power of its own: A,B.
         human: name of the human label file.
@@ -206,7 +207,7 @@ class MergeSettings:
     """
 
     pairs: Path
-    method: Literal["human_only", "naive", "dedpo", "tuned", "adapted"] = DEFAULT_METHOD
+    method: Literal["auto", "human_only", "naive", "dedpo", "tuned", "adapted"] = "auto"
     judge: str | None = None
     judges: list[str] = field(default_factory=list)
     human: str = "human"

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dedpo_diffusion.core.defaults import DEFAULT_METHOD
-
 Kind = Literal["sigmoid", "linear", "ipo", "cdpo", "dr_dpo", "kto", "mapo", "sft"]
 Policy = Literal["loop", "apa"]  # trained on the model's own images by a reward, see LoopSettings
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
@@ -44,7 +42,7 @@ class DataSettings:
 
     Args:
         pairs: the pair dataset. The objectives loop and apa sample its prompts, or those of a prompt set or file given in its place.
-        targets: name of the merged targets in it.
+        targets: name of the merged targets in it; auto takes the only ones there are.
         size: pixels of a side after resizing and cropping; None takes the model's own.
         cache: folder of encoded images and prompts, shared between runs; None encodes them in every step. auto takes the user's own cache
             folder (`dedpo cache` lists it) where that pays: each pair is visited twice or more on average, which saves 1000 encodings or
@@ -76,7 +74,7 @@ class DataSettings:
     """
 
     pairs: Path
-    targets: str = DEFAULT_METHOD
+    targets: str = "auto"
     size: int | None = None
     cache: Literal["auto"] | Path | None = "auto"
     flip: bool = False

@@ -76,6 +76,7 @@ def set_up(settings: TrainSettings) -> Session:
     from dedpo_diffusion.weights.run_folder import open_run
 
     check_options(settings)
+    settings = settings if is_policy(settings) else with_targets(settings)
     optim, sharpened = settings.optim, settings
     scalable = None if is_policy(settings) else open_scalable(settings)
     accelerator = build_accelerator(settings)
@@ -120,6 +121,21 @@ def set_up(settings: TrainSettings) -> Session:
     if validation is not None:
         validation.begin(session)
     return session
+
+
+def with_targets(settings: TrainSettings) -> TrainSettings:
+    """With the name of the only targets there are in place of auto.
+
+    Raises:
+        UserError: there are several.
+    """
+    from dedpo_diffusion.labels.files import target_names
+
+    data = settings.data
+    names = target_names(data.pairs) if data.targets == "auto" else []
+    if len(names) > 1:
+        raise UserError(f"{data.pairs / 'targets'} holds several targets ({', '.join(names)}); name one with data.targets")
+    return dataclasses.replace(settings, data=dataclasses.replace(data, targets=names[0])) if names else settings
 
 
 def never_longer(settings: TrainSettings) -> str | None:

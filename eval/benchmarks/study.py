@@ -129,7 +129,7 @@ def cells(settings: StudySettings) -> list[Cell]:
 def run_name(cell: Cell, rows: np.ndarray, merged: Merged) -> str:
     """64 hexadecimal digits over all that a training follows from: where a judge counts for nothing, methods have one training."""
     given = [rows, merged.target, merged.weight]
-    if cell.arm == "adapted" and (np.isnan(merged.human) & (merged.weight > 0)).any():  # training shares out the visits
+    if merged.report["method"] == "adapted" and (np.isnan(merged.human) & (merged.weight > 0)).any():  # training shares out the visits
         given += [merged.human, merged.judge]
     told = json.dumps([cell.of, cell.seed, len(given)]).encode()
     return hashlib.sha256(told + b"".join(np.ascontiguousarray(values, dtype=np.float64).tobytes() for values in given)).hexdigest()

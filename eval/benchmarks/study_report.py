@@ -17,7 +17,7 @@ from dedpo_diffusion.labels.judge_figure import STYLE
 
 SIMPLE, MERGED = ("human_only", "naive"), ("tuned", "adapted", "dedpo")  # what needs no toolkit, and what it is compared with
 TIE = 0.002  # worst regrets that differ by no more are alike
-COLOURS = dict(zip(ARMS, ("#626a77", "#191d24", "#ca8a04", "#0f766e", "#2f6fd0", "#be185d", "#c2410c", "#9333ea"), strict=True))
+COLOURS = dict(zip(ARMS, ("#626a77", "#191d24", "#ca8a04", "#0f766e", "#2f6fd0", "#be185d", "#c2410c", "#9333ea", "#4d7c0f"), strict=True))
 Line = dict[str, Any]
 Runs = dict[tuple[str, str, float, str], dict[int, list[Line]]]  # lines of a training, by arm, judge, share, people of `placed`, and seed
 

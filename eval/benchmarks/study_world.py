@@ -28,7 +28,7 @@ from dedpo_diffusion.shapes import oracle
 from dedpo_diffusion.shapes.world import VOCABULARY
 
 METHODS = ("human_only", "tuned", "adapted", "naive", "dedpo")  # that could be the default, the simplest first
-ARMS = ("base", "human_100", "judge_only", *METHODS)
+ARMS = ("base", "human_100", "judge_only", *METHODS, "temperature")
 HONESTY = {"perfect": 1.0, "random-90": 0.9, "random-80": 0.8, "coin": 0.5, "adversarial": 0.3}  # chance to repeat a person's answer
 JUDGES = ("clip", "clean", "biased-80", *HONESTY)
 PEOPLE = {"quickstart": None, "noisy": 0.70}  # how often two of them agree; None has the quickstart's temperature
@@ -184,20 +184,20 @@ def known(pool: Pool, sample: Sample, judge: str, difference: np.ndarray) -> tup
 def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: float, seed: int) -> Merged:
     """Targets of an arm. judge_only are the judge's labels as they come.
 
-    adapted is `dedpo calibrate --method adapt` and `dedpo merge --method adapted`. Below 20 human labels `adapt` refuses and names
-    `--method temperature`: then the labels are that calibration's, in fewer folds where 5 need more labels; raw ones below 4 labels.
+    adapted is `dedpo merge` by its default: people teach the judge, or, fewer than 20 of them, tune its power. temperature merges the
+    labels of `dedpo calibrate`, in fewer folds where 5 need more labels, as adapted merges a taught judge's; raw ones below 4 labels.
     """
     human = sample.human(share)
     if arm in ("human_only", "human_100"):
         return merge_labels(human, None, method="human_only")
     label, difference = judge_answers_of(pool, sample, judge, seed)
+    asked = int((~np.isnan(human)).sum())
     if arm == "judge_only":
         return merge_labels(np.full(len(label), np.nan), label, method="naive")
-    if arm != "adapted":
-        return merge_labels(human, label, method=arm)
+    if arm not in ("adapted", "temperature") or (arm == "adapted" and asked < LEAST):
+        return merge_labels(human, label, method="tuned" if arm == "adapted" else arm)
     scores, images, prompts = known(pool, sample, judge, difference)
-    asked = int((~np.isnan(human)).sum())
-    if asked >= LEAST:
+    if arm == "adapted":
         label = adapt(scores, [images], human, prompts=prompts, seed=seed).probability
     elif asked >= 4:
         label = calibrate(difference, human, folds=min(5, asked // 2), groups=prompts, seed=seed).probability

@@ -150,8 +150,8 @@ def test_fingerprints_tell_content_and_folders(tmp_path):
 
 
 def test_one_constant_is_every_default():
-    found = {AlignSettings(model="m").methods[0], MergeSettings(Path()).method, DataSettings(Path()).targets}
-    assert found == {DEFAULT_METHOD}
+    assert AlignSettings(model="m").methods == [DEFAULT_METHOD]
+    assert {MergeSettings(Path()).method, DataSettings(Path()).targets} == {"auto"}
     assert not [file.name for file in CONFIGS.glob("*.yaml") if "targets:" in file.read_text()]
 
 
@@ -169,7 +169,7 @@ def test_every_line_is_taken_by_its_stages_own_parser(config, methods, capsys, t
     assert not list(tmp_path.iterdir())  # nothing is touched
     stages = [line[1] for line in lines]
     assert stages[0] == ("ingest" if config == "align_sd15" else "propose") and stages[1:3] == ["validate", "label"]
-    assert ("vote" in stages) == (config == "align_sdxl") and ("calibrate" in stages) == bool(methods)
+    assert ("vote" in stages) == (config == "align_sdxl") and stages.count("calibrate") == 1
     assert stages.count("train") == stages.count("merge") == len(methods[1:]) or not methods
     for command, stage, *arguments in lines:
         module, taken = import_module(f"dedpo_diffusion.{STAGES[stage][0]}"), []
@@ -178,13 +178,14 @@ def test_every_line_is_taken_by_its_stages_own_parser(config, methods, capsys, t
         assert len(taken) == 1
 
 
-def test_too_few_labels_to_teach_a_judge_fit_its_temperature(capsys, tmp_path):
+def test_too_few_labels_to_teach_a_judge_are_merged_by_method_tuned(capsys, tmp_path):
     taught = ["adapted" if part == "naive" else part for part in SMALL]
     lines = rehearsed(capsys, *taught, "--out", str(tmp_path / "out"))
-    [calibrate, merge] = [line for line in lines if line[1] in ("calibrate", "merge")]
-    assert "temperature" in calibrate and merge[merge.index("--judge") + 1] == "oracle_clean-temperature"
+    [merge] = [line for line in lines if line[1] in ("calibrate", "merge")]
+    assert [merge[merge.index(option) + 1] for option in ("--method", "--judge", "--name")] == ["tuned", "oracle_clean", "adapted"]
     lines = rehearsed(capsys, *taught, "--human_share", "1.0", "--out", str(tmp_path / "out"))
-    assert "adapt" in next(line for line in lines if line[1] == "calibrate")
+    [calibrate, merge] = [line for line in lines if line[1] in ("calibrate", "merge")]
+    assert "adapt" in calibrate and [merge[merge.index(option) + 1] for option in ("--method", "--judge")] == ["adapted", "adapt"]
 
 
 def test_in_a_users_own_dataset_the_journeys_files_bear_its_name(tmp_path):

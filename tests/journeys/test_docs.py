@@ -155,13 +155,13 @@ def run(folder: Path, model: Path) -> None:
     prompts(folder, model)
     write_pairs(folder / "PAIRS")
     people_answer(folder)
-    dedpo(["train", "--model", "MODEL", "--data.pairs", "PAIRS", "--data.targets", "soft", "--out", "runs/tuned"])
+    dedpo(["train", "--model", "MODEL", "--data.pairs", "PAIRS", "--data.targets", "soft", "--out", "runs/mine"])
 
 
 def lora(folder: Path, model: Path) -> None:
     run(folder, model)
-    for name in ("tuned", "style"):
-        dedpo(["export", "runs/tuned", "--out", f"{name}.safetensors"])
+    for name in ("mine", "style"):
+        dedpo(["export", "runs/mine", "--out", f"{name}.safetensors"])
 
 
 WORLD: dict[str, Callable[[Path, Path], None]] = {

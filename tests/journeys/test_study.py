@@ -153,9 +153,11 @@ def test_adapted_targets_learn_from_people_what_the_judge_does_not_see():
         arm: np.mean((merged_targets(world, sample, arm, "clip", 0.25, 0).target > 0.5) == sample.answer) for arm in ("naive", "adapted")
     }
     assert right["adapted"] > 0.85 > right["naive"]
-    few = merged_targets(world, sample, "adapted", "coin", 0.02, 0)  # 8 labels: temperature
+    few = {arm: merged_targets(world, sample, arm, "coin", 0.02, 0) for arm in ("adapted", "tuned", "temperature")}  # 8 labels
+    np.testing.assert_array_equal(few["adapted"].target, few["tuned"].target)
+    assert few["adapted"].report["method"] == "tuned" and few["temperature"].report["method"] == "adapted"
     asked = ~np.isnan(sample.human(0.02))
-    assert len(np.unique(few.target[~asked])) <= 2 and np.isfinite(few.target).all()
+    assert len(np.unique(few["temperature"].target[~asked])) <= 2 and np.isfinite(few["temperature"].target).all()
 
 
 def test_methods_share_a_training_where_their_targets_and_visits_are_the_same():
@@ -168,7 +170,8 @@ def test_methods_share_a_training_where_their_targets_and_visits_are_the_same():
     others = [run_name(replace(arms[0], seed=4), rows, alone), run_name(replace(arms[0], of="[]"), rows, alone)]
     others += [run_name(arms[0], rows[::-1], alone), run_name(arms[0], rows, merge_labels(1 - human, None, method="human_only"))]
     useful = merge_labels(human, np.array([0.9, 0.2, 0.8, 0.1]), method="adapted")
-    others += [run_name(arms[1], rows, useful), run_name(arms[2], rows, useful)]  # adapted shares out the visits
+    others += [run_name(arms[1], rows, useful)]  # method adapted shares out the visits, by labels that the targets do not tell
+    others += [run_name(arms[1], rows, replace(useful, report=useful.report | {"method": "tuned"}))]
     assert len({*names, *others}) == 7
 
 

@@ -95,7 +95,7 @@ def told(run):
 def world(base, pairs, out, **objective):
     """Settings, model, loader and timesteps of a run, as `set_up` makes them."""
     given = ObjectiveSettings(power="measured", beta=200.0, timesteps=(0, 200), **objective)
-    settings = TrainSettings(str(base), out, DataSettings(pairs, caption_dropout=0.3), objective=given, seed=3, device="cpu")
+    settings = TrainSettings(str(base), out, DataSettings(pairs, "tuned", caption_dropout=0.3), objective=given, seed=3, device="cpu")
     scalable = measured.open_scalable(settings)
     model, loader, _, _ = prepare(settings, build_accelerator(settings), scalable)
     return settings, model, loader, timestep_draw(settings.objective, len(model.process))
@@ -179,7 +179,7 @@ def test_targets_that_were_merged_for_another_run_or_at_a_given_power_get_the_po
 
 
 def test_the_power_falls_with_noise_and_rises_with_length_to_that_of_endless_training(pairs, tmp_path):
-    settings = TrainSettings("x", tmp_path, DataSettings(pairs), objective=ObjectiveSettings(power="measured"))
+    settings = TrainSettings("x", tmp_path, DataSettings(pairs, "tuned"), objective=ObjectiveSettings(power="measured"))
     found = measured.open_scalable(settings)
     by_noise = [measured.choose_power(found, ratio(value), 150, 0).report["power"] for value in (1.0, 2.0, 5.0, 20.0, 1000.0)]
     assert by_noise == sorted(by_noise, reverse=True) and by_noise[-1] == 0

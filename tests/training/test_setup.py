@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dedpo_diffusion import merge_labels
+from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.core.records import Targets
 from dedpo_diffusion.dpo.balance import probability_scale
 from dedpo_diffusion.dpo.noising import TimestepDraw, draw
@@ -23,7 +24,7 @@ from dedpo_diffusion.pairs.dataset import PairReader
 from dedpo_diffusion.pipelines import export, train
 from dedpo_diffusion.settings import DataSettings, TrainSettings
 from dedpo_diffusion.training.data import PairLoader
-from dedpo_diffusion.training.setup import open_grid
+from dedpo_diffusion.training.setup import open_grid, with_targets
 from dedpo_diffusion.training.sources import CachedSource, open_cache
 from support.pictures import write_pairs
 from support.training import arguments, deviation, final, fresh_accelerate_state, metrics, stop_after  # noqa: F401 - one is a fixture
@@ -311,3 +312,15 @@ def test_a_large_model_on_a_cpu_says_how_long_it_takes(tiny_model, merged_pairs,
     out = capsys.readouterr().out
     assert out.index(f"no GPU is here: {tiny_model} runs on the CPU.") < out.index("24 pairs, ")
     assert len(re.findall(r"on the CPU this would take about \d+ seconds? in all", out)) == said
+
+
+def test_targets_are_the_only_ones_there_are_unless_they_are_named(tmp_path):
+    pairs, settings = write_pairs(tmp_path / "data"), TrainSettings("m", tmp_path / "run", DataSettings(tmp_path / "data"))
+    assert with_targets(settings).data.targets == "soft"
+    write_targets(pairs, "other", Targets(["p0"], np.ones(1), np.ones(1)), {})
+    with pytest.raises(UserError, match=r"holds several targets \(other, soft\); name one with data.targets"):
+        with_targets(settings)
+    named = dataclasses.replace(settings, data=dataclasses.replace(settings.data, targets="other"))
+    assert with_targets(named) is named
+    none = dataclasses.replace(settings, data=DataSettings(tmp_path / "none"))
+    assert with_targets(none) is none  # that there are none is told where they are read
