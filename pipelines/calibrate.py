@@ -352,7 +352,8 @@ def run(settings: CalibrateSettings) -> list[Path]:
     """Calibrate judges' labels on the human ones, or stack several judges into one."""
     reports = make(settings)
     for name, report in reports.items():
-        further = ["--missing", "tie"] if report["calibration"]["n_missing"] and settings.method != "adapt" else []
+        further = ["--missing", "tie"] if report["calibration"]["n_missing"] else []
+        further = ["--method", "adapted"] if settings.method == "adapt" else further
         say_next("merge", settings.pairs, "--judge", name, *further)
     return [label_path(settings, name) for name in reports]
 

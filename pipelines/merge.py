@@ -1,12 +1,13 @@
 """Merge human and judge labels into one target and weight per pair, and tell what the labels are worth.
 
-    dedpo merge pairs
-    dedpo merge pairs --method tuned --judges clip,vlm
+    dedpo merge pairs --method tuned
+    dedpo merge pairs --judges clip,vlm
+    dedpo merge pairs --method adapted
     dedpo merge pairs --plan 400
     dedpo merge pairs --population dataset=pickapic
     dedpo merge pairs --from labelled_pairs --method adapted
 
-Without --method people first teach the judges, as `dedpo calibrate --method adapt` does, where that can be done.
+With --method adapted people first teach the judges, as `dedpo calibrate --method adapt` does, where that can be done.
 Reads `PAIRS/labels`, writes `PAIRS/targets/NAME.parquet`, its report `NAME.json` and its picture `NAME.png`; with --folds K also
 NAME-fold-0 and so on, each merged without the pairs of one fold. With --plan it writes `NAME.plan.json` alone.
 """
@@ -30,58 +31,47 @@ if TYPE_CHECKING:
     from dedpo_diffusion.pairs.shift import Shift
 
 UNBOUND = 1e9  # an overshoot that nothing reaches
-
-
 TAUGHT_JUDGE = "adapt"  # the labels of the judge that people taught
-OF_POWER = ("power", "rule", "visits", "noise_ratio", "plan", "folds", "missing")  # options that --method auto takes tuned for
 
 
 # ---- which method
 
 
 def resolved(settings: MergeSettings) -> MergeSettings:
-    """With a method in place of auto, and, of adapted, with labels of a judge that people taught, which are made where they are missing.
+    """Of method adapted without a judge's name: with the labels of a judge that people taught, which are made where they are missing.
+
+    Where nobody can be taught it is tuned, under the same name. Judges that are named are taken as they are, and labels of other
+    populations teach them by weights of their own.
 
     Raises:
         UserError: a judge that cannot be taught, in words of `dedpo calibrate`.
     """
-    auto = settings.method == "auto"
-    otherwise = dataclasses.replace(settings, method="tuned") if auto else settings
-    if settings.population is not None or settings.other is not None:  # adapted teaches its judges by weights of its own
-        return otherwise
-    if not auto and (settings.method != "adapted" or named_judges(settings)):  # labels that are named are taken as they are
-        return otherwise
-    given = [name for name in OF_POWER if getattr(settings, name) != getattr(MergeSettings(settings.pairs), name)]
-    judges, reason = ([], f"--{given[0]} is given") if given else teachable(settings)
+    if settings.method != "adapted" or named_judges(settings) or settings.population is not None or settings.other is not None:
+        return settings
+    judges, reason = teachable(settings)
     if reason is None:
-        found = {"judge": taught(settings, judges), "judges": []} if judges else {}
-        return dataclasses.replace(settings, method="adapted", **found)
-    if auto and reason:
-        say(f"method tuned, since {reason}")
-    return otherwise
+        return dataclasses.replace(settings, judge=taught(settings, judges))
+    if reason:
+        say(f"the method is tuned, since {reason}")
+    return dataclasses.replace(settings, method="tuned", name=settings.name or settings.method)
 
 
 def teachable(settings: MergeSettings) -> tuple[list[str], str | None]:
-    """The judges that people can teach, none where those that are named learned already; and why none can be taught, None if some can."""
+    """The judges that people can teach; and why they can teach none, None if they can, empty where that is told elsewhere."""
     import numpy as np
 
     from dedpo_diffusion.labels.adaptation import LEAST
     from dedpo_diffusion.labels.files import label_names, read_labels
-    from dedpo_diffusion.pairs.populations import has_scores, is_raw, judge_version, raw_judges
+    from dedpo_diffusion.pairs.populations import has_scores, raw_judges
 
     if settings.human not in label_names(settings.pairs):
-        return [], ""  # that they are missing is told where they are read
-    named = named_judges(settings)
-    learned = [name for name in named if not is_raw(settings.pairs, name)]
-    if learned:
-        other = [name for name in named if not str(judge_version(settings.pairs, name)).startswith("calibrated adapt ")]
-        return [], f"{other[0]} was not taught by method adapt" if other else None
+        return [], ""
     human = read_labels(settings.pairs, settings.human, extras=()).label_0
     if len(human) < LEAST:
         return [], f"{len(human)} human labels teach no judge, as {LEAST} do"
     if (np.asarray(human) == human[0]).all():
         return [], "human labels that are all alike teach no judge"
-    scored = [name for name in named or raw_judges(settings.pairs, settings.human) if has_scores(settings.pairs, name)]
+    scored = [name for name in raw_judges(settings.pairs, settings.human) if has_scores(settings.pairs, name)]
     return scored, None if scored else "no judge has raw scores, by which people could teach it"
 
 
@@ -96,11 +86,10 @@ def taught(settings: MergeSettings, judges: list[str]) -> str:
     if label_origin(settings.pairs, TAUGHT_JUDGE) == CALIBRATED and report.is_file():
         found = read_object(report, f"remove it, or run `dedpo calibrate {settings.pairs} --method adapt` again")
         made_of = {entry["file"]: entry["sha256"] for entry in found.get("label_files", [])}
-    files = [f"labels/{name}.parquet" for name in (settings.human, *judges)]
-    if made_of and (list(made_of) == files or not named_judges(settings)) and files[0] in made_of:
-        there = {file: settings.pairs / file for file in made_of}
-        if all(path.is_file() and file_digest(path) == made_of[file] for file, path in there.items()):
-            return TAUGHT_JUDGE
+    there = {file: settings.pairs / file for file in made_of}
+    fresh = all(path.is_file() and file_digest(path) == made_of[file] for file, path in there.items())
+    if fresh and f"labels/{settings.human}.parquet" in made_of:
+        return TAUGHT_JUDGE
     again = " again, since labels have changed" if made_of else ""
     say(f"people teach {', '.join(judges)}{again}, as by `dedpo calibrate --method adapt`:")
     calibrate.make(CalibrateSettings(settings.pairs, judges=judges, method="adapt", human=settings.human, seed=settings.seed))

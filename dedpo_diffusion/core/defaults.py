@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from typing import Final
 
-DEFAULT_METHOD: Final = "adapted"  # how align and the quickstart merge labels, and `dedpo merge` where people's can teach a judge
+DEFAULT_METHOD: Final = "tuned"  # how labels are merged where nobody says: `dedpo merge`, merge_labels, align, quickstart
 POWERED = ("dedpo", "tuned")  # the methods of `dedpo merge` in which a judge counts as far as its power

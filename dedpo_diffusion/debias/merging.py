@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dedpo_diffusion.core.defaults import DEFAULT_METHOD
 from dedpo_diffusion.debias.coefficients import WITHOUT_POWER
 from dedpo_diffusion.debias.estimate import estimate
 from dedpo_diffusion.debias.report import make_basis, make_report
@@ -46,7 +47,7 @@ def merge_labels(
     human: Any,
     synthetic: Any,
     *,
-    method: str = "tuned",
+    method: str = DEFAULT_METHOD,
     power: float | Sequence[float] | None = None,
     propensity: Any = None,
     max_overshoot: float = 2.0,

@@ -28,15 +28,12 @@ def named_judges(settings: MergeSettings) -> list[str]:
 
 
 def choose_judges(settings: MergeSettings) -> list[str]:
-    """The judges' label files: those named, or the only one that is not human (of adapted: that people taught); none only for
-    human_only."""
-    from dedpo_diffusion.labels.files import CALIBRATED, label_names, label_origin
+    """The judges' label files: those named, or the only one that is not human; none only for human_only."""
+    from dedpo_diffusion.labels.files import label_names
 
     if named := named_judges(settings):
         return named
     judges = [name for name in label_names(settings.pairs) if name != settings.human]
-    if settings.method == "adapted" and "adapt" in judges and label_origin(settings.pairs, "adapt") == CALIBRATED:
-        return ["adapt"]
     if len(judges) == 1:
         return judges
     if settings.method == "human_only":

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dedpo_diffusion.core.console import UserError
+from dedpo_diffusion.core.defaults import DEFAULT_METHOD
 from dedpo_diffusion.core.files import atomic_file, read_object, write_text
 from dedpo_diffusion.core.records import Labels, Targets, Votes
 from dedpo_diffusion.core.tables import check_columns, check_no_nulls, check_types, check_unique, open_parquet
@@ -60,8 +61,8 @@ def label_names(folder: Path) -> list[str]:
 def _maker(folder: Path, kind: str, name: str) -> str:
     """The command that makes such a file."""
     if kind == "targets":
-        method = ["--method", name] if name in ("human_only", "naive", "dedpo", "tuned", "adapted") else ["--name", name]
-        words = ["merge", folder, *([] if name == "auto" else method)]
+        method = ["--method", name] if name in ("human_only", "naive", "dedpo", "adapted") else ["--name", name]
+        words = ["merge", folder, *([] if name in ("auto", DEFAULT_METHOD) else method)]
     elif kind == "votes" or name == "human":
         words = ["vote", folder, *([] if name == "human" else ["--name", name])]
     else:

@@ -148,14 +148,10 @@ def judge_version(folder: Path, name: str) -> str | None:
     return str(found.pop()) if len(found) == 1 else None
 
 
-def is_raw(folder: Path, name: str) -> bool:
-    """Whether the judge of a label file learned from nobody's answers."""
-    return label_origin(folder, name) != CALIBRATED and not str(judge_version(folder, name)).startswith(TAUGHT)
-
-
 def raw_judges(folder: Path, human: str) -> list[str]:
     """The judges' label files that learned from nobody's answers."""
-    return [name for name in label_names(folder) if name != human and is_raw(folder, name)]
+    found = [name for name in label_names(folder) if name != human and label_origin(folder, name) != CALIBRATED]
+    return [name for name in found if not str(judge_version(folder, name)).startswith(TAUGHT)]
 
 
 def has_scores(folder: Path, name: str) -> bool:

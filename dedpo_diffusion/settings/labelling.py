@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from dedpo_diffusion.core.defaults import DEFAULT_METHOD
 from dedpo_diffusion.settings.engine import RaySettings
 
 
@@ -173,9 +174,8 @@ class MergeSettings:
     Args:
         pairs: the pair dataset.
         method: the estimator; tuned fits the judge's power to the labels, dedpo is the published power 1. adapted takes the labels of a
-            judge that people taught everywhere, and corrects them by what is surely systematic; where nobody taught one yet, and 20
-            human labels or more are there, it is taught first (`dedpo calibrate --method adapt`). auto is adapted where a judge
-            can be taught, and tuned elsewhere, with an option of the power, and with population, other, folds or missing.
+            judge that people taught everywhere, and corrects them by what is surely systematic; where no judge is named, people teach
+            those that are there first (`dedpo calibrate --method adapt`), and where they cannot, the method is tuned.
         judge: name of the judge's label file; None takes the only one there is.
         judges: several judges' label files, each of which gets a power of its own: A,B.
         human: name of the human label file.
@@ -207,7 +207,7 @@ class MergeSettings:
     """
 
     pairs: Path
-    method: Literal["auto", "human_only", "naive", "dedpo", "tuned", "adapted"] = "auto"
+    method: Literal["human_only", "naive", "dedpo", "tuned", "adapted"] = DEFAULT_METHOD
     judge: str | None = None
     judges: list[str] = field(default_factory=list)
     human: str = "human"

@@ -103,7 +103,7 @@ def test_the_command_prints_what_people_taught_and_the_next_one(shapes, capsys):
     printed = capsys.readouterr().out
     report = json.loads((folder / "labels" / "adapt.json").read_text())
     assert all(sentence in printed for sentence in report["calibration"]["sentences"])
-    assert printed.splitlines()[-1] == f"next: dedpo merge {folder} --judge adapt"
+    assert printed.splitlines()[-1] == f"next: dedpo merge {folder} --judge adapt --method adapted"
 
 
 def test_the_adapted_judge_scores_single_images(shapes):

@@ -125,7 +125,7 @@ MISTAKES = {
     "merge": [
         ("", "PAIRS is missing: <pairs>"),
         ("P --methd tuned", "there is no option --methd; did you mean --method?"),
-        ("P --method tunned", "--method: 'tunned' does not fit; it takes one of auto, human_only, naive, dedpo, tuned or adapted;"
+        ("P --method tunned", "--method: 'tunned' does not fit; it takes one of human_only, naive, dedpo, tuned or adapted;"
          " did you mean tuned?"),
         ("P --power half", "--power: 'half' does not fit; it takes a number"),
         ("P --missing ties", "--missing: 'ties' does not fit; it takes one of error or tie; did you mean tie?"),
