@@ -204,7 +204,7 @@ def merge_from(settings: MergeSettings, other: Path, reader: PairReader) -> Path
     import numpy as np
 
     from dedpo_diffusion.core.files import file_digest
-    from dedpo_diffusion.debias import Merged, even_confidence
+    from dedpo_diffusion.debias import Merged, hard_targets
     from dedpo_diffusion.labels.files import targets_path
     from dedpo_diffusion.labels.merge_report import draw_report, print_report
     from dedpo_diffusion.labels.next_stage import train_words
@@ -221,7 +221,7 @@ def merge_from(settings: MergeSettings, other: Path, reader: PairReader) -> Path
     merged = merge(unbound, used, f"{settings.human} of {other}; {', '.join(judges)}")
     about: dict[str, Any] = {"from": other.name, **shift.about(), "carried": None}
     if merged.predicted is not None:
-        target, weight = even_confidence(merged.predicted[~shift.labelled])
+        target, weight = hard_targets(merged.predicted[~shift.labelled])
     else:
         assert merged.judge is not None and merged.powers is not None
         carried = carry(shift, answers.human, merged.judge, merged.powers)

@@ -36,7 +36,7 @@ from dedpo_diffusion.debias.coefficients import METHODS, RULES, inverse_propensi
 from dedpo_diffusion.debias.compute import Run, best_scale, hard_power, run_report, run_terms
 from dedpo_diffusion.debias.density_ratio import DensityRatio, carry_over, estimate_density_ratio, shifted_mean
 from dedpo_diffusion.debias.estimate import Estimate, estimate
-from dedpo_diffusion.debias.imputation import Correction, answer_weight, even_confidence, james_stein, odd_directions
+from dedpo_diffusion.debias.imputation import Correction, answer_weight, hard_targets, james_stein, odd_directions
 from dedpo_diffusion.debias.label_share import Shares, best_share, judge_worth, share_labels
 from dedpo_diffusion.debias.merging import Merged, merge_labels
 from dedpo_diffusion.debias.powers import Fit, best_powers, fit_power, fit_powers, judge_moments, power_cap
@@ -80,10 +80,10 @@ __all__ = [
     "estimate",
     "estimate_density_ratio",
     "estimate_propensity",
-    "even_confidence",
     "fit_power",
     "fit_powers",
     "hard_power",
+    "hard_targets",
     "inverse_propensity",
     "james_stein",
     "judge_bias",

@@ -12,7 +12,7 @@ from dedpo_diffusion.debias.checks import check_options, check_powers, check_pre
 from dedpo_diffusion.debias.clusters import checked_clusters, cluster_sums
 from dedpo_diffusion.debias.coefficients import WITHOUT_POWER, inverse_propensity, mix_judges, pair_targets, pair_weights
 from dedpo_diffusion.debias.compute import Run, best_scale, check_run, run_terms
-from dedpo_diffusion.debias.imputation import Correction, check_correction, even_confidence, impute
+from dedpo_diffusion.debias.imputation import Correction, check_correction, hard_targets, impute
 from dedpo_diffusion.debias.tuning import Powers, assign_folds, choose_powers
 
 
@@ -97,7 +97,7 @@ def estimate(
     if method == "adapted":
         options = {"correction": correction, "features": known, "rater_agreement": rater_agreement}
         predicted, moved = impute(z, mixed, h, **options, max_overshoot=max_overshoot)  # type: ignore[arg-type]
-        target, weight = even_confidence(predicted)
+        target, weight = hard_targets(predicted)
     elif method == "naive":
         target, weight = np.where(np.isnan(z), mixed, z), np.ones(len(z))
     else:

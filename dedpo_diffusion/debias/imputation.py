@@ -122,22 +122,18 @@ def answer_weight(z: np.ndarray, p: np.ndarray, rater_agreement: float | None) -
     return min(1.0, max(0.0, 1 - (1 - rater_agreement) / 2 / total)) if total > 0 else 1.0
 
 
-def even_confidence(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Targets 1/2 +- C/2 and weights of mean 1, with weight * (target - 1/2) in proportion to t - 1/2.
+def hard_targets(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Targets 0 and 1 and weights of mean 1, with weight * (target - 1/2) in proportion to t - 1/2.
 
     Args:
         t: (N,) predictions, also outside [0, 1].
 
     Returns:
-        Targets and weights (N,). C is the mean of |2 t - 1|, weighted by itself, and at most 1. Pairs of t = 1/2 weigh nothing; if
-        all are, they stay as they are.
+        Targets and weights (N,). Pairs of t = 1/2 keep it, and weigh nothing unless all are such.
     """
     sure = np.abs(2 * t - 1)
     total = float(sure.sum())
-    if total == 0:
-        return t.copy(), np.ones(len(t))
-    common = min(1.0, float(sure @ sure) / total)
-    return 0.5 + np.sign(t - 0.5) * common / 2, sure * len(t) / total
+    return 0.5 + np.sign(t - 0.5) / 2, sure * len(t) / total if total else np.ones(len(t))
 
 
 def impute(

@@ -57,30 +57,29 @@ def effective(weight: np.ndarray) -> float:
 
 
 def share_labels(
-    target: np.ndarray, weight: np.ndarray, human: np.ndarray, judge: np.ndarray, *, visits: float, share: float | None = None
-) -> tuple[np.ndarray, np.ndarray, Shares] | None:  # fmt: skip
-    """Targets and weights of method adapted, (N,) each, with the share of the weight that suits a run; None where all or none are labelled.
+    weight: np.ndarray, human: np.ndarray, judge: np.ndarray, *, visits: float, share: float | None = None
+) -> tuple[np.ndarray, Shares] | None:
+    """Weights of method adapted (N,), with the share of them that suits a run; None where all or none of the pairs are labelled.
 
     Args:
-        target, weight: of the merge: 1/2 +- C/2, and in proportion to the confidence |2 t - 1| of each pair.
+        weight: of the merge, in proportion to the confidence |2 t - 1| of each pair.
         human: labels, NaN where nobody answered.
         judge: the taught judge's labels p.
         visits: optimizer steps times pairs of a step.
         share: f in [0, 1]; None takes the best, and no less than the merge's.
 
     Returns:
-        Targets with the confidence that the new weights have on average, weights of the same sum, and the shares.
+        Weights of the same sum, and the shares.
     """
     seen = weight > 0
     people = seen & ~np.isnan(human)
     others = seen & np.isnan(human)
     if not people.any() or not others.any():
         return None
-    confidence = weight * (np.abs(2 * judge[others] - 1).sum() / weight[others].sum())
-    worth = judge_worth(float(np.sum(confidence[others] ** 2) / confidence[others].sum()))
+    confidence = weight[others] * (np.abs(2 * judge[others] - 1).sum() / weight[others].sum())
+    worth = judge_worth(float(np.sum(confidence**2) / confidence.sum()))
     merged = float(weight[people].sum() / weight[seen].sum())
     if share is None:
         share = max(merged, best_share(effective(weight[people]), effective(weight[others]), worth, visits))
     made = np.where(people, weight * share / weight[people].sum(), weight * (1 - share) / weight[others].sum()) * weight.sum()
-    common = min(1.0, float(made @ confidence / made.sum()))
-    return 0.5 + np.sign(target - 0.5) * common / 2, made, Shares(share, merged, worth, int(people.sum()), int(others.sum()))
+    return made, Shares(share, merged, worth, int(people.sum()), int(others.sum()))

@@ -291,8 +291,11 @@ def _correction_sentences(report: dict[str, Any]) -> list[str]:
         texts.append(f"A correction of {moved['c']:.2f} is no more than imputation ({moved['floor']:.2f}): {place}.")
     if moved["capped"]:
         texts.append("Warning: the correction was held back so that no target is stretched beyond the bound of the overshoot.")
-    told = f"How sure a prediction is goes into its pair's weight: labelled pairs have {report['labelled_weight']:.0%} of the weight"
-    return [*texts, f"{told}, and every target lies {report['mean_abs_offset']:.3f} from 0.5."]
+    share = f"{report['labelled_weight']:.0%}"
+    return [
+        *texts,
+        f"How sure a prediction is goes into its pair's weight, and every target is 0 or 1: labelled pairs have {share} of the weight.",
+    ]
 
 
 def _target_sentences(report: dict[str, Any]) -> list[str]:

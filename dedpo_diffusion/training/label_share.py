@@ -75,18 +75,17 @@ def shared_targets(settings: TrainSettings, merged: Targets, together: int, acce
     visits = settings.optim.steps * together
     found = None
     if merged.human is not None and merged.judge is not None:
-        columns = (merged.target, merged.weight, merged.human, np.asarray(merged.judge))
-        found = share_labels(*columns, visits=visits, share=given)
+        found = share_labels(merged.weight, merged.human, np.asarray(merged.judge), visits=visits, share=given)
     if found is None:
         if data.label_share != "auto":
             raise UserError(
                 f"data.label_share={data.label_share}: in {path} all of the pairs have a human label, or none; leave it at auto"
             )
         return merged, {}
-    target, weight, shares = found
+    weight, shares = found
     if accelerator.is_main_process:
         say(share_words(shares, visits, chosen=data.label_share == "auto"))
-    return dataclasses.replace(merged, target=target, weight=weight), {IDENTITY: repr(shares.share)}  # which a longer run keeps
+    return dataclasses.replace(merged, weight=weight), {IDENTITY: repr(shares.share)}  # which a longer run keeps
 
 
 def share_words(shares: Shares, visits: int, *, chosen: bool) -> str:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dedpo_diffusion.training.data import PairLoader
 
 ADVICE = (
-    "Leave objective.sharpness out; or merge into soft targets (dedpo merge --method adapted); or train with objective.kind=ipo or cdpo, "
-    "which stop at hard labels too"
+    "Leave objective.sharpness out; or merge labels that say how sure the judge is (dedpo calibrate, then dedpo merge --method tuned); "
+    "or train with objective.kind=ipo or cdpo, which stop at hard labels too"
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dedpo_diffusion.debias import answer_weight, even_confidence, james_stein, merge_labels, odd_directions
+from dedpo_diffusion.debias import answer_weight, hard_targets, james_stein, merge_labels, odd_directions
 
 
 def sample(rng, n=400, labelled=60, lean=0.0):
@@ -52,7 +52,7 @@ def test_four_pairs_by_hand():
     assert report["wanted"] == pytest.approx(0.96) and report["c"] == pytest.approx(0.96) and not report["capped"]
     assert (report["bias"], report["noise"]) == (pytest.approx(0.0025 / 0.035), pytest.approx(0.0001 / 0.035))
     np.testing.assert_allclose(moved.predicted, [1.184, 1.368, 0.3, 0.5], atol=1e-12)
-    pulls = np.array([0.684, 0.868, -0.2, 0])  # 2 (.684^2 + .868^2 + .2^2) / 1.752 is more than 1, so all are hard
+    pulls = np.array([0.684, 0.868, -0.2, 0])
     np.testing.assert_allclose(moved.target, [1, 1, 0, 0.5])
     np.testing.assert_allclose(moved.weight, 4 * np.abs(pulls) / 1.752)
     assert moved.report["mean_abs_offset"] == pytest.approx(0.5) and moved.report["labelled_weight"] == pytest.approx(1.552 / 1.752)
@@ -62,7 +62,7 @@ def test_four_pairs_by_hand():
 @given(st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=12))
 def test_confidence_moves_into_the_weight_and_every_pull_stays(values):
     t = np.array(values)
-    target, weight = even_confidence(t)
+    target, weight = hard_targets(t)
     if (t == 0.5).all():
         assert (target == 0.5).all() and (weight == 1).all()
         return
@@ -71,9 +71,8 @@ def test_confidence_moves_into_the_weight_and_every_pull_stays(values):
     unit = pull[np.argmax(np.abs(t - 0.5))] / (t - 0.5)[np.argmax(np.abs(t - 0.5))]
     assert unit > 0
     np.testing.assert_allclose(pull, unit * (t - 0.5), atol=1e-12)
-    sizes = np.abs(target - 0.5)[t != 0.5]
-    assert np.ptp(sizes) < 1e-15 and sizes[0] <= 0.5
-    flipped = even_confidence(1 - t)
+    assert np.isin(target[t != 0.5], (0, 1)).all() and (target[t == 0.5] == 0.5).all()
+    flipped = hard_targets(1 - t)
     np.testing.assert_allclose(flipped[0], 1 - target, atol=1e-15)
     np.testing.assert_allclose(flipped[1], weight)
 

@@ -61,40 +61,36 @@ def merged(seed=0, n=200, labelled=20, sure=2.0):
 
 
 def columns(found):
-    return found.target, found.weight, found.human, found.judge
+    return found.weight, found.human, found.judge
 
 
 @given(st.integers(0, 999), st.floats(0.01, 1), st.floats(0.5, 4))
 def test_the_share_is_as_asked_and_all_else_of_the_weights_stays(seed, share, sure):
     found = merged(seed, sure=sure)
-    target, weight, shares = share_labels(*columns(found), visits=100, share=share)
+    weight, shares = share_labels(*columns(found), visits=100, share=share)
     people = ~np.isnan(found.human)
     assert weight[people].sum() / weight.sum() == pytest.approx(share) and shares.share == share
     assert weight.sum() == pytest.approx(found.weight.sum())
     for group in (people, ~people):  # pairs of a group keep their ratios
         np.testing.assert_allclose(weight[group] * found.weight[group].sum(), found.weight[group] * weight[group].sum(), atol=1e-9)
-    np.testing.assert_array_equal(np.sign(target - 0.5), np.sign(found.target - 0.5))
-    assert np.ptp(np.abs(target - 0.5)) < 1e-12  # one confidence for all
 
 
 @given(st.integers(0, 999))
-def test_the_share_of_the_merge_gives_the_targets_of_the_merge(seed):
+def test_the_share_of_the_merge_gives_the_weights_of_the_merge(seed):
     found = merged(seed)
     people = ~np.isnan(found.human)
     asked = float(found.weight[people].sum() / found.weight.sum())
-    target, weight, shares = share_labels(*columns(found), visits=100, share=asked)
+    weight, shares = share_labels(*columns(found), visits=100, share=asked)
     np.testing.assert_allclose(weight, found.weight, atol=1e-12)
-    np.testing.assert_allclose(target, found.target, atol=1e-12)
     assert shares.merged == pytest.approx(asked)
 
 
 def test_a_short_run_has_people_alone_and_a_long_one_the_merge():
     found = merged(sure=1.0)
     short, long = (share_labels(*columns(found), visits=visits) for visits in (10, 1e12))
-    assert short[2].share == 1 and not short[1][np.isnan(found.human)].any()
-    assert np.abs(short[0] - 0.5).max() == pytest.approx(0.5)  # hard labels: human_only
-    assert long[2].share == long[2].merged
-    np.testing.assert_allclose(long[1], found.weight)
+    assert short[1].share == 1 and not short[0][np.isnan(found.human)].any()
+    assert long[1].share == long[1].merged
+    np.testing.assert_allclose(long[0], found.weight)
 
 
 def test_a_useless_judge_gets_no_visits_where_a_taught_one_does():
@@ -103,20 +99,20 @@ def test_a_useless_judge_gets_no_visits_where_a_taught_one_does():
     shares = {}
     for name, spread in (("useless", 0.1), ("taught", 1.5)):
         found = merge_labels(human, 1 / (1 + np.exp(-spread * rng.normal(size=800))), method="adapted", correction=0.0)
-        shares[name] = share_labels(*columns(found), visits=4800)[2].share
+        shares[name] = share_labels(*columns(found), visits=4800)[1].share
     assert shares["useless"] == 1 and shares["taught"] < 0.7
 
 
 def test_without_labels_or_without_others_there_is_nothing_to_share():
     found = merged()
-    target, weight, human, judge = columns(found)
-    assert share_labels(target, weight, np.full(200, np.nan), judge, visits=100) is None
-    assert share_labels(target, weight, np.ones(200), judge, visits=100) is None
+    weight, human, judge = columns(found)
+    assert share_labels(weight, np.full(200, np.nan), judge, visits=100) is None
+    assert share_labels(weight, np.ones(200), judge, visits=100) is None
 
 
 def test_pairs_that_a_merge_left_out_stay_out():
     found = merged()
     weight = found.weight.copy()
     weight[::3] = 0
-    shared = share_labels(found.target, weight, found.human, found.judge, visits=3000)
-    assert not shared[1][::3].any() and shared[1][1] > 0
+    made, _ = share_labels(weight, found.human, found.judge, visits=3000)
+    assert not made[::3].any() and made[1] > 0

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dedpo_diffusion.core.records import Labels
-from dedpo_diffusion.debias import even_confidence, merge_labels
+from dedpo_diffusion.debias import hard_targets, merge_labels
 from dedpo_diffusion.labels import adaptation
 from dedpo_diffusion.labels.files import read_labels, read_targets, write_labels
 from dedpo_diffusion.pairs.dataset import PairReader
@@ -163,7 +163,7 @@ def test_a_taught_judge_says_what_people_would_of_the_other_folder(folders):
     dark, bright = folders / "dark", folders / "bright"
     assert main([dark, "--from", bright, "--method", "adapted"]) == 0
     found = read_targets(dark, "adapted")
-    again = even_confidence(0.5 + found.weight * (found.target - 0.5))
+    again = hard_targets(0.5 + found.weight * (found.target - 0.5))
     np.testing.assert_allclose(again[1], found.weight, rtol=1e-6)
     assert found.human is None and report_of(dark, "adapted")["population"]["carried"] is None
 
