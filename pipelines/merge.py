@@ -48,9 +48,17 @@ def resolved(settings: MergeSettings) -> MergeSettings:
     """
     if settings.method != "adapted" or named_judges(settings) or settings.population is not None or settings.other is not None:
         return settings
+    made_of = taught_by(settings)
+    if is_fresh(settings, made_of):
+        return dataclasses.replace(settings, judge=TAUGHT_JUDGE)
     judges, reason = teachable(settings)
     if reason is None:
-        return dataclasses.replace(settings, judge=taught(settings, judges))
+        from dedpo_diffusion.pipelines import calibrate
+
+        again = " again, since labels have changed" if made_of else ""
+        say(f"people teach {', '.join(judges)}{again}, as by `dedpo calibrate --method adapt`:")
+        calibrate.make(CalibrateSettings(settings.pairs, judges=judges, method="adapt", human=settings.human, seed=settings.seed))
+        return dataclasses.replace(settings, judge=TAUGHT_JUDGE)
     if reason:
         say(f"the method is tuned, since {reason}")
     return dataclasses.replace(settings, method="tuned", name=settings.name or settings.method)
@@ -75,25 +83,25 @@ def teachable(settings: MergeSettings) -> tuple[list[str], str | None]:
     return scored, None if scored else "no judge has raw scores, by which people could teach it"
 
 
-def taught(settings: MergeSettings, judges: list[str]) -> str:
-    """The name of the labels of these judges as people taught them, which are made if they are missing or of other labels."""
-    from dedpo_diffusion.core.files import file_digest, read_object
+def taught_by(settings: MergeSettings) -> dict[str, str]:
+    """The label files that the taught judge was made of, with their digests; {} where there is none."""
+    from dedpo_diffusion.core.files import read_object
     from dedpo_diffusion.labels.files import CALIBRATED, label_origin
-    from dedpo_diffusion.pipelines import calibrate
 
-    folder, made_of = settings.pairs / "labels", {}
-    report = folder / f"{TAUGHT_JUDGE}.json"
-    if label_origin(settings.pairs, TAUGHT_JUDGE) == CALIBRATED and report.is_file():
-        found = read_object(report, f"remove it, or run `dedpo calibrate {settings.pairs} --method adapt` again")
-        made_of = {entry["file"]: entry["sha256"] for entry in found.get("label_files", [])}
+    report = settings.pairs / "labels" / f"{TAUGHT_JUDGE}.json"
+    if label_origin(settings.pairs, TAUGHT_JUDGE) != CALIBRATED or not report.is_file():
+        return {}
+    found = read_object(report, f"remove it, or run `dedpo calibrate {settings.pairs} --method adapt` again")
+    return {entry["file"]: entry["sha256"] for entry in found.get("label_files", [])}
+
+
+def is_fresh(settings: MergeSettings, made_of: dict[str, str]) -> bool:
+    """Whether a judge made of these files was taught by these people, and the files are what they were."""
+    from dedpo_diffusion.core.files import file_digest
+
     there = {file: settings.pairs / file for file in made_of}
-    fresh = all(path.is_file() and file_digest(path) == made_of[file] for file, path in there.items())
-    if fresh and f"labels/{settings.human}.parquet" in made_of:
-        return TAUGHT_JUDGE
-    again = " again, since labels have changed" if made_of else ""
-    say(f"people teach {', '.join(judges)}{again}, as by `dedpo calibrate --method adapt`:")
-    calibrate.make(CalibrateSettings(settings.pairs, judges=judges, method="adapt", human=settings.human, seed=settings.seed))
-    return TAUGHT_JUDGE
+    same = all(path.is_file() and file_digest(path) == made_of[file] for file, path in there.items())
+    return same and f"labels/{settings.human}.parquet" in made_of
 
 
 # ---- what is merged

@@ -61,7 +61,7 @@ def label_names(folder: Path) -> list[str]:
 def _maker(folder: Path, kind: str, name: str) -> str:
     """The command that makes such a file."""
     if kind == "targets":
-        method = ["--method", name] if name in ("human_only", "naive", "dedpo", "adapted") else ["--name", name]
+        method = ["--method", name] if name in ("human_only", "naive", "dedpo", "tuned", "adapted") else ["--name", name]
         words = ["merge", folder, *([] if name in ("auto", DEFAULT_METHOD) else method)]
     elif kind == "votes" or name == "human":
         words = ["vote", folder, *([] if name == "human" else ["--name", name])]

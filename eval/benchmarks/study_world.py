@@ -55,7 +55,7 @@ class Pool:
 
 
 def all_pairs(images: int) -> int:
-    """Of so many images."""
+    """How many pairs there are among so many images."""
     return images * (images - 1) // 2
 
 
@@ -184,7 +184,7 @@ def known(pool: Pool, sample: Sample, judge: str, difference: np.ndarray) -> tup
 def merged_targets(pool: Pool, sample: Sample, arm: str, judge: str, share: float, seed: int) -> Merged:
     """Targets of an arm. judge_only are the judge's labels as they come.
 
-    adapted is `dedpo merge` by its default: people teach the judge, or, fewer than 20 of them, tune its power. temperature merges the
+    adapted is `dedpo merge --method adapted`: people teach the judge, or, with fewer than 20 labels, tune its power. temperature merges the
     labels of `dedpo calibrate`, in fewer folds where 5 need more labels, as adapted merges a taught judge's; raw ones below 4 labels.
     """
     human = sample.human(share)

@@ -173,7 +173,11 @@ def test_merge_imputes_with_the_adapted_judge(shapes, capsys):
     report = json.loads((folder / "targets" / "adapted.json").read_text())
     assert report["correction"] == expected.report["correction"] and report["judge"] == "adapt"
     printed = capsys.readouterr().out
-    assert "the labels ask for a correction of" in printed and "of the weight." in printed and "warning" not in printed
+    assert (
+        "the labels ask for a correction of" in printed
+        and "every target is 0 or 1: labelled pairs have" in printed
+        and "warning" not in printed
+    )
 
 
 def test_merge_with_raw_labels_says_so_and_options_reach_it(shapes, capsys):

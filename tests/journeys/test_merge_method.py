@@ -59,7 +59,7 @@ def stamps(folder):
 def test_people_teach_the_judge_first_and_again_only_after_labels_changed(folder, capsys):
     merged(folder)
     assert "people teach clip, as by `dedpo calibrate --method adapt`" in capsys.readouterr().out
-    target, before = read_targets(folder, "adapted").target, stamps(folder)
+    target = read_targets(folder, "adapted").target
     assert calibrate([str(folder), "--method", "adapt"]) == 0 and main([str(folder), "--judge", "adapt", "--method", "adapted"]) == 0
     np.testing.assert_array_equal(read_targets(folder, "adapted").target, target)  # as by the two commands
     before = stamps(folder)
