@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from dedpo_diffusion.core.files import atomic_file
 
 Key = tuple[str, int, int]  # the pair, the order of its images, and which of several samples
 
@@ -61,17 +63,28 @@ class Journal:
 
     def put(self, key: Key, reading: Reading) -> None:
         """Keep an answer, now."""
-        row = {"pair_id": key[0], "order": key[1], "sample": key[2], **asdict(reading)}
         with self.lock:
             self.held[key] = reading
             if self.path is None:
                 return
-            line = json.dumps(row).encode() + b"\n"
+            line = _line(key, reading)
             with open(self.path, "ab") as file:  # in one write, which a kill does not cut in the middle of two
                 file.write(line if self.whole else b"\n" + line)
             self.whole = True
 
-    def remove(self) -> None:
-        """Once the shard is kept as a whole."""
-        if self.path is not None:
+    def settle(self, failed: Collection[str] = ()) -> None:
+        """Once the shard is kept as a whole, its tokens with it: what is still of use are the answers in one order of pairs that failed
+        in the other."""
+        self.held = {key: replace(held, prompt_tokens=0, answer_tokens=0) for key, held in self.held.items() if key[0] in failed}
+        if self.path is None:
+            return
+        if not self.held:
             self.path.unlink(missing_ok=True)
+            return
+        with atomic_file(self.path) as temporary:
+            temporary.write_bytes(b"".join(_line(key, reading) for key, reading in self.held.items()))
+        self.whole = True
+
+
+def _line(key: Key, reading: Reading) -> bytes:
+    return json.dumps({"pair_id": key[0], "order": key[1], "sample": key[2], **asdict(reading)}).encode() + b"\n"

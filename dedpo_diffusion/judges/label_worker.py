@@ -137,7 +137,7 @@ class Run:
         return shard_path(self.folder.parent, self.judge.name, shard)
 
     def journal(self, shard: int) -> Path:
-        """The answers to one shard that is not finished."""
+        """The answers to one shard that is not finished, or whose server failed on some pairs."""
         return self.parts / f"answers-{shard:06d}.jsonl"
 
     def lock(self, shard: int) -> Path:
@@ -233,7 +233,7 @@ class LabelWorker:
                 write_shard(run.embedded(shard.number), done.embeddings())
             write_part(run.part(shard.number), table, run.stamp)
             if isinstance(done, PairWork):
-                done.journal.remove()
+                done.journal.settle(done.failed())
         clock.forecast = None
         return clock
 

@@ -160,7 +160,7 @@ class PairWork:
         judge: is asked.
         batch: pairs asked about at once.
         known: the table of an earlier run, whose missing answers alone are asked for again.
-        journal: where a judge whose answers cost money keeps them until the shard is done.
+        journal: where a judge whose answers cost money keeps them until every pair of the shard is answered.
         failed_only: of missing answers, ask only for those that a server failed to give.
     """
 
@@ -200,6 +200,10 @@ class PairWork:
         if self._waiting:
             self._ask()
         return pa.Table.from_pylist(self._rows)
+
+    def failed(self) -> set[str]:
+        """The pairs that a server failed to answer in one order or both."""
+        return {row["pair_id"] for row in self._rows if row.get("failed")}
 
 
 def _row(pair_id: str, answers: Answers, k: int) -> dict[str, Any]:

@@ -123,6 +123,28 @@ def test_a_server_that_fails_half_way_costs_no_answer(pairs, kind, capsys):
 
 
 @pytest.mark.slow
+def test_a_pair_that_fails_in_its_second_order_keeps_the_first_ones_answer(pairs):
+    """Every third pair fails so, never two in a row: the shards are done, and those pairs are asked again by the next run."""
+    state, begun = {"bad": True}, set()
+
+    def first(request, count):
+        third = int(request.text.split("number ")[1].split(".")[0]) % 3 == 0
+        if state["bad"] and third and request.text in begun:
+            return Reply(b"", 503)
+        begun.add(request.text)
+
+    counted = Counted(Model(), first)
+    with serve(counted) as server:
+        assert main(command(pairs, server)) == 0
+        assert len(read_labels(pairs, "openai").pair_id) == COUNT - len(range(0, COUNT, 3))
+        state["bad"] = False
+        assert main(command(pairs, server)) == 0
+    assert set(counted.given.values()) == {1} and len(counted.given) == 2 * COUNT
+    assert set(read_labels(pairs, "openai").extra["prompt_tokens"]) == {200}
+    np.testing.assert_array_equal(read_labels(pairs, "openai").label_0, uninterrupted(pairs))
+
+
+@pytest.mark.slow
 def test_rate_limits_are_waited_out(pairs):
     """Every fifth request is one too many."""
     turn = iter(range(10**6))

@@ -56,8 +56,17 @@ def test_threads_share_it(tmp_path):
         thread.join()
     held = Journal(tmp_path / "j").held
     assert len(held) == 400 and all(reading.logit == key[2] for key, reading in held.items())
-    journal.remove()
+    journal.settle()
     assert not (tmp_path / "j").exists() and math.isnan(Reading().logit)
+
+
+def test_a_settled_journal_holds_the_pairs_that_failed_at_no_further_cost(tmp_path):
+    journal = Journal(tmp_path / "j")
+    for pair in "abc":
+        journal.put((pair, 0, 0), READINGS[0])
+    journal.settle({"b", "d"})
+    for held in (journal, Journal(tmp_path / "j")):
+        assert list(held.held) == [("b", 0, 0)] and same(replace(READINGS[0], prompt_tokens=0), held.get(("b", 0, 0)))
 
 
 @pytest.mark.parametrize("kept", [1, 5, 11, 12])
