@@ -109,7 +109,10 @@ def stage(
     if asked:
         from dedpo_diffusion.core.help import stage_help
 
-        say(stage_help(parser, prog, (body.__doc__ or "").strip().split("\n\n")[0], every=any(HELP[word] for word in asked)))
+        try:
+            say(stage_help(parser, prog, (body.__doc__ or "").strip().split("\n\n")[0], every=any(HELP[word] for word in asked)))
+        except BrokenPipeError:
+            return _unread()
         return 0
     gone = first_gone(arguments)
     if gone is not None:
@@ -171,6 +174,12 @@ def _told(progress: Callable[[Update], None] | None) -> Iterator[None]:
         _listeners.remove(progress)
 
 
+def _unread() -> int:
+    """The exit code where whoever read the output has gone, as `| head` does; what Python still holds has nowhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
 def _complain(prog: str, words: object) -> None:
     print(f"{prog}: error: {words}", file=sys.stderr, flush=True)
 
@@ -186,9 +195,8 @@ def _run(body: Callable[[S], Any], settings: S, prog: str) -> int:
     except UserError as error:
         _complain(prog, error)
         return 2
-    except BrokenPipeError:  # whoever read the output has gone, as `| head` does; what Python still holds has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        return _unread()
     except OSError as error:
         if not is_full(error):
             raise
