@@ -17,6 +17,7 @@ from dedpo_diffusion.labels.judge_figure import STYLE
 
 SIMPLE, MERGED = ("human_only", "naive"), ("tuned", "adapted", "dedpo")  # what needs no toolkit, and what it is compared with
 TIE = 0.002  # worst regrets that differ by no more are alike
+TEACHES = 0.025  # the least share of labels that teaches a judge: 20 of 800
 COLOURS = dict(zip(ARMS, ("#626a77", "#191d24", "#ca8a04", "#0f766e", "#2f6fd0", "#be185d", "#c2410c", "#9333ea", "#4d7c0f"), strict=True))
 Line = dict[str, Any]
 Runs = dict[tuple[str, str, float, str], dict[int, list[Line]]]  # lines of a training, by arm, judge, share, people of `placed`, and seed
@@ -66,8 +67,9 @@ def summarise(lines: Sequence[Line]) -> Line:
     """Gains over the base, differences, regrets and the default that the rule of configs/study/main.yaml names.
 
     Regret in a cell (judge, share, people) is the gain of the method whose mean over seeds is largest there minus the method's own,
-    paired by seed; None for cells that lack one of the methods. `worst` is each method's cell of largest mean regret, with that
-    cell's interval, over the judges and shares of one kind of people.
+    paired by seed; None for cells that lack one of the methods. `worst_regret` is each method's cell of largest mean regret, with
+    that cell's interval, over the judges and shares of one kind of people: all shares, those too small to teach a judge (few), the
+    others (enough). `default` is what the rule names by each of them.
     """
     runs = group(lines)
     base = at_best(runs["base", "none", 0.0, "none"][0])
@@ -80,10 +82,18 @@ def summarise(lines: Sequence[Line]) -> Line:
         row["minus"] = {method: {arm: minus(mine[method], mine[arm]) for arm in SIMPLE} for method in MERGED}
         row["recovered"] = {arm: recovered(mine[arm], mine["human_100"]) for arm in METHODS}
         rows.append(row | {"regret": regrets({method: mine[method] for method in METHODS})})
-    worst = {people: worst_regrets([row for row in rows if row["people"] == people]) for people in {row["people"]: 0 for row in rows}}
-    default = choose_default({method: found["mean"] for method, found in worst.get("quickstart", {}).items()})
-    mean = {people: mean_regrets([row for row in rows if row["people"] == people]) for people in worst}
+    of = {people: by_labels([row for row in rows if row["people"] == people]) for people in {row["people"]: 0 for row in rows}}
+    worst = {people: {labels: worst_regrets(found) for labels, found in parts.items()} for people, parts in of.items()}
+    mean = {people: {labels: mean_regrets(found) for labels, found in parts.items()} for people, parts in of.items()}
+    ruled = worst.get("quickstart", by_labels([]))
+    default = {labels: choose_default({method: entry["mean"] for method, entry in dict(found).items()}) for labels, found in ruled.items()}
     return {"base_reward": base, "cells": rows, "worst_regret": worst, "mean_regret": mean, "default": default}
+
+
+def by_labels(rows: Sequence[Line]) -> dict[str, list[Line]]:
+    """All cells, those with too few labels to teach a judge, and those with enough."""
+    few = [row for row in rows if row["share"] < TEACHES]
+    return {"all": list(rows), "few": few, "enough": [row for row in rows if row not in few]}
 
 
 def by_step(lines: Sequence[Line]) -> list[Line]:
@@ -185,13 +195,16 @@ def tables(found: Line) -> str:
             differences = [words(row["minus"][method][arm]) for arm in SIMPLE]
             less.append([*start, method, str(row["seeds"][method]), *differences, words(row["recovered"][method], ".0%")])
         regret += [[*start, *(words(row["regret"][m], ".3f") for m in METHODS)]] if row["regret"] else []
-    for people, worst in found["worst_regret"].items():
-        regret += [[people, "worst", "", *(f"{words(worst[m], '.3f')}, {worst[m]['judge']}" for m in METHODS)]] if worst else []
-    for people, mean in found["mean_regret"].items():
-        regret += [[people, "mean", "", *(f"{mean[m]:.3f}" for m in METHODS)]] if mean else []
+    for people, parts in found["worst_regret"].items():
+        for labels, worst in parts.items():
+            regret += [[people, "worst", labels, *(f"{words(worst[m], '.3f')}, {worst[m]['judge']}" for m in METHODS)]] if worst else []
+    for people, parts in found["mean_regret"].items():
+        for labels, mean in parts.items():
+            regret += [[people, "mean", labels, *(f"{mean[m]:.3f}" for m in METHODS)]] if mean else []
     title = f"Gain in true reward over the base ({found['base_reward']:.3f}), each arm at its best strength, with intervals over n seeds:"
     whole = sum(row["regret"] is not None for row in found["cells"])
-    told = f"Regret where every method was trained ({whole} of these cells); by these alone the rule would name {found['default']}:"
+    told = f"Regret where every method was trained ({whole} of these cells); few and enough are labels to teach a judge by."
+    told += f" The rule names {', '.join(f'{method} by {labels}' for labels, method in found['default'].items())}:"
     return f"{title}\n\n{markdown(gains)}\nDifferences:\n\n{markdown(less)}\n{told}\n\n{markdown(regret)}"
 
 

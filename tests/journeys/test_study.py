@@ -231,10 +231,29 @@ def test_gains_differences_and_regrets_are_paired_by_seed():
     (cell,) = found["cells"]
     assert cell["gain"]["adapted"]["mean"] == pytest.approx(0.19) and cell["gain"]["human_100"] is None
     assert cell["minus"]["adapted"]["human_only"]["ci"] == pytest.approx([0.0152, 0.0648], abs=1e-4)
-    assert cell["regret"]["human_only"]["mean"] == pytest.approx(0.04) and found["default"] == "adapted"
-    assert found["mean_regret"]["quickstart"]["adapted"] == 0 and found["mean_regret"]["quickstart"]["human_only"] == pytest.approx(0.04)
+    assert cell["regret"]["human_only"]["mean"] == pytest.approx(0.04) and found["default"] == {
+        "all": "adapted",
+        "few": None,
+        "enough": "adapted",
+    }
+    mean = found["mean_regret"]["quickstart"]["all"]
+    assert mean["adapted"] == 0 and mean["human_only"] == pytest.approx(0.04)
     told = tables(found)
     assert "+0.040 (+0.015 to +0.065)" in told and "| quickstart | worst |" in told and "| quickstart | mean |" in told
+
+
+def test_worst_regrets_and_the_rule_are_told_for_few_and_for_enough_labels_too():
+    """At 1 % naive is best by 0.1, at 5 % tuned by 0.02: over both, the worst regret of tuned (0.1) is larger than of naive (0.02)."""
+    lines = runs("base", 0, {0.0: 0.5}, judge="none", share=0.0, people="none")
+    for arm in METHODS:
+        judge = {"judge": "none"} if arm == "human_only" else {}
+        lines += runs(arm, 0, {1.0: 0.7 if arm == "naive" else 0.6}, share=0.01, **judge)
+        lines += runs(arm, 0, {1.0: 0.72 if arm == "tuned" else 0.7}, share=0.05, **judge)
+    found = summarise(lines)
+    assert found["default"] == {"all": "naive", "few": "naive", "enough": "tuned"}
+    worst = found["worst_regret"]["quickstart"]
+    assert (worst["all"]["tuned"]["share"], worst["enough"]["naive"]["share"]) == (0.01, 0.05)
+    assert worst["all"]["tuned"]["mean"] == pytest.approx(0.1) and worst["enough"]["tuned"]["mean"] == 0
 
 
 def test_gains_after_each_look_are_at_the_strength_that_is_best_there():
