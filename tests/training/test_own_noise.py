@@ -127,7 +127,7 @@ def test_images_that_tell_their_seed_have_the_noise_they_were_sampled_from(propo
         assert torch.equal(own.at(1, number, 2, 2, shape), initial_noise([7, 8], shape)[0])
 
 
-@pytest.mark.parametrize("kind", ["independent", "inverted"])
+@pytest.mark.parametrize("kind", ["independent", pytest.param("inverted", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_bit(proposed, tmp_path, monkeypatch, kind):
     changes = {"data__noise": kind, "data__cache": tmp_path / "cache", "optim__steps": 2, "checkpoint_every": 1, "data__caption_dropout": 0}
     changes |= {"data__reference_draws": DRAWS, "data__inversion_steps": 6} if kind == "inverted" else {}
