@@ -53,6 +53,24 @@ def test_an_optimizer_goes_on_from_its_tensors_as_if_it_had_not_stopped():
     assert all((one - target).norm() < target.norm() for one, target in zip(whole, targets, strict=True))
 
 
+def test_tensors_updated_together_have_the_bits_of_one_after_the_other():
+    options = {"learning_rate": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in [(8, 33), (1,), (64, 8), (3, 3, 4, 5)] * 5]
+    ours = [torch.nn.Parameter(value.clone()) for value in start]
+    plain = [torch.nn.Parameter(value.clone()) for value in start]
+    optimizer = build_optimizer("adamw", ours, **options)
+    reference = torch.optim.AdamW(plain, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, foreach=False)
+    assert optimizer.defaults["foreach"]
+    for _ in range(6):
+        for a, b in zip(ours, plain, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        reference.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
 def test_integers_of_an_optimizer_stay_integers():
     parameter = torch.zeros(2, requires_grad=True)
     one, other = (torch.optim.SGD([parameter]) for _ in range(2))
