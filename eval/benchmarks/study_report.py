@@ -85,15 +85,15 @@ def summarise(lines: Sequence[Line]) -> Line:
     of = {people: by_labels([row for row in rows if row["people"] == people]) for people in {row["people"]: 0 for row in rows}}
     worst = {people: {labels: worst_regrets(found) for labels, found in parts.items()} for people, parts in of.items()}
     mean = {people: {labels: mean_regrets(found) for labels, found in parts.items()} for people, parts in of.items()}
-    ruled = worst.get("quickstart", by_labels([]))
-    default = {labels: choose_default({method: entry["mean"] for method, entry in dict(found).items()}) for labels, found in ruled.items()}
+    ruled = worst.get("quickstart", {})
+    default = {labels: choose_default({method: entry["mean"] for method, entry in found.items()}) for labels, found in ruled.items()}
     return {"base_reward": base, "cells": rows, "worst_regret": worst, "mean_regret": mean, "default": default}
 
 
 def by_labels(rows: Sequence[Line]) -> dict[str, list[Line]]:
     """All cells, those with too few labels to teach a judge, and those with enough."""
-    few = [row for row in rows if row["share"] < TEACHES]
-    return {"all": list(rows), "few": few, "enough": [row for row in rows if row not in few]}
+    few, enough = ([row for row in rows if (row["share"] >= TEACHES) == teaches] for teaches in (False, True))
+    return {"all": list(rows), "few": few, "enough": enough}
 
 
 def by_step(lines: Sequence[Line]) -> list[Line]:

@@ -86,8 +86,8 @@ def test_a_users_mistake_is_one_line_without_traceback(capsys):
     assert capsys.readouterr().err == "dedpo test: error: file.txt row 3: mend it\n"
 
 
-@pytest.mark.parametrize("words", [["x", "--with", "a"], ["--help"]])
-def test_an_output_that_nobody_reads_any_more_ends_quietly(words):
+@pytest.mark.parametrize(("words", "read"), [(["x", "--with", "a"], "line\n"), (["--help"], "")])
+def test_an_output_that_nobody_reads_any_more_ends_quietly(words, read):
     code = (
         "import sys; from test_console import Settings; from dedpo_diffusion.core import console\n"
         "body = lambda _: [print('line') for _ in range(100000)]\n"
@@ -96,6 +96,8 @@ def test_an_output_that_nobody_reads_any_more_ends_quietly(words):
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent
     ) as process:
+        if read:
+            assert process.stdout.readline() == read
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 141
 
