@@ -10,8 +10,6 @@ from torch import Tensor
 from dedpo_diffusion.core.console import UserError
 from dedpo_diffusion.models.sharded_tensors import own_part
 
-TOGETHER = 1 << 26  # numbers that are updated together, whose copies take 256 MB; whole models have more
-
 
 def build_optimizer(
     name: str, parameters: Iterable[Tensor], *, learning_rate: float, betas: tuple[float, float], weight_decay: float
@@ -30,11 +28,8 @@ def build_optimizer(
     """
     parameters = list(parameters)
     on_gpu = bool(parameters) and all(parameter.is_cuda for parameter in parameters)
-    if name == "adamw":
-        # elsewhere the many small tensors of an adapter are updated together, which gives the same bits; FSDP's are left alone
-        together = not on_gpu and all(type(p) is torch.nn.Parameter for p in parameters) and sum(p.numel() for p in parameters) <= TOGETHER
-        kernels = {"fused": on_gpu or None, "foreach": together or None}
-        return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, **kernels)  # type: ignore[arg-type]
+    if name == "adamw":  # one kernel for each tensor: an adapter has hundreds of small ones
+        return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
     if not on_gpu:
         raise UserError(f"optim.optimizer={name} needs a CUDA device; take adamw")
     try:
