@@ -40,7 +40,7 @@ def symptoms(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         winner, loser = (values[name].mean() / reference for name in ("winner_drift", "loser_drift"))
         found["both errors rise"] = (
             f"both errors rise above the reference's, the winner's by {winner:.1%} and the loser's by {loser:.1%}: the model forgets "
-            "rather than prefers. Lower optim.learning_rate or raise objective.beta; objective.balance=output, if it is off, helps too"
+            "rather than prefers. Lower optim.learning_rate, raise objective.beta, or take objective.balance=none where it is relative"
         )
     if _beyond(values["margin_abs_mean"], WIDE):
         found["margins are wide"] = (
