@@ -152,6 +152,7 @@ def test_mistakes_are_told_in_a_line(journeys, nodes, capfd, tmp_path):
 # ---- without
 
 
+@pytest.mark.slow
 def test_the_plain_install_never_imports_ray(tiny_pairs, tmp_path):
     code = (
         "import sys\nfrom dedpo_diffusion.pipelines import STAGES, main\nimport importlib\n"

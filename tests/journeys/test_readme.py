@@ -53,7 +53,7 @@ def test_the_two_commands_are_one_line_each_and_the_second_runs_the_tests():
     assert f"\n{tests.rpartition(' && ')[2]} ||" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("title", ["A folder with one line for each pair", "A table"])
+@pytest.mark.parametrize("title", [pytest.param("A folder with one line for each pair", marks=pytest.mark.slow), "A table"])
 def test_a_few_lines_bring_your_own_pairs(tmp_path, title):
     (tmp_path / "my-images").mkdir()
     for k, name in enumerate(("fox-a.png", "fox-b.png", "owl-a.png", "owl-b.png")):

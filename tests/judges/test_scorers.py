@@ -130,8 +130,8 @@ def test_pickscore_takes_any_size_and_mode(judge):
     ("tower", "dtype", "remedy"),
     [
         ("vision_model", "float32", "take --dtype bfloat16"),
-        ("text_model", "float32", "take --dtype bfloat16"),
-        ("vision_model", "bfloat16", "give another --device"),
+        pytest.param("text_model", "float32", "take --dtype bfloat16", marks=pytest.mark.slow),
+        pytest.param("vision_model", "bfloat16", "give another --device", marks=pytest.mark.slow),
     ],
 )
 def test_too_little_memory_stops_the_run_with_a_remedy(judge, tower, dtype, remedy):

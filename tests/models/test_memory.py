@@ -181,6 +181,7 @@ def test_other_errors_are_not_taken_for_it():
     assert memory.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
 
 
+@pytest.mark.slow
 def test_what_failed_is_freed_before_the_half_is_tried():
     """The frames of the failed attempt hold its tensors; a retry inside of `except` would find them still there."""
     alive = []

@@ -90,6 +90,7 @@ def test_a_halved_run_goes_on_with_the_whole_batch_elsewhere(tiny_model, prompts
     assert {name: one["batch"] for name, one in told(tmp_path / "a").items()} == {"00000-0.png": 1, "00001-1.png": 8, "00002-2.png": 1}
 
 
+@pytest.mark.slow
 def test_no_room_for_one_image_stops_with_a_remedy(tiny_model, prompts, tmp_path, monkeypatch, capsys):
     give(monkeypatch, room_for(0))
     assert sample.main(arguments(tiny_model, prompts, tmp_path / "a")) == 2

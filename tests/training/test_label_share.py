@@ -99,6 +99,7 @@ def test_other_methods_stay_as_they_were_merged(tiny_model, pairs, tmp_path, cap
     assert "people labelled get" not in told(capsys) and "label_share" not in begun(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_smoke_tries_a_share_on_targets_that_have_none(tiny_model, pairs, tmp_path, capsys):
     argv = arguments(tiny_model, pairs, tmp_path / "run", **USUAL | {"data__label_share": 0.5})
     assert train.main([*argv, "--smoke", "sd15"]) == 0, told(capsys)

@@ -63,6 +63,7 @@ def stored(pairs, root, *, adapter=False):
     return grid, model
 
 
+@pytest.mark.slow
 def test_own_noise_lies_on_the_references_trajectory_at_exactly_the_draws_timesteps(proposed, tmp_path):
     """From x_t of each stored draw, DDIM over the steps below it leads to the image."""
     grid, model = stored(proposed, tmp_path)
@@ -84,6 +85,7 @@ def test_own_noise_lies_on_the_references_trajectory_at_exactly_the_draws_timest
         torch.testing.assert_close(known, again, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_reference_never_sees_the_adapter(proposed, tmp_path):
     grid, _ = stored(proposed, tmp_path / "a")
     other, model = stored(proposed, tmp_path / "b", adapter=True)
