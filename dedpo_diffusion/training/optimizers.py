@@ -26,11 +26,10 @@ def build_optimizer(
     Raises:
         UserError: what the optimizer needs is not there.
     """
-    parameters = list(parameters)
-    on_gpu = bool(parameters) and all(parameter.is_cuda for parameter in parameters)
     if name == "adamw":  # one kernel for each tensor: an adapter has hundreds of small ones
         return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
-    if not on_gpu:
+    parameters = list(parameters)
+    if not parameters or not all(parameter.is_cuda for parameter in parameters):
         raise UserError(f"optim.optimizer={name} needs a CUDA device; take adamw")
     try:
         from bitsandbytes.optim import AdamW8bit
